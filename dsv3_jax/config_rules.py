@@ -1,0 +1,207 @@
+"""What no experiment may ask for: one rule a line, with key, value and reason.
+
+A rule is `(holds, message)`; the message names the dotted key, its value and
+what to do. Rules are read in order, so that a later one may rely on an earlier.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+Rule = tuple[bool, str]
+
+_CHOICES = {
+  'precision': ('bf16', 'f32'),
+  'model.remat': ('none', 'report', 'full'),
+  'model.moe.score_func': ('sigmoid', 'softmax'),
+  'model.moe.product': ('auto', 'blocks', 'dense', 'ragged'),
+  'model.mtp.hidden': ('post_norm', 'pre_norm'),
+  'model.mtp.normalizer': ('T', 'valid'),
+  'balance.kind': ('sequence', 'batch', 'v2', 'none'),
+  'optim.moments_dtype': ('bfloat16', 'float32'),
+}
+# Numbers that may be 0; every other number must be positive.
+_MAY_BE_ZERO = {
+  'seed',
+  'model.num_dense_layers',
+  'model.mla.q_lora_rank',
+  'model.moe.num_shared_experts',
+  'model.mtp.depth',
+  'balance.alpha',
+  'balance.v2_expert_alpha',
+  'balance.v2_device_alpha',
+  'balance.v2_comm_alpha',
+  'data.fim_rate',
+  'data.split_rate',
+  'optim.lr.warmup_steps',
+  'optim.lr.constant_tokens',
+  'optim.lr.decay_tokens',
+  'optim.lr.decay_lr',
+  'optim.lr.hold_tokens',
+  'optim.lr.final_lr',
+  'optim.beta1',
+  'optim.beta2',
+  'optim.weight_decay',
+  'optim.ema_decay',
+  'optim.mtp_weight.first',
+  'optim.mtp_weight.first_tokens',
+  'optim.mtp_weight.then',
+  'optim.bias_rate.first',
+  'optim.bias_rate.first_tokens',
+  'optim.bias_rate.then',
+  'train.batch_ramp_tokens',
+  'train.spike_sigmas',
+  'train.probe_every',
+  'train.watchdog_seconds',
+  'train.peak_flops',
+  'eval.every_steps',
+  'sample.temperature',
+}
+_BELOW_ONE = ('data.valid_fraction', 'optim.beta1', 'optim.beta2')
+_BELOW_ONE += ('optim.ema_decay',)
+_AT_MOST_ONE = ('data.fim_rate', 'data.split_rate', 'sample.top_p')
+
+
+def check(config: Any) -> None:
+  """Raises ValueError with the first rule of `config` that does not hold."""
+  values = dict(_flatten(config, ''))
+  for rules in (_ranges(values), _model(config), _run(config)):
+    for holds, message in rules:
+      if not holds:
+        raise ValueError(message)
+
+
+def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+  for field in dataclasses.fields(node):
+    value = getattr(node, field.name)
+    if dataclasses.is_dataclass(value):
+      yield from _flatten(value, f'{prefix}{field.name}.')
+    else:
+      yield prefix + field.name, value
+
+
+def _ranges(values: dict[str, Any]) -> Iterator[Rule]:
+  """Rules about one value alone."""
+  for path, value in values.items():
+    if path in _CHOICES:
+      names = ', '.join(_CHOICES[path])
+      yield value in _CHOICES[path], f'{path}={value!r} must be one of: {names}'
+    if type(value) not in (int, float) or path == 'checkpoint.restore_step':
+      continue
+    yield math.isfinite(value), f'{path}={value} must be finite'
+    if path in _MAY_BE_ZERO:
+      yield value >= 0, f'{path}={value} must be >= 0'
+    else:
+      yield value > 0, f'{path}={value} must be > 0'
+    if path in _BELOW_ONE:
+      yield value < 1, f'{path}={value} must be < 1'
+    if path in _AT_MOST_ONE:
+      yield value <= 1, f'{path}={value} must be <= 1'
+  step = values['checkpoint.restore_step']
+  yield step >= -1, f'checkpoint.restore_step={step} must be a step, or -1'
+
+
+def _model(config: Any) -> Iterator[Rule]:
+  """Rules about the network's shape."""
+  model, moe, rope = config.model, config.model.moe, config.model.rope
+  dense, layers = model.num_dense_layers, model.num_layers
+  yield (
+    dense <= layers,
+    f'model.num_dense_layers={dense} must be <= model.num_layers={layers}',
+  )
+  rotary = model.mla.qk_rope_head_dim
+  yield (
+    rotary % 2 == 0,
+    f'model.mla.qk_rope_head_dim={rotary} must be even: RoPE rotates pairs',
+  )
+  yield (
+    moe.top_k <= moe.num_experts,
+    f'model.moe.top_k={moe.top_k} must be <= '
+    f'model.moe.num_experts={moe.num_experts}',
+  )
+  yield (
+    moe.num_experts % moe.num_groups == 0,
+    f'model.moe.num_groups={moe.num_groups} must divide '
+    f'model.moe.num_experts={moe.num_experts}',
+  )
+  yield (
+    moe.top_groups <= moe.num_groups,
+    f'model.moe.top_groups={moe.top_groups} must be <= '
+    f'model.moe.num_groups={moe.num_groups}',
+  )
+  per_group = moe.num_experts // moe.num_groups
+  covered = moe.top_groups * per_group
+  yield (
+    moe.top_k <= covered,
+    f'model.moe.top_k={moe.top_k} must be <= {covered}: '
+    f'model.moe.top_groups={moe.top_groups} groups of {per_group} experts',
+  )
+  sigmoid = moe.score_func == 'sigmoid' and moe.num_groups > 1
+  yield (
+    not sigmoid or per_group >= 2,
+    f'model.moe.num_groups={moe.num_groups} leaves {per_group} expert a '
+    'group, but a group is scored by its best two (TR 2.1.2)',
+  )
+  longest = int(rope.original_seq_len * max(rope.factor, 1.0))
+  yield (
+    model.max_seq_len <= longest,
+    f'model.max_seq_len={model.max_seq_len} must be <= {longest} = '
+    'model.rope.original_seq_len * model.rope.factor (YaRN)',
+  )
+  yield (
+    rope.beta_fast > rope.beta_slow,
+    f'model.rope.beta_fast={rope.beta_fast} must be > '
+    f'model.rope.beta_slow={rope.beta_slow}',
+  )
+
+
+def _run(config: Any) -> Iterator[Rule]:
+  """Rules that tie the model to data, batch and mesh."""
+  model, data, train, mesh = config.model, config.data, config.train, config.mesh
+  yield (
+    data.seq_len <= model.max_seq_len,
+    f'data.seq_len={data.seq_len} must be <= '
+    f'model.max_seq_len={model.max_seq_len}',
+  )
+  yield (
+    model.mtp.depth < data.seq_len,
+    f'model.mtp.depth={model.mtp.depth} must be < data.seq_len={data.seq_len}',
+  )
+  yield (
+    bool(data.tokenizer) or data.tokenizer_vocab <= model.vocab_size,
+    f'data.tokenizer_vocab={data.tokenizer_vocab} must be <= '
+    f'model.vocab_size={model.vocab_size}',
+  )
+  yield (
+    bool(data.tokenizer) or data.tokenizer_vocab >= 512,
+    f'data.tokenizer_vocab={data.tokenizer_vocab} must be >= 512: 256 bytes, '
+    'the special tokens and some merges',
+  )
+  micro = train.microbatch_size
+  for name in ('batch_size', 'batch_size_start'):
+    size = getattr(train, name)
+    yield (
+      size % micro == 0,
+      f'train.{name}={size} must be a multiple of '
+      f'train.microbatch_size={micro}',
+    )
+  yield (
+    train.batch_size_start <= train.batch_size,
+    f'train.batch_size_start={train.batch_size_start} must be <= '
+    f'train.batch_size={train.batch_size}',
+  )
+  shards = mesh.data * mesh.node * mesh.expert
+  yield (
+    micro % shards == 0,
+    f'train.microbatch_size={micro} must be a multiple of {shards} = '
+    'mesh.data * mesh.node * mesh.expert',
+  )
+  for axis in ('pipe', 'context', 'node', 'expert', 'model'):
+    size = getattr(mesh, axis)
+    yield size == 1, f'mesh.{axis}={size} must be 1: only mesh.data is built'
+  stride = config.eval.stride
+  yield (
+    stride <= data.seq_len,
+    f'eval.stride={stride} must be <= data.seq_len={data.seq_len}',
+  )

@@ -1,0 +1,149 @@
+"""Multi-head latent attention as a module: weights, cache, and the choice of form."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax import config
+from dsv3_jax.nn import layers
+from dsv3_jax.ops import mla, norm, rope
+
+
+class Context(NamedTuple):
+  """What all layers share for one batch.
+
+  cos_BTr, sin_BTr: rotations of the tokens' positions.
+  valid_BT: f32, 0 on padding. segments_BT: int32, or None when tokens may
+  attend across samples. index_BT: int32, where each token lies in the cache, or
+  None without a cache.
+  """
+
+  cos_BTr: Array
+  sin_BTr: Array
+  valid_BT: Array
+  segments_BT: Array | None
+  index_BT: Array | None
+
+
+def make_context(
+  cfg: config.ModelConfig,
+  positions_BT: Int[Array, 'B T'],
+  valid_BT: Float[Array, 'B T'],
+  segments_BT: Int[Array, 'B T'] | None = None,
+  index_BT: Int[Array, 'B T'] | None = None,
+) -> Context:
+  """Context of a batch whose tokens have the given rotary positions."""
+  cos_BTr, sin_BTr = rope.tables(cfg, positions_BT)
+  return Context(cos_BTr, sin_BTr, valid_BT, segments_BT, index_BT)
+
+
+class Cache(NamedTuple):
+  """Latents of all layers of one stack; key s of a row lies at index s."""
+
+  c_LBSC: Array
+  k_rope_LBSR: Array
+
+
+def empty_cache(
+  cfg: config.ModelConfig, num_layers: int, batch: int, length: int, dtype
+) -> Cache:
+  """A cache of zeros for `length` tokens a row."""
+  mla_cfg = cfg.mla
+  shape = (num_layers, batch, length)
+  return Cache(
+    jnp.zeros((*shape, mla_cfg.kv_lora_rank), dtype),
+    jnp.zeros((*shape, mla_cfg.qk_rope_head_dim), dtype),
+  )
+
+
+class LatentAttention(nn.Module):
+  """MLA (TR 2.1.1).
+
+  With `absorbed`, queries attend to the cache up to their own index; without,
+  to the batch's own tokens, whose latents a cache, if given, receives.
+  """
+
+  cfg: config.ModelConfig
+  dtype: jnp.dtype
+  absorbed: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: Float[Array, 'B T D'],
+    context: Context,
+    cache: Cache | None,
+    layer: Int[Array, ''],
+  ) -> tuple[Float[Array, 'B T D'], Cache | None]:
+    cfg, m = self.cfg, self.cfg.mla
+    q_BTNX = self._queries(x_BTD)
+    cos, sin = context.cos_BTr, context.sin_BTr
+    q_nope, q_rope = mla.split_query(q_BTNX, cos, sin)
+    w_dkv_DY = self._weight('w_dkv', (cfg.d_model, m.cache_width), 'embed', None)
+    kv_norm = layers.norm_weight(self, 'kv_norm', m.kv_lora_rank, 'kv_latent')
+    latents = mla.compress(x_BTD, w_dkv_DY, kv_norm, cos, sin, cfg.norm_eps)
+    up = (m.kv_lora_rank, m.num_heads)
+    axes = ('kv_latent', 'heads', 'head_dim')
+    w_uk_CNH = self._weight('w_uk', (*up, m.qk_nope_head_dim), *axes)
+    w_uv_CNU = self._weight('w_uv', (*up, m.v_head_dim), *axes)
+    cache = _write(cache, latents, context.index_BT, layer)
+    scale = rope.softmax_scale(cfg)
+    if self.absorbed:
+      cached = mla.Latents(cache.c_LBSC[layer], cache.k_rope_LBSR[layer])
+      length = cached.c_BSC.shape[1]
+      mask_BTS = jnp.arange(length) <= context.index_BT[:, :, None]
+      o_BTNU = mla.attend_absorbed(
+        q_nope, q_rope, cached, w_uk_CNH, w_uv_CNU, mask_BTS, scale
+      )
+    else:
+      segments = context.segments_BT
+      o_BTNU = mla.attend_naive(
+        q_nope, q_rope, latents, w_uk_CNH, w_uv_CNU, segments, scale
+      )
+    shape = (m.num_heads, m.v_head_dim, cfg.d_model)
+    w_o_NUD = self._weight('w_o', shape, 'heads', 'head_dim', 'embed')
+    with jax.named_scope('attention_out'):
+      return jnp.einsum('btnu,nud->btd', o_BTNU, w_o_NUD), cache
+
+  def _queries(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T N X']:
+    """Query heads, through the query latent if there is one (TR eqs. 6, 7)."""
+    m = self.cfg.mla
+    heads = (m.num_heads, m.qk_head_dim)
+    with jax.named_scope('q_proj'):
+      if not m.q_lora_rank:
+        shape = (self.cfg.d_model, *heads)
+        w_q_DNX = self._weight('w_q', shape, 'embed', 'heads', 'head_dim')
+        return jnp.einsum('btd,dnx->btnx', x_BTD, w_q_DNX)
+      rank = m.q_lora_rank
+      w_dq_DQ = self._weight('w_dq', (self.cfg.d_model, rank), 'embed', 'q_latent')
+      q_norm = layers.norm_weight(self, 'q_norm', rank, 'q_latent')
+      w_uq_QNX = self._weight('w_uq', (rank, *heads), 'q_latent', 'heads', 'head_dim')
+      q_BTQ = jnp.einsum('btd,dq->btq', x_BTD, w_dq_DQ)
+      q_BTQ = checkpoint_name(q_BTQ, 'q_latent')
+      q_BTQ = norm.rms_norm(q_BTQ, q_norm, self.cfg.norm_eps)
+      return jnp.einsum('btq,qnx->btnx', q_BTQ, w_uq_QNX)
+
+  def _weight(self, name: str, shape: tuple[int, ...], *axes: str | None):
+    w = layers.weight(self, name, shape, axes, self.cfg.init_std)
+    return w.astype(self.dtype)
+
+
+def _write(
+  cache: Cache | None,
+  latents: mla.Latents,
+  index_BT: Int[Array, 'B T'] | None,
+  layer: Int[Array, ''],
+) -> Cache | None:
+  """Puts the tokens' latents at their indices; those past the end are dropped."""
+  if cache is None:
+    return None
+  rows_B1 = jnp.arange(index_BT.shape[0])[:, None]
+  at = (layer, rows_B1, index_BT)
+  return Cache(
+    cache.c_LBSC.at[at].set(latents.c_BSC, mode='drop'),
+    cache.k_rope_LBSR.at[at].set(latents.k_rope_BSR, mode='drop'),
+  )

@@ -1,0 +1,110 @@
+"""One transformer block, and stacks of them (TR 2.1).
+
+  x += Attention(RMSNorm(x));  x += FFN(RMSNorm(x))
+
+A stack scans over layers whose parameters carry a leading layer dim, so that 61
+layers compile as fast as one; unrolled, each layer has parameters of its own.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dsv3_jax import config, sharding
+from dsv3_jax.nn import attention, layers, moe
+from dsv3_jax.ops import linear
+
+# 'report' (TR 3.2.3): RMSNorm, the MLA up-projections and the SwiGLU product are
+# made again in the backward pass from the values named here.
+_KEPT = ('q_latent', 'kv_latent', 'attention', 'swiglu_in', 'residual')
+
+
+class Block(nn.Module):
+  """Attention and feed-forward, each behind a norm and a residual."""
+
+  cfg: config.ModelConfig
+  balance: config.BalanceConfig
+  dtype: jnp.dtype
+  is_moe: bool
+  absorbed: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    carry: tuple[Array, attention.Cache | None],
+    bias_E: Float[Array, 'E'],
+    layer: Array,
+    context: attention.Context,
+  ) -> tuple[tuple[Array, attention.Cache | None], moe.MoeStats | None]:
+    """(hidden, cache) -> the same after the block, and the MoE's statistics."""
+    cfg, (x_BTD, cache) = self.cfg, carry
+    x_BTD = sharding.constrain(x_BTD, ('batch', 'sequence', None))
+    attend = attention.LatentAttention(
+      cfg, self.dtype, self.absorbed, name='attention'
+    )
+    normed = layers.RMSNorm(cfg, name='attention_norm')(x_BTD)
+    y_BTD, cache = attend(normed, context, cache, layer)
+    x_BTD = jax.ad_checkpoint.checkpoint_name(x_BTD + y_BTD, 'residual')
+    normed = layers.RMSNorm(cfg, name='ffn_norm')(x_BTD)
+    if self.is_moe:
+      ffn = moe.DeepSeekMoE(cfg, self.balance, self.dtype, name='moe')
+      y_BTD, stats = ffn(normed, bias_E, context.valid_BT)
+    else:
+      ffn = layers.SwiGLU(cfg, cfg.d_ff, self.dtype, name='ffn')
+      y_BTD, stats = linear.swiglu(normed, *ffn()), None
+    return (x_BTD + y_BTD, cache), stats
+
+
+class Stack(nn.Module):
+  """`length` blocks of one kind, scanned or unrolled."""
+
+  length: int
+  cfg: config.ModelConfig
+  balance: config.BalanceConfig
+  dtype: jnp.dtype
+  is_moe: bool
+  absorbed: bool
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: Float[Array, 'B T D'],
+    cache: attention.Cache | None,
+    bias_LE: Float[Array, 'L E'],
+    context: attention.Context,
+  ) -> tuple[Array, attention.Cache | None, moe.MoeStats | None]:
+    """Runs all blocks; statistics come stacked over the layers."""
+    fields = (self.cfg, self.balance, self.dtype, self.is_moe, self.absorbed)
+    block, index_L = rematerialised(self.cfg), jnp.arange(self.length)
+    carry = (x_BTD, cache)
+    if self.cfg.scan_layers:
+      scanned = nn.scan(
+        block,
+        variable_axes={'params': 0},
+        split_rngs={'params': True},
+        in_axes=(0, 0, nn.broadcast),
+        length=self.length,
+        metadata_params={nn.PARTITION_NAME: 'layers'},
+      )(*fields, name='layers')
+      carry, stats = scanned(carry, bias_LE, index_L, context)
+      return *carry, stats
+    each = []
+    for i in range(self.length):
+      layer = block(*fields, name=f'layer_{i}')
+      carry, stats = layer(carry, bias_LE[i], index_L[i], context)
+      each.append(stats)
+    return *carry, jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+
+
+def rematerialised(cfg: config.ModelConfig) -> Any:
+  """`Block` under the policy named by `model.remat`."""
+  if cfg.remat == 'none':
+    return Block
+  policies = jax.checkpoint_policies
+  kept = policies.save_only_these_names(*_KEPT)
+  policy = policies.nothing_saveable if cfg.remat == 'full' else kept
+  # Inside a scan, JAX cannot merge the second forward pass with the first.
+  return nn.remat(Block, prevent_cse=not cfg.scan_layers, policy=policy)

@@ -1,0 +1,81 @@
+"""How every parameter is declared, and the shells that hold just one."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax import config
+from dsv3_jax.ops import norm
+
+
+def weight(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  std: float,
+) -> Array:
+  """Declares an f32 matrix, normal with `std` (TR 4.2); axes are logical."""
+  init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
+  return module.param(name, init, shape, jnp.float32)
+
+
+def norm_weight(module: nn.Module, name: str, size: int, axis: str) -> Array:
+  """Declares the f32 weight of an RMSNorm, initially ones."""
+  init = nn.with_logical_partitioning(nn.initializers.ones, (axis,))
+  return module.param(name, init, (size,), jnp.float32)
+
+
+class RMSNorm(nn.Module):
+  """RMSNorm over the model dim."""
+
+  cfg: config.ModelConfig
+
+  @nn.compact
+  def __call__(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T D']:
+    w_D = norm_weight(self, 'norm', self.cfg.d_model, 'embed')
+    return norm.rms_norm(x_BTD, w_D, self.cfg.norm_eps)
+
+
+class Embedding(nn.Module):
+  """The token table, shared by the main model and the MTP modules (TR 2.2)."""
+
+  cfg: config.ModelConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, tokens_BT: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+    shape = (self.cfg.vocab_size, self.cfg.d_model)
+    w_VD = weight(self, 'w', shape, ('vocab', 'embed'), self.cfg.init_std)
+    return w_VD[tokens_BT].astype(self.dtype)
+
+
+class Head(nn.Module):
+  """The untied output matrix, shared by the main model and MTP (TR 2.2)."""
+
+  cfg: config.ModelConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self) -> Float[Array, 'D V']:
+    shape = (self.cfg.d_model, self.cfg.vocab_size)
+    w_DV = weight(self, 'w', shape, ('embed', 'vocab'), self.cfg.init_std)
+    return w_DV.astype(self.dtype)
+
+
+class SwiGLU(nn.Module):
+  """Weights of one SwiGLU of width `d_ff`."""
+
+  cfg: config.ModelConfig
+  d_ff: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self) -> tuple[Array, Array, Array]:
+    dim, width, std = self.cfg.d_model, self.d_ff, self.cfg.init_std
+    up_axes, down_axes = ('embed', 'ffn'), ('ffn', 'embed')
+    w_gate_DF = weight(self, 'w_gate', (dim, width), up_axes, std)
+    w_up_DF = weight(self, 'w_up', (dim, width), up_axes, std)
+    w_down_FD = weight(self, 'w_down', (width, dim), down_axes, std)
+    return tuple(w.astype(self.dtype) for w in (w_gate_DF, w_up_DF, w_down_FD))
+

@@ -1,0 +1,267 @@
+"""The whole network: embedding, dense and MoE stacks, head, MTP modules.
+
+Methods, for `Model.apply(..., method=...)`:
+  __call__     logits of the main model and of each MTP depth
+  loss         training losses of one micro-batch, and expert loads
+  token_losses cross-entropy of each main target
+  cached       logits of the last tokens, through a latent cache
+The router's biases are an input: `{'moe': [layers, E], 'mtp': [depth, E]}`.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax import config, sharding
+from dsv3_jax.nn import attention, block, layers, moe, mtp
+from dsv3_jax.ops import losses
+
+Router = dict[str, Array]
+
+
+class Batch(NamedTuple):
+  """One micro-batch, as the loader makes it.
+
+  tokens_BT, targets_BT int32; positions_BT int32 rotary positions; segments_BT
+  int32, the sample of each token, 0 on padding; weights_BT f32, 1 where the
+  target counts.
+  """
+
+  tokens_BT: Array
+  targets_BT: Array
+  positions_BT: Array
+  segments_BT: Array
+  weights_BT: Array
+
+
+class Caches(NamedTuple):
+  """Latent caches of the dense and of the MoE stack."""
+
+  dense: attention.Cache
+  moe: attention.Cache
+
+
+class Model(nn.Module):
+  """DeepSeek-V3 (TR 2).
+
+  isolated: samples packed in one row do not see each other (SFT, TR 5.1).
+  absorbed: attend to the cache in the latent space (decode).
+  """
+
+  cfg: config.ModelConfig
+  balance: config.BalanceConfig
+  dtype: jnp.dtype
+  isolated: bool = False
+  absorbed: bool = False
+
+  def setup(self):
+    cfg, common = self.cfg, (self.cfg, self.balance, self.dtype)
+    self.embed = layers.Embedding(cfg, self.dtype)
+    if cfg.num_dense_layers:
+      args = (*common, False, self.absorbed)
+      self.dense_layers = block.Stack(cfg.num_dense_layers, *args)
+    if cfg.num_moe_layers:
+      args = (*common, True, self.absorbed)
+      self.moe_layers = block.Stack(cfg.num_moe_layers, *args)
+    self.final_norm = layers.RMSNorm(cfg)
+    self.head = layers.Head(cfg, self.dtype)
+    self.mtp = [mtp.MtpModule(*common) for _ in range(cfg.mtp.depth)]
+
+  def __call__(
+    self, batch: Batch, router: Router
+  ) -> tuple[Float[Array, 'B T V'], list[Float[Array, 'B T V']]]:
+    """Logits, f32: of t_{i+1} and, for each depth k, of t_{i+k+1}."""
+    h_BTD, raw_BTD, _ = self._main(batch, router)
+    deeper, _ = self._mtp_chain(batch, router, h_BTD, raw_BTD)
+    head_DV = self.head()
+    return _logits(h_BTD, head_DV), [_logits(h, head_DV) for h in deeper]
+
+  def token_losses(
+    self, batch: Batch, router: Router
+  ) -> Float[Array, 'B T']:
+    """Cross-entropy of every main target, f32 [nats]."""
+    h_BTD, _, _ = self._main(batch, router)
+    return losses.token_losses(_logits(h_BTD, self.head()), batch.targets_BT)
+
+  def loss(
+    self, batch: Batch, router: Router, scales: dict[str, Array]
+  ) -> tuple[Float[Array, ''], dict[str, Array]]:
+    """This micro-batch's share of the step's loss (TR eqs. 17, 24, 25).
+
+    Args:
+      scales: what each sum is multiplied by, from `loss_scales`: 'main',
+        'mtp' (one a depth), 'balance', and 'mtp_weight', lambda.
+    Returns:
+      The loss, and its parts: 'loss' (main), 'mtp_loss' (mean over depths,
+      without lambda), 'balance', 'load' and 'mtp_load' [layers, E].
+    """
+    h_BTD, raw_BTD, stats = self._main(batch, router)
+    head_DV = self.head()
+    weights_BT = batch.weights_BT * scales['main']
+    main = losses.head_loss(h_BTD, head_DV, batch.targets_BT, weights_BT)
+    deeper, mtp_stats = self._mtp_chain(batch, router, h_BTD, raw_BTD)
+    mtp_loss = jnp.zeros((), jnp.float32)
+    for k, h_k in enumerate(deeper, start=1):
+      segments = (batch.weights_BT, batch.segments_BT)
+      weights_BT = losses.mtp_weights(*segments, k, self.isolated)
+      weights_BT *= scales['mtp'][k - 1] / len(deeper)
+      targets_BT = losses.mtp_shift(batch.targets_BT, k)
+      mtp_loss += losses.head_loss(h_k, head_DV, targets_BT, weights_BT)
+    balance = jnp.sum(stats.balance) + jnp.sum(mtp_stats.balance)
+    balance *= scales['balance']
+    total = main + scales['mtp_weight'] * mtp_loss + balance
+    parts = {'loss': main, 'mtp_loss': mtp_loss, 'balance': balance}
+    return total, parts | {'load': stats.load_E, 'mtp_load': mtp_stats.load_E}
+
+  def cached(
+    self,
+    tokens_BT: Int[Array, 'B T'],
+    index_BT: Int[Array, 'B T'],
+    last_B: Int[Array, 'B'],
+    router: Router,
+    caches: Caches,
+  ) -> tuple[Float[Array, 'B V'], Caches]:
+    """Logits after token `last_B` of each row; latents go into the caches.
+
+    Args:
+      index_BT: place of each token in its row, also its rotary position.
+    """
+    valid_BT = jnp.ones(tokens_BT.shape, jnp.float32)
+    context = attention.make_context(self.cfg, index_BT, valid_BT, None, index_BT)
+    raw_BTD, caches, _ = self._stacks(tokens_BT, router, context, caches)
+    raw_BD = jnp.take_along_axis(raw_BTD, last_B[:, None, None], axis=1)
+    return _logits(self.final_norm(raw_BD), self.head())[:, 0], caches
+
+  def _main(self, batch: Batch, router: Router):
+    """Hidden states after and before the final norm, and MoE statistics."""
+    context = self._context(batch)
+    raw_BTD, _, stats = self._stacks(batch.tokens_BT, router, context, None)
+    return self.final_norm(raw_BTD), raw_BTD, stats
+
+  def _context(self, batch: Batch) -> attention.Context:
+    valid_BT = (batch.segments_BT > 0).astype(jnp.float32)
+    segments_BT = batch.segments_BT if self.isolated else None
+    return attention.make_context(
+      self.cfg, batch.positions_BT, valid_BT, segments_BT
+    )
+
+  def _stacks(self, tokens_BT, router, context, caches):
+    """Embedding and all layers."""
+    cfg = self.cfg
+    with jax.named_scope('embed'):
+      x_BTD = self.embed(tokens_BT)
+    dense, routed = caches if caches is not None else (None, None)
+    if cfg.num_dense_layers:
+      no_bias = jnp.zeros((cfg.num_dense_layers, 0), jnp.float32)
+      x_BTD, dense, _ = self.dense_layers(x_BTD, dense, no_bias, context)
+    stats = moe.MoeStats(jnp.zeros((0, cfg.moe.num_experts)), jnp.zeros(0))
+    if cfg.num_moe_layers:
+      args = (x_BTD, routed, router['moe'], context)
+      x_BTD, routed, stats = self.moe_layers(*args)
+    return x_BTD, None if caches is None else Caches(dense, routed), stats
+
+  def _mtp_chain(self, batch: Batch, router: Router, h_BTD, raw_BTD):
+    """Normed hidden states of each MTP depth, and their MoE statistics."""
+    context, post = self._context(batch), self.cfg.mtp.hidden == 'post_norm'
+    previous, normed, each = h_BTD if post else raw_BTD, [], []
+    for k, module in enumerate(self.mtp, start=1):
+      # Emb(t_{i+k}); zeros past the end, where no target counts.
+      ahead_BT = losses.mtp_shift(batch.targets_BT, k - 1)
+      args = (self.embed(ahead_BT), router['mtp'][k - 1], context)
+      raw, h, stats = module(previous, *args)
+      previous = h if post else raw
+      normed.append(h)
+      each.append(stats)
+    if not each:
+      empty = jnp.zeros((0, self.cfg.moe.num_experts))
+      return [], moe.MoeStats(empty, jnp.zeros(0))
+    return normed, jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+
+
+def _logits(h_BTD: Float[Array, 'B T D'], head_DV) -> Float[Array, 'B T V']:
+  with jax.named_scope('head'):
+    return jnp.einsum(
+      'btd,dv->btv', h_BTD, head_DV, preferred_element_type=jnp.float32
+    )
+
+
+def init_router(cfg: config.ModelConfig) -> Router:
+  """Zero biases of all MoE layers, f32."""
+  return {
+    'moe': jnp.zeros((cfg.num_moe_layers, cfg.moe.num_experts), jnp.float32),
+    'mtp': jnp.zeros((cfg.mtp.depth, cfg.moe.num_experts), jnp.float32),
+  }
+
+
+def loss_scales(
+  cfg: config.MtpConfig,
+  weights: Float[Array, '*n B T'],
+  segments: Int[Array, '*n B T'],
+  isolated: bool,
+) -> dict[str, Array]:
+  """1 / (what each loss is averaged over), from all of a step's micro-batches.
+
+  The main loss is a mean over the targets that count; MTP's is divided by T of
+  every sequence (eq. 24) or, with `normalizer='valid'`, by its own targets.
+  A row of padding only is not a sequence: it fills a batch that the ramp has
+  not filled yet.
+  """
+  rows, length = weights.shape[-2:]
+  weights, segments = (x.reshape(-1, length) for x in (weights, segments))
+  sequences = jnp.sum(jnp.any(segments > 0, axis=-1)).astype(jnp.float32)
+  inverse = lambda count: 1.0 / jnp.maximum(count, 1.0)
+  mtp_counts = []
+  for k in range(1, cfg.depth + 1):
+    counted = losses.mtp_weights(weights, segments, k, isolated)
+    by_valid = cfg.normalizer == 'valid'
+    mtp_counts.append(jnp.sum(counted) if by_valid else sequences * length)
+  return {
+    'main': inverse(jnp.sum(weights)),
+    'mtp': [inverse(count) for count in mtp_counts],
+    'balance': rows * inverse(sequences),
+  }
+
+
+def build(cfg: config.Config, absorbed: bool = False) -> Model:
+  """The model of an experiment; `absorbed` for decoding from a cache."""
+  return Model(
+    cfg.model,
+    cfg.balance,
+    compute_dtype(cfg),
+    isolated=cfg.data.isolate_samples,
+    absorbed=absorbed,
+  )
+
+
+def compute_dtype(cfg: config.Config) -> jnp.dtype:
+  """Dtype of matrix products and activations."""
+  return {'bf16': jnp.bfloat16, 'f32': jnp.float32}[cfg.precision]
+
+
+def init_params(model: Model, key: Array) -> dict:
+  """Fresh f32 parameters as a plain nested dict (traceable)."""
+  return nn.meta.unbox(_init_boxed(model, key))
+
+
+def param_specs(
+  model: Model, rules: sharding.ShardingRules = sharding.RULES
+) -> dict:
+  """A PartitionSpec for every parameter, from its logical axes."""
+  boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
+  is_boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)
+  return jax.tree.map(
+    lambda box: sharding.to_spec(box.names, rules, box.value.ndim),
+    boxed,
+    is_leaf=is_boxed,
+  )
+
+
+def _init_boxed(model: Model, key: Array) -> dict:
+  """Parameters with their logical axes; one token is enough to declare them."""
+  length = model.cfg.mtp.depth + 1
+  ints, ones = jnp.zeros((1, length), jnp.int32), jnp.ones((1, length))
+  batch = Batch(ints, ints, ints, ints, ones)
+  return model.init(key, batch, init_router(model.cfg))['params']

@@ -1,0 +1,89 @@
+"""DeepSeekMoE as a module: router, shared expert, routed experts (TR 2.1.2)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from dsv3_jax import config, sharding
+from dsv3_jax.nn import layers
+from dsv3_jax.ops import dispatch, linear, losses, routing
+
+
+class MoeStats(NamedTuple):
+  """What a MoE layer tells: f32 load_E [tokens] and its balance loss."""
+
+  load_E: Array
+  balance: Array
+
+
+class DeepSeekMoE(nn.Module):
+  """Shared experts plus the K routed ones of each token (TR eq. 12)."""
+
+  cfg: config.ModelConfig
+  balance: config.BalanceConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BTD: Float[Array, 'B T D'],
+    bias_E: Float[Array, 'E'],
+    valid_BT: Float[Array, 'B T'],
+  ) -> tuple[Float[Array, 'B T D'], MoeStats]:
+    cfg, moe = self.cfg, self.cfg.moe
+    std, count = cfg.init_std, moe.num_experts
+    shape = (cfg.d_model, count)
+    w_DE = layers.weight(self, 'w_router', shape, ('embed', 'experts'), std)
+    batch, length, dim = x_BTD.shape
+    routing_M = routing.route(x_BTD.reshape(-1, dim), w_DE, bias_E, moe)
+    unflat = lambda x: x.reshape(batch, length, -1)
+    ids_BTK, gates_BTK, scores_BTE = map(unflat, routing_M)
+
+    def experts_weight(name, rows, columns, *axes):
+      full = (count, rows, columns)
+      w = layers.weight(self, name, full, ('experts', *axes), std)
+      return w.astype(self.dtype)
+
+    experts = dispatch.Experts(
+      experts_weight('w_gate', cfg.d_model, moe.d_ff, 'embed', 'ffn'),
+      experts_weight('w_up', cfg.d_model, moe.d_ff, 'embed', 'ffn'),
+      experts_weight('w_down', moe.d_ff, cfg.d_model, 'ffn', 'embed'),
+    )
+    y_BTD = _routed(x_BTD, ids_BTK, gates_BTK, experts, moe)
+    if moe.num_shared_experts:
+      width = moe.num_shared_experts * moe.d_ff
+      shared = layers.SwiGLU(cfg, width, self.dtype, name='shared')()
+      with jax.named_scope('shared_experts'):
+        y_BTD += linear.swiglu(x_BTD, *shared)
+    stats = MoeStats(
+      load_E=routing.count_load(ids_BTK, count, valid_BT),
+      balance=losses.balance_loss(
+        scores_BTE, ids_BTK, valid_BT, self.balance, moe
+      ),
+    )
+    return y_BTD, stats
+
+
+def _routed(x_BTD, ids_BTK, gates_BTK, experts, moe):
+  """The routed product, each device on its own tokens."""
+
+  def local(x_BTD, ids_BTK, gates_BTK, experts):
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    tokens = (flat(x_BTD), flat(ids_BTK), flat(gates_BTK))
+    y_MD = dispatch.expert_ffn(*tokens, experts, moe.product, moe.block_size)
+    return y_MD.reshape(x_BTD.shape)
+
+  if sharding.batch_shards() == 1:
+    return local(x_BTD, ids_BTK, gates_BTK, experts)
+  # Sorting is local to a shard of the batch: a global sort would gather all
+  # tokens everywhere. Weights come in whole, and their gradients are summed.
+  batch, whole = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
+  specs = (batch, batch, batch, whole)
+  mapped = jax.shard_map(
+    local, in_specs=specs, out_specs=batch, check_vma=False
+  )
+  return mapped(x_BTD, ids_BTK, gates_BTK, experts)

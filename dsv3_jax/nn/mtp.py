@@ -1,0 +1,54 @@
+"""One multi-token prediction module (TR 2.2).
+
+  h'_i = M [RMSNorm(Emb(t_{i+k})) ; RMSNorm(h_i^{k-1})]     (eq. 21)
+  h^k  = Block(h');  p = softmax(Head(RMSNorm(h^k)))         (eqs. 22, 23)
+
+The embedding comes first in the concatenation, as in the published checkpoint;
+eq. 21 writes the reverse, which is a permutation of M's columns. The output norm
+is the module's own; embedding and head are the main model's.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dsv3_jax import config
+from dsv3_jax.nn import attention, block, layers, moe
+
+
+class MtpModule(nn.Module):
+  """Depth k of the prediction chain."""
+
+  cfg: config.ModelConfig
+  balance: config.BalanceConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self,
+    h_BTD: Float[Array, 'B T D'],
+    embedded_BTD: Float[Array, 'B T D'],
+    bias_E: Float[Array, 'E'],
+    context: attention.Context,
+  ) -> tuple[Array, Array, moe.MoeStats]:
+    """Returns the block's output, its normed form (for the head), statistics.
+
+    Args:
+      h_BTD: of depth k - 1. embedded_BTD: Emb(t_{i+k}) at position i.
+    """
+    cfg = self.cfg
+    with jax.named_scope('mtp'):
+      pair = (
+        layers.RMSNorm(cfg, name='embed_norm')(embedded_BTD),
+        layers.RMSNorm(cfg, name='hidden_norm')(h_BTD),
+      )
+      shape, axes = (2 * cfg.d_model, cfg.d_model), (None, 'embed')
+      w_proj = layers.weight(self, 'w_proj', shape, axes, cfg.init_std)
+      merged = jnp.concatenate(pair, axis=-1)
+      x_BTD = jnp.einsum('btj,jd->btd', merged, w_proj.astype(self.dtype))
+      body = block.rematerialised(cfg)(
+        cfg, self.balance, self.dtype, True, False, name='block'
+      )
+      (x_BTD, _), stats = body((x_BTD, None), bias_E, jnp.array(0), context)
+      return x_BTD, layers.RMSNorm(cfg, name='final_norm')(x_BTD), stats

@@ -1,0 +1,185 @@
+"""Cross-entropy of the head, MTP targets, and the balance losses.
+
+Main loss: mean cross-entropy over the targets that count. MTP (TR 2.2, eqs.
+24-25): depth k predicts t_{i+k+1} from position i, for i = 1..T-k; its sum is
+divided by T, or by the targets that count. Balance (TR 2.1.2, eqs. 17-20): per
+sequence, alpha sum_i f_i P_i with f_i from the unbiased, ungrouped top-K.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax import config
+from dsv3_jax.ops import routing
+
+_TOKENS_AT_ONCE = 2048  # logits of so many tokens exist at a time
+
+
+def token_losses(
+  logits_BTV: Float[Array, 'B T V'], targets_BT: Int[Array, 'B T']
+) -> Float[Array, 'B T']:
+  """Cross-entropy of each target, f32 [nats]."""
+  logits_BTV = logits_BTV.astype(jnp.float32)
+  chosen_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)
+  return jax.nn.logsumexp(logits_BTV, axis=-1) - chosen_BT[..., 0]
+
+
+@jax.custom_vjp
+def head_loss(
+  h_BTD: Float[Array, 'B T D'],
+  head_DV: Float[Array, 'D V'],
+  targets_BT: Int[Array, 'B T'],
+  weights_BT: Float[Array, 'B T'],
+) -> Float[Array, '']:
+  """Weighted sum of the cross-entropies of softmax(h W_head), f32 [nats].
+
+  Logits exist for a few tokens at a time. Since the result is one number, the
+  gradients are made in the forward pass, while the logits are there, and scaled
+  in the backward pass.
+  """
+  return _scan_head(h_BTD, head_DV, targets_BT, weights_BT, False)[0]
+
+
+def _head_loss_fwd(h_BTD, head_DV, targets_BT, weights_BT):
+  return _scan_head(h_BTD, head_DV, targets_BT, weights_BT, True)
+
+
+def _head_loss_bwd(grads, scale):
+  dh_BTD, dhead_DV = grads
+  dh_BTD = (dh_BTD * scale).astype(dh_BTD.dtype)
+  dhead_DV = (dhead_DV * scale).astype(dhead_DV.dtype)
+  return dh_BTD, dhead_DV, None, None
+
+
+head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
+
+
+def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
+  """The loss and, if asked, its gradients, over chunks of the sequence."""
+  batch, length = targets_BT.shape
+  chunk = max(1, min(length, _TOKENS_AT_ONCE // batch))
+  while length % chunk:
+    chunk -= 1
+  split = functools.partial(_split_sequence, chunk=chunk)
+
+  def body(carry, piece):
+    total, dhead_DV = carry
+    h_BtD, targets_Bt, weights_Bt = piece
+    logits = jnp.einsum(
+      'btd,dv->btv', h_BtD, head_DV, preferred_element_type=jnp.float32
+    )
+    losses = token_losses(logits, targets_Bt)
+    total += jnp.sum(losses * weights_Bt)
+    if not with_grads:
+      return (total, dhead_DV), None
+    hot = targets_Bt[..., None] == jnp.arange(head_DV.shape[-1])
+    dlogits = (jax.nn.softmax(logits, axis=-1) - hot) * weights_Bt[..., None]
+    dlogits = dlogits.astype(h_BtD.dtype)
+    dhead_DV += jnp.einsum(
+      'btd,btv->dv', h_BtD, dlogits, preferred_element_type=jnp.float32
+    )
+    return (total, dhead_DV), jnp.einsum('btv,dv->btd', dlogits, head_DV)
+
+  with jax.named_scope('head'):
+    shape = head_DV.shape if with_grads else (0, 0)
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32))
+    pieces = (split(h_BTD), split(targets_BT), split(weights_BT))
+    (total, dhead_DV), dh = jax.lax.scan(body, start, pieces)
+  if not with_grads:
+    return total, None
+  dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(h_BTD.shape)
+  return total, (dh_BTD, dhead_DV.astype(head_DV.dtype))
+
+
+def _split_sequence(x, chunk):
+  """[B, T, ...] -> [T / chunk, B, chunk, ...]; the batch stays whole."""
+  x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
+  return jnp.moveaxis(x, 1, 0)
+
+
+def mtp_shift(x_BT: Array, depth: int) -> Array:
+  """x_{i+depth} at i; zeros where the sequence ends first."""
+  shifted = x_BT[:, depth:]
+  return jnp.pad(shifted, ((0, 0), (0, depth)))
+
+
+def mtp_weights(
+  weights_BT: Float[Array, 'B T'],
+  segments_BT: Int[Array, 'B T'],
+  depth: int,
+  isolated: bool,
+) -> Float[Array, 'B T']:
+  """Which of the targets t_{i+depth+1} count (TR 2.2).
+
+  Args:
+    weights_BT: of the main targets t_{i+1}; segments_BT: of the inputs t_i.
+    isolated: samples do not see each other: a target counts only if no border
+      lies between position i and it.
+  """
+  shifted_BT = mtp_shift(weights_BT, depth)
+  if isolated:
+    same = mtp_shift(segments_BT, depth) == segments_BT
+    shifted_BT = jnp.where(same, shifted_BT, 0.0)
+  return shifted_BT
+
+
+def balance_loss(
+  scores_BTE: Float[Array, 'B T E'],
+  ids_BTK: Int[Array, 'B T K'],
+  valid_BT: Float[Array, 'B T'],
+  cfg: config.BalanceConfig,
+  moe: config.MoeConfig,
+) -> Float[Array, '']:
+  """The auxiliary loss of one layer, mean over the batch's sequences.
+
+  'sequence' is eqs. 17-20, 'batch' the same over all tokens (TR 4.5.3), 'v2' the
+  expert, device and communication losses of the V2 report 2.2.3, with groups as
+  devices. Gradients flow through P only.
+  """
+  if cfg.kind == 'none':
+    return jnp.zeros((), jnp.float32)
+  with jax.named_scope('balance_loss'):
+    probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+    if cfg.kind == 'v2':
+      return _v2_losses(probs_BTE, ids_BTK, valid_BT, cfg, moe)
+    _, top_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), moe.top_k)
+    if cfg.kind == 'batch':
+      flat = lambda x: x.reshape(1, -1, *x.shape[2:])
+      probs_BTE, top_BTK, valid_BT = map(flat, (probs_BTE, top_BTK, valid_BT))
+    f_BE = _frequency(top_BTK, valid_BT, moe)
+    p_BE = _mean_prob(probs_BTE, valid_BT)
+    return cfg.alpha * jnp.mean(jnp.sum(f_BE * p_BE, axis=-1))
+
+
+def _frequency(ids_BTK, valid_BT, moe):
+  """f_i = E / (K T) * tokens of the sequence that chose i (eq. 18)."""
+  count_BE = routing.count_per_sequence(ids_BTK, moe.num_experts, valid_BT)
+  tokens_B1 = jnp.maximum(jnp.sum(valid_BT, axis=1, keepdims=True), 1.0)
+  return count_BE * moe.num_experts / (moe.top_k * tokens_B1)
+
+
+def _mean_prob(probs_BTE, valid_BT):
+  """P_i = mean over the sequence's tokens of s'_i (eq. 20)."""
+  tokens_B1 = jnp.maximum(jnp.sum(valid_BT, axis=1, keepdims=True), 1.0)
+  return jnp.sum(probs_BTE * valid_BT[..., None], axis=1) / tokens_B1
+
+
+def _v2_losses(probs_BTE, ids_BTK, valid_BT, cfg, moe):
+  """V2's three losses: over experts, devices, and tokens sent to devices."""
+  f_BE = _frequency(ids_BTK, valid_BT, moe)
+  p_BE = _mean_prob(probs_BTE, valid_BT)
+  groups = (f_BE.shape[0], moe.num_groups, -1)
+  f_BG = jnp.mean(f_BE.reshape(groups), axis=-1)
+  p_BG = jnp.sum(p_BE.reshape(groups), axis=-1)
+  group_BTK = ids_BTK // (moe.num_experts // moe.num_groups)
+  hot_BTG = jnp.max(jax.nn.one_hot(group_BTK, moe.num_groups), axis=2)
+  tokens_B1 = jnp.maximum(jnp.sum(valid_BT, axis=1, keepdims=True), 1.0)
+  sent_BG = jnp.sum(hot_BTG * valid_BT[..., None], axis=1)
+  sent_BG *= moe.num_groups / (moe.top_groups * tokens_B1)
+  total_B = cfg.v2_expert_alpha * jnp.sum(f_BE * p_BE, axis=-1)
+  total_B += cfg.v2_device_alpha * jnp.sum(f_BG * p_BG, axis=-1)
+  total_B += cfg.v2_comm_alpha * jnp.sum(sent_BG * p_BG, axis=-1)
+  return jnp.mean(total_B)

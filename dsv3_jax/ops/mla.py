@@ -1,0 +1,137 @@
+"""Multi-head latent attention (TR 2.1.1).
+
+Queries and keys have a part without position (H) and a rotary part (R); the
+rotary key is one vector a token, shared by all heads. Keys and values come from
+one latent of width C a token, so a cache holds C + R values a token and layer.
+
+  naive     k_h = W_UK_h c, v_h = W_UV_h c;  o_h = softmax(q_h . k_h) v_h
+  absorbed  q_h^T (W_UK_h c) = (W_UK_h^T q_h)^T c: attend in the latent space,
+            then apply W_UV_h once to the mixed latent
+
+Both give the same output; naive is cheaper for many queries, absorbed for few.
+Key s of a row is at index s of the cache, whatever its rotary position.
+Letters: X = H + R, Y = C + R; others as in the alphabet.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.ops import norm, rope
+
+_QUERY_BLOCK = 128  # rows of one causal block in `attend_naive`
+
+
+class Latents(NamedTuple):
+  """What is cached a token: normed latent and rotated key."""
+
+  c_BSC: Float[Array, 'B S C']
+  k_rope_BSR: Float[Array, 'B S R']
+
+
+def compress(
+  x_BTD: Float[Array, 'B T D'],
+  w_dkv_DY: Float[Array, 'D Y'],
+  kv_norm_C: Float[Array, 'C'],
+  cos_BTr: Float[Array, 'B T r'],
+  sin_BTr: Float[Array, 'B T r'],
+  eps: float,
+) -> Latents:
+  """Latents of keys and values (TR eqs. 1 and 3); the rotary key is not normed."""
+  with jax.named_scope('kv_down'):
+    y_BTY = jnp.einsum('btd,dy->bty', x_BTD, w_dkv_DY)
+    y_BTY = checkpoint_name(y_BTY, 'kv_latent')
+    width = kv_norm_C.shape[0]
+    c_BTC = norm.rms_norm(y_BTY[..., :width], kv_norm_C, eps)
+    return Latents(c_BTC, rope.rotate(y_BTY[..., width:], cos_BTr, sin_BTr))
+
+
+def split_query(
+  q_BTNX: Float[Array, 'B T N X'],
+  cos_BTr: Float[Array, 'B T r'],
+  sin_BTr: Float[Array, 'B T r'],
+) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B T N R']]:
+  """Query heads into their unrotated and rotated parts (TR eqs. 7-9)."""
+  head_dim = q_BTNX.shape[-1] - 2 * cos_BTr.shape[-1]
+  q_rope_BTNR = rope.rotate(q_BTNX[..., head_dim:], cos_BTr, sin_BTr)
+  return q_BTNX[..., :head_dim], q_rope_BTNR
+
+
+def attend_naive(
+  q_nope_BTNH: Float[Array, 'B T N H'],
+  q_rope_BTNR: Float[Array, 'B T N R'],
+  latents: Latents,
+  w_uk_CNH: Float[Array, 'C N H'],
+  w_uv_CNU: Float[Array, 'C N U'],
+  segments_BT: Int[Array, 'B T'] | None,
+  scale: float,
+) -> Float[Array, 'B T N U']:
+  """Causal attention of a whole sequence on itself (TR eqs. 2, 5, 10).
+
+  Args:
+    segments_BT: tokens attend within their segment only; None: to all before.
+    scale: factor on the logits; softmax in f32.
+  """
+  with jax.named_scope('kv_up'):
+    k_nope_BSNH = jnp.einsum('bsc,cnh->bsnh', latents.c_BSC, w_uk_CNH)
+    v_BSNU = jnp.einsum('bsc,cnu->bsnu', latents.c_BSC, w_uv_CNU)
+  with jax.named_scope('attention'):
+    k_rope_BSNR = jnp.broadcast_to(
+      latents.k_rope_BSR[:, :, None],
+      (*k_nope_BSNH.shape[:3], latents.k_rope_BSR.shape[-1]),
+    )
+    q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1) * scale
+    k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
+    length = q_BTNX.shape[1]
+    blocks = []
+    # Blocks of queries see only the keys up to their own end, so about half of
+    # the T x T products is never made.
+    for start in range(0, length, _QUERY_BLOCK):
+      end = min(start + _QUERY_BLOCK, length)
+      mask_BTS = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+      if segments_BT is not None:
+        query_segments, key_segments = segments_BT[:, start:end], segments_BT
+        same = query_segments[:, :, None] == key_segments[:, None, :end]
+        mask_BTS = mask_BTS & same
+      q, k, v = q_BTNX[:, start:end], k_BSNX[:, :end], v_BSNU[:, :end]
+      scores = jnp.einsum('btnx,bsnx->bnts', q, k)
+      p_BNTS = _softmax(scores, mask_BTS).astype(v.dtype)
+      blocks.append(jnp.einsum('bnts,bsnu->btnu', p_BNTS, v))
+    return checkpoint_name(jnp.concatenate(blocks, axis=1), 'attention')
+
+
+def attend_absorbed(
+  q_nope_BTNH: Float[Array, 'B T N H'],
+  q_rope_BTNR: Float[Array, 'B T N R'],
+  latents: Latents,
+  w_uk_CNH: Float[Array, 'C N H'],
+  w_uv_CNU: Float[Array, 'C N U'],
+  mask_BTS: Bool[Array, 'B T S'],
+  scale: float,
+) -> Float[Array, 'B T N U']:
+  """Attention in the latent space over cached latents (TR 2.1.1).
+
+  Args:
+    mask_BTS: True where query t may see key s.
+  """
+  with jax.named_scope('attention_absorbed'):
+    q_abs_BTNC = jnp.einsum('btnh,cnh->btnc', q_nope_BTNH, w_uk_CNH)
+    scores_BNTS = jnp.einsum('btnc,bsc->bnts', q_abs_BTNC, latents.c_BSC)
+    scores_BNTS += jnp.einsum('btnr,bsr->bnts', q_rope_BTNR, latents.k_rope_BSR)
+    p_BNTS = _softmax(scores_BNTS * scale, mask_BTS).astype(q_nope_BTNH.dtype)
+    o_BTNC = jnp.einsum('bnts,bsc->btnc', p_BNTS, latents.c_BSC)
+    return jnp.einsum('btnc,cnu->btnu', o_BTNC, w_uv_CNU)
+
+
+def _softmax(
+  scores_BNTS: Float[Array, 'B N T S'], mask: Bool[Array, '*batch T S']
+) -> Float[Array, 'B N T S']:
+  """Softmax over the unmasked keys in f32; a row with none is uniform."""
+  if mask.ndim == 3:
+    mask = mask[:, None]
+  low = jnp.finfo(jnp.float32).min
+  scores_BNTS = jnp.where(mask, scores_BNTS.astype(jnp.float32), low)
+  return jax.nn.softmax(scores_BNTS, axis=-1)

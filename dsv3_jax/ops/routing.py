@@ -1,0 +1,112 @@
+"""The DeepSeekMoE gate and its auxiliary-loss-free balance (TR 2.1.2).
+
+  s = sigmoid(W x)                                    (eq. 15)
+  choose by s + b, restricted to the best groups      (eq. 16, node-limited)
+  gates = s / sum of the chosen s * route_scale       (eqs. 13, 14)
+  b += gamma * sign(mean load - load), once a step
+
+The bias steers the choice only. V2's gate is `score_func='softmax'`: groups are
+scored by their best expert, gates are not normalised, and there is no bias
+(callers pass zeros). Ties go to the lower index.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax import config
+
+
+class Routing(NamedTuple):
+  """Chosen experts and gates of each token, and all the scores."""
+
+  ids_MK: Int[Array, 'M K']
+  gates_MK: Float[Array, 'M K']
+  scores_ME: Float[Array, 'M E']
+
+
+def route(
+  x_MD: Float[Array, 'M D'],
+  w_DE: Float[Array, 'D E'],
+  bias_E: Float[Array, 'E'],
+  cfg: config.MoeConfig,
+) -> Routing:
+  """Chooses K experts per token (TR 2.1.2, eqs. 13-16).
+
+  Args:
+    x_MD: normed tokens, any float dtype; logits are computed in f32.
+    bias_E: f32; steers the choice only and gets no gradient.
+  Returns:
+    ids_MK int32, by falling biased score; gates_MK f32, rows sum to
+    cfg.route_scale when cfg.norm_topk; scores_ME f32 without the bias.
+  """
+  with jax.named_scope('gate'):
+    logits_ME = jnp.einsum(
+      'md,de->me',
+      x_MD.astype(jnp.float32),
+      w_DE.astype(jnp.float32),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    if cfg.score_func == 'sigmoid':
+      scores_ME = jax.nn.sigmoid(logits_ME)
+    else:
+      scores_ME = jax.nn.softmax(logits_ME, axis=-1)
+    biased_ME = jax.lax.stop_gradient(scores_ME + bias_E)
+    if cfg.num_groups > 1:
+      biased_ME = _limit_groups(biased_ME, cfg)
+    _, ids_MK = jax.lax.top_k(biased_ME, cfg.top_k)
+    gates_MK = jnp.take_along_axis(scores_ME, ids_MK, axis=-1)
+    if cfg.norm_topk:
+      gates_MK /= jnp.sum(gates_MK, axis=-1, keepdims=True)
+    return Routing(ids_MK, gates_MK * cfg.route_scale, scores_ME)
+
+
+def _limit_groups(
+  biased_ME: Float[Array, 'M E'], cfg: config.MoeConfig
+) -> Float[Array, 'M E']:
+  """-inf outside the best groups: by their best two (V2: best) experts."""
+  groups_MGE = biased_ME.reshape(-1, cfg.num_groups, biased_ME.shape[-1] // cfg.num_groups)
+  best = 2 if cfg.score_func == 'sigmoid' else 1
+  group_scores_MG = jnp.sum(jax.lax.top_k(groups_MGE, best)[0], axis=-1)
+  _, chosen_MJ = jax.lax.top_k(group_scores_MG, cfg.top_groups)
+  kept_MG = jnp.any(
+    chosen_MJ[:, :, None] == jnp.arange(cfg.num_groups), axis=1
+  )
+  limited = jnp.where(kept_MG[:, :, None], groups_MGE, -jnp.inf)
+  return limited.reshape(biased_ME.shape)
+
+
+def count_load(
+  ids_BTK: Int[Array, 'B T K'],
+  num_experts: int,
+  valid_BT: Float[Array, 'B T'],
+) -> Float[Array, 'E']:
+  """Tokens sent to each expert, f32 [tokens]; padding does not count."""
+  return jnp.sum(count_per_sequence(ids_BTK, num_experts, valid_BT), axis=0)
+
+
+def count_per_sequence(
+  ids_BTK: Int[Array, 'B T K'],
+  num_experts: int,
+  valid_BT: Float[Array, 'B T'],
+) -> Float[Array, 'B E']:
+  """As `count_load`, for each row of the batch."""
+  chosen_BTE = jnp.sum(jax.nn.one_hot(ids_BTK, num_experts), axis=2)
+  return jnp.sum(chosen_BTE * valid_BT[:, :, None], axis=1)
+
+
+def update_bias(
+  bias_E: Float[Array, '*layers E'],
+  load_E: Float[Array, '*layers E'],
+  rate: Float[Array, ''] | float,
+) -> Float[Array, '*layers E']:
+  """b += gamma sign(mean load - load), each layer for itself (TR 2.1.2).
+
+  Args:
+    load_E: tokens of the *whole* batch: all devices, all micro-batches.
+    rate: gamma of this step.
+  """
+  mean = jnp.mean(load_E, axis=-1, keepdims=True)
+  return bias_E + rate * jnp.sign(mean - load_E)

@@ -1,0 +1,1 @@
+"""Experiments: one file a run, each with `get_config(arg)`."""

@@ -1,0 +1,205 @@
+"""Every default, once: the recipe of DeepSeek-V3 671B.
+
+Section numbers are the technical report's (TR, arXiv 2412.19437). A value that
+the report does not give is marked NP (not published) with what we chose. Other
+experiments start from this one and change what they need.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(arg: str = '') -> config_dict.ConfigDict:
+  """Returns the locked base; `arg` is one of `''` and `'runlocal'`."""
+  config = config_dict.ConfigDict()
+  config.seed = 0  # of initialisation, shuffling, FIM and sampling
+  config.precision = 'bf16'  # of matrix products: 'bf16' or 'f32'
+  config.model = _model()
+  config.balance = _balance()
+  config.data = _data()
+  config.optim = _optim()
+  config.train = _train()
+  config.mesh = {  # number of devices along each axis, TR 3.2
+    'pipe': 1,
+    'data': 1,
+    'context': 1,
+    'node': 1,
+    'expert': 1,
+    'model': 1,
+  }
+  config.checkpoint = {
+    'every_steps': 1000,
+    'keep': 3,  # newest committed steps that are kept
+    'restore_step': -1,  # -1: the newest; else exactly this step
+  }
+  config.eval = {
+    'every_steps': 1000,  # 0: only at the end
+    'max_bytes': 2_000_000,  # of held-out text, whole documents
+    'batch_size': 32,  # windows
+    'stride': 2048,  # tokens newly scored by each window
+    'baselines': False,  # unigram, bigram, zlib on the same bytes, at the end
+  }
+  config.sample = {
+    'prompts': ('',),
+    'max_new_tokens': 128,
+    'temperature': 0.7,
+    'top_p': 0.95,
+  }
+  if arg == 'runlocal':
+    shrink(config)
+  elif arg:
+    raise ValueError(f"config argument {arg!r} must be '' or 'runlocal'")
+  return config.lock()
+
+
+def _model():
+  return {
+    'vocab_size': 129280,  # rows of embedding and head, TR 4.1
+    'd_model': 7168,  # TR 4.2
+    'd_ff': 18432,  # of the dense layers' SwiGLU
+    'num_layers': 61,
+    'num_dense_layers': 3,  # the first ones
+    'norm_eps': 1e-6,
+    'init_std': 0.006,  # all matrices, TR 4.2
+    'max_seq_len': 4096,  # longest position; YaRN is on beyond the original
+    'scan_layers': True,  # False: layers unrolled (faster decode)
+    'remat': 'report',  # 'none', 'report' (TR 3.2.3) or 'full'
+    'mla': {  # TR 2.1.1
+      'num_heads': 128,
+      'q_lora_rank': 1536,  # 0: a plain query projection
+      'kv_lora_rank': 512,
+      'qk_nope_head_dim': 128,
+      'qk_rope_head_dim': 64,
+      'v_head_dim': 128,
+    },
+    'rope': {  # TR 4.3
+      'theta': 10000.0,
+      'original_seq_len': 4096,  # tokens
+      'factor': 40.0,  # YaRN's s; 1.0: no extension possible
+      'beta_fast': 32.0,  # rotations over the original length
+      'beta_slow': 1.0,
+      'mscale': 1.0,
+      'mscale_all_dim': 1.0,
+    },
+    'moe': {  # TR 2.1.2
+      'num_experts': 256,
+      'num_shared_experts': 1,
+      'top_k': 8,
+      'num_groups': 8,
+      'top_groups': 4,  # groups that a token may reach
+      'd_ff': 2048,  # of one expert
+      'score_func': 'sigmoid',  # 'softmax' is V2's gate
+      'norm_topk': True,  # gates divided by their sum
+      'route_scale': 2.5,
+      'product': 'auto',  # 'blocks', 'dense', 'ragged'
+      'block_size': 128,  # rows of one expert block in 'blocks'
+    },
+    'mtp': {  # TR 2.2
+      'depth': 1,  # 0: no MTP module
+      'hidden': 'post_norm',  # NP: h^0 after or before ('pre_norm') the norm
+      'normalizer': 'T',  # eq. 24 divides by T; 'valid': by the targets
+    },
+  }
+
+
+def _balance():
+  return {  # TR 2.1.2, eqs. 17-20; 4.5.3
+    'kind': 'sequence',  # 'batch', 'v2' or 'none' for ablations
+    'alpha': 1e-4,  # of 'sequence' and 'batch'; NP: summed over layers
+    'v2_expert_alpha': 0.003,  # V2, 3.1.2; used by 'v2' only
+    'v2_device_alpha': 0.05,
+    'v2_comm_alpha': 0.02,
+  }
+
+
+def _data():
+  return {
+    'source': 'stdlib',  # 'stdlib', 'tfds:NAME', or a .txt/.jsonl/.parquet glob
+    'text_key': 'text',  # field of TFDS, JSONL and Parquet records
+    'valid_fraction': 0.02,  # held out, by a hash of the document's name
+    'cache_dir': '',  # '': dsv3_jax under the user's cache folder
+    'tokenizer': '',  # a tokenizer.json; '': trained on the corpus
+    'tokenizer_vocab': 129280,  # entries when trained
+    'seq_len': 4096,  # T, tokens predicted a row, TR 4.2
+    'fim_rate': 0.1,  # documents rearranged to PSM, TR 4.1
+    'split_rate': 0.1,  # NP: share of punctuation+newline tokens split, TR 4.1
+    'isolate_samples': False,  # True for SFT: samples do not see each other
+    'packing_bins': 64,  # open rows of best-fit packing
+  }
+
+
+def _optim():
+  return {  # TR 4.2
+    'lr': {
+      'peak': 2.2e-4,
+      'warmup_steps': 2000,
+      'constant_tokens': 10_000_000_000_000,  # end of the constant piece
+      'decay_tokens': 4_300_000_000_000,  # length of the cosine
+      'decay_lr': 2.2e-5,  # reached by the cosine, then held
+      'hold_tokens': 333_000_000_000,
+      'final_lr': 7.3e-6,  # the last 167B tokens
+    },
+    'beta1': 0.9,
+    'beta2': 0.95,
+    'eps': 1e-8,  # NP
+    'weight_decay': 0.1,  # NP which: matrices, not norm weights
+    'clip_norm': 1.0,
+    'moments_dtype': 'bfloat16',  # TR 3.3.3; or 'float32'
+    'ema_decay': 0.999,  # NP; 0.0: no EMA, TR 3.2.3
+    'mtp_weight': {  # lambda
+      'first': 0.3,
+      'first_tokens': 10_000_000_000_000,
+      'then': 0.1,
+    },
+    'bias_rate': {  # gamma
+      'first': 0.001,
+      'first_tokens': 14_300_000_000_000,
+      'then': 0.0,
+    },
+  }
+
+
+def _train():
+  return {
+    'total_tokens': 14_800_000_000_000,
+    'batch_size': 15360,  # sequences a step
+    'batch_size_start': 3072,
+    'batch_ramp_tokens': 469_000_000_000,  # NP shape: linear in tokens
+    'microbatch_size': 128,  # sequences
+    'log_every': 10,  # steps
+    'spike_sigmas': 0.0,  # skip a step this far above the mean loss; 0: off
+    'probe_every': 0,  # run every k-th step twice, compare bits; 0: off
+    'watchdog_seconds': 1800.0,  # without a finished step; 0: off
+    'peak_flops': 0.0,  # per device, for MFU; 0: known or measured
+  }
+
+
+def shrink(config: config_dict.ConfigDict) -> None:
+  """The `runlocal` size of any experiment: seconds on one CPU core.
+
+  Keeps what is on or off in `config` and cuts widths, lengths and counts.
+  """
+  with config.unlocked():
+    model = config.model
+    config.precision = 'f32'
+    model.update(vocab_size=512, d_model=64, d_ff=128, num_layers=3)
+    model.num_dense_layers = min(model.num_dense_layers, 1)
+    model.max_seq_len = 64
+    model.init_std = 0.02
+    model.rope.original_seq_len = 64
+    model.mla.update(num_heads=2, kv_lora_rank=32, qk_nope_head_dim=16)
+    model.mla.update(qk_rope_head_dim=8, v_head_dim=16)
+    model.mla.q_lora_rank = min(model.mla.q_lora_rank, 24)
+    model.moe.update(num_experts=8, d_ff=32, top_k=2, block_size=16)
+    model.moe.num_groups = min(model.moe.num_groups, 4)
+    model.moe.top_groups = min(model.moe.top_groups, 2)
+    config.data.update(seq_len=64, tokenizer_vocab=512, packing_bins=16)
+    config.train.update(batch_size=8, batch_size_start=8, microbatch_size=4)
+    config.train.update(batch_ramp_tokens=0, total_tokens=8 * 64 * 20)
+    config.train.update(log_every=5, watchdog_seconds=300.0)
+    config.optim.lr.update(peak=3e-3, warmup_steps=5, constant_tokens=5120)
+    config.optim.lr.update(decay_tokens=5120, decay_lr=3e-4, hold_tokens=0)
+    config.optim.lr.final_lr = 3e-4
+    config.checkpoint.every_steps = 10
+    config.eval.update(every_steps=0, max_bytes=4000, batch_size=8, stride=32)
+    config.sample.max_new_tokens = 8
+    config.mesh.update({axis: 1 for axis in config.mesh})
