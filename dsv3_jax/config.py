@@ -249,7 +249,7 @@ class Config:
   sample: SampleConfig
 
 
-def from_config_dict(source: Mapping[str, Any]) -> Config:
+def from_config_dict(source: Any) -> Config:
   """Builds and checks a `Config` from a ConfigDict or nested dict.
 
   Raises:
@@ -309,5 +309,3 @@ def _leaf(hint: Any, value: Any, path: str) -> Any:
   if type(value) is not hint:
     raise ValueError(f'{path}={value!r} must be of type {hint.__name__}')
   return value
-
-

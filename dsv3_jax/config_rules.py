@@ -158,7 +158,12 @@ def _model(config: Any) -> Iterator[Rule]:
 
 def _run(config: Any) -> Iterator[Rule]:
   """Rules that tie the model to data, batch and mesh."""
-  model, data, train, mesh = config.model, config.data, config.train, config.mesh
+  model, data, train, mesh = (
+    config.model,
+    config.data,
+    config.train,
+    config.mesh,
+  )
   yield (
     data.seq_len <= model.max_seq_len,
     f'data.seq_len={data.seq_len} must be <= '

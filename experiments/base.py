@@ -202,4 +202,4 @@ def shrink(config: config_dict.ConfigDict) -> None:
     config.checkpoint.every_steps = 10
     config.eval.update(every_steps=0, max_bytes=4000, batch_size=8, stride=32)
     config.sample.max_new_tokens = 8
-    config.mesh.update({axis: 1 for axis in config.mesh})
+    config.mesh.update(dict.fromkeys(config.mesh, 1))

@@ -83,7 +83,9 @@ class LatentAttention(nn.Module):
     q_BTNX = self._queries(x_BTD)
     cos, sin = context.cos_BTr, context.sin_BTr
     q_nope, q_rope = mla.split_query(q_BTNX, cos, sin)
-    w_dkv_DY = self._weight('w_dkv', (cfg.d_model, m.cache_width), 'embed', None)
+    w_dkv_DY = self._weight(
+      'w_dkv', (cfg.d_model, m.cache_width), 'embed', None
+    )
     kv_norm = layers.norm_weight(self, 'kv_norm', m.kv_lora_rank, 'kv_latent')
     latents = mla.compress(x_BTD, w_dkv_DY, kv_norm, cos, sin, cfg.norm_eps)
     up = (m.kv_lora_rank, m.num_heads)
@@ -119,9 +121,13 @@ class LatentAttention(nn.Module):
         w_q_DNX = self._weight('w_q', shape, 'embed', 'heads', 'head_dim')
         return jnp.einsum('btd,dnx->btnx', x_BTD, w_q_DNX)
       rank = m.q_lora_rank
-      w_dq_DQ = self._weight('w_dq', (self.cfg.d_model, rank), 'embed', 'q_latent')
+      w_dq_DQ = self._weight(
+        'w_dq', (self.cfg.d_model, rank), 'embed', 'q_latent'
+      )
       q_norm = layers.norm_weight(self, 'q_norm', rank, 'q_latent')
-      w_uq_QNX = self._weight('w_uq', (rank, *heads), 'q_latent', 'heads', 'head_dim')
+      w_uq_QNX = self._weight(
+        'w_uq', (rank, *heads), 'q_latent', 'heads', 'head_dim'
+      )
       q_BTQ = jnp.einsum('btd,dq->btq', x_BTD, w_dq_DQ)
       q_BTQ = checkpoint_name(q_BTQ, 'q_latent')
       q_BTQ = norm.rms_norm(q_BTQ, q_norm, self.cfg.norm_eps)

@@ -78,7 +78,8 @@ class Stack(nn.Module):
   ) -> tuple[Array, attention.Cache | None, moe.MoeStats | None]:
     """Runs all blocks; statistics come stacked over the layers."""
     fields = (self.cfg, self.balance, self.dtype, self.is_moe, self.absorbed)
-    block, index_L = rematerialised(self.cfg), jnp.arange(self.length)
+    index_L = jnp.arange(self.length)
+    block = rematerialised(self.cfg, scanned=self.cfg.scan_layers)
     carry = (x_BTD, cache)
     if self.cfg.scan_layers:
       scanned = nn.scan(
@@ -99,7 +100,7 @@ class Stack(nn.Module):
     return *carry, jax.tree.map(lambda *xs: jnp.stack(xs), *each)
 
 
-def rematerialised(cfg: config.ModelConfig) -> Any:
+def rematerialised(cfg: config.ModelConfig, *, scanned: bool) -> Any:
   """`Block` under the policy named by `model.remat`."""
   if cfg.remat == 'none':
     return Block
@@ -107,4 +108,4 @@ def rematerialised(cfg: config.ModelConfig) -> Any:
   kept = policies.save_only_these_names(*_KEPT)
   policy = policies.nothing_saveable if cfg.remat == 'full' else kept
   # Inside a scan, JAX cannot merge the second forward pass with the first.
-  return nn.remat(Block, prevent_cse=not cfg.scan_layers, policy=policy)
+  return nn.remat(Block, prevent_cse=not scanned, policy=policy)

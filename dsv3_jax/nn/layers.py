@@ -78,4 +78,3 @@ class SwiGLU(nn.Module):
     w_up_DF = weight(self, 'w_up', (dim, width), up_axes, std)
     w_down_FD = weight(self, 'w_down', (width, dim), down_axes, std)
     return tuple(w.astype(self.dtype) for w in (w_gate_DF, w_up_DF, w_down_FD))
-

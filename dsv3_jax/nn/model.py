@@ -79,9 +79,7 @@ class Model(nn.Module):
     head_DV = self.head()
     return _logits(h_BTD, head_DV), [_logits(h, head_DV) for h in deeper]
 
-  def token_losses(
-    self, batch: Batch, router: Router
-  ) -> Float[Array, 'B T']:
+  def token_losses(self, batch: Batch, router: Router) -> Float[Array, 'B T']:
     """Cross-entropy of every main target, f32 [nats]."""
     h_BTD, _, _ = self._main(batch, router)
     return losses.token_losses(_logits(h_BTD, self.head()), batch.targets_BT)
@@ -130,7 +128,9 @@ class Model(nn.Module):
       index_BT: place of each token in its row, also its rotary position.
     """
     valid_BT = jnp.ones(tokens_BT.shape, jnp.float32)
-    context = attention.make_context(self.cfg, index_BT, valid_BT, None, index_BT)
+    context = attention.make_context(
+      self.cfg, index_BT, valid_BT, None, index_BT
+    )
     raw_BTD, caches, _ = self._stacks(tokens_BT, router, context, caches)
     raw_BD = jnp.take_along_axis(raw_BTD, last_B[:, None, None], axis=1)
     return _logits(self.final_norm(raw_BD), self.head())[:, 0], caches
@@ -170,8 +170,12 @@ class Model(nn.Module):
     for k, module in enumerate(self.mtp, start=1):
       # Emb(t_{i+k}); zeros past the end, where no target counts.
       ahead_BT = losses.mtp_shift(batch.targets_BT, k - 1)
-      args = (self.embed(ahead_BT), router['mtp'][k - 1], context)
-      raw, h, stats = module(previous, *args)
+      # The last k positions have no target: they are no part of L_k or f_i.
+      valid_BT = losses.mtp_shift(context.valid_BT, k)
+      args = (self.embed(ahead_BT), router['mtp'][k - 1])
+      raw, h, stats = module(
+        previous, *args, context._replace(valid_BT=valid_BT)
+      )
       previous = h if post else raw
       normed.append(h)
       each.append(stats)
@@ -238,7 +242,7 @@ def build(cfg: config.Config, absorbed: bool = False) -> Model:
 
 def compute_dtype(cfg: config.Config) -> jnp.dtype:
   """Dtype of matrix products and activations."""
-  return {'bf16': jnp.bfloat16, 'f32': jnp.float32}[cfg.precision]
+  return jnp.dtype({'bf16': 'bfloat16', 'f32': 'float32'}[cfg.precision])
 
 
 def init_params(model: Model, key: Array) -> dict:

@@ -47,7 +47,7 @@ class MtpModule(nn.Module):
       w_proj = layers.weight(self, 'w_proj', shape, axes, cfg.init_std)
       merged = jnp.concatenate(pair, axis=-1)
       x_BTD = jnp.einsum('btj,jd->btd', merged, w_proj.astype(self.dtype))
-      body = block.rematerialised(cfg)(
+      body = block.rematerialised(cfg, scanned=False)(
         cfg, self.balance, self.dtype, True, False, name='block'
       )
       (x_BTD, _), stats = body((x_BTD, None), bias_E, jnp.array(0), context)

@@ -209,7 +209,9 @@ def _slice(x, start, size):
 
 def _add_product(sum_EIJ, e, a_rI, b_rJ):
   """sum[e] += a^T b, in f32."""
-  product = jnp.einsum('ri,rj->ij', a_rI, b_rJ, preferred_element_type=jnp.float32)
+  product = jnp.einsum(
+    'ri,rj->ij', a_rI, b_rJ, preferred_element_type=jnp.float32
+  )
   return sum_EIJ.at[e].add(product)
 
 

@@ -67,13 +67,13 @@ def _limit_groups(
   biased_ME: Float[Array, 'M E'], cfg: config.MoeConfig
 ) -> Float[Array, 'M E']:
   """-inf outside the best groups: by their best two (V2: best) experts."""
-  groups_MGE = biased_ME.reshape(-1, cfg.num_groups, biased_ME.shape[-1] // cfg.num_groups)
+  groups_MGE = biased_ME.reshape(
+    -1, cfg.num_groups, biased_ME.shape[-1] // cfg.num_groups
+  )
   best = 2 if cfg.score_func == 'sigmoid' else 1
   group_scores_MG = jnp.sum(jax.lax.top_k(groups_MGE, best)[0], axis=-1)
   _, chosen_MJ = jax.lax.top_k(group_scores_MG, cfg.top_groups)
-  kept_MG = jnp.any(
-    chosen_MJ[:, :, None] == jnp.arange(cfg.num_groups), axis=1
-  )
+  kept_MG = jnp.any(chosen_MJ[:, :, None] == jnp.arange(cfg.num_groups), axis=1)
   limited = jnp.where(kept_MG[:, :, None], groups_MGE, -jnp.inf)
   return limited.reshape(biased_ME.shape)
 
@@ -108,5 +108,8 @@ def update_bias(
     load_E: tokens of the *whole* batch: all devices, all micro-batches.
     rate: gamma of this step.
   """
-  mean = jnp.mean(load_E, axis=-1, keepdims=True)
-  return bias_E + rate * jnp.sign(mean - load_E)
+  # Loads are whole numbers, so all this is exact: a rounded mean would push
+  # experts that lie just at it, whenever E is not a power of two.
+  excess_E = load_E - load_E[..., :1]
+  total = jnp.sum(excess_E, axis=-1, keepdims=True)
+  return bias_E + rate * jnp.sign(total - load_E.shape[-1] * excess_E)

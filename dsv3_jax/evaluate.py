@@ -1,0 +1,99 @@
+"""Evaluators: name -> fn(Evaluation) -> dict of numbers with units in the key."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from dsv3_jax import baselines, config, metrics
+from dsv3_jax.data import corpus as corpora
+from dsv3_jax.data import loader
+from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.nn import model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+  """What an evaluator looks at: weights, and the data of the experiment."""
+
+  cfg: config.Config
+  params: dict
+  router: model.Router
+  corpus: corpora.Corpus
+  tokenizer: tokenizers.Tokenizer
+
+
+def heldout(e: Evaluation) -> dict[str, float]:
+  """Loss and bits per byte of held-out documents.
+
+  Each document is read in windows of `data.seq_len` tokens that advance by
+  `eval.stride`; a token is scored once, by the window that sees most before it.
+  """
+  windows = _windows(e)
+  nats, tokens = score(e.cfg, e.params, e.router, windows)
+  return {
+    'loss_nats_per_token': nats / tokens,
+    'bits_per_byte': metrics.bits_per_byte(nats, windows['num_bytes']),
+    'tokens': tokens,
+    'bytes': windows['num_bytes'],
+  }
+
+
+def compare(e: Evaluation) -> dict[str, float]:
+  """Bits per byte of unigram, bigram (Witten-Bell), zlib and xz, same bytes."""
+  windows = _windows(e)
+  counts = baselines.NgramCounts(e.tokenizer.vocab_size)
+  encode = functools.partial(e.tokenizer.encode, add_bos=True)
+  for i in range(len(e.corpus.train)):
+    counts.add(encode(e.corpus.train[i]['text']))
+  bits = counts.bits(map(encode, windows['texts']))
+  bits |= baselines.compressed_bits(windows['texts'])
+  return {
+    f'{name}_bits_per_byte': value / windows['num_bytes']
+    for name, value in bits.items()
+  }
+
+
+EVALUATORS = {'heldout': heldout, 'baselines': compare}
+
+
+def _windows(e: Evaluation) -> dict:
+  data, how = e.cfg.data, e.cfg.eval
+  return loader.eval_windows(
+    e.corpus.valid, e.tokenizer, data, how.max_bytes, how.stride
+  )
+
+
+def score(
+  cfg: config.Config, params: dict, router: model.Router, windows: dict
+) -> tuple[float, int]:
+  """Sum of the scored tokens' losses [nats], and their number."""
+  count, size = len(windows['tokens_WT']), cfg.eval.batch_size
+  fields = {name: windows[f'{name[:-3]}_WT'] for name in model.Batch._fields}
+  losses = _token_losses(cfg)
+  nats, tokens = 0.0, 0
+  for start in range(0, count, size):
+    rows = {k: _fill(v[start : start + size], size) for k, v in fields.items()}
+    batch = model.Batch(**rows)
+    losses_BT = np.asarray(losses(params, router, batch), np.float64)
+    nats += float(np.sum(losses_BT * batch.weights_BT))
+    tokens += int(np.sum(batch.weights_BT))
+  return nats, tokens
+
+
+@functools.lru_cache(maxsize=4)
+def _token_losses(cfg: config.Config):
+  """The compiled evaluation step of an experiment."""
+  net = model.build(cfg)
+
+  def losses(params, router, batch):
+    return net.apply({'params': params}, batch, router, method='token_losses')
+
+  return jax.jit(losses)
+
+
+def _fill(rows: np.ndarray, size: int) -> np.ndarray:
+  """Pads the last batch with rows of zeros, which nothing scores."""
+  missing = [(0, size - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+  return np.pad(rows, missing)

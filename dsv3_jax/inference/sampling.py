@@ -1,0 +1,39 @@
+"""The next token from logits: greedy, temperature, nucleus (top-p)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def sample(
+  logits_BV: Float[Array, 'B V'],
+  keys_B: Array,
+  temperature: Float[Array, ''],
+  top_p: Float[Array, ''],
+) -> Int[Array, 'B']:
+  """One token a row; each row draws from a key of its own.
+
+  Args:
+    keys_B: PRNG keys; a row's draw does not depend on the other rows.
+    temperature: 0 is greedy. top_p: the smallest set of tokens whose mass
+      reaches it is kept; 1 keeps all.
+  """
+  with jax.named_scope('sample'):
+    greedy_B = jnp.argmax(logits_BV, axis=-1)
+    scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
+    kept_BV = jnp.where(_nucleus(scaled_BV, top_p), scaled_BV, -jnp.inf)
+    drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+    return jnp.where(temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
+
+
+def _nucleus(logits_BV: Float[Array, 'B V'], top_p) -> Array:
+  """True on the most likely tokens before whose own mass top_p is not reached."""
+  probs_BV = jax.nn.softmax(logits_BV, axis=-1)
+  sorted_BV = jnp.sort(probs_BV, axis=-1, descending=True)
+  before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
+  count_B1 = jnp.sum(before_BV < top_p, axis=-1, keepdims=True)
+  # At least the first is kept, and all that tie with the last one kept.
+  last_B1 = jnp.take_along_axis(
+    sorted_BV, jnp.maximum(count_B1, 1) - 1, axis=-1
+  )
+  return probs_BV >= last_B1

@@ -1,0 +1,134 @@
+"""Decoding through the latent cache gives the logits of the full forward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.nn import attention, model
+from tests import settings, tolerances
+from tests.nn import models
+
+LENGTH, SPACE = 12, 14
+CASES = {
+  'scanned': {},
+  'unrolled_yarn_no_dense': {
+    'model__scan_layers': False,
+    'model__rope__original_seq_len': 8,
+    'model__num_dense_layers': 0,
+    'model__mla__q_lora_rank': 0,
+  },
+}
+
+
+def setup(name, **changes):
+  cfg = settings.small(**(CASES[name] | changes))
+  params, router = map(models.f32, models.random_params(cfg))
+  rng = np.random.default_rng(3)
+  tokens_BT = jnp.array(rng.integers(0, cfg.model.vocab_size, (3, LENGTH)))
+  return cfg, params, router, tokens_BT
+
+
+def empty(cfg, batch):
+  def stack(count):
+    args = (cfg.model, count, batch, SPACE, model.compute_dtype(cfg))
+    return attention.empty_cache(*args)
+
+  counts = (cfg.model.num_dense_layers, cfg.model.num_moe_layers)
+  return model.Caches(*map(stack, counts))
+
+
+@functools.cache
+def step(cfg, absorbed):
+  net = model.build(cfg, absorbed=absorbed)
+  run = lambda params, *args: net.apply(
+    {'params': params}, *args, method='cached'
+  )
+  return jax.jit(run)
+
+
+def full_logits(cfg, params, router, tokens_BT):
+  positions_BT = jnp.broadcast_to(jnp.arange(LENGTH), tokens_BT.shape)
+  ones = jnp.ones_like(tokens_BT)
+  batch = model.Batch(
+    tokens_BT, tokens_BT, positions_BT, ones, ones.astype(jnp.float32)
+  )
+  return models.logits(cfg)(params, router, batch)[0]
+
+
+def assert_rows_match(logits_BV, full_BTV, last_B, dtype='float32'):
+  want_BV = full_BTV[jnp.arange(len(last_B)), jnp.asarray(last_B)]
+  tolerances.assert_close(logits_BV, want_BV, dtype)
+
+
+@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('prefill_absorbed', [False, True])
+def test_prefill_then_token_by_token(name, prefill_absorbed):
+  cfg, params, router, tokens_BT = setup(name)
+  full_BTV = full_logits(cfg, params, router, tokens_BT)
+  lengths_B = np.array([2, 6, 5])  # prompts, padded on the right to 6
+  index_BT = jnp.broadcast_to(jnp.arange(6), (3, 6))
+  args = (tokens_BT[:, :6], index_BT, jnp.array(lengths_B - 1), router)
+  prefill = step(cfg, prefill_absorbed)
+  logits_BV, caches = prefill(params, *args, empty(cfg, 3))
+  assert_rows_match(logits_BV, full_BTV, lengths_B - 1)
+  zeros_B = jnp.zeros(3, jnp.int32)
+  for at_B in (lengths_B + i for i in range(LENGTH - 6)):
+    token_B1 = tokens_BT[jnp.arange(3), at_B][:, None]
+    args = (token_B1, jnp.array(at_B)[:, None], zeros_B, router, caches)
+    logits_BV, caches = step(cfg, True)(params, *args)
+    assert_rows_match(logits_BV, full_BTV, at_B)
+
+
+def test_several_tokens_at_once_onto_a_cache():
+  # As for verifying drafts: three new tokens see the cache and one another.
+  cfg, params, router, tokens_BT = setup('scanned')
+  full_BTV = full_logits(cfg, params, router, tokens_BT)
+  caches = empty(cfg, 3)
+  for start in range(0, LENGTH, 3):
+    index_BT = jnp.broadcast_to(jnp.arange(start, start + 3), (3, 3))
+    for last in range(3):
+      piece_BT = tokens_BT[:, start : start + 3]
+      args = (piece_BT, index_BT, jnp.full(3, last), router, caches)
+      logits_BV, written = step(cfg, True)(params, *args)
+      assert_rows_match(logits_BV, full_BTV, np.full(3, start + last))
+    caches = written
+
+
+def test_what_lies_behind_in_the_cache_is_not_seen():
+  cfg, params, router, tokens_BT = setup('scanned')
+  index_BT = jnp.broadcast_to(jnp.arange(4), (3, 4))
+  last_B = jnp.full(3, 3)
+  args = (tokens_BT[:, :4], index_BT, last_B, router)
+  _, caches = step(cfg, False)(params, *args, empty(cfg, 3))
+  dirty = jax.tree.map(lambda c: c.at[:, :, 5:].set(1e4), caches)
+  args = (tokens_BT[:, 4:5], jnp.full((3, 1), 4), jnp.zeros(3, jnp.int32))
+  clean_BV, _ = step(cfg, True)(params, *args, router, caches)
+  dirty_BV, _ = step(cfg, True)(params, *args, router, dirty)
+  np.testing.assert_array_equal(dirty_BV, clean_BV)
+
+
+def test_the_cache_holds_c_plus_r_values_and_drops_what_is_past_its_end():
+  cfg, params, router, tokens_BT = setup('scanned')
+  caches = empty(cfg, 3)
+  widths = [leaf.shape[-1] for leaf in jax.tree.leaves(caches.moe)]
+  assert sum(widths) == cfg.model.mla.cache_width == 14
+  index_BT = jnp.broadcast_to(jnp.arange(SPACE - 1, SPACE + 2), (3, 3))
+  args = (tokens_BT[:, :3], index_BT, jnp.zeros(3, jnp.int32), router, caches)
+  _, written = step(cfg, False)(params, *args)
+  for leaf in jax.tree.leaves(written):
+    changed_S = np.any(np.asarray(leaf), axis=(0, 1, 3))
+    np.testing.assert_array_equal(np.flatnonzero(changed_S), [SPACE - 1])
+
+
+def test_bf16_cache_stays_near_the_bf16_forward():
+  cfg, params, router, tokens_BT = setup('scanned', precision='bf16')
+  full_BTV = full_logits(cfg, params, router, tokens_BT)
+  index_BT = jnp.broadcast_to(jnp.arange(LENGTH), (3, LENGTH))
+  last_B = jnp.full(3, LENGTH - 1)
+  args = (tokens_BT, index_BT, last_B, router, empty(cfg, 3))
+  logits_BV, caches = step(cfg, False)(params, *args)
+  assert {c.dtype for c in jax.tree.leaves(caches)} == {jnp.dtype('bfloat16')}
+  assert_rows_match(logits_BV, full_BTV, [LENGTH - 1] * 3, 'bfloat16')

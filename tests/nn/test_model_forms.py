@@ -1,0 +1,177 @@
+"""One model in many forms: scanned, rematerialised, micro-batched, in bf16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.nn import model
+from tests import settings, tolerances
+from tests.nn import models
+
+SAMPLES = ([13], [5, 4, 2], [7], [3, 10])
+BASE = {'model__mtp__depth': 2}
+
+
+def run(cfg, params=None):
+  """((total, parts), gradients) of one batch at seeded parameters."""
+  drawn, router = models.random_params(cfg)
+  params = models.f32(drawn) if params is None else params
+  batch, _ = models.make_batch(cfg, SAMPLES)
+  scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+  args = (params, models.f32(router), batch, scales)
+  return models.loss_and_grads(cfg)(*args)
+
+
+def assert_same(got, want):
+  """Equal loads; losses and gradients within f32's tolerance."""
+  (total, parts), grads = got
+  (want_total, want_parts), want_grads = want
+  assert float(total) == pytest.approx(float(want_total), rel=1e-6)
+  for name in ('load', 'mtp_load'):
+    np.testing.assert_array_equal(parts[name], want_parts[name])
+  for name in ('loss', 'mtp_loss', 'balance'):
+    tolerances.assert_close(parts[name], want_parts[name])
+  tolerances.assert_trees_close(grads, want_grads)
+
+
+def unstack(stack):
+  """{'layers': stacked leaves} -> {'layer_0': leaves, ...}."""
+  count = len(jax.tree.leaves(stack)[0])
+  pick = lambda i: jax.tree.map(lambda w: w[i], stack['layers'])
+  return {f'layer_{i}': pick(i) for i in range(count)}
+
+
+def unstack_all(tree):
+  stacks = ('dense_layers', 'moe_layers')
+  return tree | {name: unstack(tree[name]) for name in stacks}
+
+
+def test_scanned_equals_unrolled():
+  scanned = settings.small(**BASE)
+  unrolled = settings.small(**BASE, model__scan_layers=False)
+  params = models.f32(models.random_params(scanned)[0])
+  value, grads = run(scanned, params)
+  got = run(unrolled, unstack_all(params))
+  assert_same(got, (value, unstack_all(grads)))
+
+
+@pytest.mark.parametrize('remat', ['none', 'full'])
+def test_remat_changes_nothing_but_memory(remat):
+  changed = settings.small(**BASE, model__remat=remat)
+  assert_same(run(changed), run(settings.small(**BASE)))
+
+
+def test_remat_keeps_less():
+  # Bytes that wait between the forward and the backward pass.
+  kept = {}
+  for remat in ('none', 'report', 'full'):
+    cfg = settings.small(**BASE, model__remat=remat, model__num_layers=4)
+    net = model.build(cfg)
+    params, router = map(models.f32, models.random_params(cfg))
+    batch, _ = models.make_batch(cfg, SAMPLES)
+    scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+
+    def backward(params, net=net, rest=(batch, router, scales)):
+      loss = lambda p: net.apply({'params': p}, *rest, method='loss')[0]
+      return jax.vjp(loss, params)[1]
+
+    residuals = jax.tree.leaves(jax.eval_shape(backward, params))
+    kept[remat] = sum(x.size * x.dtype.itemsize for x in residuals)
+  assert kept['full'] < 0.9 * kept['report'] < 0.8 * kept['none']
+
+
+def test_runs_again_bit_by_bit():
+  cfg = settings.small(**BASE)
+  for a, b in zip(*(jax.tree.leaves(run(cfg)) for _ in range(2)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize('normalizer', ['T', 'valid'])
+@pytest.mark.parametrize('isolated', [False, True])
+def test_micro_batches_add_up_to_the_batch(normalizer, isolated):
+  cfg = settings.small(
+    model__mtp__normalizer=normalizer, data__isolate_samples=isolated
+  )
+  params, router = map(models.f32, models.random_params(cfg))
+  # The last rows hold padding only: a batch that the ramp has not filled.
+  rows = ([13], [5, 4, 2], [7], [3, 10], [13], [])
+  batch, _ = models.make_batch(cfg, rows)
+  scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+  want = models.loss_and_grads(cfg)(params, router, batch, scales)
+  micro = jax.tree.map(lambda x: x.reshape(3, 2, *x.shape[1:]), batch)
+  scales = models.scales_of(cfg, micro.weights_BT, micro.segments_BT)
+  parts = [
+    models.loss_and_grads(cfg)(
+      params, router, jax.tree.map(lambda x, i=i: x[i], micro), scales
+    )
+    for i in range(3)
+  ]
+  assert_same(jax.tree.map(lambda *xs: sum(xs), *parts), want)
+
+
+def test_rows_of_padding_change_no_loss_and_no_gradient():
+  cfg = settings.small()
+  params, router = map(models.f32, models.random_params(cfg))
+  results = []
+  for rows in (([13], [7]), ([13], [7], [], [])):
+    batch, _ = models.make_batch(cfg, rows)
+    if len(rows) == 4:  # random tokens in the padding
+      batch = batch._replace(
+        tokens_BT=batch.tokens_BT.at[:2].set(first.tokens_BT),
+        targets_BT=batch.targets_BT.at[:2].set(first.targets_BT),
+      )
+    first = batch
+    scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+    results.append(models.loss_and_grads(cfg)(params, router, batch, scales))
+  assert_same(results[1], results[0])
+
+
+def test_token_losses_are_the_main_loss():
+  cfg = settings.small()
+  params, router = map(models.f32, models.random_params(cfg))
+  batch, _ = models.make_batch(cfg, SAMPLES)
+  scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+  variables, net = {'params': params}, model.build(cfg)
+  losses_BT = net.apply(variables, batch, router, method='token_losses')
+  _, parts = net.apply(variables, batch, router, scales, method='loss')
+  count = np.sum(batch.weights_BT)
+  want = np.sum(losses_BT * batch.weights_BT) / count
+  assert float(parts['loss']) == pytest.approx(want, rel=1e-6)
+
+
+def test_the_router_bias_gets_no_gradient_but_steers_the_load():
+  cfg = settings.small()
+  params, router = map(models.f32, models.random_params(cfg))
+  batch, _ = models.make_batch(cfg, SAMPLES)
+  scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+  net = model.build(cfg)
+  loss = lambda r: net.apply(
+    {'params': params}, batch, r, scales, method='loss'
+  )
+  grads, parts = jax.grad(loss, has_aux=True)(router)
+  assert not any(np.any(g) for g in jax.tree.leaves(grads))
+  pushed = {name: b.at[:, 3].set(9.0) for name, b in router.items()}
+  _, more = loss(pushed)
+  tokens = np.sum(batch.segments_BT > 0)
+  assert np.all(more['load'][:, 3] == tokens)
+  assert np.all(parts['load'][:, 3] < tokens)
+  np.testing.assert_array_equal(np.sum(more['load'], axis=1), 3 * tokens)
+
+
+def test_bf16_stays_near_f32():
+  # At half the usual weights, so that few routing choices lie at an edge.
+  exact, lower = settings.small(), settings.small(precision='bf16')
+  params = models.f32(models.random_params(exact)[0])
+  (want, _), want_grads = run(exact, params)
+  (got, parts), grads = run(lower, params)
+  assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
+  limit = tolerances.TOLERANCE['bfloat16']
+  assert float(got) == pytest.approx(float(want), rel=limit)
+  assert parts['load'].dtype == jnp.float32
+  flat = lambda tree: np.concatenate(
+    [np.ravel(g) for g in jax.tree.leaves(tree)]
+  )
+  a, b = flat(grads), flat(want_grads)
+  cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+  assert cosine > 1.0 - limit
