@@ -121,7 +121,6 @@ def test_rows_of_padding_change_no_loss_and_no_gradient():
         tokens_BT=batch.tokens_BT.at[:2].set(first.tokens_BT),
         targets_BT=batch.targets_BT.at[:2].set(first.targets_BT),
       )
-    first = batch
     scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
     results.append(models.loss_and_grads(cfg)(params, router, batch, scales))
   assert_same(results[1], results[0])
