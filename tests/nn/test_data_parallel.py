@@ -14,9 +14,8 @@ MESHES = ({'data': 4}, {'data': 2, 'node': 2, 'expert': 2})
 
 
 @pytest.mark.parametrize('axes', MESHES, ids=lambda axes: '_'.join(axes))
-@pytest.mark.parametrize('product', ['blocks', 'ragged'])
-def test_equals_one_device(axes, product):
-  cfg = settings.small(model__moe__product=product, model__num_layers=2)
+def test_equals_one_device(axes):
+  cfg = settings.small(model__num_layers=2)
   params, router = map(models.f32, models.random_params(cfg))
   batch, _ = models.make_batch(cfg, ROWS)
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)

@@ -1,0 +1,11 @@
+"""DeepSeek-V3 in JAX. `dsv3_jax.load(DIR)` gives a trained model."""
+
+from typing import Any
+
+
+def load(directory: str, dtype: str = 'float32') -> Any:
+  """The model of a training workdir: see `inference.loaded.LoadedModel`."""
+  # Here, so that `dsv3 inspect` and config errors need not wait for JAX.
+  from dsv3_jax.inference import loaded
+
+  return loaded.load(directory, dtype)

@@ -1,0 +1,231 @@
+"""Where text comes from: documents by index, a train and a held-out part.
+
+`data.source` is 'stdlib' (the running Python's own standard library, about 30
+MB of code and prose, as a TFDS dataset made at first use), 'tfds:NAME', or a
+glob of .jsonl, .txt or .parquet files. Unless the source has a held-out split
+of its own, a document is held out by a hash of its name.
+"""
+
+import dataclasses
+import fcntl
+import hashlib
+import os
+import pathlib
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from dsv3_jax import config
+from dsv3_jax.data import files, tokenizer
+
+_SUFFIXES = ('.py', '.txt', '.rst', '.md', '.pyi', '.toml', '.cfg')
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+  """Both parts: sequences of `{'name': str, 'text': str}`.
+
+  Records of chat data hold 'messages' in place of 'text'.
+  """
+
+  train: Sequence[dict[str, Any]]
+  valid: Sequence[dict[str, Any]]
+
+
+def open_corpus(cfg: config.DataConfig) -> Corpus:
+  """Opens `data.source`.
+
+  Raises:
+    ValueError: no such files, a broken record, or a part that is empty.
+  """
+  if cfg.source == 'stdlib':
+    corpus = _open_stdlib(cfg)
+  elif cfg.source.startswith('tfds:'):
+    corpus = _open_tfds(cfg)
+  else:
+    records = files.open_glob(cfg.source, cfg.text_key)
+    names = [records.name(i) for i in range(len(records))]
+    corpus = _split(records, names, cfg.valid_fraction)
+  for part in ('train', 'valid'):
+    if not len(getattr(corpus, part)):
+      raise ValueError(
+        f'data.source={cfg.source!r} has no {part} documents at '
+        f'data.valid_fraction={cfg.valid_fraction}'
+      )
+  return corpus
+
+
+def load_tokenizer(
+  cfg: config.DataConfig, corpus: Corpus
+) -> tokenizer.Tokenizer:
+  """`data.tokenizer`, or one trained on the train part at first use and kept."""
+  if cfg.tokenizer:
+    return tokenizer.Tokenizer.from_file(cfg.tokenizer)
+  key = (cfg.source, cfg.text_key, cfg.tokenizer_vocab, cfg.valid_fraction)
+  key += (len(corpus.train), sys.version_info[:3], tokenizer.SPECIAL)
+  mark = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+  path = cache_dir(cfg) / f'tokenizer-{mark}.json'
+  if not path.exists():
+    texts = [document_text(corpus.train[i]) for i in range(len(corpus.train))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.train(texts, cfg.tokenizer_vocab).save(path)
+  return tokenizer.Tokenizer.from_file(path)
+
+
+def document_text(record: dict[str, Any]) -> str:
+  """A record's text; a conversation's turns, one after the other."""
+  if 'messages' in record:
+    return '\n'.join(turn['content'] for turn in record['messages'])
+  return record['text']
+
+
+def cache_dir(cfg: config.DataConfig) -> pathlib.Path:
+  """`data.cache_dir`, or dsv3_jax under the user's cache folder."""
+  if cfg.cache_dir:
+    return pathlib.Path(cfg.cache_dir).expanduser()
+  home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  return pathlib.Path(home) / 'dsv3_jax'
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+  """Splits by name: stable under new documents and their order."""
+  digest = hashlib.sha256(name.encode()).digest()
+  return int.from_bytes(digest[:8], 'big') < fraction * 2**64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Subset(Sequence):
+  """Some records of a sequence, by index."""
+
+  records: Any
+  indices: Sequence[int]
+
+  def __len__(self) -> int:
+    return len(self.indices)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    return self.records[self.indices[i]]
+
+
+def _split(records: Any, names: list[str], fraction: float) -> Corpus:
+  held = [is_held_out(name, fraction) for name in names]
+  part = lambda want: [i for i, h in enumerate(held) if h == want]
+  return Corpus(_Subset(records, part(False)), _Subset(records, part(True)))
+
+
+def stdlib_documents(root: pathlib.Path) -> Iterator[tuple[str, str]]:
+  """(relative path, text) of every text file that is UTF-8, sorted by path."""
+  for path in sorted(root.rglob('*')):
+    parts = path.relative_to(root).parts
+    if path.suffix not in _SUFFIXES or not path.is_file():
+      continue
+    if {'site-packages', 'dist-packages', '__pycache__'} & set(parts):
+      continue
+    try:
+      text = path.read_text(encoding='utf-8')
+    except UnicodeDecodeError:
+      continue  # the library tests decoders with files in other encodings
+    if text.strip():
+      yield '/'.join(parts), text
+
+
+class StdlibText(tfds.core.GeneratorBasedBuilder):
+  """The running Python's standard library as documents."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  RELEASE_NOTES = {
+    '1.0.0': 'Source and prose files, split by a hash of the path.'
+  }
+
+  def __init__(self, *, valid_fraction: float, **kwargs: Any):
+    self._valid_fraction = valid_fraction
+    super().__init__(**kwargs)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    text = tfds.features.Text()
+    return self.dataset_info_from_configs(
+      features=tfds.features.FeaturesDict({'name': text, 'text': text})
+    )
+
+  def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    del dl_manager  # nothing is fetched
+    return {part: self._generate_examples(part) for part in ('train', 'valid')}
+
+  def _generate_examples(self, part: str) -> Iterator[tuple[str, dict]]:
+    root = pathlib.Path(sysconfig.get_paths()['stdlib'])
+    for name, text in stdlib_documents(root):
+      held_out = is_held_out(name, self._valid_fraction)
+      if held_out == (part == 'valid'):
+        yield name, {'name': name, 'text': text}
+
+
+@dataclasses.dataclass(frozen=True)
+class _TfdsRecords(Sequence):
+  """A TFDS data source with text as str."""
+
+  source: Any
+  text_key: str
+  title: str
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, i: int) -> dict[str, Any]:
+    record = self.source[i]
+    if self.text_key not in record:
+      known = ', '.join(record)
+      raise ValueError(
+        f'data.text_key={self.text_key!r} is no field of {self.title}; '
+        f'it has: {known}'
+      )
+    name = record.get('name', f'{self.title}#{i}')
+    return {'name': _text(name), 'text': _text(record[self.text_key])}
+
+
+def _text(value: bytes | str) -> str:
+  return value if isinstance(value, str) else value.decode()
+
+
+def _open_stdlib(cfg: config.DataConfig) -> Corpus:
+  """Prepares the dataset once per Python version and fraction."""
+  version = '.'.join(map(str, sys.version_info[:3]))
+  folder = cache_dir(cfg) / f'stdlib-{version}-{cfg.valid_fraction:g}'
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / '.lock', 'w', encoding='utf-8') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # one of several processes prepares it
+    builder = StdlibText(
+      valid_fraction=cfg.valid_fraction,
+      data_dir=folder,
+      file_format='array_record',
+    )
+    settings = tfds.download.DownloadConfig(try_download_gcs=False)
+    builder.download_and_prepare(download_config=settings)
+  records = lambda part: _TfdsRecords(
+    builder.as_data_source(split=part), 'text', 'stdlib'
+  )
+  return Corpus(records('train'), records('valid'))
+
+
+def _open_tfds(cfg: config.DataConfig) -> Corpus:
+  """Any dataset that TFDS can read without TensorFlow (array_record files)."""
+  title = cfg.source.removeprefix('tfds:')
+  home = cache_dir(cfg) / 'tfds'
+  try:
+    builder = tfds.builder(title, data_dir=home, file_format='array_record')
+    builder.download_and_prepare()
+  except (tfds.core.DatasetNotFoundError, OSError) as error:
+    why = str(error).splitlines()[0]
+    raise ValueError(f'data.source={cfg.source!r}: {why}') from error
+  splits = builder.info.splits
+  records = lambda part: _TfdsRecords(
+    builder.as_data_source(split=part), cfg.text_key, title
+  )
+  for held in ('validation', 'valid', 'test'):
+    if held in splits:
+      return Corpus(records('train'), records(held))
+  train = records('train')
+  names = [f'{title}#{i}' for i in range(len(train))]
+  return _split(train, names, cfg.valid_fraction)

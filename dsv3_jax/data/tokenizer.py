@@ -1,0 +1,231 @@
+"""Byte-level BPE with DeepSeek-V3's pre-tokenizer and special tokens (TR 4.1).
+
+The algorithm is Hugging Face `tokenizers`; ours are the three splitting rules,
+the special tokens, the chat template, and one guarantee: the text of a document
+never becomes a special token, whatever it spells.
+"""
+
+import functools
+import gzip
+import json
+import os
+import pathlib
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+BOS = '<\uff5cbegin\u2581of\u2581sentence\uff5c>'
+EOS = '<\uff5cend\u2581of\u2581sentence\uff5c>'
+PAD = '<\uff5c\u2581pad\u2581\uff5c>'
+FIM_HOLE = '<\uff5cfim\u2581hole\uff5c>'
+FIM_BEGIN = '<\uff5cfim\u2581begin\uff5c>'
+FIM_END = '<\uff5cfim\u2581end\uff5c>'
+USER = '<\uff5cUser\uff5c>'
+ASSISTANT = '<\uff5cAssistant\uff5c>'
+EOT = '<|EOT|>'
+SPECIAL = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT)
+
+# Digits in threes; Chinese and Japanese runs; then words, punctuation that
+# takes the line ends behind it along, and white space.
+_SPLITS = (
+  r'\p{N}{1,3}',
+  '[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+',
+  r'[!"#$%&' + r"'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
+  '|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+'
+  '| ?[\\p{P}\\p{S}]+[\r\n]*'
+  r'|\s*[' + '\r\n' + r']+|\s+(?!\S)|\s+',
+)
+# Texts of at most so many characters are read to train a vocabulary: every n-th
+# document, with the smallest n that fits.
+_TRAIN_CHARS = 12_000_000
+_BYTE_LEVEL = decoders.ByteLevel()
+_LINE_ENDS = '\u010a\u010d'  # how byte-level BPE spells the bytes 10 and 13
+
+
+class Tokenizer:
+  """Text to ids and back; ids of the special tokens as attributes.
+
+  Raises:
+    ValueError: a special token that DeepSeek-V3 uses is missing.
+  """
+
+  def __init__(self, text: str):
+    """Reads the JSON text of a `tokenizer.json`."""
+    spec = json.loads(text)
+    self._text = text
+    self._full = tokenizers.Tokenizer.from_str(text)
+    # Without added tokens no text can match one; `add_bos` is ours as well.
+    plain = spec | {'added_tokens': [], 'post_processor': None}
+    self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
+    self.vocab_size = 1 + max(self._full.get_vocab().values())
+    self.bos_id, self.eos_id, self.pad_id = map(self._id, (BOS, EOS, PAD))
+    self.fim_hole_id = self._id(FIM_HOLE)
+    self.fim_begin_id = self._id(FIM_BEGIN)
+    self.fim_end_id = self._id(FIM_END)
+    self.user_id, self.assistant_id = self._id(USER), self._id(ASSISTANT)
+
+  def _id(self, token: str) -> int:
+    found = self._full.token_to_id(token)
+    if found is None:
+      raise ValueError(f'the tokenizer lacks the special token {token!a}')
+    return found
+
+  @classmethod
+  def from_file(cls, path: str | pathlib.Path) -> 'Tokenizer':
+    """Loads a `tokenizer.json`, also gzipped.
+
+    Raises:
+      ValueError: the file cannot be read or is no such tokenizer; names it.
+    """
+    path = pathlib.Path(path)
+    try:
+      data = path.read_bytes()
+      if path.suffix == '.gz':
+        data = gzip.decompress(data)
+      return cls(data.decode())
+    except OSError as error:
+      why = error.strerror or error
+      raise ValueError(f'tokenizer {path} cannot be read: {why}') from error
+    except (EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
+      raise ValueError(f'tokenizer {path} is damaged: {error}') from error
+    except (ValueError, TypeError, KeyError) as error:
+      raise ValueError(f'tokenizer {path}: {error}') from error
+    except Exception as error:  # `tokenizers` raises nothing narrower
+      if type(error) is not Exception:
+        raise
+      raise ValueError(f'tokenizer {path} is no tokenizer: {error}') from error
+
+  def save(self, path: str | pathlib.Path) -> None:
+    """Writes `tokenizer.json`: all of it or nothing."""
+    path = pathlib.Path(path)
+    scratch = path.with_name(f'.{path.name}.{os.getpid()}')
+    scratch.write_text(self._text, encoding='utf-8')
+    scratch.replace(path)
+
+  def encode(self, text: str, add_bos: bool = False) -> np.ndarray:
+    """int32 ids of plain text, which never holds a special token."""
+    ids = self._plain.encode(text, add_special_tokens=False).ids
+    return np.array([self.bos_id] * add_bos + ids, np.int32)
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """`encode` of many texts, on all cores."""
+    encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
+    return [np.array(e.ids, np.int32) for e in encoded]
+
+  def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+    """Text of ids; bytes that are no UTF-8 come back as U+FFFD."""
+    ids = [int(i) for i in ids]
+    if skip_special:
+      ids = [i for i in ids if i not in self._special_ids]
+    return self._full.decode(ids, skip_special_tokens=False)
+
+  @functools.cached_property
+  def _special_ids(self) -> frozenset[int]:
+    return frozenset(self._full.get_added_tokens_decoder())
+
+  def encode_chat(
+    self,
+    messages: Sequence[dict[str, str]],
+    add_generation_prompt: bool = False,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of a conversation, and which of them the model is to learn.
+
+    bos system <User> user <Assistant> answer eos ... Learned are the answers
+    and the eos after each.
+
+    Raises:
+      ValueError: a role other than system, user, assistant; no messages.
+    """
+    if not messages:
+      raise ValueError('messages=[] must hold at least one message')
+    ids, learned = [self.bos_id], [False]
+    for i, message in enumerate(messages):
+      role, content = message.get('role'), message.get('content')
+      if not isinstance(content, str):
+        raise ValueError(f'messages[{i}].content must be a string')
+      text = self.encode(content).tolist()
+      if role == 'system':
+        part, answer = text, False
+      elif role == 'user':
+        part, answer = [self.user_id, *text], False
+      elif role == 'assistant':
+        ids.append(self.assistant_id)
+        learned.append(False)
+        part, answer = [*text, self.eos_id], True
+      else:
+        raise ValueError(
+          f'messages[{i}].role={role!r} must be system, user or assistant'
+        )
+      ids += part
+      learned += [answer] * len(part)
+    if add_generation_prompt:
+      ids.append(self.assistant_id)
+      learned.append(False)
+    return np.array(ids, np.int32), np.array(learned)
+
+  @functools.cached_property
+  def punctuation_newlines(self) -> dict[int, np.ndarray]:
+    """Tokens of punctuation with line ends behind, and the pieces of each.
+
+    Splitting some of them at random while training keeps a prompt that ends
+    without the line end from being out of distribution (TR 4.1).
+    """
+    found = {}
+    for token, index in self._plain.get_vocab().items():
+      head = token.rstrip(_LINE_ENDS)
+      if head == token or not _is_punctuation(_BYTE_LEVEL.decode([head])):
+        continue
+      pieces = [self._pieces(part) for part in (head, token[len(head) :])]
+      found[index] = np.array(sum(pieces, []), np.int32)
+    return found
+
+  def _pieces(self, token: str) -> list[int]:
+    """Ids of a string of byte-level letters, whole if it is itself a token."""
+    whole = self._plain.token_to_id(token)
+    if whole is not None:
+      return [whole]
+    return [self._plain.token_to_id(letter) for letter in token]
+
+
+def _is_punctuation(text: str) -> bool:
+  """True for punctuation and symbols only, behind at most one space."""
+  bare = text.removeprefix(' ')
+  return bool(bare) and all(unicodedata.category(c)[0] in 'PS' for c in bare)
+
+
+def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+  """Trains a vocabulary of `vocab_size` entries, special tokens first.
+
+  Reads every n-th text, n the smallest that keeps within 12M characters.
+
+  Raises:
+    ValueError: the texts do not hold enough pairs for `vocab_size`.
+  """
+  total = sum(len(text) for text in texts)
+  every = max(1, -(-total // _TRAIN_CHARS))
+  bpe = tokenizers.Tokenizer(models.BPE())
+  rules = [
+    pre_tokenizers.Split(tokenizers.Regex(rule), 'isolated') for rule in _SPLITS
+  ]
+  rules.append(
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  )
+  bpe.pre_tokenizer = pre_tokenizers.Sequence(rules)
+  bpe.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=list(SPECIAL),
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    show_progress=False,
+  )
+  bpe.train_from_iterator(texts[::every], trainer)
+  found = bpe.get_vocab_size()
+  if found != vocab_size:
+    raise ValueError(
+      f'data.tokenizer_vocab={vocab_size} must be <= {found}: the corpus has '
+      'no more pairs to merge'
+    )
+  return Tokenizer(bpe.to_str())
