@@ -182,6 +182,11 @@ class Tokenizer:
       found[index] = np.array(sum(pieces, []), np.int32)
     return found
 
+  @functools.cached_property
+  def splittable_ids(self) -> np.ndarray:
+    """Keys of `punctuation_newlines`, sorted."""
+    return np.array(sorted(self.punctuation_newlines), np.int32)
+
   def _pieces(self, token: str) -> list[int]:
     """Ids of a string of byte-level letters, whole if it is itself a token."""
     whole = self._plain.token_to_id(token)

@@ -1,0 +1,281 @@
+"""Checkpoints: Orbax writes the arrays, we decide when a step counts.
+
+A step is written into a hidden folder: arrays by Orbax, documents as JSON, then
+`manifest.json` with the SHA-256 of every file. One rename makes it visible, so
+what is visible is complete, whenever the process dies. On restore every file is
+hashed again: a flipped, cut, missing, surplus or swapped file is refused by
+name. Nothing is unpickled.
+
+  checkpoints/000000040/manifest.json  progress.json  arrays/...
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+Tree = Any
+_MANIFEST = 'manifest.json'
+_ARRAYS = 'arrays'
+
+
+class CheckpointError(ValueError):
+  """A step that cannot be used; says which file and what to do."""
+
+
+class Store:
+  """The committed steps of one run.
+
+  Saving returns once the arrays are copied; a thread writes, hashes and commits.
+  An error there is raised by the next `save`, `wait` or `close`.
+  """
+
+  def __init__(self, directory: str | pathlib.Path, keep: int):
+    self.directory = pathlib.Path(directory).absolute()
+    self._keep = keep
+    self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    self._pool = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
+    self._commit: concurrent.futures.Future | None = None
+
+  def steps(self) -> list[int]:
+    """Committed steps, ascending."""
+    if not self.directory.is_dir():
+      return []
+    names = (path.name for path in self.directory.iterdir() if path.is_dir())
+    return sorted(int(name) for name in names if name.isdigit())
+
+  def latest(self) -> int | None:
+    """The newest committed step."""
+    return max(self.steps(), default=None)
+
+  def save(self, step: int, state: Tree, extras: dict[str, Any]) -> None:
+    """Starts to save `state` (arrays) and `extras` (name -> JSON document).
+
+    The arrays may be changed or donated as soon as this returns. In a run of
+    several processes each passes its own extras, under names of its own.
+
+    Raises:
+      ValueError: the step is committed already.
+      OSError: the folder cannot be written.
+    """
+    self.wait()
+    if step in self.steps():
+      raise ValueError(f'{self._path(step)} is committed already')
+    scratch = self.directory / f'.tmp-{step:09d}'
+    if jax.process_index() == 0:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      for old in self.directory.glob('.*'):  # of a process that was killed
+        shutil.rmtree(old)
+      scratch.mkdir()
+    _sync(f'save-{step}')
+    for name, document in extras.items():
+      text = json.dumps(document, sort_keys=True)
+      (scratch / f'{name}.json').write_text(text, encoding='utf-8')
+    # Orbax copies device arrays before it returns; host arrays are ours to copy.
+    copy = lambda x: x if isinstance(x, jax.Array) else np.array(x)
+    state = jax.tree.map(copy, state)
+    self._writer.save(scratch / _ARRAYS, ocp.args.PyTreeSave(state))
+    self._commit = self._pool.submit(self._finish, step, scratch)
+
+  def wait(self) -> None:
+    """Waits for the save under way; raises what went wrong in it."""
+    if self._commit is not None:
+      commit, self._commit = self._commit, None
+      commit.result()
+
+  def close(self) -> None:
+    """Waits and ends the threads."""
+    try:
+      self.wait()
+    finally:
+      self._pool.shutdown()
+      self._writer.close()
+
+  def verify(self, step: int) -> None:
+    """Hashes every file of a step.
+
+    Raises:
+      CheckpointError: the first damage found, and the newest earlier step
+        without any.
+    """
+    damage = self._damage(step)
+    if damage is None:
+      return
+    earlier = [s for s in reversed(self.steps()) if s < step]
+    good = next((s for s in earlier if self._damage(s) is None), None)
+    advice = 'no earlier step is whole'
+    if good is not None:
+      advice = (
+        f'step {good} is whole: set checkpoint.restore_step={good} to go on '
+        'from it'
+      )
+    raise CheckpointError(f'{self._path(step) / damage[0]} {damage[1]}; {advice}')
+
+  def restore(
+    self, step: int, like: Tree, partial: bool = False
+  ) -> tuple[Tree, dict[str, Any]]:
+    """Reads a step after `verify`; returns the arrays and the extras.
+
+    Args:
+      like: a tree of arrays or ShapeDtypeStructs. Leaves with a sharding come
+        back as jax.Arrays placed so, others as NumPy arrays.
+      partial: take only the leaves of `like`; else all must be in it.
+
+    Raises:
+      CheckpointError: a damaged file, or a leaf that differs from `like`.
+    """
+    self.verify(step)
+    folder = self._path(step)
+    handler = ocp.PyTreeCheckpointHandler()
+    _check_like(handler.metadata(folder / _ARRAYS).tree, like, folder, partial)
+    with ocp.Checkpointer(handler) as reader:
+      state = reader.restore(
+        folder / _ARRAYS,
+        ocp.args.PyTreeRestore(
+          item=like,
+          restore_args=jax.tree.map(_restore_args, like),
+          partial_restore=partial,
+        ),
+      )
+    extras = {
+      path.stem: json.loads(path.read_text(encoding='utf-8'))
+      for path in folder.glob('*.json')
+      if path.name != _MANIFEST
+    }
+    return state, extras
+
+  def _path(self, step: int) -> pathlib.Path:
+    return self.directory / f'{step:09d}'
+
+  def _finish(self, step: int, scratch: pathlib.Path) -> None:
+    """The second half of a save, on its own thread."""
+    self._writer.wait_until_finished()
+    _sync(f'written-{step}')
+    if jax.process_index() == 0:
+      files = {name: _digest(scratch / name) for name in _files(scratch)}
+      body = {'step': step, 'files': files}
+      manifest = {'body': body, 'sha256': _digest_json(body)}
+      path = scratch / _MANIFEST
+      path.write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+      for name in [*files, _MANIFEST]:
+        _flush(scratch / name)
+      _flush(scratch)
+      scratch.rename(self._path(step))
+      _flush(self.directory)
+      for old in self.steps()[: -self._keep]:
+        hidden = self.directory / f'.old-{old:09d}'
+        self._path(old).rename(hidden)  # gone at once, not file by file
+        shutil.rmtree(hidden)
+    _sync(f'committed-{step}')
+
+  def _damage(self, step: int) -> tuple[str, str] | None:
+    """The first file that is not as it was committed, and what is wrong."""
+    folder = self._path(step)
+    if not folder.is_dir():
+      return '', 'does not exist'
+    try:
+      text = (folder / _MANIFEST).read_text(encoding='utf-8')
+      manifest = json.loads(text)
+      body, digest = manifest['body'], manifest['sha256']
+    except FileNotFoundError:
+      return _MANIFEST, 'is missing'
+    except (ValueError, KeyError, TypeError):
+      return _MANIFEST, 'is damaged'
+    if _digest_json(body) != digest:
+      return _MANIFEST, 'does not match its own sha256'
+    if body['step'] != step:
+      return _MANIFEST, f'is of step {body["step"]}'
+    wanted, found = body['files'], set(_files(folder)) - {_MANIFEST}
+    for name in sorted(wanted.keys() - found):
+      return name, 'is missing'
+    for name in sorted(found - wanted.keys()):
+      return name, 'is in no manifest'
+    names = sorted(wanted)
+    for name in names:
+      size = (folder / name).stat().st_size
+      if size != wanted[name]['bytes']:
+        return name, f'has {size} bytes in place of {wanted[name]["bytes"]}'
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      digests = pool.map(_digest, (folder / name for name in names))
+      for name, digest in zip(names, digests, strict=True):
+        if digest != wanted[name]:
+          return name, 'does not match its sha256'
+    return None
+
+
+def _check_like(found: Tree, like: Tree, folder: pathlib.Path, partial: bool):
+  """Compares leaf by leaf before Orbax does, whose errors are long."""
+  found = _leaves(found)
+  for name, leaf in _leaves(like).items():
+    if name not in found:
+      raise CheckpointError(f'{folder} has no array {name}')
+    shape, dtype = tuple(found[name].shape), np.dtype(found[name].dtype)
+    want = tuple(np.shape(leaf)), np.dtype(leaf.dtype)
+    if (shape, dtype) != want:
+      raise CheckpointError(
+        f'{folder}: {name} is {dtype}{list(shape)}, wanted {want[1]}'
+        f'{list(want[0])}'
+      )
+  surplus = sorted(found.keys() - _leaves(like).keys())
+  if surplus and not partial:
+    raise CheckpointError(f'{folder} also holds {surplus[0]}')
+
+
+def _leaves(tree: Tree) -> dict[str, Any]:
+  """Leaves by dotted path; NamedTuples and dicts read alike."""
+  parts = lambda path: [
+    str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
+    for k in path
+  ]
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {'.'.join(parts(path)): leaf for path, leaf in flat}
+
+
+def _restore_args(leaf: Any) -> Any:
+  sharding = getattr(leaf, 'sharding', None)
+  if sharding is None:
+    return ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype)
+  return ocp.ArrayRestoreArgs(
+    sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype
+  )
+
+
+def _files(folder: pathlib.Path) -> list[str]:
+  return sorted(
+    path.relative_to(folder).as_posix()
+    for path in folder.rglob('*')
+    if not path.is_dir()
+  )
+
+
+def _digest(path: pathlib.Path) -> dict[str, Any]:
+  with open(path, 'rb') as file:
+    digest = hashlib.file_digest(file, 'sha256').hexdigest()
+  return {'sha256': digest, 'bytes': path.stat().st_size}
+
+
+def _digest_json(body: Any) -> str:
+  return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: pathlib.Path) -> None:
+  """Forces a file or folder to the disk."""
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
+
+
+def _sync(name: str) -> None:
+  """A barrier of all processes."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

@@ -1,0 +1,175 @@
+"""Batches for training and windows for evaluation.
+
+Training data is an endless Grain pipeline: shuffle, cut to this process, encode
+on the fly, pack, batch. All randomness comes from the seed and a document's
+index, so the stream depends on nothing else, and a position in it is a small
+dict that goes into the checkpoint.
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from grain import experimental
+
+from dsv3_jax import config
+from dsv3_jax.data import corpus, packing
+from dsv3_jax.data import tokenizer as tokenizers
+
+_READ_AHEAD = 16  # documents
+_BATCHES_AHEAD = 4
+
+
+class Loader:
+  """Endless iterator of batches; deterministic, resumable, one a process.
+
+  A batch is a dict of arrays [rows, T]: `tokens_BT`, `targets_BT`,
+  `positions_BT`, `segments_BT` (int32), `weights_BT` (f32).
+
+  Args:
+    documents: records with 'text' or 'messages', by index.
+    rows: of a batch of this process.
+  """
+
+  def __init__(
+    self,
+    documents: Sequence[dict[str, Any]],
+    tokenizer: tokenizers.Tokenizer,
+    cfg: config.DataConfig,
+    *,
+    seed: int,
+    rows: int,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    length = cfg.seq_len + 1
+    encode = functools.partial(_encode, tokenizer=tokenizer, cfg=cfg)
+    data = grain.MapDataset.source(documents).seed(seed).shuffle()
+    data = data.repeat().random_map(encode)
+    data = data[process_index::process_count]
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
+    data = data.to_iter_dataset(options)
+    data = experimental.FlatMapIterDataset(
+      data, _Cut(length=length, isolated=cfg.isolate_samples)
+    )
+    data = experimental.BestFitPackIterDataset(
+      data,
+      length_struct={'tokens': length, 'learned': length},
+      num_packing_bins=cfg.packing_bins,
+      seed=seed,
+    )
+    example = functools.partial(
+      packing.to_example, isolated=cfg.isolate_samples
+    )
+    data = data.map(example).batch(rows, drop_remainder=True)
+    data = experimental.ThreadPrefetchIterDataset(
+      data, prefetch_buffer_size=_BATCHES_AHEAD
+    )
+    self._iterator = iter(data)
+
+  def __iter__(self) -> 'Loader':
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    return next(self._iterator)
+
+  def get_state(self) -> dict[str, Any]:
+    """Position after the last batch given out, for JSON."""
+    return self._iterator.get_state()
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    """Goes on where `get_state` was taken."""
+    self._iterator.set_state(state)
+
+  def close(self) -> None:
+    """Ends the read-ahead thread."""
+    self._iterator.close()
+
+
+def _encode(
+  record: dict[str, Any],
+  rng: np.random.Generator,
+  *,
+  tokenizer: tokenizers.Tokenizer,
+  cfg: config.DataConfig,
+) -> dict[str, np.ndarray]:
+  return packing.encode_document(record, tokenizer, cfg, rng)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut(experimental.FlatMapTransform):
+  """`packing.cut` for Grain."""
+
+  length: int
+  isolated: bool
+  max_fan_out: int = 10**9  # no limit: a document may be a book
+
+  def flat_map(self, element: dict) -> list[dict]:
+    return packing.cut(element, self.length, self.isolated)
+
+
+def eval_windows(
+  documents: Sequence[dict[str, Any]],
+  tokenizer: tokenizers.Tokenizer,
+  cfg: config.DataConfig,
+  max_bytes: int,
+  stride: int,
+) -> dict[str, Any]:
+  """Held-out documents as windows in which every token is scored once.
+
+  Documents come in the order of a hash of their names, until `max_bytes` of
+  text; one at least. Each is bos and its tokens, read in windows of T that
+  advance by `stride`; a window scores what no earlier one did.
+
+  Returns:
+    tokens_WT, targets_WT, positions_WT, segments_WT (int32), weights_WT (f32, 1
+    where scored); `num_bytes` (UTF-8, of the scored text); `texts`.
+  """
+  order = sorted(
+    range(len(documents)),
+    key=lambda i: hashlib.sha256(documents[i]['name'].encode()).digest(),
+  )
+  texts, num_bytes = [], 0
+  for i in order:
+    text = corpus.document_text(documents[i])
+    size = len(text.encode())
+    if texts and num_bytes + size > max_bytes:
+      break
+    texts.append(text)
+    num_bytes += size
+  rows = []
+  for text in texts:
+    tokens = tokenizer.encode(text, add_bos=True)
+    rows += _windows(tokens, cfg.seq_len, stride)
+  stacked = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
+  return stacked | {'num_bytes': num_bytes, 'texts': texts}
+
+
+def _windows(
+  tokens: np.ndarray, length: int, stride: int
+) -> list[dict[str, np.ndarray]]:
+  """Windows of one document; targets are tokens 1 to the last."""
+  rows, scored, last = [], 0, len(tokens) - 1
+  while scored < last:
+    # The first window scores all it sees, later ones `stride` targets.
+    end = min(scored + (stride if scored else length), last)
+    start = max(0, end - length)
+    size = end - start
+    pad = lambda x, size=size: np.pad(x, (0, length - size)).astype(np.int32)
+    index_T = np.arange(length)
+    new_T = (index_T >= scored - start) & (index_T < size)
+    rows.append(
+      {
+        'tokens_WT': pad(tokens[start:end]),
+        'targets_WT': pad(tokens[start + 1 : end + 1]),
+        'positions_WT': index_T.astype(np.int32),
+        'segments_WT': (index_T < size).astype(np.int32),
+        'weights_WT': new_T.astype(np.float32),
+      }
+    )
+    scored = end
+  return rows
