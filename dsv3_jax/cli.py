@@ -117,8 +117,9 @@ def inspect(values: flags.FlagValues) -> None:
   from dsv3_jax.planning import flops
 
   cfg = _read_config(values)
-  told = flops.inspect_dict(cfg.model)
-  print(json.dumps(told) if values.json else flops.render(cfg.model))
+  shape = (cfg.model, cfg.data.seq_len)
+  told = flops.inspect_dict(*shape)
+  print(json.dumps(told) if values.json else flops.render(*shape))
 
 
 def _define_generate(values: flags.FlagValues) -> None:

@@ -1,4 +1,4 @@
-"""Evaluators: name -> fn(Evaluation) -> dict of numbers with units in the key."""
+"""Evaluators: name -> fn(Evaluation) -> numbers, with units in the key."""
 
 import dataclasses
 import functools
@@ -46,7 +46,7 @@ def compare(e: Evaluation) -> dict[str, float]:
   counts = baselines.NgramCounts(e.tokenizer.vocab_size)
   encode = functools.partial(e.tokenizer.encode, add_bos=True)
   for i in range(len(e.corpus.train)):
-    counts.add(encode(e.corpus.train[i]['text']))
+    counts.add(encode(corpora.document_text(e.corpus.train[i])))
   bits = counts.bits(map(encode, windows['texts']))
   bits |= baselines.compressed_bits(windows['texts'])
   return {
@@ -70,7 +70,7 @@ def score(
 ) -> tuple[float, int]:
   """Sum of the scored tokens' losses [nats], and their number."""
   count, size = len(windows['tokens_WT']), cfg.eval.batch_size
-  fields = {name: windows[f'{name[:-3]}_WT'] for name in model.Batch._fields}
+  fields = {name: windows[name[:-2] + 'WT'] for name in model.Batch._fields}
   losses = _token_losses(cfg)
   nats, tokens = 0.0, 0
   for start in range(0, count, size):

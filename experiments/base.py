@@ -197,6 +197,7 @@ def shrink(config: config_dict.ConfigDict) -> None:
     config.train.update(batch_ramp_tokens=0, total_tokens=8 * 64 * 20)
     config.train.update(log_every=5, watchdog_seconds=300.0)
     config.optim.lr.update(peak=3e-3, warmup_steps=5, constant_tokens=5120)
+    config.data.valid_fraction = 0.02
     config.optim.lr.update(decay_tokens=5120, decay_lr=3e-4, hold_tokens=0)
     config.optim.lr.final_lr = 3e-4
     config.checkpoint.every_steps = 10

@@ -117,7 +117,9 @@ class Store:
         f'step {good} is whole: set checkpoint.restore_step={good} to go on '
         'from it'
       )
-    raise CheckpointError(f'{self._path(step) / damage[0]} {damage[1]}; {advice}')
+    raise CheckpointError(
+      f'{self._path(step) / damage[0]} {damage[1]}; {advice}'
+    )
 
   def restore(
     self, step: int, like: Tree, partial: bool = False

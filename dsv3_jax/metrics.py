@@ -1,0 +1,148 @@
+"""Numbers about a run, and where they are written.
+
+MaxVio (LF, arXiv 2408.15664) is (max load - mean load) / mean load of a layer's
+experts. MFU counts the main model's FLOP with causal attention, without MTP and
+recomputation, against the peak of all devices (the convention of the report's
+figures).
+"""
+
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import matplotlib
+import tensorboardX
+from jaxtyping import Array, Float
+from matplotlib import figure
+
+matplotlib.use('Agg')
+
+
+def max_violation(load_LE: Float[Array, 'L E']) -> Float[Array, '']:
+  """MaxVio, mean over the layers; 0 is perfect balance."""
+  mean_L = jnp.maximum(jnp.mean(load_LE, axis=-1), 1e-9)
+  return jnp.mean((jnp.max(load_LE, axis=-1) - mean_L) / mean_L)
+
+
+def bits_per_byte(nats: float, num_bytes: int) -> float:
+  """Nats summed over a text -> bits per UTF-8 byte of it."""
+  return nats / math.log(2.0) / num_bytes
+
+
+class Throughput:
+  """Tokens per second and MFU between reports; the first step, which compiles,
+  and pauses (saving, evaluation) do not count."""
+
+  def __init__(self, flops_per_token: float, peak_flops: float):
+    self._flops, self._peak = flops_per_token, peak_flops
+    self._start: float | None = None
+    self._tokens = 0
+
+  def add(self, tokens: int) -> None:
+    """A step of so many tokens is finished."""
+    if self._start is None:
+      self.restart()
+    else:
+      self._tokens += tokens
+
+  def restart(self) -> None:
+    """Counts from now on."""
+    self._start, self._tokens = time.perf_counter(), 0
+
+  def read(self) -> dict[str, float]:
+    """Speed since the last restart; empty before there is one to tell."""
+    if not self._tokens:
+      return {}
+    speed = self._tokens / (time.perf_counter() - self._start)
+    return {
+      'tokens_per_second': speed,
+      'mfu': speed * self._flops / self._peak,
+    }
+
+
+class MetricWriter:
+  """`metrics.jsonl`, always, and TensorBoard events beside it.
+
+  A line holds `kind` ('train' or 'eval'), `step`, `tokens` and the numbers.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, resume_step: int):
+    """Drops lines after `resume_step`, which the resumed run writes again."""
+    self._path = pathlib.Path(workdir) / 'metrics.jsonl'
+    kept = [r for r in read_metrics(workdir) if r['step'] <= resume_step]
+    scratch = self._path.with_name('.metrics.jsonl')
+    scratch.write_text(
+      ''.join(json.dumps(record) + '\n' for record in kept), encoding='utf-8'
+    )
+    scratch.replace(self._path)
+    self._file = open(self._path, 'a', encoding='utf-8')
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir), purge_step=resume_step + 1
+    )
+
+  def write(self, kind: str, step: int, tokens: int, told: dict) -> None:
+    """Appends one record; numbers only."""
+    record = {'kind': kind, 'step': step, 'tokens': tokens} | told
+    self._file.write(json.dumps(record) + '\n')
+    self._file.flush()
+    for name, value in told.items():
+      self._events.add_scalar(f'{kind}/{name}', value, step)
+
+  def close(self) -> None:
+    """Ends both files."""
+    self._file.close()
+    self._events.close()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """All whole lines of `metrics.jsonl`; a kill may have cut the last."""
+  path = pathlib.Path(workdir) / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  lines = path.read_text(encoding='utf-8').split('\n')[:-1]
+  return [json.loads(line) for line in lines]
+
+
+def plot_loss(workdir: str | os.PathLike) -> None:
+  """Draws `loss.png` from `metrics.jsonl`: losses above, MaxVio below."""
+  records = read_metrics(workdir)
+  train = [r for r in records if r['kind'] == 'train']
+  held = [r for r in records if r['kind'] == 'eval']
+  column = lambda rows, name: [row[name] for row in rows]
+  tokens = column(train, 'tokens')
+  picture = figure.Figure(figsize=(8, 6), layout='constrained')
+  top, bottom = picture.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+  top.plot(tokens, column(train, 'loss'), label='train', lw=1.2)
+  if any(column(train, 'mtp_loss')):
+    top.plot(
+      tokens, column(train, 'mtp_loss'), label='MTP, one token on', lw=0.9
+    )
+  top.plot(
+    column(held, 'tokens'),
+    column(held, 'loss_nats_per_token'),
+    'o',
+    color='black',
+    label='held out',
+  )
+  for record in held[-1:]:
+    top.annotate(
+      f'{record["bits_per_byte"]:.3f} bits per byte',
+      (record['tokens'], record['loss_nats_per_token']),
+      xytext=(-8, -14),
+      textcoords='offset points',
+      ha='right',
+    )
+  top.set_ylabel('loss [nats per token]')
+  top.legend(frameon=False)
+  bottom.plot(tokens, column(train, 'max_violation'), color='tab:red', lw=1.0)
+  bottom.set_ylabel('MaxVio of experts')
+  bottom.set_ylim(bottom=0)
+  bottom.set_xlabel('training tokens')
+  for axes in (top, bottom):
+    axes.grid(alpha=0.3)
+    axes.spines[['top', 'right']].set_visible(False)
+  picture.savefig(pathlib.Path(workdir) / 'loss.png', dpi=120)
