@@ -1,14 +1,27 @@
-.PHONY: test lint
-PY := .venv/bin/python
+# Three commands, each on a bare machine with python3 >= 3.11.
 
-.venv/.test: setup.cfg constraints.txt
-	test -x $(PY) || python3 -m venv .venv
-	.venv/bin/pip install -q -c constraints.txt -e '.[test]'
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint
+
+.venv/.installed: setup.cfg pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -c constraints.txt -e .
 	touch $@
 
-test: .venv/.test
-	.venv/bin/pytest -n 2 -q
+.venv/.tested: .venv/.installed
+	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
+	touch $@
 
-lint: .venv/.test
-	.venv/bin/ruff format --check .
-	.venv/bin/ruff check .
+quickstart: .venv/.installed
+	$(BIN)/dsv3 train --config=experiments/quickstart.py --workdir=runs/quickstart
+	$(BIN)/dsv3 eval --checkpoint=runs/quickstart
+	$(BIN)/dsv3 generate --checkpoint=runs/quickstart --prompt='import ' --prompt='def '
+
+test: .venv/.tested
+	$(BIN)/pytest -n 2 -q
+
+lint: .venv/.tested
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .

@@ -299,7 +299,7 @@ def _unknown(prefix: str, key: str, known: list[str]) -> str:
 
 
 def _leaf(hint: Any, value: Any, path: str) -> Any:
-  """Checks the type of one value; ints pass as floats, bools as nothing else."""
+  """Checks the type of one value; an int passes as a float."""
   if isinstance(hint, types.GenericAlias):  # tuple[str, ...]
     if isinstance(value, str) or not all(isinstance(v, str) for v in value):
       raise ValueError(f'{path}={value!r} must be a tuple of strings')

@@ -79,7 +79,7 @@ class MetricWriter:
       ''.join(json.dumps(record) + '\n' for record in kept), encoding='utf-8'
     )
     scratch.replace(self._path)
-    self._file = open(self._path, 'a', encoding='utf-8')
+    self._file = self._path.open('a', encoding='utf-8')
     self._events = tensorboardX.SummaryWriter(
       str(workdir), purge_step=resume_step + 1
     )

@@ -3,10 +3,10 @@
   m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2
   w -= lr (m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + decay w)
 
-Moments are stored in BF16 and computed in f32 (TR 3.3.3); the master weights are
-f32. Weight decay is decoupled and leaves norm weights alone. Schedules run on
-the host in Python numbers: 14.8e12 tokens fit neither int32 nor the mantissa of
-f32. The learning rate enters each update as an array, so it never recompiles.
+Moments are stored in BF16 and computed in f32 (TR 3.3.3); the master weights
+are f32. Weight decay is decoupled and leaves norm weights alone. Schedules run
+on the host in Python numbers: 14.8e12 tokens fit neither int32 nor the mantissa
+of f32. The learning rate enters each update as an array: nothing recompiles.
 """
 
 import math

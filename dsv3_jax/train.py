@@ -1,8 +1,8 @@
 """The training loop: one straight line from config to samples (TR 4.2).
 
-`run(cfg, workdir)` trains until `train.total_tokens` have been seen, or goes on
+`run(cfg, workdir)` trains until `train.total_tokens` have been seen or goes on
 where `workdir` stopped. All that it needs for that is in one committed step of
-`checkpoints/`: arrays, EMA, position of the loader, tokens seen. What it writes:
+`checkpoints/`: arrays, EMA, loader position, tokens seen. What it writes:
 
   config.json  tokenizer.json  metrics.jsonl  TensorBoard events  checkpoints/
   and, at the end, loss.png and samples.txt

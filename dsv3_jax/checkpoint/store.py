@@ -34,7 +34,7 @@ class CheckpointError(ValueError):
 class Store:
   """The committed steps of one run.
 
-  Saving returns once the arrays are copied; a thread writes, hashes and commits.
+  Saving returns once the arrays are copied; a thread writes, hashes, commits.
   An error there is raised by the next `save`, `wait` or `close`.
   """
 
@@ -79,7 +79,7 @@ class Store:
     for name, document in extras.items():
       text = json.dumps(document, sort_keys=True)
       (scratch / f'{name}.json').write_text(text, encoding='utf-8')
-    # Orbax copies device arrays before it returns; host arrays are ours to copy.
+    # Orbax copies device arrays before it returns; host arrays we copy.
     copy = lambda x: x if isinstance(x, jax.Array) else np.array(x)
     state = jax.tree.map(copy, state)
     self._writer.save(scratch / _ARRAYS, ocp.args.PyTreeSave(state))

@@ -61,7 +61,7 @@ def open_corpus(cfg: config.DataConfig) -> Corpus:
 def load_tokenizer(
   cfg: config.DataConfig, corpus: Corpus
 ) -> tokenizer.Tokenizer:
-  """`data.tokenizer`, or one trained on the train part at first use and kept."""
+  """`data.tokenizer`, or one trained on the train part and kept."""
   if cfg.tokenizer:
     return tokenizer.Tokenizer.from_file(cfg.tokenizer)
   key = (cfg.source, cfg.text_key, cfg.tokenizer_vocab, cfg.valid_fraction)

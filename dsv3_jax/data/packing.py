@@ -65,7 +65,7 @@ def split_at_random(
   rate: float,
   rng: np.random.Generator,
 ) -> np.ndarray:
-  """Splits punctuation + newline tokens in two, each with probability `rate`."""
+  """Splits punctuation + newline tokens, each with probability `rate`."""
   if not rate:
     return tokens
   table = tokenizer.punctuation_newlines

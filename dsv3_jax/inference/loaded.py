@@ -1,4 +1,4 @@
-"""A trained model behind five names: config, params, logits, mtp_logits, generate."""
+"""A trained model: config, params, logits, mtp_logits, generate."""
 
 import dataclasses
 import functools

@@ -27,7 +27,7 @@ def sample(
 
 
 def _nucleus(logits_BV: Float[Array, 'B V'], top_p) -> Array:
-  """True on the most likely tokens before whose own mass top_p is not reached."""
+  """True on the most likely tokens, as few as reach a mass of top_p."""
   probs_BV = jax.nn.softmax(logits_BV, axis=-1)
   sorted_BV = jnp.sort(probs_BV, axis=-1, descending=True)
   before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV

@@ -1,4 +1,4 @@
-"""Multi-head latent attention as a module: weights, cache, and the choice of form."""
+"""Multi-head latent attention as a module: weights, cache, choice of form."""
 
 from typing import NamedTuple
 
@@ -144,7 +144,7 @@ def _write(
   index_BT: Int[Array, 'B T'] | None,
   layer: Int[Array, ''],
 ) -> Cache | None:
-  """Puts the tokens' latents at their indices; those past the end are dropped."""
+  """Puts latents at their indices; those past the end are dropped."""
   if cache is None:
     return None
   rows_B1 = jnp.arange(index_BT.shape[0])[:, None]

@@ -17,8 +17,8 @@ from dsv3_jax import config, sharding
 from dsv3_jax.nn import attention, layers, moe
 from dsv3_jax.ops import linear
 
-# 'report' (TR 3.2.3): RMSNorm, the MLA up-projections and the SwiGLU product are
-# made again in the backward pass from the values named here.
+# 'report' (TR 3.2.3): RMSNorm, the MLA up-projections and the SwiGLU product
+# are made again in the backward pass from the values named here.
 _KEPT = ('q_latent', 'kv_latent', 'attention', 'swiglu_in', 'residual')
 
 

@@ -4,8 +4,8 @@
   h^k  = Block(h');  p = softmax(Head(RMSNorm(h^k)))         (eqs. 22, 23)
 
 The embedding comes first in the concatenation, as in the published checkpoint;
-eq. 21 writes the reverse, which is a permutation of M's columns. The output norm
-is the module's own; embedding and head are the main model's.
+eq. 21 writes the reverse, which is a permutation of M's columns. The output
+norm is the module's own; embedding and head are the main model's.
 """
 
 import flax.linen as nn

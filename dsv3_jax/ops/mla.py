@@ -40,7 +40,7 @@ def compress(
   sin_BTr: Float[Array, 'B T r'],
   eps: float,
 ) -> Latents:
-  """Latents of keys and values (TR eqs. 1 and 3); the rotary key is not normed."""
+  """Latents of keys and values (TR eqs. 1, 3); the rotary key is not normed."""
   with jax.named_scope('kv_down'):
     y_BTY = jnp.einsum('btd,dy->bty', x_BTD, w_dkv_DY)
     y_BTY = checkpoint_name(y_BTY, 'kv_latent')
