@@ -1,0 +1,365 @@
+"""Training, prefill and decode beside transformers, on the CPU.
+
+Question: how fast is one and the same DeepSeek-V3, with the same weights and in
+f32 on two threads, here and as transformers' DeepseekV3ForCausalLM in PyTorch?
+
+  python benchmarks/train_vs_transformers.py
+
+Both sides run in one process and take turns; a figure is a side's best of
+`--rounds`. Before anything is timed, logits, the training loss and the greedy
+tokens are compared. Ceilings of the same run: the best f32 matmul of either
+library, and reading memory with two threads. transformers runs each of its
+expert implementations and counts with its best.
+"""
+
+import argparse
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+import warnings
+
+os.environ['OMP_NUM_THREADS'] = '2'
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from dsv3_jax import config
+from dsv3_jax import train_step as steps
+from dsv3_jax.checkpoint import hf
+from dsv3_jax.inference import engine
+from dsv3_jax.nn import model
+from dsv3_jax.planning import flops
+from experiments import base
+
+LENGTH, BATCH = 512, 4  # of training and prefill
+PROMPT, NEW = 256, 128  # of decode
+DECODE_BATCHES = (1, 8)
+# 'batched_mm' copies the weights of each token's experts: 70 GB a layer in
+# training, so it is timed in decoding only.
+EXPERTS = {'train': ('eager', 'grouped_mm'), 'prefill': ('eager', 'grouped_mm')}
+EXPERTS['decode'] = ('eager', 'grouped_mm', 'batched_mm')
+
+
+def make_config() -> config.Config:
+  """The model of the comparison: 50M parameters, no MTP, no balance loss."""
+  source = base.get_config()
+  with source.unlocked():
+    source.precision = 'f32'
+    net = source.model
+    net.update(vocab_size=4096, d_model=512, d_ff=1536, num_layers=8)
+    net.update(num_dense_layers=1, max_seq_len=1024, init_std=0.02)
+    net.update(scan_layers=False, remat='none')
+    net.rope.original_seq_len = 1024
+    net.mla.update(num_heads=8, q_lora_rank=192, kv_lora_rank=128)
+    net.mla.update(qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
+    net.moe.update(num_experts=32, num_groups=4, top_groups=2, top_k=4)
+    net.moe.update(d_ff=256)
+    net.mtp.depth = 0
+    source.balance.kind = 'none'
+    source.data.update(seq_len=LENGTH, tokenizer='none.json')
+    source.train.update(batch_size=BATCH, batch_size_start=BATCH)
+    source.train.update(microbatch_size=BATCH, batch_ramp_tokens=0)
+    source.optim.update(moments_dtype='float32', ema_decay=0.0)
+    source.eval.stride = LENGTH
+  return config.from_config_dict(source)
+
+
+class Ours:
+  """The library, through what its training loop and `generate` call."""
+
+  def __init__(self, cfg: config.Config):
+    self.cfg = cfg
+    self.state = jax.jit(lambda: steps.init_state(cfg, jax.random.key(0)))()
+    self.hyper = {
+      'lr': jnp.float32(1e-4),
+      'mtp_weight': jnp.float32(0.0),
+      'bias_rate': jnp.float32(0.0),
+    }
+    self._step = jax.jit(steps.make_train_step(cfg), donate_argnums=0)
+    self._logits = jax.jit(lambda *args: model.build(cfg).apply(*args)[0])
+    # Copies: training gives its buffers away.
+    kept = jax.tree.map(jnp.copy, self.state)
+    self.engine = engine.Engine(cfg, kept['params'], kept['router'])
+
+  def weights(self) -> dict[str, np.ndarray]:
+    state = self.state
+    return dict(hf.to_hf(self.cfg.model, state['params'], state['router']))
+
+  def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+    args = ({'params': self.state['params']}, self._batch(tokens_BT))
+    return np.asarray(self._logits(*args, self.state['router']))
+
+  def train(self, tokens_BZ: np.ndarray) -> float:
+    """One step: forward, backward, clip, AdamW; returns the loss."""
+    batch = self._batch(tokens_BZ[:, :-1], tokens_BZ[:, 1:])
+    batch_nBT = jax.tree.map(lambda x: x[None], batch)
+    self.state, told = self._step(
+      self.state, batch_nBT, jnp.int32(1), self.hyper
+    )
+    jax.block_until_ready(self.state)
+    return told['loss'].item()
+
+  def prefill(self, tokens_BT: np.ndarray) -> float:
+    """Seconds until the first token, latents cached."""
+    return self.engine.generate(tokens_BT.tolist(), 1).prefill_seconds
+
+  def decode(self, tokens_BT: np.ndarray) -> tuple[float, np.ndarray]:
+    """Seconds of NEW cached steps, and the greedy tokens [B, NEW + 1]."""
+    made = self.engine.generate(tokens_BT.tolist(), NEW + 1)
+    return made.decode_seconds, np.array(made.tokens)
+
+  def _batch(self, tokens_BT, targets_BT=None) -> model.Batch:
+    shape = tokens_BT.shape
+    ones = jnp.ones(shape, jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(shape[1]), shape)
+    targets_BT = tokens_BT if targets_BT is None else targets_BT
+    tokens_BT, targets_BT = jnp.int32(tokens_BT), jnp.int32(targets_BT)
+    weights = ones.astype(jnp.float32)
+    return model.Batch(tokens_BT, targets_BT, positions, ones, weights)
+
+
+class Theirs:
+  """transformers: eager PyTorch, sdpa attention, its dynamic cache."""
+
+  def __init__(self, cfg: config.Config, weights: dict[str, np.ndarray]):
+    shape = transformers.DeepseekV3Config(**hf.hf_config(cfg))
+    shape._attn_implementation = 'sdpa'
+    self.net = transformers.DeepseekV3ForCausalLM(shape)
+    self._load(weights)
+    self.adamw = torch.optim.AdamW(
+      self.net.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1
+    )
+
+  def use(self, experts: str) -> None:
+    self.net.set_experts_implementation(experts)
+
+  def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+      return self.net(torch.from_numpy(tokens_BT)).logits.numpy()
+
+  def train(self, tokens_BZ: np.ndarray) -> float:
+    tokens = torch.from_numpy(tokens_BZ)
+    logits = self.net(tokens[:, :-1], use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(
+      logits.flatten(0, 1), tokens[:, 1:].flatten()
+    )
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+    self.adamw.step()
+    self.adamw.zero_grad()
+    return loss.item()
+
+  def prefill(self, tokens_BT: np.ndarray) -> float:
+    start = time.perf_counter()
+    with torch.no_grad():
+      tokens = torch.from_numpy(tokens_BT)
+      out = self.net(tokens, use_cache=True, logits_to_keep=1)
+      out.logits.argmax(-1)
+    return time.perf_counter() - start
+
+  def decode(self, tokens_BT: np.ndarray) -> tuple[float, np.ndarray]:
+    with torch.no_grad():
+      tokens = torch.from_numpy(tokens_BT)
+      out = self.net(tokens, use_cache=True, logits_to_keep=1)
+      made = [out.logits[:, -1].argmax(-1, keepdim=True)]
+      start = time.perf_counter()
+      for _ in range(NEW):
+        cache = out.past_key_values
+        out = self.net(made[-1], past_key_values=cache, use_cache=True)
+        made.append(out.logits[:, -1].argmax(-1, keepdim=True))
+      seconds = time.perf_counter() - start
+    return seconds, torch.cat(made, 1).numpy()
+
+  def _load(self, weights: dict[str, np.ndarray]) -> None:
+    """Copies our weights in; transformers fuses the experts in memory."""
+    state = {n: torch.from_numpy(np.array(w)) for n, w in weights.items()}
+    for i in range(self.net.config.num_hidden_layers):
+      at = f'model.layers.{i}.mlp.experts.'
+      if not (names := [n for n in state if n.startswith(at)]):
+        continue
+      one = {n.removeprefix(at): state.pop(n) for n in names}
+      every = range(self.net.config.n_routed_experts)
+      part = lambda kind, one=one, every=every: torch.stack(
+        [one[f'{e}.{kind}.weight'] for e in every]
+      )
+      pair = [part('gate_proj'), part('up_proj')]
+      state[at + 'gate_up_proj'] = torch.cat(pair, dim=1)
+      state[at + 'down_proj'] = part('down_proj')
+    self.net.load_state_dict(state)
+
+
+def compare(ours: Ours, theirs: Theirs, tokens_BZ: np.ndarray) -> str:
+  """Fails unless both sides are the same model; says how close they are."""
+  gap = np.abs(
+    ours.logits(tokens_BZ[:, :-1]) - theirs.logits(tokens_BZ[:, :-1])
+  )
+  assert gap.max() < 1e-4, f'logits differ by {gap.max()}'
+  prompts = tokens_BZ[:, :PROMPT]
+  same = np.mean(ours.decode(prompts)[1] == theirs.decode(prompts)[1])
+  assert same > 0.95, f'only {same:.1%} of the greedy tokens are equal'
+  losses = ours.train(tokens_BZ), theirs.train(tokens_BZ)
+  assert abs(losses[0] - losses[1]) < 1e-4, losses
+  return (
+    f'largest difference of logits {gap.max():.1e}, of the loss '
+    f'{abs(losses[0] - losses[1]):.1e}; greedy tokens equal {same:.1%}'
+  )
+
+
+def ceilings() -> dict[str, float]:
+  """f32 matmul [FLOP/s], the better library, and reading memory [bytes/s]."""
+  size = 2048
+  x = jnp.ones((size, size), jnp.float32)
+  product, y = jax.jit(jnp.matmul), torch.ones(size, size)
+  best = min(
+    _best(lambda: product(x, x).block_until_ready(), 5),
+    _best(lambda: y @ y, 5),
+  )
+  big = jnp.ones((64, 1 << 20), jnp.float32)  # 256 MiB, beyond the caches
+  row = jnp.ones((1 << 20,))
+  total = jax.jit(lambda big, row: big @ row)
+  other = torch.ones(64, 1 << 20)
+  flat = torch.ones(1 << 20)
+  read = min(
+    _best(lambda: total(big, row).block_until_ready(), 5),
+    _best(lambda: other @ flat, 5),
+  )
+  return {'flops': 2.0 * size**3 / best, 'bytes': big.nbytes / read}
+
+
+def _best(run, rounds: int) -> float:
+  run()
+  times = []
+  for _ in range(rounds):
+    start = time.perf_counter()
+    run()
+    times.append(time.perf_counter() - start)
+  return min(times)
+
+
+def measure(cfg: config.Config, rounds: int) -> tuple[dict, str, dict]:
+  """Best seconds of each task and side, the check's line, the ceilings."""
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, cfg.model.vocab_size, (8, LENGTH + 1))
+  train = tokens[:BATCH]
+  ours = Ours(cfg)
+  theirs = Theirs(cfg, ours.weights())
+  checked = compare(ours, theirs, train)
+
+  def timed(side):
+    start = time.perf_counter()
+    side.train(train)
+    return time.perf_counter() - start
+
+  tasks = {
+    'train': timed,
+    'prefill': lambda side: side.prefill(train[:, :LENGTH]),
+  }
+  for size in DECODE_BATCHES:
+    prompts = tokens[:size, :PROMPT]
+    tasks[f'decode {size}'] = lambda side, p=prompts: side.decode(p)[0]
+  peak, best = ceilings(), {}
+  for turn in range(rounds + 1):  # the first turn warms up and compiles
+    for task, run in tasks.items():
+      sides = [('ours', ours, '')]
+      names = EXPERTS[task.split()[0]]
+      sides += [('theirs', theirs, name) for name in names]
+      for side, which, experts in sides:
+        if experts:
+          which.use(experts)
+        seconds = run(which)
+        print(f'{turn} {task:9} {side} {experts:10} {seconds:8.3f} s')
+        old = best.get((task, side), (float('inf'), ''))
+        if turn:
+          best[task, side] = min(old, (seconds, experts))
+    again = ceilings()
+    peak = {name: max(peak[name], again[name]) for name in peak}
+  return best, checked, peak
+
+
+def render(cfg: config.Config, best: dict, checked: str, peak: dict) -> str:
+  """The table, as Markdown."""
+  net = cfg.model
+  per_token = flops.flops_per_token(net, LENGTH)
+  active = flops.inspect_dict(net, LENGTH)['parameters']
+  active = active['active_without_embedding']
+  lines = [
+    '| task | ours, tokens/s | transformers, tokens/s | its experts | ratio |'
+    ' ours, of ceiling | transformers, of ceiling |',
+    '|---|---|---|---|---|---|---|',
+  ]
+  for task in dict.fromkeys(task for task, _ in best):
+    cells, shares = [], []
+    for side in ('ours', 'theirs'):
+      seconds = best[task, side][0]
+      kind, _, size = task.partition(' ')
+      tokens = NEW * int(size) if size else BATCH * LENGTH
+      speed = tokens / seconds
+      cells.append(speed)
+      if task == 'decode 1':  # every active weight is read once a token
+        shares.append(f'{speed * active * 4 / peak["bytes"]:.0%} of memory')
+      else:
+        part = 1.0 if kind == 'train' else 1.0 / 3.0
+        shares.append(
+          f'{speed * per_token * part / peak["flops"]:.0%} of matmul'
+        )
+    lines.append(
+      f'| {task} | {cells[0]:,.0f} | {cells[1]:,.0f} | '
+      f'{best[task, "theirs"][1]} | {cells[0] / cells[1]:.2f} | '
+      f'{shares[0]} | {shares[1]} |'
+    )
+  about = (
+    f'{checked}. Ceilings in the same run: {peak["flops"] / 1e9:.0f} GFLOP/s '
+    f'f32 matmul, {peak["bytes"] / 1e9:.1f} GB/s read. {_where()}'
+  )
+  return '\n'.join(lines) + '\n\n' + about + '\n'
+
+
+def _where() -> str:
+  """Hardware, versions and commit."""
+  cpu = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8')
+  name = [x for x in cpu.splitlines() if x.startswith('model name')]
+  name = name[0].split(':')[1].strip() if name else platform.processor()
+  commit = subprocess.run(
+    ['git', 'rev-parse', '--short', 'HEAD'],
+    capture_output=True,
+    text=True,
+    check=False,
+  ).stdout.strip()
+  return (
+    f'{os.cpu_count()} cores of {name}; Python {platform.python_version()}, '
+    f'jax {jax.__version__}, torch {torch.__version__}, transformers '
+    f'{transformers.__version__}; commit {commit}.'
+  )
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--rounds', type=int, default=3)
+  parser.add_argument('--output', type=pathlib.Path)
+  args = parser.parse_args()
+  warnings.simplefilter('ignore')
+  torch.set_num_threads(2)
+  torch.manual_seed(0)
+  cfg = make_config()
+  text = render(cfg, *measure(cfg, args.rounds))
+  print(text)
+  if args.output:
+    args.output.write_text(
+      '# Training, prefill and decode beside transformers\n\n'
+      '`python benchmarks/train_vs_transformers.py`: batch '
+      f'{BATCH} x {LENGTH} for training and prefill; prompt {PROMPT}, {NEW} '
+      f'new tokens, batch {" and ".join(map(str, DECODE_BATCHES))} for decode; '
+      'f32, two threads.\n\n' + text,
+      encoding='utf-8',
+    )
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())
