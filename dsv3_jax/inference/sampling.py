@@ -19,11 +19,18 @@ def sample(
       reaches it is kept; 1 keeps all.
   """
   with jax.named_scope('sample'):
-    greedy_B = jnp.argmax(logits_BV, axis=-1)
-    scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
-    kept_BV = jnp.where(_nucleus(scaled_BV, top_p), scaled_BV, -jnp.inf)
-    drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
-    return jnp.where(temperature > 0, drawn_B, greedy_B).astype(jnp.int32)
+    return jax.lax.cond(
+      temperature > 0,
+      lambda: _draw(logits_BV / temperature, keys_B, top_p),
+      lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+    )
+
+
+def _draw(logits_BV: Float[Array, 'B V'], keys_B, top_p) -> Int[Array, 'B']:
+  """One draw a row from its nucleus."""
+  kept_BV = jnp.where(_nucleus(logits_BV, top_p), logits_BV, -jnp.inf)
+  drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
+  return drawn_B.astype(jnp.int32)
 
 
 def _nucleus(logits_BV: Float[Array, 'B V'], top_p) -> Array:

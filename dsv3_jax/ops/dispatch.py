@@ -71,9 +71,12 @@ def expert_ffn(
 
 
 def _block_rows(num_assignments: int, num_experts: int, most: int) -> int:
-  """The power of two below an expert's mean share, within [1, most]."""
-  share = max(1, num_assignments // num_experts)
-  return max(1, min(most, 1 << (share.bit_length() - 1)))
+  """The power of two below an expert's mean share, within [4, most].
+
+  A few rows cost what one does: a block's time is that of reading its weights.
+  """
+  share = max(4, num_assignments // num_experts)
+  return min(most, 1 << (share.bit_length() - 1))
 
 
 def block_layout(
