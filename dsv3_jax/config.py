@@ -134,6 +134,7 @@ class DataConfig:
   split_rate: float
   isolate_samples: bool
   packing_bins: int
+  shuffle_window: int
 
 
 @_frozen

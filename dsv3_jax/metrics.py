@@ -23,7 +23,9 @@ matplotlib.use('Agg')
 
 
 def max_violation(load_LE: Float[Array, 'L E']) -> Float[Array, '']:
-  """MaxVio, mean over the layers; 0 is perfect balance."""
+  """MaxVio, mean over the layers; 0 is perfect balance, or no experts."""
+  if not load_LE.size:  # a model without experts
+    return jnp.zeros(())
   mean_L = jnp.maximum(jnp.mean(load_LE, axis=-1), 1e-9)
   return jnp.mean((jnp.max(load_LE, axis=-1) - mean_L) / mean_L)
 

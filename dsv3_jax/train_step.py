@@ -122,7 +122,7 @@ def _accumulate(cfg, net, state, batch_nBT, num_micro, hyper):
 
 def _clip(grads, limit):
   """Scales the gradient to a global norm of at most `limit` (TR 4.2)."""
-  norm = optax.global_norm(grads)
+  norm = optax.tree.norm(grads)
   scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
   return jax.tree.map(lambda g: g * scale, grads), norm
 

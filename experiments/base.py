@@ -124,6 +124,7 @@ def _data():
     'split_rate': 0.1,  # NP: share of punctuation+newline tokens split, TR 4.1
     'isolate_samples': False,  # True for SFT: samples do not see each other
     'packing_bins': 64,  # open rows of best-fit packing
+    'shuffle_window': 1024,  # NP: rows shuffled among themselves; 1: none
   }
 
 
@@ -193,6 +194,7 @@ def shrink(config: config_dict.ConfigDict) -> None:
     model.moe.num_groups = min(model.moe.num_groups, 4)
     model.moe.top_groups = min(model.moe.top_groups, 2)
     config.data.update(seq_len=64, tokenizer_vocab=512, packing_bins=16)
+    config.data.shuffle_window = 64
     config.train.update(batch_size=8, batch_size_start=8, microbatch_size=4)
     config.train.update(batch_ramp_tokens=0, total_tokens=8 * 64 * 20)
     config.train.update(log_every=5, watchdog_seconds=300.0)

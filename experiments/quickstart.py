@@ -23,8 +23,9 @@ def get_config(arg: str = ''):
     model.mla.update(qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32)
     model.moe.update(num_experts=16, top_k=4, num_groups=4, top_groups=2)
     model.moe.update(d_ff=96, route_scale=1.0)
-    config.data.update(tokenizer_vocab=2048, seq_len=256, packing_bins=1024)
-    tokens = 1_400_000
+    config.data.update(tokenizer_vocab=2048, seq_len=256, packing_bins=256)
+    config.data.shuffle_window = 4096
+    tokens = 1_000_000
     config.train.update(total_tokens=tokens, batch_size=4, batch_size_start=4)
     config.train.update(microbatch_size=4, batch_ramp_tokens=0, log_every=20)
     lr = config.optim.lr

@@ -11,6 +11,7 @@ import glob
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,14 +36,18 @@ def open_glob(pattern: str, text_key: str) -> 'FileRecords':
   for path in paths:
     if path.suffix not in kinds:
       raise ValueError(f'{path} must end in one of: {", ".join(kinds)}')
-  return FileRecords([kinds[path.suffix](path, text_key) for path in paths])
+  # Names, which split off the held-out part, stay when the folder moves.
+  fixed = re.split(r'[*?[]', pattern)[0]
+  root = pathlib.Path(fixed if fixed == pattern else fixed + 'x').parent
+  parts = [kinds[path.suffix](path, text_key) for path in paths]
+  return FileRecords(parts, root)
 
 
 class FileRecords(Sequence):
   """The records of several files as one sequence."""
 
-  def __init__(self, parts: list[Any]):
-    self._parts = parts
+  def __init__(self, parts: list[Any], root: pathlib.Path):
+    self._parts, self._root = parts, root
     self._ends = list(itertools.accumulate(len(part) for part in parts))
 
   def __len__(self) -> int:
@@ -55,9 +60,9 @@ class FileRecords(Sequence):
     return self._parts[at], i - (self._ends[at - 1] if at else 0)
 
   def name(self, i: int) -> str:
-    """`path#row`, by which the held-out part is chosen."""
+    """`path#row`, the path seen from the glob's first folder."""
     part, row = self._find(i)
-    return f'{part.path.as_posix()}#{row}'
+    return f'{part.path.relative_to(self._root).as_posix()}#{row}'
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     part, row = self._find(i)

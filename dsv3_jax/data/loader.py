@@ -1,9 +1,9 @@
 """Batches for training and windows for evaluation.
 
 Training data is an endless Grain pipeline: shuffle, cut to this process, encode
-on the fly, pack, batch. All randomness comes from the seed and a document's
-index, so the stream depends on nothing else, and a position in it is a small
-dict that goes into the checkpoint.
+on the fly, pack, shuffle rows, batch. All randomness comes from the seed and a
+document's index, so the stream depends on nothing else, and a position in it is
+a small dict that goes into the checkpoint.
 """
 
 import dataclasses
@@ -64,6 +64,11 @@ class Loader:
     )
     example = functools.partial(
       packing.to_example, isolated=cfg.isolate_samples
+    )
+    # A long document fills many rows in a row: without this a small batch would
+    # hold nothing but one book.
+    data = experimental.WindowShuffleIterDataset(
+      data, window_size=cfg.shuffle_window, seed=seed
     )
     data = data.map(example).batch(rows, drop_remainder=True)
     data = experimental.ThreadPrefetchIterDataset(

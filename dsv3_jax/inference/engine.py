@@ -44,8 +44,8 @@ class Engine:
   def __init__(self, cfg: config.Config, params: dict, router: model.Router):
     self.cfg = cfg
     self._dtype = model.compute_dtype(cfg)
-    cast = lambda x: x.astype(self._dtype) if x.ndim > 1 else x
-    self._params = jax.tree.map(cast, params)
+    cast = lambda path, x: x.astype(self._dtype) if _is_factor(path) else x
+    self._params = jax.tree_util.tree_map_with_path(cast, params)
     self._router = router
     self._prefill = jax.jit(functools.partial(_forward, model.build(cfg)))
     self._decode = jax.jit(
@@ -151,6 +151,11 @@ def empty_caches(
     make(cfg.num_dense_layers, batch, length, dtype),
     make(cfg.num_moe_layers, batch, length, dtype),
   )
+
+
+def _is_factor(path: tuple) -> bool:
+  """True for what the modules cast: norms and the router's matrix stay f32."""
+  return path[-1].key != 'w_router' and not path[-1].key.endswith('norm')
 
 
 def _until(tokens: list[int], stop_id: int) -> list[int]:

@@ -43,4 +43,5 @@ def _nucleus(logits_BV: Float[Array, 'B V'], top_p) -> Array:
   last_B1 = jnp.take_along_axis(
     sorted_BV, jnp.maximum(count_B1, 1) - 1, axis=-1
   )
-  return probs_BV >= last_B1
+  # Sums in f32 reach 1 before the last tokens; 1 is to keep these too.
+  return (probs_BV >= last_B1) | (top_p >= 1.0)

@@ -1,0 +1,143 @@
+"""Kills a real training run at random moments and shows that nothing is lost.
+
+  python benchmarks/kill_and_resume.py --kills=200
+
+A tiny experiment trains in a process of its own, saving every second step; this
+one kills it with SIGKILL after a random time, again and again. After each kill
+every committed step is hashed and the newest may not have gone back. The run
+then goes on to its end, and its last checkpoint is compared, file contents and
+all, with that of a run that nobody disturbed.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+
+from dsv3_jax import config
+from dsv3_jax import train_step as steps
+from dsv3_jax.checkpoint import store
+from experiments import quickstart
+
+_CHILD = """
+import json, sys
+from dsv3_jax import config, train
+cfg = config.from_config_dict(json.load(open(sys.argv[1])))
+train.run(cfg, sys.argv[2])
+"""
+
+
+def kill_and_resume(
+  cfg: config.Config, folder: pathlib.Path, kills: int, seed: int
+) -> dict[str, int]:
+  """Returns counts; raises AssertionError if anything was lost.
+
+  Args:
+    cfg: an experiment that saves often and keeps all steps.
+    folder: empty, for both runs.
+  """
+  rng = random.Random(seed)
+  config_path = folder / 'config.json'
+  config_path.write_text(config.to_json(cfg), encoding='utf-8')
+  env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled')}
+  env |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+
+  def start(workdir):
+    log = (folder / 'log.txt').open('a', encoding='utf-8')
+    with log:
+      args = [sys.executable, '-c', _CHILD, str(config_path), str(workdir)]
+      return subprocess.Popen(args, env=env, stdout=log, stderr=log)
+
+  calm, rough = folder / 'calm', folder / 'rough'
+  begun = time.monotonic()
+  assert start(calm).wait() == 0, (folder / 'log.txt').read_text()[-2000:]
+  whole = time.monotonic() - begun
+  told = {'kills': 0, 'during_a_save': 0, 'finished_early': 0}
+  newest = 0
+  while told['kills'] < kills:
+    child, begun = start(rough), time.monotonic()
+    # Most time passes before the first step: wait for a line of this child.
+    lines = _progress(rough)
+    while child.poll() is None and _progress(rough) == lines:
+      time.sleep(0.01)
+    time.sleep(rng.uniform(0.0, 0.3 * whole * rng.random()))
+    child.send_signal(signal.SIGKILL)
+    code = child.wait()
+    saving = any((rough / 'checkpoints').glob('.*'))
+    if code == 0:  # it came to its end first: begin a new run
+      _compare(cfg, calm, rough)
+      told['finished_early'] += 1
+      rough, newest = folder / f'rough{told["finished_early"]}', 0
+      continue
+    told['kills'] += 1
+    told['during_a_save'] += saving
+    kept = store.Store(rough / 'checkpoints', keep=10**6)
+    assert (kept.latest() or 0) >= newest, 'a committed step is gone'
+    newest = kept.latest() or 0
+    for step in kept.steps():
+      kept.verify(step)
+    kept.close()
+    print(json.dumps(told | {'newest': newest}), flush=True)
+  assert start(rough).wait() == 0, (folder / 'log.txt').read_text()[-2000:]
+  _compare(cfg, calm, rough)
+  return told
+
+
+def _progress(workdir: pathlib.Path) -> float:
+  """Changes with every metrics line that a run writes."""
+  path = workdir / 'metrics.jsonl'
+  return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _compare(
+  cfg: config.Config, calm: pathlib.Path, rough: pathlib.Path
+) -> None:
+  """Both runs must end in the same bits and have told the same losses."""
+  state = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(0)))
+  ema = state['params'] if cfg.optim.ema_decay else {}
+  ends = []
+  for workdir in (calm, rough):
+    kept = store.Store(workdir / 'checkpoints', keep=10**6)
+    last = kept.latest()
+    arrays, extras = kept.restore(last, {'train': state, 'ema': ema})
+    kept.close()
+    bits = [x.tobytes() for x in jax.tree.leaves(arrays)]
+    ends.append((last, bits, extras))
+  assert ends[0] == ends[1], 'the killed run ended in other bits'
+  losses = [
+    [
+      (line['step'], line['loss'])
+      for line in map(json.loads, (w / 'metrics.jsonl').open(encoding='utf-8'))
+      if line['kind'] == 'train'
+    ]
+    for w in (calm, rough)
+  ]
+  assert losses[0] == losses[1], 'the killed run told other losses'
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--kills', type=int, default=200)
+  parser.add_argument('--seed', type=int, default=0)
+  args = parser.parse_args()
+  source = quickstart.get_config('runlocal')
+  with source.unlocked():
+    source.train.update(log_every=1, total_tokens=8 * 64 * 40)
+    source.checkpoint.update(every_steps=2, keep=1000)
+  cfg = config.from_config_dict(source)
+  with tempfile.TemporaryDirectory() as folder:
+    told = kill_and_resume(cfg, pathlib.Path(folder), args.kills, args.seed)
+  print(json.dumps({'result': 'nothing lost'} | told))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,144 @@
+"""Where text comes from: the standard library, files, TFDS; one-line errors."""
+
+import dataclasses
+import json
+import pathlib
+import re
+import sysconfig
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from dsv3_jax.data import corpus, files
+from tests import settings
+
+_TEXTS = [f'text {i}: gr\u00fc\u00dfe\n' * (i + 1) for i in range(30)]
+
+
+def data_config(source, cache_dir='', **changes):
+  cfg = settings.small(data__valid_fraction=0.3).data
+  return dataclasses.replace(
+    cfg, source=str(source), cache_dir=str(cache_dir), **changes
+  )
+
+
+def write_text(folder):
+  for i, text in enumerate(_TEXTS):
+    (folder / f'{i:02}.txt').write_text(text, encoding='utf-8')
+  return folder / '*.txt'
+
+
+def write_jsonl(folder):
+  lines = [json.dumps({'text': text}) for text in _TEXTS]
+  for name, part in (('a', lines[:10]), ('b', [*lines[10:], '', ''])):
+    body = '\n'.join(part) + '\n'
+    (folder / f'{name}.jsonl').write_text(body, encoding='utf-8')
+  return folder / '*.jsonl'
+
+
+def write_parquet(folder):
+  table = pyarrow.table({'text': _TEXTS, 'other': list(range(30))})
+  parquet.write_table(table, folder / 'x.parquet', row_group_size=7)
+  return folder / '*.parquet'
+
+
+@pytest.mark.parametrize('write', [write_text, write_jsonl, write_parquet])
+def test_files_give_every_text_once(tmp_path, write):
+  opened = corpus.open_corpus(data_config(write(tmp_path)))
+  parts = (opened.train, opened.valid)
+  texts = [[part[i]['text'] for i in range(len(part))] for part in parts]
+  assert sorted(texts[0] + texts[1]) == sorted(_TEXTS)
+  assert 3 <= len(texts[1]) <= 15
+
+
+def test_split_follows_the_name_not_the_place_or_the_others(tmp_path):
+  """A moved folder, or one with more files, holds out the same documents."""
+  names = {}
+  for folder, extra in (('one', 0), ('two', 5)):
+    place = tmp_path / folder / 'deep'
+    place.mkdir(parents=True)
+    source = write_text(place)
+    for i in range(extra):
+      (place / f'extra{i}.txt').write_text('more')
+    valid = corpus.open_corpus(data_config(source)).valid
+    found = {valid[i]['name'] for i in range(len(valid))}
+    names[folder] = {name for name in found if 'extra' not in name}
+  assert names['one'] == names['two']
+  share = sum(corpus.is_held_out(f'{i}', 0.1) for i in range(10_000)) / 10_000
+  assert 0.09 < share < 0.11
+
+
+def test_conversations(tmp_path):
+  turns = [
+    {'role': 'user', 'content': 'a'},
+    {'role': 'assistant', 'content': 'b'},
+  ]
+  lines = [json.dumps({'messages': turns})] * 20
+  (tmp_path / 'chat.jsonl').write_text('\n'.join(lines))
+  opened = corpus.open_corpus(data_config(tmp_path / '*.jsonl'))
+  assert opened.train[0]['messages'] == turns
+  assert corpus.document_text(opened.train[0]) == 'a\nb'
+
+
+@pytest.mark.parametrize(
+  ('name', 'body', 'said'),
+  [
+    ('a.jsonl', b'{"text": "x"}\n{"text": 3}\n', 'a.jsonl:2'),
+    ('a.jsonl', b'{"text": "x"}\n{"tex', 'a.jsonl:2 is not JSON'),
+    ('a.jsonl', b'{"text": "x"}\n[1]\n', 'a.jsonl:2 must be a JSON object'),
+    ('a.jsonl', b'{"body": "x"}\n', "data.text_key='text'"),
+    ('a.jsonl', b'{"text": "\xff"}\n', 'a.jsonl:1 is not UTF-8'),
+    ('a.txt', b'\xff\xfe', 'a.txt is not UTF-8'),
+    ('a.parquet', b'PAR1 no', 'a.parquet is no Parquet file'),
+    ('a.csv', b'text', 'a.csv must end in one of'),
+  ],
+)
+def test_bad_files_are_named(tmp_path, name, body, said):
+  (tmp_path / name).write_bytes(body)
+  with pytest.raises(ValueError, match=re.escape(said)) as caught:
+    list(files.open_glob(str(tmp_path / '*'), 'text'))
+  assert '\n' not in str(caught.value)
+
+
+def test_no_file_and_empty_parts(tmp_path):
+  with pytest.raises(ValueError, match='matches no file'):
+    corpus.open_corpus(data_config(tmp_path / '*.txt'))
+  (tmp_path / 'a.txt').write_text('x')
+  with pytest.raises(ValueError, match=r'has no (train|valid) documents'):
+    corpus.open_corpus(data_config(tmp_path / '*.txt'))
+
+
+def test_unknown_tfds_name(tmp_path):
+  with pytest.raises(ValueError, match='tfds:no_such_set'):
+    corpus.open_corpus(data_config('tfds:no_such_set', tmp_path))
+
+
+def test_standard_library(tmp_path):
+  """The real builder: millions of bytes, held out by path, read again fast."""
+  cfg = data_config('stdlib', tmp_path, valid_fraction=0.02)
+  opened = corpus.open_corpus(cfg)
+  names = {opened.valid[i]['name'] for i in range(len(opened.valid))}
+  assert names
+  assert all(corpus.is_held_out(name, 0.02) for name in names)
+  assert not any('site-packages' in name for name in names)
+  root = pathlib.Path(sysconfig.get_path('stdlib'))
+  record = opened.train[0]
+  assert not corpus.is_held_out(record['name'], 0.02)
+  assert record['text'] == (root / record['name']).read_text(encoding='utf-8')
+  sizes = [len(opened.train[i]['text']) for i in range(len(opened.train))]
+  assert sum(sizes) > 10_000_000
+  again = corpus.open_corpus(cfg)
+  assert again.train[5] == opened.train[5]
+
+
+def test_tokenizer_is_trained_once_and_kept(tmp_path):
+  cfg = data_config(write_text(tmp_path), tmp_path / 'cache')
+  cfg = dataclasses.replace(cfg, tokenizer='', tokenizer_vocab=290)
+  opened = corpus.open_corpus(cfg)
+  first = corpus.load_tokenizer(cfg, opened)
+  (path,) = (tmp_path / 'cache').glob('tokenizer-*.json')
+  stamp = path.stat().st_mtime_ns
+  again = corpus.load_tokenizer(cfg, opened)
+  assert path.stat().st_mtime_ns == stamp
+  assert again.vocab_size == first.vocab_size == 290

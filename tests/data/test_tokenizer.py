@@ -1,0 +1,157 @@
+"""Byte-level BPE: the published one and those trained here."""
+
+import functools
+import pathlib
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from dsv3_jax.data import tokenizer
+
+_SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
+_PUBLISHED = _SHARED / 'deepseek_tokenizer.json.gz'
+needs_published = pytest.mark.skipif(
+  not _PUBLISHED.exists(),
+  reason='the published tokenizer.json is not at ../shared/data',
+)
+_MIXED = (
+  'Hello, world! 1234567 \u4f60\u597d\uff0c\u4e16\u754c\u3002'
+  '\u041f\u0440\u0438\u0432\u0435\u0442 \u0645\u0631\u062d\u0628\u0627 '
+  'caf\u00e9 \U0001f600\U0001f468\u200d\U0001f469\n\n'
+  'def f(x):\n\treturn {"a": [x, -1.5e-3]}  # done\r\n    \n'
+)
+_TEXT = (
+  'def add(a, b):\n  return a + b\n\n\nprint(add(1, 2));\n'
+  'for x in range(10):\n  print(x, "-->", x * x)\n'
+) * 40
+
+
+@functools.cache
+def published():
+  return tokenizer.Tokenizer.from_file(_PUBLISHED)
+
+
+@functools.cache
+def trained():
+  return tokenizer.train([_TEXT], 300)
+
+
+@needs_published
+def test_published_ids():
+  """FACTS of the release: 128,815 ids, FIM and role markers."""
+  t = published()
+  assert t.vocab_size == 128_815
+  assert (t.bos_id, t.eos_id, t.pad_id) == (0, 1, 2)
+  fim = (t.fim_hole_id, t.fim_begin_id, t.fim_end_id)
+  assert fim == (128_800, 128_801, 128_802)
+  assert (t.user_id, t.assistant_id) == (128_803, 128_804)
+
+
+@needs_published
+def test_published_round_trip():
+  t = published()
+  ids = t.encode(_MIXED)
+  assert t.decode(ids) == _MIXED
+  assert t.decode(t.encode(_MIXED, add_bos=True), skip_special=True) == _MIXED
+  assert len(ids) < len(_MIXED.encode()) / 2
+  assert t.encode('1234567').size == 3  # digits in threes: 123 456 7
+
+
+@needs_published
+def test_trained_splits_text_as_the_published_one_does():
+  """The same pre-tokenizer: pieces end at the same places."""
+  pieces = [
+    [span for _, span in t._plain.pre_tokenizer.pre_tokenize_str(_MIXED)]
+    for t in (published(), trained())
+  ]
+  assert pieces[0] == pieces[1]
+
+
+@hypothesis.given(st.text())
+def test_any_text_round_trips(text):
+  t = trained()
+  ids = t.encode(text)
+  assert t.decode(ids) == text
+  assert not ids.size or 0 <= ids.min() <= ids.max() < t.vocab_size
+  (batch,) = t.encode_batch([text])
+  np.testing.assert_array_equal(batch, ids)
+
+
+def test_trained_vocabulary_has_the_size_asked_for_and_helps():
+  t = trained()
+  assert t.vocab_size == 300
+  assert t.encode(_TEXT).size < len(_TEXT) / 2
+  with pytest.raises(ValueError, match=r'tokenizer_vocab=9999 must be <= \d+'):
+    tokenizer.train(['abc'], 9999)
+
+
+def test_markers_in_text_stay_text():
+  """No document can smuggle in an end of text or a role."""
+  t = trained()
+  for marker in tokenizer.SPECIAL:
+    ids = t.encode(marker)
+    assert not set(ids.tolist()) & set(t._special_ids)
+    assert t.decode(ids) == marker
+
+
+def test_chat_template():
+  t = trained()
+  system, user, answer = map(t.encode, ('Be kind.', 'Hi', 'Hello!'))
+  ids, learned = t.encode_chat(
+    [
+      {'role': 'system', 'content': 'Be kind.'},
+      {'role': 'user', 'content': 'Hi'},
+      {'role': 'assistant', 'content': 'Hello!'},
+      {'role': 'user', 'content': 'Hi'},
+    ],
+    add_generation_prompt=True,
+  )
+  parts = [[t.bos_id], system, [t.user_id], user, [t.assistant_id], answer]
+  parts += [[t.eos_id], [t.user_id], user, [t.assistant_id]]
+  np.testing.assert_array_equal(ids, np.concatenate(parts))
+  start = 1 + system.size + 1 + user.size + 1
+  want = np.zeros(ids.size, bool)
+  want[start : start + answer.size + 1] = True  # the answer and its eos
+  np.testing.assert_array_equal(learned, want)
+
+
+@pytest.mark.parametrize(
+  ('messages', 'said'),
+  [
+    ([], 'at least one message'),
+    ([{'role': 'tool', 'content': ''}], r"messages\[0\]\.role='tool'"),
+    ([{'role': 'user'}], r'messages\[0\]\.content must be a string'),
+  ],
+)
+def test_bad_chats(messages, said):
+  with pytest.raises(ValueError, match=said):
+    trained().encode_chat(messages)
+
+
+def test_save_and_load(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  trained().save(path)
+  again = tokenizer.Tokenizer.from_file(path)
+  np.testing.assert_array_equal(again.encode(_MIXED), trained().encode(_MIXED))
+  assert [p.name for p in tmp_path.iterdir()] == ['tokenizer.json']
+
+
+@pytest.mark.parametrize(
+  ('body', 'said'),
+  [
+    (None, 'cannot be read'),
+    (b'{"model": ', 'is damaged'),
+    (b'\xff\xfe', 'is damaged'),
+    (b'[]', 'tokenizer'),
+    (b'{}', 'tokenizer'),
+  ],
+)
+def test_bad_files_are_named(tmp_path, body, said):
+  path = tmp_path / 'tokenizer.json'
+  if body is not None:
+    path.write_bytes(body)
+  with pytest.raises(ValueError, match=said) as caught:
+    tokenizer.Tokenizer.from_file(path)
+  assert str(path) in str(caught.value)

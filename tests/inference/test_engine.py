@@ -1,0 +1,99 @@
+"""Cached generation against the full forward pass, row by row."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.inference import engine
+from dsv3_jax.nn import model
+from tests import settings
+from tests.nn import models
+
+_PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5], [7]]
+_CONFIG = settings.small(
+  precision='f32',
+  model__max_seq_len=40,  # YaRN is on
+  model__scan_layers=False,
+)
+
+
+@pytest.fixture(scope='module')
+def weights():
+  as_f32 = lambda tree: jax.tree.map(jnp.float32, tree)
+  return tuple(map(as_f32, models.random_params(_CONFIG)))
+
+
+@pytest.fixture(scope='module')
+def net(weights):
+  return engine.Engine(_CONFIG, *weights)
+
+
+def next_tokens(weights, sequence):
+  """Greedy choice after each position, without any cache."""
+  tokens = jnp.asarray(sequence, jnp.int32)[None]
+  ones = jnp.ones(tokens.shape, jnp.int32)
+  places = jnp.arange(tokens.shape[1])[None]
+  batch = model.Batch(tokens, tokens, places, ones, ones.astype(jnp.float32))
+  logits, _ = models.logits(_CONFIG)(*weights, batch)
+  return np.asarray(jnp.argmax(logits[0], -1))
+
+
+def test_greedy_is_the_full_forwards_argmax(net, weights):
+  made = net.generate(_PROMPTS, 20)
+  for prompt, row in zip(_PROMPTS, made.tokens, strict=True):
+    assert len(row) == 20
+    want = next_tokens(weights, prompt + row)
+    assert row == want[len(prompt) - 1 : -1].tolist()
+  assert len({tuple(row) for row in made.tokens}) == len(_PROMPTS)
+
+
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
+def test_a_row_does_not_depend_on_the_others(net, temperature):
+  how = {'temperature': temperature, 'top_p': 0.9, 'seed': 5}
+  together = net.generate(_PROMPTS, 12, **how).tokens
+  first = net.generate(_PROMPTS[:1], 12, **how).tokens
+  swapped = net.generate([_PROMPTS[0], [8, 8, 8, 8]], 12, **how).tokens
+  assert together[0] == first[0] == swapped[0]
+
+
+def test_seeds_repeat_and_differ(net):
+  how = {'temperature': 2.0}
+  runs = [net.generate(_PROMPTS, 12, seed=s, **how).tokens for s in (1, 1, 2)]
+  assert runs[0] == runs[1] != runs[2]
+
+
+def test_stops_after_the_stop_token(net):
+  free = net.generate(_PROMPTS, 20).tokens
+  stop = free[1][4]
+  for row, cut in zip(
+    free, net.generate(_PROMPTS, 20, stop_id=stop).tokens, strict=True
+  ):
+    end = row.index(stop) + 1 if stop in row else 20
+    assert cut == row[:end]
+
+
+def test_decode_compiles_once(weights):
+  fresh = engine.Engine(_CONFIG, *weights)
+  for count in (9, 17, 30):
+    made = fresh.generate(_PROMPTS, count, temperature=count / 10, seed=count)
+    assert made.decode_steps == count - 1
+    assert made.tokens_per_second > 0
+  assert fresh._decode._cache_size() == 1
+  assert fresh._prefill._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+  ('prompts', 'count', 'said'),
+  [
+    ([], 4, 'at least one prompt'),
+    ([[1], []], 4, 'prompt 1 is empty'),
+    ([[1, 23]], 4, r'ids outside 0\.\.22'),
+    ([[1, -1]], 4, r'ids outside 0\.\.22'),
+    ([[1]], 0, 'max_new_tokens=0 must be >= 1'),
+    ([[1] * 38], 4, 'at most 36 fit'),
+  ],
+)
+def test_bad_requests(net, prompts, count, said):
+  with pytest.raises(ValueError, match=said):
+    net.generate(prompts, count)

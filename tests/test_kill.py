@@ -1,0 +1,18 @@
+"""`kill -9` at random moments never loses a committed step."""
+
+import pytest
+
+from benchmarks import kill_and_resume
+from tests import tiny_run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_twenty_kills_lose_nothing(tmp_path):
+  cfg = tiny_run.make(
+    tmp_path / 'data', checkpoint__every_steps=2, checkpoint__keep=1000
+  )
+  folder = tmp_path / 'runs'
+  folder.mkdir()
+  told = kill_and_resume.kill_and_resume(cfg, folder, kills=20, seed=0)
+  assert told['kills'] == 20

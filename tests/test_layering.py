@@ -1,0 +1,159 @@
+"""The map of the tree as a test: who may import whom, how long files are."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+# Layer of each module or folder; a module that is not here fails.
+LAYERS = {
+  'pallas_kernels': 0,
+  'dsv3_jax.config': 1,
+  'dsv3_jax.config_rules': 1,
+  'dsv3_jax.sharding': 1,
+  'dsv3_jax.ops': 2,
+  'dsv3_jax.nn': 3,
+  'dsv3_jax.parallel': 4,
+  'dsv3_jax.data': 4,
+  'dsv3_jax.optim': 4,
+  'dsv3_jax.metrics': 4,
+  'dsv3_jax.baselines': 4,
+  'dsv3_jax.supervise': 4,
+  'dsv3_jax.checkpoint': 4,
+  'dsv3_jax.planning': 4,
+  'dsv3_jax.train_step': 4,
+  'dsv3_jax.inference': 5,
+  'dsv3_jax.posttrain': 5,
+  'dsv3_jax.evaluate': 5,
+  'dsv3_jax.train': 5,
+  'dsv3_jax': 6,  # `load`
+  'dsv3_jax.cli': 6,
+  'experiments': 6,
+}
+# Third parties that only some may import.
+ONLY = {
+  'flax': ('dsv3_jax.nn',),
+  'ml_collections': (
+    'experiments',
+    'dsv3_jax.config',
+    'dsv3_jax.train',
+    'dsv3_jax.cli',
+  ),
+}
+NEVER = {'experiments': ('jax', 'flax', 'numpy'), 'pallas_kernels': ('flax',)}
+MOST_LINES, MOST_FUNCTION_LINES = 600, 60
+
+
+def modules(root):
+  """Dotted name -> path of every module of the source."""
+  found = {}
+  for top in ('dsv3_jax', 'experiments', 'pallas_kernels'):
+    for path in sorted((root / top).rglob('*.py')):
+      parts = path.relative_to(root).with_suffix('').parts
+      name = '.'.join(p for p in parts if p != '__init__')
+      found[name] = path
+  return found
+
+
+def imports(tree, known):
+  """Dotted names that a module imports, also inside functions."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, 'relative import'
+      for alias in node.names:
+        full = f'{node.module}.{alias.name}'
+        yield full if full in known else node.module
+
+
+def unit(name):
+  """The longest prefix of a module's name that has a layer."""
+  parts = name.split('.')
+  for size in range(len(parts), 0, -1):
+    if (prefix := '.'.join(parts[:size])) in LAYERS:
+      if prefix == 'dsv3_jax' and size < len(parts):
+        break  # an unknown module of the package
+      return prefix
+  return None
+
+
+def problems(root):
+  """Every rule that the source below `root` breaks, as text."""
+  known = modules(root)
+  graph = {}
+  for name, path in known.items():
+    text = path.read_text(encoding='utf-8')
+    tree = ast.parse(text)
+    if (home := unit(name)) is None:
+      yield f'{name} is in no layer'
+      continue
+    graph[name] = set()
+    for other in imports(tree, known):
+      top = other.split('.')[0]
+      if top in ONLY and not any(home == h for h in ONLY[top]):
+        yield f'{name} imports {top}'
+      if top in NEVER.get(home.split('.')[0], ()):
+        yield f'{name} imports {top}'
+      if other not in known:
+        continue
+      graph[name].add(other)
+      there = unit(other)
+      if there is None or (there != home and LAYERS[there] > LAYERS[home]):
+        yield f'{name} imports {other}, which is above it'
+    if (lines := text.count('\n')) > MOST_LINES:
+      yield f'{name} has {lines} lines'
+    for node in ast.walk(tree):
+      if isinstance(node, ast.FunctionDef):
+        size = node.end_lineno - node.lineno + 1
+        if size > MOST_FUNCTION_LINES:
+          yield f'{name}.{node.name} has {size} lines'
+  yield from circles(graph)
+
+
+def circles(graph):
+  """Modules that reach themselves."""
+  for start in graph:
+    seen, todo = set(), list(graph[start])
+    while todo:
+      name = todo.pop()
+      if name in seen or name not in graph:
+        continue
+      seen.add(name)
+      todo += graph[name]
+    if start in seen:
+      yield f'{start} imports itself in a circle'
+
+
+def test_the_source_keeps_the_map():
+  assert len(modules(ROOT)) > 30
+  assert not list(problems(ROOT))
+
+
+@pytest.mark.parametrize(
+  ('files', 'said'),
+  [
+    ({'dsv3_jax/ops/a.py': 'from dsv3_jax.nn import b', 'dsv3_jax/nn/b.py': ''},
+     'above it'),
+    ({'dsv3_jax/ops/a.py': 'def f():\n  import dsv3_jax.train\n',
+      'dsv3_jax/train.py': ''}, 'above it'),
+    ({'dsv3_jax/ops/a.py': 'import flax.linen'}, 'imports flax'),
+    ({'dsv3_jax/ops/a.py': 'import ml_collections'}, 'ml_collections'),
+    ({'experiments/a.py': 'import jax.numpy'}, 'imports jax'),
+    ({'pallas_kernels/a.py': 'from dsv3_jax import config',
+      'dsv3_jax/config.py': ''}, 'above it'),
+    ({'dsv3_jax/ops/a.py': 'from dsv3_jax.ops import b',
+      'dsv3_jax/ops/b.py': 'from dsv3_jax.ops import a'}, 'circle'),
+    ({'dsv3_jax/helpers.py': ''}, 'no layer'),
+    ({'dsv3_jax/ops/a.py': 'x = 1\n' * 601}, '601 lines'),
+    ({'dsv3_jax/ops/a.py': 'def f():\n' + '  x = 1\n' * 60}, 'f has 61'),
+  ],
+)  # fmt: skip
+def test_each_rule_can_fail(tmp_path, files, said):
+  for name, text in files.items():
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding='utf-8')
+  assert [p for p in problems(tmp_path) if said in p]
