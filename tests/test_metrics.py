@@ -4,7 +4,7 @@ import json
 import math
 import struct
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from dsv3_jax import metrics
@@ -12,9 +12,9 @@ from dsv3_jax import metrics
 
 def test_max_violation_by_hand():
   """(5 - 2) / 2 and (2 - 2) / 2; the mean of both."""
-  load_LE = np.float32([[5, 1, 1, 1], [2, 2, 2, 2]])
+  load_LE = jnp.float32([[5, 1, 1, 1], [2, 2, 2, 2]])
   assert metrics.max_violation(load_LE) == 0.75
-  assert metrics.max_violation(np.zeros((2, 4), np.float32)) == -1.0
+  assert metrics.max_violation(jnp.zeros((2, 4))) == -1.0
 
 
 def test_bits_per_byte():

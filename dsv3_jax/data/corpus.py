@@ -24,8 +24,8 @@ from dsv3_jax.data import files, tokenizer
 _SUFFIXES = ('.py', '.txt', '.rst', '.md', '.pyi', '.toml', '.cfg')
 
 # File sizes are so uneven that a small held-out part may be far easier or
-# harder than the corpus. This is the first number for which zlib and xz, file by
-# file, find both alike (docs/decisions/0005-held-out-split.md).
+# harder than the corpus. This is the first number for which zlib and xz find
+# both alike (docs/decisions/0005-held-out-split.md).
 _SALT = b'4:'
 
 

@@ -115,7 +115,9 @@ class Tokenizer:
     encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
     return [np.array(e.ids, np.int32) for e in encoded]
 
-  def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+  def decode(
+    self, ids: Iterable[int] | np.ndarray, skip_special: bool = False
+  ) -> str:
     """Text of ids; bytes that are no UTF-8 come back as U+FFFD."""
     ids = [int(i) for i in ids]
     if skip_special:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config
@@ -16,6 +17,8 @@ from dsv3_jax.checkpoint import store
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
+
+Tokens = Int[Array, 'B T'] | Int[np.ndarray, 'B T']
 
 _PRECISIONS = {'float32': 'f32', 'bfloat16': 'bf16'}
 
@@ -34,11 +37,11 @@ class LoadedModel:
     self.tokenizer = tokenizer
     self._forward = jax.jit(model.build(cfg).apply)
 
-  def logits(self, tokens_BT: Int[Array, 'B T']) -> Float[Array, 'B T V']:
+  def logits(self, tokens_BT: Tokens) -> Float[Array, 'B T V']:
     """f32 logits of t_{i+1} at every position i."""
     return self._apply(tokens_BT)[0]
 
-  def mtp_logits(self, tokens_BT: Int[Array, 'B T']) -> Float[Array, 'B T V']:
+  def mtp_logits(self, tokens_BT: Tokens) -> Float[Array, 'B T V']:
     """f32 logits of t_{i+2} at position i, from the first MTP module.
 
     Position i also sees t_{i+1}; the last position has none and is void.

@@ -136,8 +136,8 @@ def cut(path):
 
 def swap_within(path):
   """Exchanges two files of one step."""
-  other = path.parents[0] / ('x' + path.name)
-  files = sorted(p for p in path.parents[1].rglob('*') if p.is_file())
+  (step,) = (p for p in path.parents if p.name == '000000002')
+  files = sorted(p for p in step.rglob('*') if p.is_file())
   other = next(p for p in files if p.read_bytes() != path.read_bytes())
   a, b = path.read_bytes(), other.read_bytes()
   path.write_bytes(b)

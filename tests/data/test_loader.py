@@ -119,7 +119,9 @@ def test_rows_of_a_long_document_are_spread(bpe):
   number = {tuple(whole[at : at + 12]): at // 13 for at in range(0, 2600, 13)}
   shares = {}
   for window in (1, 64):
-    cfg = data_config(shuffle_window=window, fim_rate=0.0, split_rate=0.0)
+    cfg = data_config(
+      shuffle_window=window, packing_bins=1, fim_rate=0.0, split_rate=0.0
+    )
     stream = loader.Loader(book, bpe, cfg, seed=0, rows=1)
     rows = [b['tokens_BT'][0].tolist() for b in take(stream, 64)]
     stream.close()

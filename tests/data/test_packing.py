@@ -15,7 +15,7 @@ _TEXT = 'if (a):\n  b();\n\nelse:\n  c("x");\n\n\n' * 30
 
 @pytest.fixture(scope='module')
 def bpe():
-  return tokenizer.train([_TEXT], 300)
+  return tokenizer.train([_TEXT], 275)
 
 
 @hypothesis.given(text=st.text(max_size=60), seed=st.integers(0, 99))

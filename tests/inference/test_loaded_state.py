@@ -14,7 +14,7 @@ import pytest
 
 import dsv3_jax
 from dsv3_jax import evaluate, train
-from dsv3_jax.inference import loaded
+from dsv3_jax.inference import engine, loaded
 from dsv3_jax.nn import model
 from tests import reference, tiny_run, tolerances
 from tests.nn import models
@@ -92,7 +92,7 @@ def test_logits_are_the_oracle_s(run, trained):
   for b, (main_ZV, deeper_ZV, _) in enumerate(rows):
     tolerances.assert_close(main[b], main_ZV)
     # Position i of depth 1 sees t_{i+1}; the last has none.
-    tolerances.assert_close(deeper[b, :-1], deeper_ZV[0][:-1])
+    tolerances.assert_close(deeper[b, :-1], deeper_ZV[0])
 
 
 def test_its_score_is_the_figure_that_training_ended_with(run, trained):
@@ -111,29 +111,32 @@ def test_text_is_what_the_logits_prefer(trained):
     ids = tokenizer.encode(prompt, add_bos=True).tolist()
     assert ids[0] == tokenizer.bos_id
     for _ in range(7):
-      logits_TV = trained.logits(jnp.array([ids], jnp.int32))[0]
-      ids.append(int(jnp.argmax(logits_TV[-1])))
+      padded = ids + [0] * (32 - len(ids))  # one shape; nobody sees ahead
+      logits_TV = trained.logits(jnp.array([padded], jnp.int32))[0]
+      ids.append(int(jnp.argmax(logits_TV[len(ids) - 1])))
     assert text == tokenizer.decode(ids[-7:])
 
 
-def test_text_ends_with_eos(trained):
-  # The end's logit is raised above all, so the first new token is the end.
-  head = trained.params['head']['w']
-  eager = trained.params | {'head': {'w': jnp.zeros_like(head)}}
+def test_text_is_asked_of_the_engine_until_eos(trained):
+  calls = []
+
+  class Spy:
+    def generate(self, prompts, max_new_tokens, **how):
+      calls.append((prompts, max_new_tokens, how))
+      rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decode_steps': 1}
+      return engine.Generation(tokens=[[40, 41]], **rest)
+
   tokenizer = trained.tokenizer
-  assert tokenizer.eos_id == 1  # of equals the first, id 0, would win
-  for column, want in ((tokenizer.eos_id, 1), (300, 5)):
-    bent = eager['head']['w'].at[:, column].set(head[:, column])
-    params = eager | {'head': {'w': bent}}
-    args = (trained.config, params, trained.router, tokenizer)
-    other = loaded.LoadedModel(*args)
-    ids = [[tokenizer.bos_id, 40]]
-    logits_V = other.logits(jnp.array(ids, jnp.int32))[0, -1]
-    if logits_V[column] < 0:
-      params['head']['w'] = -bent
-      other = loaded.LoadedModel(*args)
-    how = {'stop_id': tokenizer.eos_id}
-    assert len(other.engine.generate(ids, 5, **how).tokens[0]) == want
+  args = (trained.config, trained.params, trained.router, tokenizer)
+  asked = loaded.LoadedModel(*args)
+  asked.engine = Spy()
+  assert asked.generate(['def'], 9) == [tokenizer.decode([40, 41])]
+  asked.generate(['def'], 9, stop_id=7, temperature=0.5, seed=3)
+  ids = [tokenizer.encode('def', add_bos=True).tolist()]
+  assert ids[0][0] == tokenizer.bos_id
+  how = {'stop_id': 7, 'temperature': 0.5, 'seed': 3}
+  eos = {'stop_id': tokenizer.eos_id}
+  assert calls == [(ids, 9, eos), (ids, 9, how)]
 
 
 def test_bfloat16_computes_in_bfloat16(run, trained):

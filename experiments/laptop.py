@@ -1,0 +1,33 @@
+"""Laptop: the quickstart's model with half an hour or an hour, as machines go.
+
+Claim:    the same network, given five times the tokens, compresses
+          held-out text better than xz.
+Command:  dsv3 train --config=experiments/laptop.py --workdir=runs/laptop
+Hardware: two CPU cores, no accelerator.
+Expected: benchmarks/results/laptop.md (curve, figures and samples).
+
+The batch grows from 4 to 16 sequences, as the report's does (TR 4.2): the
+number of micro-batches is data, so nothing compiles twice.
+"""
+
+from experiments import base, quickstart
+
+
+def get_config(arg: str = ''):
+  config = quickstart.get_config()
+  tokens = 7_000_000
+  with config.unlocked():
+    config.train.update(total_tokens=tokens, batch_size=16)
+    config.train.update(batch_ramp_tokens=tokens // 3, log_every=50)
+    lr = config.optim.lr
+    lr.update(warmup_steps=100, constant_tokens=tokens * 4 // 10)
+    lr.update(decay_tokens=tokens * 6 // 10, decay_lr=1e-4, final_lr=1e-4)
+    config.optim.mtp_weight.first_tokens = tokens * 2 // 3
+    config.optim.bias_rate.first_tokens = tokens * 143 // 148
+    config.eval.every_steps = 250
+    config.sample.max_new_tokens = 160
+  if arg == 'runlocal':
+    base.shrink(config)
+  elif arg:
+    raise ValueError(f"config argument {arg!r} must be '' or 'runlocal'")
+  return config.lock()

@@ -1,0 +1,104 @@
+"""MaxVio of any load; metric files that are resumed, cut or sparse."""
+
+import json
+
+import hypothesis
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from tensorboardX.proto import event_pb2
+
+from dsv3_jax import metrics
+
+_loads = st.lists(
+  st.lists(st.integers(0, 10**6), min_size=4, max_size=4).filter(any),
+  min_size=1,
+  max_size=5,
+)
+
+
+@hypothesis.given(_loads, st.integers(2, 9))
+def test_max_violation_is_a_mean_over_layers_and_has_no_unit(loads, factor):
+  load_LE = np.array(loads, np.float64)
+  mean_L = load_LE.mean(axis=1)
+  want = np.mean((load_LE.max(axis=1) - mean_L) / mean_L)
+  got = float(metrics.max_violation(jnp.float32(load_LE)))
+  assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
+  assert -1e-6 <= got <= 4 - 1 + 1e-6  # even, and all on one of four
+  more = float(metrics.max_violation(jnp.float32(factor * load_LE)))
+  assert more == pytest.approx(got, rel=1e-5, abs=1e-5)
+
+
+def test_a_model_without_experts_is_balanced():
+  assert float(metrics.max_violation(jnp.zeros((0, 8)))) == 0.0
+
+
+def write(workdir, resume_step, steps):
+  writer = metrics.MetricWriter(workdir, resume_step)
+  for step in steps:
+    told = {'loss': 8.0 / step, 'mtp_loss': 0.0, 'max_violation': 0.1}
+    writer.write('train', step, 100 * step, told)
+  writer.close()
+
+
+@hypothesis.given(cut=st.integers(1, 400), resume=st.integers(0, 6))
+@hypothesis.settings(max_examples=25)
+def test_a_file_cut_anywhere_goes_on_with_whole_lines(
+  tmp_path_factory, cut, resume
+):
+  workdir = tmp_path_factory.mktemp('cut')
+  write(workdir, 0, range(1, 6))
+  path = workdir / 'metrics.jsonl'
+  whole = path.read_bytes()
+  path.write_bytes(whole[:cut])  # as a kill may leave it
+  complete = whole[:cut].count(b'\n')
+  kept = [r['step'] for r in metrics.read_metrics(workdir)]
+  assert kept == list(range(1, complete + 1))
+  write(workdir, resume, [resume + 1])
+  lines = path.read_text(encoding='utf-8').splitlines()
+  steps = [json.loads(line)['step'] for line in lines]
+  assert steps == [*range(1, min(complete, resume) + 1), resume + 1]
+  # Nothing else was left behind, and nothing was written twice.
+  names = {p.name for p in workdir.iterdir() if 'tfevents' not in p.name}
+  assert names == {'metrics.jsonl'}
+
+
+def test_a_line_says_what_was_written(tmp_path):
+  writer = metrics.MetricWriter(tmp_path, 0)
+  writer.write('eval', 7, 14_800_000_000_001, {'loss_nats_per_token': 0.1})
+  # At once, or a killed run would lose it.
+  [line] = metrics.read_metrics(tmp_path)
+  writer.close()
+  assert line == {
+    'kind': 'eval',
+    'step': 7,
+    'tokens': 14_800_000_000_001,
+    'loss_nats_per_token': 0.1,
+  }
+
+
+def test_events_hold_the_same_numbers(tmp_path):
+  write(tmp_path, 0, [1, 2])
+  [path] = tmp_path.glob('events.out.tfevents.*')
+  data, found = path.read_bytes(), {}
+  while data:  # a record: length, its checksum, the event, its checksum
+    size = int.from_bytes(data[:8], 'little')
+    event = event_pb2.Event.FromString(data[12 : 12 + size])
+    for value in event.summary.value:
+      found[event.step, value.tag] = value.simple_value
+    data = data[12 + size + 4 :]
+  assert found[1, 'train/loss'] == 8.0 and found[2, 'train/loss'] == 4.0
+  assert len(found) == 6
+
+
+def test_there_may_be_nothing_to_read_or_little_to_draw(tmp_path):
+  assert metrics.read_metrics(tmp_path) == []
+  write(tmp_path, 0, [])
+  for steps in ([], [1]):  # no line; one of a model without MTP, no evaluation
+    write(tmp_path, 0, steps)
+    metrics.plot_loss(tmp_path)
+    head = (tmp_path / 'loss.png').read_bytes()[:24]
+    assert head[12:16] == b'IHDR'
+    size = [int.from_bytes(head[i : i + 4], 'big') for i in (16, 20)]
+    assert size == [960, 720]
