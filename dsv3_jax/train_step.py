@@ -11,6 +11,7 @@ touched any more, so that a host that reads metrics late loses nothing.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -159,8 +160,8 @@ def _advance(optimizer, state, grads, parts, hyper):
   }
 
 
-def same_bits(a: State, b: State) -> jax.Array:
-  """True if two states (or metrics) agree in every bit, NaNs included."""
+def same_bits(a: Any, b: Any) -> jax.Array:
+  """True if two trees of arrays agree in every bit, NaNs included."""
 
   def equal(x, y):
     if jnp.issubdtype(x.dtype, jnp.floating):

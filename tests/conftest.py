@@ -1,5 +1,7 @@
 """Eight fake CPU devices and reproducible examples, for every test."""
 
+import pathlib
+
 import hypothesis
 import jax
 
@@ -12,3 +14,8 @@ hypothesis.settings.register_profile(
   'dsv3', derandomize=True, deadline=None, database=None, max_examples=50
 )
 hypothesis.settings.load_profile('dsv3')
+
+# What one test compiled, no other process compiles again.
+_CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache'
+jax.config.update('jax_compilation_cache_dir', str(_CACHE / 'compiled'))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)

@@ -16,8 +16,6 @@ from dsv3_jax.nn import model
 from tests import settings, tiny_run
 from tests.nn import models
 
-pytestmark = pytest.mark.filterwarnings('error')
-
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
