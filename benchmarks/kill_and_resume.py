@@ -22,7 +22,7 @@ import time
 
 import jax
 
-from dsv3_jax import config
+from dsv3_jax import config, metrics
 from dsv3_jax import train_step as steps
 from dsv3_jax.checkpoint import store
 from experiments import quickstart
@@ -63,7 +63,8 @@ def kill_and_resume(
   told = {'kills': 0, 'during_a_save': 0, 'finished_early': 0}
   newest = 0
   while told['kills'] < kills:
-    child, begun = start(rough), time.monotonic()
+    left = _unfinished(rough)
+    child = start(rough)
     # Most time passes before the first step: wait for a line of this child.
     lines = _progress(rough)
     while child.poll() is None and _progress(rough) == lines:
@@ -71,7 +72,7 @@ def kill_and_resume(
     time.sleep(rng.uniform(0.0, 0.3 * whole * rng.random()))
     child.send_signal(signal.SIGKILL)
     code = child.wait()
-    saving = any((rough / 'checkpoints').glob('.*'))
+    saving = bool(_unfinished(rough) - left)
     if code == 0:  # it came to its end first: begin a new run
       _compare(cfg, calm, rough)
       told['finished_early'] += 1
@@ -97,6 +98,12 @@ def _progress(workdir: pathlib.Path) -> float:
   return path.stat().st_mtime_ns if path.exists() else 0
 
 
+def _unfinished(workdir: pathlib.Path) -> set[tuple[str, int]]:
+  """Saves that were begun and never committed."""
+  hidden = (workdir / 'checkpoints').glob('.*')
+  return {(path.name, path.stat().st_ctime_ns) for path in hidden}
+
+
 def _compare(
   cfg: config.Config, calm: pathlib.Path, rough: pathlib.Path
 ) -> None:
@@ -115,7 +122,7 @@ def _compare(
   losses = [
     [
       (line['step'], line['loss'])
-      for line in map(json.loads, (w / 'metrics.jsonl').open(encoding='utf-8'))
+      for line in metrics.read_metrics(w)
       if line['kind'] == 'train'
     ]
     for w in (calm, rough)

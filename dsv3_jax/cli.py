@@ -75,7 +75,11 @@ def _config_flag(values: flags.FlagValues) -> None:
 def _read_config(values: flags.FlagValues) -> config.Config:
   if values.config is None:
     raise ValueError('--config=FILE.py is missing: see experiments/')
-  return config.from_config_dict(values.config)
+  try:
+    return config.from_config_dict(values.config)
+  except OSError as error:  # the flag tells of a file that it lacks when read
+    why = str(error).splitlines()[-1].strip()
+    raise ValueError(f'--config cannot be read: {why}') from error
 
 
 def _define_train(values: flags.FlagValues) -> None:

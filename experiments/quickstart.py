@@ -25,7 +25,7 @@ def get_config(arg: str = ''):
     model.moe.update(d_ff=96, route_scale=1.0)
     config.data.update(tokenizer_vocab=2048, seq_len=256, packing_bins=256)
     config.data.shuffle_window = 4096
-    tokens = 1_000_000
+    tokens = 1_200_000
     config.train.update(total_tokens=tokens, batch_size=4, batch_size_start=4)
     config.train.update(microbatch_size=4, batch_ramp_tokens=0, log_every=20)
     lr = config.optim.lr

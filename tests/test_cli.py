@@ -221,7 +221,8 @@ def test_sigterm_saves_once_and_the_rerun_goes_on(env, trained, folder):
     if line.startswith('step 3 '):
       break
   child.send_signal(signal.SIGTERM)
-  rest = child.stdout.read()
+  with child.stdout:
+    rest = child.stdout.read()
   assert child.wait() == 75
   assert 'is saved' in rest
   (saved,) = (workdir / 'checkpoints').iterdir()
