@@ -26,8 +26,9 @@ def max_violation(load_LE: Float[Array, 'L E']) -> Float[Array, '']:
   """MaxVio, mean over the layers; 0 is perfect balance, or no experts."""
   if not load_LE.size:  # a model without experts
     return jnp.zeros(())
-  mean_L = jnp.maximum(jnp.mean(load_LE, axis=-1), 1e-9)
-  return jnp.mean((jnp.max(load_LE, axis=-1) - mean_L) / mean_L)
+  mean_L = jnp.mean(load_LE, axis=-1)
+  above_L = jnp.max(load_LE, axis=-1) - mean_L
+  return jnp.mean(above_L / jnp.maximum(mean_L, 1e-9))
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
