@@ -23,7 +23,7 @@ quickstart: .venv/.installed
 	$(BIN)/dsv3 generate --checkpoint=runs/quickstart --prompt='import ' --prompt='def '
 
 test: .venv/.tested
-	$(BIN)/pytest -n 2 -q
+	$(BIN)/pytest -n 2 --dist worksteal -q
 
 lint: .venv/.tested
 	$(BIN)/ruff format --check .

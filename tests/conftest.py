@@ -19,3 +19,8 @@ hypothesis.settings.load_profile('dsv3')
 _CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache'
 jax.config.update('jax_compilation_cache_dir', str(_CACHE / 'compiled'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def pytest_collection_modifyitems(items):
+  """Long tests first: at the end, one process would wait for them."""
+  items.sort(key=lambda item: item.get_closest_marker('slow') is None)

@@ -52,6 +52,7 @@ def told(workdir):
   ]
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise(folder):
   """40 == 20 + 20 == 7 + 13 + 20: arrays, EMA, loader, loss lines."""
   cfg = tiny_run.make(folder)
