@@ -60,7 +60,7 @@ def kill_and_resume(
   begun = time.monotonic()
   assert start(calm).wait() == 0, (folder / 'log.txt').read_text()[-2000:]
   whole = time.monotonic() - begun
-  told = {'kills': 0, 'during_a_save': 0, 'finished_early': 0}
+  told = {'kills': 0, 'during_a_save': 0, 'finished_early': 0, 'newest': 0}
   newest = 0
   while told['kills'] < kills:
     left = _unfinished(rough)
@@ -86,7 +86,8 @@ def kill_and_resume(
     for step in kept.steps():
       kept.verify(step)
     kept.close()
-    print(json.dumps(told | {'newest': newest}), flush=True)
+    told['newest'] = max(told['newest'], newest)
+    print(json.dumps(told), flush=True)
   assert start(rough).wait() == 0, (folder / 'log.txt').read_text()[-2000:]
   _compare(cfg, calm, rough)
   return told
@@ -100,7 +101,7 @@ def _progress(workdir: pathlib.Path) -> float:
 
 def _unfinished(workdir: pathlib.Path) -> set[tuple[str, int]]:
   """Saves that were begun and never committed."""
-  hidden = (workdir / 'checkpoints').glob('.*')
+  hidden = (workdir / 'checkpoints').glob('.tmp-*')
   return {(path.name, path.stat().st_ctime_ns) for path in hidden}
 
 

@@ -5,14 +5,15 @@ state was saved: run again to go on; 76 non-finite loss; 77 corruption.
 """
 
 import json
-import logging
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from dsv3_jax import config, supervise
+from dsv3_jax import config, errors, supervise
 
 # Heavy imports are inside the commands: `inspect` and a bad config answer
 # without waiting for JAX.
@@ -33,24 +34,18 @@ def main(argv: Sequence[str] | None = None) -> int:
   run, define = COMMANDS[argv[0]]
   values = flags.FlagValues()
   flags.DEFINE_boolean('help', False, 'Show this.', flag_values=values)
-  define(values)
+  define(values, argv)
   if '--help' in argv or '-h' in argv:
     print(f'dsv3 {argv[0]}: {run.__doc__}\n{values.get_help()}')
     return 0
-  logging.basicConfig(level=logging.WARNING, format='%(message)s')
-  logging.getLogger('dsv3_jax').setLevel(logging.INFO)
   try:
-    rest = values([f'dsv3 {argv[0]}', *argv[1:]])[1:]
+    _check_overrides(argv)
+    rest = values(argv)[1:]
     if rest:
-      raise ValueError(f'{rest[0]!r} is no flag: write --name=value')
+      raise errors.InputError(f'{rest[0]!r} is no flag: write --name=value')
     return run(values) or 0
-  except (ValueError, flags.Error) as error:
+  except (errors.InputError, flags.Error) as error:
     return _fail(str(error))
-  except (AttributeError, KeyError) as error:
-    # How a locked ConfigDict answers an override of a key that it lacks.
-    if any(arg.startswith('--config.') for arg in argv):
-      return _fail(str(error.args[0]))
-    raise
 
 
 def _fail(message: str) -> int:
@@ -62,28 +57,56 @@ def _first_line(run: Callable) -> str:
   return run.__doc__.splitlines()[0]
 
 
-def _config_flag(values: flags.FlagValues) -> None:
+def _config_flag(values: flags.FlagValues, argv: list[str]) -> None:
   config_flags.DEFINE_config_file(
     'config',
     None,
     'Experiment, FILE.py or FILE.py:runlocal; --config.a.b=v overrides.',
     lock_config=True,
     flag_values=values,
+    sys_argv=argv,
   )
+
+
+def _check_overrides(argv: list[str]) -> None:
+  """Loads the experiment alone and looks up each `--config.a.b` in it.
+
+  Raises:
+    InputError: the file cannot be run, or has no such setting.
+  """
+  pairs = zip(argv, [*argv[1:], ''], strict=True)
+  spelt = [f'{a}={b}' if a == '--config' else a for a, b in pairs]
+  files = [arg for arg in spelt if arg.startswith('--config=')]
+  if not files:
+    return
+  alone = flags.FlagValues()
+  _config_flag(alone, [argv[0], files[-1]])
+  try:
+    alone([argv[0], files[-1]])
+    experiment = dict(alone.config.items())
+  except Exception as error:  # an experiment is code of its own
+    why = str(error).strip().splitlines()[-1].strip()
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    if isinstance(error, flags.Error | OSError | SyntaxError):
+      raise errors.InputError(f'{files[-1]} cannot be read: {why}') from error
+    raise errors.InputError(
+      f'{files[-1]} cannot be read: {type(error).__name__}: {why} '
+      f'({where.filename}:{where.lineno})'
+    ) from error
+  for arg in argv:
+    if arg.startswith('--config.'):
+      path = arg.removeprefix('--config.').split('=')[0]
+      config.check_path(experiment, path)
 
 
 def _read_config(values: flags.FlagValues) -> config.Config:
   if values.config is None:
-    raise ValueError('--config=FILE.py is missing: see experiments/')
-  try:
-    return config.from_config_dict(values.config)
-  except OSError as error:  # the flag tells of a file that it lacks when read
-    why = str(error).splitlines()[-1].strip()
-    raise ValueError(f'--config cannot be read: {why}') from error
+    raise errors.InputError('--config=FILE.py is missing: see experiments/')
+  return config.from_config_dict(values.config)
 
 
-def _define_train(values: flags.FlagValues) -> None:
-  _config_flag(values)
+def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
+  _config_flag(values, argv)
   flags.DEFINE_string('workdir', None, 'Where all goes.', flag_values=values)
 
 
@@ -91,7 +114,7 @@ def train(values: flags.FlagValues) -> int:
   """Trains an experiment; run again, it resumes."""
   cfg = _read_config(values)
   if not values.workdir:
-    raise ValueError('--workdir=DIR is missing')
+    raise errors.InputError('--workdir=DIR is missing')
   from dsv3_jax import train as loop
 
   try:
@@ -111,8 +134,8 @@ def train(values: flags.FlagValues) -> int:
   return 0
 
 
-def _define_inspect(values: flags.FlagValues) -> None:
-  _config_flag(values)
+def _define_inspect(values: flags.FlagValues, argv: list[str]) -> None:
+  _config_flag(values, argv)
   flags.DEFINE_boolean('json', False, 'One JSON object.', flag_values=values)
 
 
@@ -126,9 +149,27 @@ def inspect(values: flags.FlagValues) -> None:
   print(json.dumps(told) if values.json else flops.render(*shape))
 
 
-def _define_generate(values: flags.FlagValues) -> None:
+def _checkpoint_flags(values: flags.FlagValues) -> None:
   add = {'flag_values': values}
   flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.', **add)
+  flags.DEFINE_integer('step', -1, 'Committed step; -1: the newest.', **add)
+  flags.DEFINE_boolean('ema', False, 'The average of the weights.', **add)
+
+
+def _load(values: flags.FlagValues, dtype: str = 'float32') -> Any:
+  if not values.checkpoint:
+    raise errors.InputError('--checkpoint=DIR is missing')
+  import dsv3_jax
+
+  return dsv3_jax.load(
+    values.checkpoint, dtype, step=values.step, ema=values.ema
+  )
+
+
+def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  _checkpoint_flags(values)
+  add = {'flag_values': values}
   flags.DEFINE_multi_string('prompt', [], 'Text; may be repeated.', **add)
   flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to add at most.', **add)
   flags.DEFINE_float('temperature', 0.7, '0 is greedy.', **add)
@@ -140,15 +181,11 @@ def _define_generate(values: flags.FlagValues) -> None:
 
 def generate(values: flags.FlagValues) -> None:
   """Continues prompts with the latent cache; prints tokens per second."""
-  if not values.checkpoint:
-    raise ValueError('--checkpoint=DIR is missing')
   if values.temperature < 0:
-    raise ValueError(f'temperature={values.temperature} must be >= 0')
+    raise errors.InputError(f'temperature={values.temperature} must be >= 0')
   if not 0 < values.top_p <= 1:
-    raise ValueError(f'top_p={values.top_p} must be in (0, 1]')
-  import dsv3_jax
-
-  loaded = dsv3_jax.load(values.checkpoint, values.dtype)
+    raise errors.InputError(f'top_p={values.top_p} must be in (0, 1]')
+  loaded = _load(values, values.dtype)
   prompts = values.prompt or ['']
   encode = loaded.tokenizer.encode
   made = loaded.engine.generate(
@@ -171,12 +208,13 @@ def generate(values: flags.FlagValues) -> None:
     else:
       print(f'{prompt}{text}\n')
   if not values.json:
-    print(f'{speed["tokens_per_second"]:.1f} tokens/s (first call: compiles)')
+    print(f'{speed["tokens_per_second"]:.1f} tokens/s')
 
 
-def _define_eval(values: flags.FlagValues) -> None:
+def _define_eval(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  _checkpoint_flags(values)
   add = {'flag_values': values}
-  flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.', **add)
   flags.DEFINE_multi_string(
     'task', ['heldout', 'baselines'], 'heldout, baselines.', **add
   )
@@ -185,23 +223,22 @@ def _define_eval(values: flags.FlagValues) -> None:
 
 def evaluate(values: flags.FlagValues) -> None:
   """Held-out loss and bits per byte, beside n-grams and compressors."""
-  if not values.checkpoint:
-    raise ValueError('--checkpoint=DIR is missing')
-  import dsv3_jax
   from dsv3_jax import evaluate as evaluators
   from dsv3_jax.data import corpus
 
   for task in values.task:
     if task not in evaluators.EVALUATORS:
       known = ', '.join(evaluators.EVALUATORS)
-      raise ValueError(f'task={task!r} must be one of: {known}')
-  loaded = dsv3_jax.load(values.checkpoint)
+      raise errors.InputError(f'task={task!r} must be one of: {known}')
+  loaded = _load(values)
+  text = corpus.open_corpus(loaded.config.data)
   about = evaluators.Evaluation(
     cfg=loaded.config,
     params=loaded.params,
     router=loaded.router,
-    corpus=corpus.open_corpus(loaded.config.data),
+    corpus=text,
     tokenizer=loaded.tokenizer,
+    windows=evaluators.open_windows(loaded.config, text, loaded.tokenizer),
   )
   for task in values.task:
     told = evaluators.EVALUATORS[task](about)

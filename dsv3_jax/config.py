@@ -14,7 +14,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from dsv3_jax import config_rules
+from dsv3_jax import config_rules, errors
 
 _frozen = dataclasses.dataclass(frozen=True, kw_only=True)
 
@@ -254,7 +254,7 @@ def from_config_dict(source: Any) -> Config:
   """Builds and checks a `Config` from a ConfigDict or nested dict.
 
   Raises:
-    ValueError: one line: dotted key, value, rule.
+    InputError: one line: dotted key, value, rule.
   """
   config = _build(Config, source, '')
   config_rules.check(config)
@@ -271,19 +271,38 @@ def to_json(config: Config) -> str:
   return json.dumps(to_dict(config), indent=2) + '\n'
 
 
+def check_path(source: Mapping, path: str) -> None:
+  """Looks up a dotted path in nested settings.
+
+  Raises:
+    InputError: there is no such setting; the nearest known one is named.
+  """
+  node, prefix = source, ''
+  for key in path.split('.'):
+    if not hasattr(node, 'items'):
+      raise errors.InputError(
+        f'{prefix}{key} is unknown: {prefix[:-1]} is one value'
+      )
+    if key not in node:
+      raise errors.InputError(_unknown(prefix, key, list(node)))
+    node, prefix = node[key], f'{prefix}{key}.'
+
+
 def _build(cls: type, source: Any, path: str) -> Any:
   """One dataclass from one mapping, recursively."""
   if not isinstance(source, Mapping) and not hasattr(source, 'items'):
-    raise ValueError(f'{path}={source!r} must be a group of settings')
+    raise errors.InputError(f'{path}={source!r} must be a group of settings')
   hints = typing.get_type_hints(cls)
   prefix = path + '.' if path else ''
   given = dict(source.items())
   for key in given:
     if key not in hints:
-      raise ValueError(_unknown(prefix, key, list(hints)))
+      raise errors.InputError(_unknown(prefix, key, list(hints)))
   missing = [prefix + key for key in hints if key not in given]
   if missing:
-    raise ValueError(f'{missing[0]} is missing: experiments start from base')
+    raise errors.InputError(
+      f'{missing[0]} is missing: experiments start from base'
+    )
   values = {}
   for key, hint in hints.items():
     if dataclasses.is_dataclass(hint):
@@ -302,11 +321,12 @@ def _unknown(prefix: str, key: str, known: list[str]) -> str:
 def _leaf(hint: Any, value: Any, path: str) -> Any:
   """Checks the type of one value; an int passes as a float."""
   if isinstance(hint, types.GenericAlias):  # tuple[str, ...]
-    if isinstance(value, str) or not all(isinstance(v, str) for v in value):
-      raise ValueError(f'{path}={value!r} must be a tuple of strings')
+    items = value if isinstance(value, (tuple, list)) else (None,)
+    if not all(isinstance(v, str) for v in items):
+      raise errors.InputError(f'{path}={value!r} must be a tuple of strings')
     return tuple(value)
   if hint is float and type(value) is int:
     value = float(value)
   if type(value) is not hint:
-    raise ValueError(f'{path}={value!r} must be of type {hint.__name__}')
+    raise errors.InputError(f'{path}={value!r} must be of type {hint.__name__}')
   return value

@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from dsv3_jax import errors
+
 Rule = tuple[bool, str]
 
 _CHOICES = {
@@ -69,7 +71,7 @@ def check(config: Any) -> None:
   for rules in (_ranges(values), _model(config), _run(config)):
     for holds, message in rules:
       if not holds:
-        raise ValueError(message)
+        raise errors.InputError(message)
 
 
 def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -149,6 +151,7 @@ def _model(config: Any) -> Iterator[Rule]:
     f'model.max_seq_len={model.max_seq_len} must be <= {longest} = '
     'model.rope.original_seq_len * model.rope.factor (YaRN)',
   )
+  yield rope.theta > 1, f'model.rope.theta={rope.theta} must be > 1'
   yield (
     rope.beta_fast > rope.beta_slow,
     f'model.rope.beta_fast={rope.beta_fast} must be > '
@@ -197,11 +200,14 @@ def _run(config: Any) -> Iterator[Rule]:
     f'train.batch_size={train.batch_size}',
   )
   shards = mesh.data * mesh.node * mesh.expert
-  yield (
-    micro % shards == 0,
-    f'train.microbatch_size={micro} must be a multiple of {shards} = '
-    'mesh.data * mesh.node * mesh.expert',
-  )
+  sizes = {'train.microbatch_size': micro}
+  sizes['eval.batch_size'] = config.eval.batch_size
+  for name, size in sizes.items():
+    yield (
+      size % shards == 0,
+      f'{name}={size} must be a multiple of {shards} = '
+      'mesh.data * mesh.node * mesh.expert',
+    )
   for axis in ('pipe', 'context', 'node', 'expert', 'model'):
     size = getattr(mesh, axis)
     yield size == 1, f'mesh.{axis}={size} must be 1: only mesh.data is built'
@@ -209,4 +215,10 @@ def _run(config: Any) -> Iterator[Rule]:
   yield (
     stride <= data.seq_len,
     f'eval.stride={stride} must be <= data.seq_len={data.seq_len}',
+  )
+  most = config.sample.max_new_tokens
+  yield (
+    most < model.max_seq_len,
+    f'sample.max_new_tokens={most} must be < '
+    f'model.max_seq_len={model.max_seq_len}, which prompts share',
   )

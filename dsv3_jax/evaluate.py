@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -22,6 +23,8 @@ class Evaluation:
   router: model.Router
   corpus: corpora.Corpus
   tokenizer: tokenizers.Tokenizer
+  windows: dict  # of `open_windows`
+  beat: Callable[[], None] = lambda: None  # called now and then: all is well
 
 
 def heldout(e: Evaluation) -> dict[str, float]:
@@ -30,8 +33,8 @@ def heldout(e: Evaluation) -> dict[str, float]:
   Each document is read in windows of `data.seq_len` tokens that advance by
   `eval.stride`; a token is scored once, by the window that sees most before it.
   """
-  windows = _windows(e)
-  nats, tokens = score(e.cfg, e.params, e.router, windows)
+  windows = e.windows
+  nats, tokens = score(e.cfg, e.params, e.router, windows, e.beat)
   return {
     'loss_nats_per_token': nats / tokens,
     'bits_per_byte': metrics.bits_per_byte(nats, windows['num_bytes']),
@@ -42,11 +45,12 @@ def heldout(e: Evaluation) -> dict[str, float]:
 
 def compare(e: Evaluation) -> dict[str, float]:
   """Bits per byte of unigram, bigram (Witten-Bell), zlib and xz, same bytes."""
-  windows = _windows(e)
+  windows = e.windows
   counts = baselines.NgramCounts(e.tokenizer.vocab_size)
   encode = functools.partial(e.tokenizer.encode, add_bos=True)
   for i in range(len(e.corpus.train)):
     counts.add(encode(corpora.document_text(e.corpus.train[i])))
+    e.beat()
   bits = counts.bits(map(encode, windows['texts']))
   bits |= baselines.compressed_bits(windows['texts'])
   return {
@@ -58,15 +62,26 @@ def compare(e: Evaluation) -> dict[str, float]:
 EVALUATORS = {'heldout': heldout, 'baselines': compare}
 
 
-def _windows(e: Evaluation) -> dict:
-  data, how = e.cfg.data, e.cfg.eval
+def open_windows(
+  cfg: config.Config, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer
+) -> dict:
+  """The held-out text of an experiment, cut for `heldout`.
+
+  Raises:
+    InputError: there is none.
+  """
+  how = cfg.eval
   return loader.eval_windows(
-    e.corpus.valid, e.tokenizer, data, how.max_bytes, how.stride
+    corpus.valid, tokenizer, cfg.data, how.max_bytes, how.stride
   )
 
 
 def score(
-  cfg: config.Config, params: dict, router: model.Router, windows: dict
+  cfg: config.Config,
+  params: dict,
+  router: model.Router,
+  windows: dict,
+  beat: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
   """Sum of the scored tokens' losses [nats], and their number."""
   count, size = len(windows['tokens_WT']), cfg.eval.batch_size
@@ -79,6 +94,7 @@ def score(
     losses_BT = np.asarray(losses(params, router, batch), np.float64)
     nats += float(np.sum(losses_BT * batch.weights_BT))
     tokens += int(np.sum(batch.weights_BT))
+    beat()
   return nats, tokens
 
 

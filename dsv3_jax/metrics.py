@@ -1,7 +1,6 @@
 """Numbers about a run, and where they are written.
 
-MaxVio (LF, arXiv 2408.15664) is (max load - mean load) / mean load of a layer's
-experts. MFU counts the main model's FLOP with causal attention, without MTP and
+MFU counts the main model's FLOP with causal attention, without MTP and
 recomputation, against the peak of all devices (the convention of the report's
 figures).
 """
@@ -13,22 +12,12 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import matplotlib
 import tensorboardX
-from jaxtyping import Array, Float
 from matplotlib import figure
 
-matplotlib.use('Agg')
-
-
-def max_violation(load_LE: Float[Array, 'L E']) -> Float[Array, '']:
-  """MaxVio, mean over the layers; 0 is perfect balance, or no experts."""
-  if not load_LE.size:  # a model without experts
-    return jnp.zeros(())
-  mean_L = jnp.mean(load_LE, axis=-1)
-  above_L = jnp.max(load_LE, axis=-1) - mean_L
-  return jnp.mean(above_L / jnp.maximum(mean_L, 1e-9))
+from dsv3_jax.planning import hardware
 
 
 def bits_per_byte(nats: float, num_bytes: int) -> float:
@@ -73,10 +62,17 @@ class MetricWriter:
   A line holds `kind` ('train' or 'eval'), `step`, `tokens` and the numbers.
   """
 
-  def __init__(self, workdir: str | os.PathLike, resume_step: int):
-    """Drops lines after `resume_step`, which the resumed run writes again."""
+  def __init__(
+    self, workdir: str | os.PathLike, resume_step: int, again: bool = False
+  ):
+    """Drops lines after `resume_step`, which the resumed run writes again.
+
+    Args:
+      again: the run had ended there; its last evaluation comes once more.
+    """
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
-    kept = [r for r in read_metrics(workdir) if r['step'] <= resume_step]
+    newest = lambda r: r['step'] + (again and r['kind'] == 'eval')
+    kept = [r for r in read_metrics(workdir) if newest(r) <= resume_step]
     scratch = self._path.with_name('.metrics.jsonl')
     scratch.write_text(
       ''.join(json.dumps(record) + '\n' for record in kept), encoding='utf-8'
@@ -149,3 +145,23 @@ def plot_loss(workdir: str | os.PathLike) -> None:
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
   picture.savefig(pathlib.Path(workdir) / 'loss.png', dpi=120)
+
+
+def peak_flops(per_device: float, mesh: jax.sharding.Mesh) -> float:
+  """FLOP/s of all devices: given, published, or measured with matmuls."""
+  device = jax.devices()[0]
+  per_device = per_device or hardware.BF16_FLOPS.get(device.device_kind, 0.0)
+  if per_device:
+    return per_device * mesh.size
+  on_cpu = device.platform == 'cpu'
+  size, dtype = (2048, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
+  x = jax.device_put(jnp.ones((size, size), dtype), device)
+  product = jax.jit(jnp.matmul)
+  product(x, x).block_until_ready()
+  times = []
+  for _ in range(5):
+    start = time.perf_counter()
+    product(x, x).block_until_ready()
+    times.append(time.perf_counter() - start)
+  # CPU devices share the cores, which one product uses already.
+  return 2.0 * size**3 / min(times) * (1 if on_cpu else mesh.size)

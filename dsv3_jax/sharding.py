@@ -11,7 +11,7 @@ import math
 import jax
 import numpy as np
 
-from dsv3_jax import config
+from dsv3_jax import config, errors
 
 AXES = ('pipe', 'data', 'context', 'node', 'expert', 'model')
 BATCH_AXES = ('data', 'node', 'expert')
@@ -81,13 +81,15 @@ def make_mesh(cfg: config.MeshConfig) -> jax.sharding.Mesh:
   """The mesh over the first devices, axes in the order of `AXES`.
 
   Raises:
-    ValueError: the axes ask for more devices than there are.
+    InputError: the axes ask for more devices than there are.
   """
   shape = tuple(getattr(cfg, axis) for axis in AXES)
   count, devices = math.prod(shape), jax.devices()
   if count > len(devices):
     asked = ', '.join(f'mesh.{a}={n}' for a, n in zip(AXES, shape, strict=True))
-    raise ValueError(f'{asked} need {count} devices, {len(devices)} are here')
+    raise errors.InputError(
+      f'{asked} need {count} devices, {len(devices)} are here'
+    )
   grid = np.asarray(devices[:count]).reshape(shape)
   types = (jax.sharding.AxisType.Auto,) * len(AXES)
   return jax.sharding.Mesh(grid, AXES, axis_types=types)

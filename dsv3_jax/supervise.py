@@ -1,7 +1,8 @@
 """What watches over a run from outside the step: signals and a watchdog.
 
 Exit codes of `dsv3 train`:
-  2   bad input, before anything compiled
+  1   a fault of ours, with its traceback
+  2   bad input, in one line; all but a broken record before anything compiles
   70  stuck: no step finished in time; all stacks are on stderr
   75  a signal came, the state was saved; run the same command to go on
   76  non-finite loss; the last checkpoint stands

@@ -8,40 +8,34 @@ where `workdir` stopped. All that it needs for that is in one committed step of
   and, at the end, loss.png and samples.txt
 """
 
+import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config, evaluate, metrics, optim, sharding, supervise
+from dsv3_jax import (
+  config,
+  errors,
+  evaluate,
+  metrics,
+  optim,
+  sharding,
+  supervise,
+)
 from dsv3_jax import train_step as steps
+from dsv3_jax import workdir as workdirs
 from dsv3_jax.checkpoint import store
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import loader as loaders
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
-from dsv3_jax.planning import flops, hardware
-
-# What may change when a run goes on; the rest is fixed by its first start.
-_MAY_CHANGE = (
-  'train.total_tokens',
-  'train.log_every',
-  'train.probe_every',
-  'train.watchdog_seconds',
-  'train.peak_flops',
-  'checkpoint.',
-  'eval.',
-  'sample.',
-  'mesh.',
-  'data.cache_dir',
-)
+from dsv3_jax.planning import flops
 
 
 class CorruptionError(RuntimeError):
@@ -57,10 +51,12 @@ class Run:
   mesh: jax.sharding.Mesh
   corpus: corpora.Corpus
   tokenizer: tokenizers.Tokenizer
+  windows: dict  # held-out text, cut
   loader: loaders.Loader
   checkpoints: store.Store
   writer: metrics.MetricWriter
   meter: metrics.Throughput
+  watchdog: supervise.Watchdog
   ema: optim.HostEma
   state: steps.State
   step: int  # finished steps
@@ -71,92 +67,118 @@ def run(cfg: config.Config, workdir: str | pathlib.Path) -> dict[str, float]:
   """Trains; returns the final held-out figures.
 
   Raises:
-    ValueError: bad input, before anything compiles.
+    InputError: bad input, before anything compiles.
     FloatingPointError: `(step, metrics)` of a non-finite loss; the optimizer
       was not touched and the last checkpoint stands.
     CorruptionError: the probe saw two results of one step.
     supervise.Stopped: a signal came; the state was saved.
   """
-  r = _open(cfg, pathlib.Path(workdir))
-  try:
+  with contextlib.ExitStack() as stack:
+    r = _open(cfg, pathlib.Path(workdir), stack)
     with jax.set_mesh(r.mesh):
-      with (
-        supervise.Watchdog(cfg.train.watchdog_seconds) as watchdog,
-        supervise.StopSignal() as stop,
-      ):
-        _train(r, watchdog, stop)
-        if stop.requested:
-          raise supervise.Stopped(r.step)
-      return _finish(r)
-  finally:
-    r.loader.close()
-    r.ema.close()
-    r.writer.close()
-    r.checkpoints.close()
+      with supervise.StopSignal() as stop:
+        _train(r, stop)
+      if stop.requested:
+        raise supervise.Stopped(r.step)
+      told = _evaluate(r)
+    metrics.plot_loss(r.workdir)
+    if cfg.sample.prompts:
+      _sample(r)
+    return told
 
 
-def _open(cfg: config.Config, workdir: pathlib.Path) -> Run:
-  """Data, mesh and state, fresh or restored."""
+def _open(
+  cfg: config.Config, workdir: pathlib.Path, stack: contextlib.ExitStack
+) -> Run:
+  """Data, mesh and state, fresh or restored; `stack` closes what was opened."""
+  if jax.process_count() > 1:
+    raise NotImplementedError('training by several processes is not built yet')
   mesh = sharding.make_mesh(cfg.mesh)
   corpus = corpora.open_corpus(cfg.data)
-  tokenizer = corpora.load_tokenizer(cfg.data, corpus)
-  if tokenizer.vocab_size > cfg.model.vocab_size:
-    raise ValueError(
-      f'model.vocab_size={cfg.model.vocab_size} must be >= '
-      f'{tokenizer.vocab_size}, the entries of the tokenizer'
-    )
-  checkpoints = store.Store(workdir / 'checkpoints', keep=cfg.checkpoint.keep)
-  resume = cfg.checkpoint.restore_step
-  resume = checkpoints.latest() if resume < 0 else resume
-  claim(cfg, workdir)
+  tokenizer = workdirs.tokenizer(cfg.data, corpus, workdir)
+  _check_tokens(cfg, tokenizer)
+  windows = evaluate.open_windows(cfg, corpus, tokenizer)
+  stack.enter_context(workdirs.held(workdir))
+  keep = cfg.checkpoint.keep
+  checkpoints = store.Store(workdir / 'checkpoints', keep=keep)
+  stack.callback(checkpoints.close)
+  workdirs.claim(cfg, workdir)
   tokenizer.save(workdir / 'tokenizer.json')
-  index, count = jax.process_index(), jax.process_count()
+  rows = cfg.train.microbatch_size
   loader = loaders.Loader(
-    corpus.train,
-    tokenizer,
-    cfg.data,
-    seed=cfg.seed,
-    rows=cfg.train.microbatch_size // count,
-    process_index=index,
-    process_count=count,
+    corpus.train, tokenizer, cfg.data, seed=cfg.seed, rows=rows
   )
+  stack.callback(loader.close)
   with jax.set_mesh(mesh):
     shardings = steps.state_shardings(cfg, mesh)
     init = jax.jit(
       functools.partial(steps.init_state, cfg), out_shardings=shardings
     )
     state = init(jax.random.key(cfg.seed))
-    ema = optim.HostEma(cfg.optim.ema_decay, state['params'])
-    progress = {'step': 0, 'tokens': 0}
-    if resume is not None:
-      like = {'train': state, 'ema': ema.tree()}
-      arrays, extras = checkpoints.restore(resume, like)
-      state, progress = arrays['train'], extras['progress']
-      ema.load(arrays['ema'])
-      loader.set_state(extras[f'loader_{index}'])
-      print(f'goes on after step {resume}', flush=True)
+  ema = optim.HostEma(cfg.optim.ema_decay, state['params'])
+  stack.callback(ema.close)
+  progress = {'step': 0, 'tokens': 0}
+  wanted = cfg.checkpoint.restore_step
+  resume = checkpoints.latest() if wanted < 0 else wanted
+  if resume is not None:
+    like = {'train': state, 'ema': ema.tree()}
+    arrays, extras = checkpoints.restore(resume, like)
+    data = workdirs.fingerprint(corpus, tokenizer)
+    workdirs.check_fingerprint(data, extras['data'], workdir)
+    state, progress = arrays['train'], extras['progress']
+    ema.load(arrays['ema'])
+    loader.set_state(extras['loader'])
+    print(f'goes on after step {resume}', flush=True)
+    for path in checkpoints.roll_back(resume):
+      print(f'  moved aside: {path}', flush=True)
+  ended = progress['tokens'] >= cfg.train.total_tokens
+  writer = metrics.MetricWriter(workdir, progress['step'], again=ended)
+  stack.callback(writer.close)
+  watchdog = supervise.Watchdog(cfg.train.watchdog_seconds)
+  stack.enter_context(watchdog)
+  flop = flops.flops_per_token(cfg.model, cfg.data.seq_len)
+  peak = metrics.peak_flops(cfg.train.peak_flops, mesh)
   return Run(
     cfg=cfg,
     workdir=workdir,
     mesh=mesh,
     corpus=corpus,
     tokenizer=tokenizer,
+    windows=windows,
     loader=loader,
     checkpoints=checkpoints,
-    writer=metrics.MetricWriter(workdir, progress['step']),
-    meter=metrics.Throughput(
-      flops.flops_per_token(cfg.model, cfg.data.seq_len), _peak_flops(cfg, mesh)
-    ),
+    writer=writer,
+    meter=metrics.Throughput(flop, peak),
+    watchdog=watchdog,
     ema=ema,
     state=state,
-    step=progress['step'],
-    tokens=progress['tokens'],
+    **progress,
   )
 
 
-def _train(
-  r: Run, watchdog: supervise.Watchdog, stop: supervise.StopSignal
-) -> None:
+def _check_tokens(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> None:
+  """The vocabulary must fit, and so must what is sampled at the end."""
+  if tokenizer.vocab_size > cfg.model.vocab_size:
+    raise errors.InputError(
+      f'model.vocab_size={cfg.model.vocab_size} must be >= '
+      f'{tokenizer.vocab_size}, the entries of the tokenizer'
+    )
+  if cfg.sample.prompts:
+    prompts, count = _prompts(cfg, tokenizer), cfg.sample.max_new_tokens
+    try:
+      engine.check_prompts(cfg.model, prompts, count)
+    except errors.InputError as error:
+      raise errors.InputError(f'sample.prompts: {error}') from error
+
+
+def _prompts(
+  cfg: config.Config, tokenizer: tokenizers.Tokenizer
+) -> list[list[int]]:
+  encode = functools.partial(tokenizer.encode, add_bos=True)
+  return [encode(prompt).tolist() for prompt in cfg.sample.prompts]
+
+
+def _train(r: Run, stop: supervise.StopSignal) -> None:
   """Steps until the tokens are seen or a signal comes; saves at the end."""
   cfg = r.cfg
   step_fn = steps.make_train_step(cfg)
@@ -175,21 +197,23 @@ def _train(
     r.step, r.tokens = r.step + 1, r.tokens + rows * cfg.data.seq_len
     if pending is not None:
       _report(r, *pending)
-    pending = (r.step, r.tokens, rows, told)
-    watchdog.beat()
+    hyper = args[-1]
+    pending = (r.step, r.tokens, rows, told | hyper)
+    r.watchdog.beat()
     due = lambda every: every and r.step % every == 0
     if due(cfg.checkpoint.every_steps) or due(cfg.eval.every_steps):
       _report(r, *pending)  # a step that is not finite is neither saved
       pending = None
-      if due(cfg.checkpoint.every_steps):
-        _save(r)
-        saved = r.step
+      # Before the save: what is told of a saved step is all written.
       if due(cfg.eval.every_steps) and r.tokens < cfg.train.total_tokens:
         told = evaluate.heldout(_evaluation(r))
         r.writer.write('eval', r.step, r.tokens, told)
         print(f'  held out: {told["bits_per_byte"]:.4f} bits per byte')
+      if due(cfg.checkpoint.every_steps):
+        _save(r)
+        saved = r.step
       r.meter.restart()
-      watchdog.beat()
+      r.watchdog.beat()
   if pending is not None:
     _report(r, *pending)
   if saved != r.step:
@@ -234,17 +258,15 @@ def _report(r: Run, step: int, tokens: int, rows: int, told: dict) -> None:
   """Checks a finished step; every `log_every` steps, writes and prints it."""
   cfg = r.cfg
   told = {name: value.item() for name, value in told.items()}
-  halted, skipped = told.pop('halted'), told.pop('skipped')
-  if halted:
+  if told.pop('halted'):
     raise FloatingPointError(step, told)
-  if skipped:
+  if told['skipped']:
     print(f'step {step}: loss {told["loss"]:.4f} is a spike, skipped')
   r.meter.add(rows * cfg.data.seq_len)
-  if step % cfg.train.log_every and step != 1:
+  if step % cfg.train.log_every and step != 1 and not told['skipped']:
     return
   speed = r.meter.read()
   r.meter.restart()
-  told |= {'lr': optim.lr_at(cfg.optim.lr, step - 1, tokens)}
   r.writer.write('train', step, tokens, told | speed)
   line = (
     f'step {step}  loss {told["loss"]:.4f}  mtp {told["mtp_loss"]:.4f}  '
@@ -269,7 +291,8 @@ def _save(r: Run) -> None:
   """Starts an asynchronous checkpoint of this very step."""
   extras = {
     'progress': {'step': r.step, 'tokens': r.tokens},
-    f'loader_{jax.process_index()}': r.loader.get_state(),
+    'loader': r.loader.get_state(),
+    'data': workdirs.fingerprint(r.corpus, r.tokenizer),
   }
   arrays = {'train': r.state, 'ema': r.ema.tree()}
   r.checkpoints.save(r.step, arrays, extras)
@@ -282,24 +305,29 @@ def _evaluation(r: Run) -> evaluate.Evaluation:
     router=r.state['router'],
     corpus=r.corpus,
     tokenizer=r.tokenizer,
+    windows=r.windows,
+    beat=r.watchdog.beat,
   )
 
 
-def _finish(r: Run) -> dict[str, float]:
-  """Held-out figures, baselines if asked, the picture, and samples."""
-  cfg = r.cfg
+def _evaluate(r: Run) -> dict[str, float]:
+  """Held-out figures, baselines if asked."""
   told = evaluate.heldout(_evaluation(r))
-  if cfg.eval.baselines:
+  if r.cfg.eval.baselines:
     told |= evaluate.compare(_evaluation(r))
   r.writer.write('eval', r.step, r.tokens, told)
   for name, value in told.items():
     print(f'{name:28} {value:12,.4f}')
-  metrics.plot_loss(r.workdir)
-  router, params = r.state['router'], r.state['params']
-  generator = engine.Engine(cfg, params, router)
-  encode = functools.partial(r.tokenizer.encode, add_bos=True)
+  return told
+
+
+def _sample(r: Run) -> None:
+  """Continues `sample.prompts`, on the first device."""
+  cfg, device = r.cfg, jax.devices()[0]
+  params, router = r.state['params'], r.state['router']
+  generator = engine.Engine(cfg, *jax.device_put((params, router), device))
   made = generator.generate(
-    [encode(prompt).tolist() for prompt in cfg.sample.prompts],
+    _prompts(cfg, r.tokenizer),
     cfg.sample.max_new_tokens,
     temperature=cfg.sample.temperature,
     top_p=cfg.sample.top_p,
@@ -313,57 +341,3 @@ def _finish(r: Run) -> dict[str, float]:
   rule = '\n' + '-' * 72 + '\n'
   (r.workdir / 'samples.txt').write_text(rule.join(texts), encoding='utf-8')
   print(rule + rule.join(texts) + rule)
-  return told
-
-
-def claim(cfg: config.Config, workdir: pathlib.Path) -> None:
-  """Writes `config.json`, or checks that the run in `workdir` is this one.
-
-  Raises:
-    ValueError: a setting that a run may not change differs from its start's.
-  """
-  path = workdir / 'config.json'
-  if path.exists():
-    old = flatten(json.loads(path.read_text(encoding='utf-8')))
-    new = flatten(json.loads(config.to_json(cfg)))
-    for name, value in new.items():
-      if name.startswith(_MAY_CHANGE) or old.get(name) == value:
-        continue
-      raise ValueError(
-        f'{name}={value!r} differs from {old.get(name)!r} in {path}: name '
-        'another --workdir, or keep the value'
-      )
-  workdir.mkdir(parents=True, exist_ok=True)
-  scratch = workdir / '.config.json'
-  scratch.write_text(config.to_json(cfg), encoding='utf-8')
-  scratch.replace(path)
-
-
-def flatten(tree: dict, prefix: str = '') -> dict[str, Any]:
-  """Nested dict -> dotted path: value."""
-  flat = {}
-  for name, value in tree.items():
-    if isinstance(value, dict):
-      flat |= flatten(value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-  return flat
-
-
-def _peak_flops(cfg: config.Config, mesh: jax.sharding.Mesh) -> float:
-  """Of all devices: given, published, or (on CPU) measured with matmuls."""
-  if cfg.train.peak_flops:
-    return cfg.train.peak_flops * mesh.size
-  kind = jax.devices()[0].device_kind
-  if kind in hardware.CHIPS:
-    return hardware.CHIPS[kind].bf16_flops * mesh.size
-  size = 2048
-  x = jnp.ones((size, size), jnp.float32)
-  product = jax.jit(jnp.matmul)
-  product(x, x).block_until_ready()
-  times = []
-  for _ in range(5):
-    start = time.perf_counter()
-    product(x, x).block_until_ready()
-    times.append(time.perf_counter() - start)
-  return 2.0 * size**3 / min(times)

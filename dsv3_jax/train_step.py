@@ -6,7 +6,8 @@ Gradients of the micro-batches add up in f32; how many of them are used is data,
 so the batch ramp does not compile anew. The routers' biases move once a step,
 on the load of all micro-batches and all devices. A non-finite or, if asked, a
 spiking loss leaves the whole state untouched; after a non-finite one nothing is
-touched any more, so that a host that reads metrics late loses nothing.
+touched any more, so that a host that reads metrics late loses nothing. After
+five spikes in a row the loss has moved for good: its statistics begin anew.
 """
 
 import functools
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dsv3_jax import config, metrics, optim, sharding
+from dsv3_jax import config, optim, sharding
 from dsv3_jax.nn import model
 from dsv3_jax.ops import routing
 
@@ -26,6 +27,7 @@ Hyper = dict[str, float]
 
 _SPIKE_MEMORY = 0.98  # per step, of the loss' running mean and variance
 _SPIKE_WARMUP = 50  # steps before a spike can be called one
+_SPIKE_PATIENCE = 5  # skipped in a row; then the loss has moved for good
 
 
 def init_state(cfg: config.Config, key: jax.Array) -> State:
@@ -40,6 +42,7 @@ def init_state(cfg: config.Config, key: jax.Array) -> State:
       'mean': zero,
       'variance': zero,
       'count': jnp.zeros((), jnp.int32),
+      'skips': jnp.zeros((), jnp.int32),
       'halted': jnp.zeros((), jnp.bool_),
     },
   }
@@ -78,17 +81,23 @@ def make_train_step(
       finite = jnp.isfinite(parts['total']) & jnp.isfinite(norm)
       guard = state['guard']
       spike = _is_spike(guard, parts['loss'], cfg.train.spike_sigmas)
-      counts = finite & ~spike & ~guard['halted']
+      moved = spike & (guard['skips'] >= _SPIKE_PATIENCE)
+      fresh = guard | {'count': jnp.where(moved, 0, guard['count'])}
+      skip = spike & ~moved
+      halted = guard['halted'] | ~finite
       new = jax.lax.cond(
-        counts,
-        lambda: _advance(optimizer, state, grads, parts, hyper),
+        ~skip & ~halted,
+        lambda: _advance(
+          optimizer, state | {'guard': fresh}, grads, parts, hyper
+        ),
         lambda: state,
       )
-      halted = guard['halted'] | ~finite
-      new = new | {'guard': new['guard'] | {'halted': halted}}
+      skips = jnp.where(skip, guard['skips'] + 1, 0)
+      new = new | {'guard': new['guard'] | {'skips': skips, 'halted': halted}}
     load_LE = jnp.concatenate([parts.pop('load'), parts.pop('mtp_load')])
-    told = parts | {'grad_norm': norm, 'skipped': ~counts, 'halted': halted}
-    return new, told | {'max_violation': metrics.max_violation(load_LE)}
+    told = parts | {'skipped': skip.astype(jnp.int32), 'halted': halted}
+    told |= {'grad_norm': norm}
+    return new, told | {'max_violation': routing.max_violation(load_LE)}
 
   return step
 
@@ -142,6 +151,7 @@ def _advance(optimizer, state, grads, parts, hyper):
     grads, state['opt'], state['params'], hyper['lr']
   )
   loads = {'moe': parts['load'], 'mtp': parts['mtp_load']}
+  loads = {name: loads[name] for name in state['router']}
   move = lambda b, load: routing.update_bias(b, load, hyper['bias_rate'])
   guard = state['guard']
   # The first steps count in full, so that the mean does not start at 0.
@@ -155,6 +165,7 @@ def _advance(optimizer, state, grads, parts, hyper):
       'mean': guard['mean'] + (1.0 - memory) * delta,
       'variance': memory * (guard['variance'] + (1.0 - memory) * delta**2),
       'count': guard['count'] + 1,
+      'skips': guard['skips'],
       'halted': guard['halted'],
     },
   }

@@ -11,10 +11,12 @@ import time
 
 import pytest
 
-from dsv3_jax import metrics
+from dsv3_jax import cli, metrics
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
+# How ml_collections loads an experiment, when asked in this process.
+pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 _CONFIG = '--config=experiments/quickstart.py:runlocal'
 
 
@@ -79,7 +81,16 @@ def refused(done, *said):
     (['train', '--config=nowhere.py', '--workdir=x'], 'nowhere.py'),
     (['train', _CONFIG, '--workdir=x', '--speed=9'], 'speed'),
     (['train', _CONFIG, '--workdir=x', 'extra'], "'extra' is no flag"),
-    (['train', _CONFIG, '--workdir=x', '--config.model.moe.topk=2'], 'topk'),
+    (
+      ['train', _CONFIG, '--workdir=x', '--config.model.moe.topk=2'],
+      'model.moe.topk is unknown; did you mean model.moe.top_k?',
+    ),
+    (['inspect', '--config', 'no.py', '--config.seed', '2'], 'no.py'),
+    (['inspect', _CONFIG, '--config.seed.x=2'], 'seed is one value'),
+    (
+      ['train', _CONFIG, '--workdir=x', '--config.sample.max_new_tokens=64'],
+      'sample.max_new_tokens=64 must be < model.max_seq_len=64',
+    ),
     (
       ['train', _CONFIG, '--workdir=x', '--config.model.moe.top_k=9'],
       'model.moe.top_k=9 must be <= model.moe.num_experts=8',
@@ -98,9 +109,49 @@ def refused(done, *said):
     (['eval', '--checkpoint=x', '--task=sing'], "task='sing' must be one of"),
   ],
 )
-def test_bad_input_is_one_line(env, args, said):
-  refused(dsv3(env, *args), said)
+def test_bad_input_is_one_line(capsys, monkeypatch, args, said):
+  monkeypatch.chdir(_ROOT)
+  code = cli.main(args)
+  done = subprocess.CompletedProcess(args, code, *capsys.readouterr())
+  refused(done, said)
   assert not (_ROOT / 'x').exists()
+
+
+@pytest.mark.parametrize(
+  ('body', 'said'),
+  [
+    ('def get_config(:', 'invalid syntax (broken.py, line 1)'),
+    ('import nothing_such', 'broken.py:1'),
+    ('x = 1', "no attribute 'get_config'"),
+    ('def get_config(arg=None):\n  return 1 / 0', 'broken.py:2'),
+    (None, 'No such file'),
+  ],
+)
+def test_a_broken_experiment_is_one_line(
+  capsys, monkeypatch, tmp_path, body, said
+):
+  # ml_collections runs every experiment in one module: forget the last one's.
+  monkeypatch.delitem(sys.modules, 'config_config', raising=False)
+  path = tmp_path / 'broken.py'
+  if body is not None:
+    path.write_text(body)
+  code = cli.main(['inspect', f'--config={path}'])
+  done = subprocess.CompletedProcess([], code, *capsys.readouterr())
+  refused(done, 'broken.py', said)
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+  def fault(*args):
+    raise ValueError('a shape of ours')
+
+  monkeypatch.setattr('dsv3_jax.planning.flops.inspect_dict', fault)
+  monkeypatch.chdir(_ROOT)
+  with pytest.raises(ValueError, match='a shape of ours'):
+    cli.main(['inspect', _CONFIG])
+
+
+def test_bad_input_ends_the_process_with_2(env):
+  refused(dsv3(env, 'inspect', _CONFIG, '--config.model.moe.topk=2'), 'top_k')
 
 
 @pytest.mark.parametrize('name', ['train', 'inspect', 'generate', 'eval'])
@@ -207,6 +258,39 @@ def test_truncated_config_is_refused(env, trained, folder):
 def test_changed_setting_is_refused(env, trained, folder):
   args = train_args(folder, trained, 14, optim__lr__peak=0.5)
   refused(dsv3(env, *args), 'optim.lr.peak=0.5 differs from', '--workdir')
+
+
+def test_a_stuck_loader_ends_in_stacks_and_70(env, folder):
+  code = (
+    'import sys, time\n'
+    'from dsv3_jax import cli\n'
+    'from dsv3_jax.data import loader\n'
+    'def no_batch(self):\n'
+    '  time.sleep(600)\n'
+    'loader.Loader.__next__ = no_batch\n'
+    'sys.exit(cli.main(sys.argv[1:]))\n'
+  )
+  args = train_args(folder, folder / 'stuck', 4, train__watchdog_seconds=2.0)
+  done = subprocess.run(
+    [sys.executable, '-c', code, *args],
+    capture_output=True, text=True, cwd=_ROOT, env=env,
+  )  # fmt: skip
+  assert done.returncode == 70
+  assert 'no step finished for 2 s' in done.stderr
+  assert 'in no_batch' in done.stderr
+
+
+def test_an_earlier_step_and_the_average_are_evaluated(env, trained):
+  bits = []
+  for more in ((), ('--step=4',), ('--step=4', '--ema')):
+    args = (f'--checkpoint={trained}', '--task=heldout', '--json', *more)
+    done = dsv3(env, 'eval', *args)
+    assert not done.returncode, done.stderr
+    bits.append(json.loads(done.stdout)['bits_per_byte'])
+  assert len(set(bits)) == 3
+  refused(
+    dsv3(env, 'eval', f'--checkpoint={trained}', '--step=5'), 'step 4 is whole'
+  )
 
 
 def test_sigterm_saves_once_and_the_rerun_goes_on(env, trained, folder):

@@ -36,18 +36,23 @@ def about():
   cfg = settings.small(model__vocab_size=VOCAB, model__num_layers=2)
   records = [{'name': str(i), 'text': text} for i, text in enumerate(TEXTS)]
   params, router = models.random_params(cfg)
+  corpus = corpora.Corpus(records[::-1], records, '')
+  tokenizer = tokenizers.train(TEXTS, VOCAB)
   return evaluate.Evaluation(
     cfg=cfg,
     params=models.f32(params),
     router=models.f32(router),
-    corpus=corpora.Corpus(train=records[::-1], valid=records),
-    tokenizer=tokenizers.train(TEXTS, VOCAB),
+    corpus=corpus,
+    tokenizer=tokenizer,
+    windows=evaluate.open_windows(cfg, corpus, tokenizer),
   )
 
 
 def with_eval(e, **changes):
   how = dataclasses.replace(e.cfg.eval, **changes)
-  return dataclasses.replace(e, cfg=dataclasses.replace(e.cfg, eval=how))
+  cfg = dataclasses.replace(e.cfg, eval=how)
+  cut = evaluate.open_windows(cfg, e.corpus, e.tokenizer)
+  return dataclasses.replace(e, cfg=cfg, windows=cut)
 
 
 def windows(rows, seed=0):
@@ -144,6 +149,12 @@ def test_baselines_are_counted_on_the_same_bytes(about):
   num_bytes = sum(len(text.encode()) for text in TEXTS)
   want = {f'{k}_bits_per_byte': v / num_bytes for k, v in bits.items()}
   assert evaluate.compare(about) == pytest.approx(want, rel=1e-12)
+
+
+def test_text_that_holds_nothing_is_refused(about):
+  empty = corpora.Corpus([], [{'name': 'a', 'text': ''}], '')
+  with pytest.raises(ValueError, match='hold no text'):
+    evaluate.open_windows(about.cfg, empty, about.tokenizer)
 
 
 def test_only_the_texts_within_the_limit_are_read(about):

@@ -10,6 +10,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Layer of each module or folder; a module that is not here fails.
 LAYERS = {
   'pallas_kernels': 0,
+  'dsv3_jax.errors': 0,
   'dsv3_jax.config': 1,
   'dsv3_jax.config_rules': 1,
   'dsv3_jax.sharding': 1,
@@ -28,6 +29,7 @@ LAYERS = {
   'dsv3_jax.posttrain': 5,
   'dsv3_jax.evaluate': 5,
   'dsv3_jax.train': 5,
+  'dsv3_jax.workdir': 5,
   'dsv3_jax': 6,  # `load`
   'dsv3_jax.cli': 6,
   'experiments': 6,

@@ -1,20 +1,12 @@
 """Numbers about a run, and the files that they go to."""
 
-import json
 import math
 import struct
 
-import jax.numpy as jnp
 import pytest
 
-from dsv3_jax import metrics
-
-
-def test_max_violation_by_hand():
-  """(5 - 2) / 2 and (2 - 2) / 2; the mean of both."""
-  load_LE = jnp.float32([[5, 1, 1, 1], [2, 2, 2, 2]])
-  assert metrics.max_violation(load_LE) == 0.75
-  assert metrics.max_violation(jnp.zeros((2, 4))) == 0.0
+from dsv3_jax import metrics, sharding
+from tests import settings
 
 
 def test_bits_per_byte():
@@ -43,22 +35,23 @@ def record(step):
   }
 
 
-def test_resume_drops_what_comes_again(tmp_path):
-  writer = metrics.MetricWriter(tmp_path, 0)
-  for step in (1, 2, 3):
-    writer.write('train', step, step * 10, record(step))
-  writer.close()
-  path = tmp_path / 'metrics.jsonl'
-  path.write_text(path.read_text() + '{"kind": "tra')  # cut by a kill
-  assert [x['step'] for x in metrics.read_metrics(tmp_path)] == [1, 2, 3]
-  writer = metrics.MetricWriter(tmp_path, 2)
-  writer.write('train', 3, 30, record(30))
-  writer.close()
-  lines = metrics.read_metrics(tmp_path)
-  assert [x['step'] for x in lines] == [1, 2, 3]
-  assert lines[2]['loss'] == 5.0 / 30
-  assert all(json.loads(line) for line in path.read_text().splitlines())
-  assert len(list(tmp_path.glob('events.out.tfevents.*'))) >= 1
+def test_an_ended_run_tells_its_last_evaluation_once(tmp_path):
+  for again, left in ((False, ['train', 'eval']), (True, ['train'])):
+    writer = metrics.MetricWriter(tmp_path, 0)
+    writer.write('train', 3, 30, record(3))
+    writer.write('eval', 3, 30, {'bits_per_byte': 1.5})
+    writer.close()
+    metrics.MetricWriter(tmp_path, 3, again=again).close()
+    kinds = [line['kind'] for line in metrics.read_metrics(tmp_path)]
+    assert kinds == left
+
+
+@pytest.mark.parametrize('count', [1, 4])
+def test_peak_is_of_all_devices(count):
+  mesh = sharding.make_mesh(settings.small(mesh__data=count).mesh)
+  assert metrics.peak_flops(2e12, mesh) == 2e12 * count
+  # Devices of a CPU share its cores: more of them are not faster.
+  assert 1e9 < metrics.peak_flops(0.0, mesh) < 1e13
 
 
 def test_plot(tmp_path):

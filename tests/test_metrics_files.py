@@ -1,37 +1,12 @@
-"""MaxVio of any load; metric files that are resumed, cut or sparse."""
+"""Metric files that are resumed, cut or sparse."""
 
 import json
 
 import hypothesis
-import jax.numpy as jnp
-import numpy as np
-import pytest
 from hypothesis import strategies as st
 from tensorboardX.proto import event_pb2
 
 from dsv3_jax import metrics
-
-_loads = st.lists(
-  st.lists(st.integers(0, 10**6), min_size=4, max_size=4).filter(any),
-  min_size=1,
-  max_size=5,
-)
-
-
-@hypothesis.given(_loads, st.integers(2, 9))
-def test_max_violation_is_a_mean_over_layers_and_has_no_unit(loads, factor):
-  load_LE = np.array(loads, np.float64)
-  mean_L = load_LE.mean(axis=1)
-  want = np.mean((load_LE.max(axis=1) - mean_L) / mean_L)
-  got = float(metrics.max_violation(jnp.float32(load_LE)))
-  assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
-  assert -1e-6 <= got <= 4 - 1 + 1e-6  # even, and all on one of four
-  more = float(metrics.max_violation(jnp.float32(factor * load_LE)))
-  assert more == pytest.approx(got, rel=1e-5, abs=1e-5)
-
-
-def test_a_model_without_experts_is_balanced():
-  assert float(metrics.max_violation(jnp.zeros((0, 8)))) == 0.0
 
 
 def write(workdir, resume_step, steps):

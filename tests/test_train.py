@@ -1,7 +1,10 @@
 """The loop: bitwise resume, ramp, guards, and what a run refuses."""
 
 import dataclasses
+import functools
+import importlib
 import json
+import pathlib
 import shutil
 
 import jax
@@ -9,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import metrics, optim, train
+from dsv3_jax import config, errors, metrics, optim, sharding, train
 from dsv3_jax import train_step as steps
 from dsv3_jax.checkpoint import store
 from dsv3_jax.nn import model
@@ -94,22 +97,6 @@ def test_batch_ramp_does_not_recompile(folder):
   assert any(name and 'step' in name for name in compiled)
 
 
-def test_what_a_run_may_not_change(folder):
-  workdir = folder / 'claimed'
-  cfg = tiny_run.make(folder)
-  workdir.mkdir()
-  train.claim(cfg, workdir)
-  body = (workdir / 'config.json').read_text()
-  other = tiny_run.make(folder, optim__lr__peak=0.5)
-  with pytest.raises(ValueError, match=r'optim\.lr\.peak=0\.5 differs') as e:
-    train.claim(other, workdir)
-  assert '--workdir' in str(e.value)
-  assert (workdir / 'config.json').read_text() == body
-  train.claim(until(cfg, 50), workdir)  # longer is allowed
-  after = json.loads((workdir / 'config.json').read_text())
-  assert after['train']['total_tokens'] == tiny_run.tokens_after(50)
-
-
 def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
   """The error tells step and metrics; the last checkpoint stands."""
   cfg, workdir = tiny_run.make(folder), folder / 'nan'
@@ -128,6 +115,68 @@ def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
   assert store.Store(workdir / 'checkpoints', keep=10).steps() == [5]
   got, _ = committed(cfg, workdir, 5)
   jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_going_back_makes_the_later_steps_anew(folder):
+  """restore_step: later steps are moved aside, and come out the same."""
+  cfg = tiny_run.make(folder, checkpoint__every_steps=4)
+  workdir = folder / 'back'
+  train.run(until(cfg, 12), workdir)
+  want, _ = committed(cfg, workdir, 12)
+  back = dataclasses.replace(cfg.checkpoint, restore_step=4)
+  train.run(until(dataclasses.replace(cfg, checkpoint=back), 12), workdir)
+  got, _ = committed(cfg, workdir, 12)
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+  names = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
+  assert names == ['000000004', '000000008', '000000008.aside-1',
+                   '000000012', '000000012.aside-1']  # fmt: skip
+  assert [line['step'] for line in told(workdir)] == list(range(1, 13))
+  kinds = [line['kind'] for line in metrics.read_metrics(workdir)]
+  assert kinds.count('eval') == 1
+
+  # It goes on with its own tokenizer, whatever becomes of the cache; with
+  # another corpus it does not.
+  shutil.rmtree(cfg.data.cache_dir)
+  train.run(until(cfg, 13), workdir)
+  (folder / 'corpus' / 'more.txt').write_text('more text', encoding='utf-8')
+  try:
+    with pytest.raises(errors.InputError, match=r'the corpus is .* but .*back'):
+      train.run(until(cfg, 14), workdir)
+  finally:
+    (folder / 'corpus' / 'more.txt').unlink()
+  assert not pathlib.Path(cfg.data.cache_dir).exists()
+
+
+def chats(folder):
+  """Conversations about files of the standard library; returns their path."""
+  lines = []
+  for path in sorted((folder / 'corpus').glob('*.txt')):
+    turns = [('user', f'Write {path.stem}!'), ('assistant', path.read_text())]
+    messages = [{'role': r, 'content': text[:500]} for r, text in turns]
+    lines.append(json.dumps({'messages': messages}))
+  (folder / 'chats.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+  return str(folder / 'chats.jsonl')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['v3_671b', 'v3_16b'])
+def test_every_experiment_runs_locally(folder, name):
+  """One scanned and rematerialised on two devices, one on conversations."""
+  source = importlib.import_module(f'experiments.{name}').get_config('runlocal')
+  changes = tiny_run.overrides(folder, steps=3)
+  if name == 'v3_671b':
+    changes |= {'mesh.data': 2}
+  else:
+    changes |= {'data.source': chats(folder), 'data.isolate_samples': True}
+    changes |= {'model.mtp.depth': 0, 'precision': 'bf16'}
+  with source.unlocked():
+    source.update_from_flattened_dict(changes)
+  cfg = config.from_config_dict(source)
+  assert cfg.model.scan_layers and cfg.model.remat == 'report'
+  final = train.run(cfg, folder / name)
+  assert 0 < final['loss_nats_per_token'] < 1.2 * np.log(cfg.model.vocab_size)
+  assert len(told(folder / name)) == 3
+  assert (folder / name / 'samples.txt').stat().st_size > 0
 
 
 def test_probe_agrees_and_can_disagree(folder, monkeypatch):
@@ -149,8 +198,9 @@ def test_probe_agrees_and_can_disagree(folder, monkeypatch):
 # The step alone.
 
 
-def tiny_step(**changes):
-  """A compiled step of a tiny model, its fresh state and a batch."""
+@functools.cache
+def compiled_step(**changes):
+  """A step of a tiny model, its fresh state and a batch."""
   settings_ = {
     'precision': 'f32',
     'train__batch_size': 4,
@@ -165,6 +215,31 @@ def tiny_step(**changes):
   hyper = {'lr': 0.01, 'mtp_weight': 0.3, 'bias_rate': 0.5}
   hyper = {name: jnp.float32(x) for name, x in hyper.items()}
   return cfg, jax.jit(steps.make_train_step(cfg)), state, batch_nBT, hyper
+
+
+def tiny_step(**changes):
+  """The same, in containers of its own."""
+  return jax.tree.map(lambda x: x, compiled_step(**changes))
+
+
+def test_two_devices_make_the_step_of_one():
+  """Each on half of the rows: the same loss, state and router to rounding."""
+  cfg, step, state, batch, hyper = tiny_step()
+  one, told_one = step(state, batch, jnp.int32(2), hyper)
+  mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh, data=2))
+  with jax.set_mesh(mesh):
+    place = steps.state_shardings(cfg, mesh)
+    batch = jax.device_put(batch, steps.batch_sharding(mesh))
+    spread = jax.jit(steps.make_train_step(cfg))
+    args = (jax.device_put(state, place), batch, jnp.int32(2), hyper)
+    two, told_two = spread(*args)
+  assert len(two['params']['head']['w'].sharding.device_set) == 2
+  for name in ('loss', 'mtp_loss', 'balance', 'grad_norm', 'max_violation'):
+    np.testing.assert_allclose(told_two[name], told_one[name], rtol=1e-5)
+  means = [s['opt'].mean for s in (one, two)]
+  for a, b in zip(*map(jax.tree.leaves, means), strict=True):
+    np.testing.assert_allclose(b, a, rtol=0, atol=1e-6)
+  assert equal(jax.device_get(two['router']), jax.device_get(one['router']))
 
 
 def equal(a, b):
@@ -241,7 +316,15 @@ def test_spike_is_skipped_and_training_goes_on():
   new, told_ = step(state | {'guard': guard}, batch, jnp.int32(2), hyper)
   assert bool(told_['skipped'])
   assert not bool(told_['halted'])
-  assert equal(new, state | {'guard': guard})
+  assert equal(new, state | {'guard': guard | {'skips': jnp.int32(1)}})
+  # Five in a row: the loss has moved for good, and counts.
+  for skips, skipped in ((4, True), (5, False)):
+    worn = guard | {'skips': jnp.int32(skips)}
+    new, told_ = step(state | {'guard': worn}, batch, jnp.int32(2), hyper)
+    assert bool(told_['skipped']) == skipped
+  assert (new['guard']['count'], new['guard']['skips']) == (1, 0)
+  assert new['guard']['mean'] == told_['loss']
+  assert not equal(new['params'], state['params'])
   calm = guard | {'mean': told_['loss']}
   new, told_ = step(state | {'guard': calm}, batch, jnp.int32(2), hyper)
   assert not bool(told_['skipped'])

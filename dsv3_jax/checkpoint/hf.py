@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dsv3_jax import config
+from dsv3_jax import config, errors
 from dsv3_jax.nn import model
 
 Tree = dict[str, Any]
@@ -144,7 +144,7 @@ def from_hf(
     names: what there is; only membership is asked. read: name -> f32 array.
 
   Raises:
-    ValueError: a tensor is missing or has the wrong shape.
+    InputError: a tensor is missing or has the wrong shape.
   """
   shapes = {
     'params': jax.eval_shape(
@@ -157,7 +157,7 @@ def from_hf(
     if tensor.copy:
       continue
     if tensor.name not in names:
-      raise ValueError(f'{tensor.name} is missing from the checkpoint')
+      raise errors.InputError(f'{tensor.name} is missing from the checkpoint')
     places = [_get(state, leaf.path)[leaf.index] for leaf in tensor.leaves]
     widths = [place.shape[-1] for place in places]
     shape = (*places[0].shape[:-1], sum(widths))
@@ -167,7 +167,7 @@ def from_hf(
       inputs = math.prod(shape[: tensor.num_in])
       want = (math.prod(shape) // inputs, inputs)
     if array.shape != want:
-      raise ValueError(
+      raise errors.InputError(
         f'{tensor.name} has shape {list(array.shape)}, wanted {list(want)}'
       )
     ours = (array.T if tensor.num_in else array).reshape(shape)

@@ -22,12 +22,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from dsv3_jax import errors
+
 Tree = Any
 _MANIFEST = 'manifest.json'
 _ARRAYS = 'arrays'
+_UNFINISHED = ('.tmp-', '.old-')  # being written, being deleted
 
 
-class CheckpointError(ValueError):
+class CheckpointError(errors.InputError):
   """A step that cannot be used; says which file and what to do."""
 
 
@@ -72,8 +75,9 @@ class Store:
     scratch = self.directory / f'.tmp-{step:09d}'
     if jax.process_index() == 0:
       self.directory.mkdir(parents=True, exist_ok=True)
-      for old in self.directory.glob('.*'):  # of a process that was killed
-        shutil.rmtree(old)
+      for old in self.directory.iterdir():  # of a process that was killed
+        if old.name.startswith(_UNFINISHED):
+          shutil.rmtree(old)
       scratch.mkdir()
     _sync(f'save-{step}')
     for name, document in extras.items():
@@ -114,8 +118,8 @@ class Store:
     advice = 'no earlier step is whole'
     if good is not None:
       advice = (
-        f'step {good} is whole: set checkpoint.restore_step={good} to go on '
-        'from it'
+        f'step {good} is whole: checkpoint.restore_step={good} goes on from '
+        f'it, --step={good} reads it'
       )
     raise CheckpointError(
       f'{self._path(step) / damage[0]} {damage[1]}; {advice}'
@@ -153,6 +157,20 @@ class Store:
       if path.name != _MANIFEST
     }
     return state, extras
+
+  def roll_back(self, step: int) -> list[pathlib.Path]:
+    """Moves the steps after `step` aside, so that they can be made anew.
+
+    Returns:
+      Where they are now: `000000040.aside-1`. Nothing here deletes them.
+    """
+    moved = []
+    for later in [s for s in self.steps() if s > step]:
+      path, count = self._path(later), 1
+      while (aside := path.with_suffix(f'.aside-{count}')).exists():
+        count += 1
+      moved.append(path.rename(aside))
+    return moved
 
   def _path(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:09d}'

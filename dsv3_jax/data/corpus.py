@@ -6,6 +6,7 @@ glob of .jsonl, .txt or .parquet files. Unless the source has a held-out split
 of its own, a document is held out by a hash of its name.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -18,7 +19,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from dsv3_jax import config
+from dsv3_jax import config, errors
 from dsv3_jax.data import files, tokenizer
 
 _SUFFIXES = ('.py', '.txt', '.rst', '.md', '.pyi', '.toml', '.cfg')
@@ -33,18 +34,21 @@ _SALT = b'4:'
 class Corpus:
   """Both parts: sequences of `{'name': str, 'text': str}`.
 
-  Records of chat data hold 'messages' in place of 'text'.
+  Records of chat data hold 'messages' in place of 'text'. `fingerprint` changes
+  with the documents: it knows the files' names and sizes, or the version and
+  sizes of a TFDS dataset.
   """
 
   train: Sequence[dict[str, Any]]
   valid: Sequence[dict[str, Any]]
+  fingerprint: str
 
 
 def open_corpus(cfg: config.DataConfig) -> Corpus:
   """Opens `data.source`.
 
   Raises:
-    ValueError: no such files, a broken record, or a part that is empty.
+    InputError: no such files, a broken record, or a part that is empty.
   """
   if cfg.source == 'stdlib':
     corpus = _open_stdlib(cfg)
@@ -53,10 +57,11 @@ def open_corpus(cfg: config.DataConfig) -> Corpus:
   else:
     records = files.open_glob(cfg.source, cfg.text_key)
     names = [records.name(i) for i in range(len(records))]
-    corpus = _split(records, names, cfg.valid_fraction)
+    mark = records.fingerprint()
+    corpus = _split(records, names, cfg.valid_fraction, mark)
   for part in ('train', 'valid'):
     if not len(getattr(corpus, part)):
-      raise ValueError(
+      raise errors.InputError(
         f'data.source={cfg.source!r} has no {part} documents at '
         f'data.valid_fraction={cfg.valid_fraction}'
       )
@@ -69,14 +74,14 @@ def load_tokenizer(
   """`data.tokenizer`, or one trained on the train part and kept."""
   if cfg.tokenizer:
     return tokenizer.Tokenizer.from_file(cfg.tokenizer)
-  key = (cfg.source, cfg.text_key, cfg.tokenizer_vocab, cfg.valid_fraction)
-  key += (len(corpus.train), sys.version_info[:3], tokenizer.SPECIAL)
-  mark = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-  path = cache_dir(cfg) / f'tokenizer-{mark}.json'
+  key = (corpus.fingerprint, cfg.text_key, cfg.tokenizer_vocab)
+  key += (cfg.valid_fraction, _SALT, tokenizer.SPECIAL, tokenizer.SPLITS)
+  path = cache_dir(cfg) / f'tokenizer-{_mark(key)}.json'
   if not path.exists():
-    texts = [document_text(corpus.train[i]) for i in range(len(corpus.train))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.train(texts, cfg.tokenizer_vocab).save(path)
+    with _alone(path.with_suffix('.lock')):
+      if not path.exists():  # another process may have made it meanwhile
+        texts = map(document_text, corpus.train)
+        tokenizer.train(list(texts), cfg.tokenizer_vocab).save(path)
   return tokenizer.Tokenizer.from_file(path)
 
 
@@ -93,6 +98,30 @@ def cache_dir(cfg: config.DataConfig) -> pathlib.Path:
     return pathlib.Path(cfg.cache_dir).expanduser()
   home = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
   return pathlib.Path(home) / 'dsv3_jax'
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+  """Holds a lock file: one of several processes does the work.
+
+  Raises:
+    InputError: the cache cannot be written.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.open('w', encoding='utf-8')
+  except OSError as error:
+    raise errors.InputError(
+      f'data.cache_dir: {path.parent} cannot be written ({error.strerror}): '
+      'name another'
+    ) from error
+  with lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+
+
+def _mark(key: Any) -> str:
+  return hashlib.sha256(repr(key).encode()).hexdigest()[:16]
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -115,10 +144,13 @@ class _Subset(Sequence):
     return self.records[self.indices[i]]
 
 
-def _split(records: Any, names: list[str], fraction: float) -> Corpus:
+def _split(
+  records: Any, names: list[str], fraction: float, mark: str
+) -> Corpus:
   held = [is_held_out(name, fraction) for name in names]
   part = lambda want: [i for i, h in enumerate(held) if h == want]
-  return Corpus(_Subset(records, part(False)), _Subset(records, part(True)))
+  parts = (_Subset(records, part(want)) for want in (False, True))
+  return Corpus(*parts, mark)
 
 
 def stdlib_documents(root: pathlib.Path) -> Iterator[tuple[str, str]]:
@@ -182,7 +214,7 @@ class _TfdsRecords(Sequence):
     record = self.source[i]
     if self.text_key not in record:
       known = ', '.join(record)
-      raise ValueError(
+      raise errors.InputError(
         f'data.text_key={self.text_key!r} is no field of {self.title}; '
         f'it has: {known}'
       )
@@ -195,12 +227,11 @@ def _text(value: bytes | str) -> str:
 
 
 def _open_stdlib(cfg: config.DataConfig) -> Corpus:
-  """Prepares the dataset once per Python version and fraction."""
+  """Prepares the dataset once for each library, fraction and rule of ours."""
   version = '.'.join(map(str, sys.version_info[:3]))
-  folder = cache_dir(cfg) / f'stdlib-{version}-{cfg.valid_fraction:g}'
-  folder.mkdir(parents=True, exist_ok=True)
-  with open(folder / '.lock', 'w', encoding='utf-8') as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)  # one of several processes prepares it
+  key = (sysconfig.get_paths()['stdlib'], cfg.valid_fraction, _SALT, _SUFFIXES)
+  folder = cache_dir(cfg) / f'stdlib-{version}-{_mark(key)}'
+  with _alone(folder / '.lock'):
     builder = StdlibText(
       valid_fraction=cfg.valid_fraction,
       data_dir=folder,
@@ -211,7 +242,8 @@ def _open_stdlib(cfg: config.DataConfig) -> Corpus:
   records = lambda part: _TfdsRecords(
     builder.as_data_source(split=part), 'text', 'stdlib'
   )
-  return Corpus(records('train'), records('valid'))
+  mark = _tfds_mark(builder) + version
+  return Corpus(records('train'), records('valid'), mark)
 
 
 def _open_tfds(cfg: config.DataConfig) -> Corpus:
@@ -221,16 +253,27 @@ def _open_tfds(cfg: config.DataConfig) -> Corpus:
   try:
     builder = tfds.builder(title, data_dir=home, file_format='array_record')
     builder.download_and_prepare()
-  except (tfds.core.DatasetNotFoundError, OSError) as error:
-    why = str(error).splitlines()[0]
-    raise ValueError(f'data.source={cfg.source!r}: {why}') from error
+  except Exception as error:  # a dataset is code of its own
+    why = f'{type(error).__name__}: {error}'.splitlines()[0]
+    raise errors.InputError(
+      f'data.source={cfg.source!r} cannot be prepared: {why}'
+    ) from error
   splits = builder.info.splits
   records = lambda part: _TfdsRecords(
     builder.as_data_source(split=part), cfg.text_key, title
   )
   for held in ('validation', 'valid', 'test'):
     if held in splits:
-      return Corpus(records('train'), records(held))
+      return Corpus(records('train'), records(held), _tfds_mark(builder))
   train = records('train')
   names = [f'{title}#{i}' for i in range(len(train))]
-  return _split(train, names, cfg.valid_fraction)
+  return _split(train, names, cfg.valid_fraction, _tfds_mark(builder))
+
+
+def _tfds_mark(builder: Any) -> str:
+  """Version and size of what was prepared."""
+  sizes = [
+    f'{name}:{split.num_examples}:{split.num_bytes}'
+    for name, split in sorted(builder.info.splits.items())
+  ]
+  return ' '.join([builder.info.full_name, *sizes, ''])

@@ -8,6 +8,7 @@ read when asked for.
 import bisect
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import pathlib
@@ -18,24 +19,26 @@ from typing import Any
 import pyarrow
 from pyarrow import parquet
 
+from dsv3_jax import errors
+
 
 def open_glob(pattern: str, text_key: str) -> 'FileRecords':
   """All files that match, in order of their names.
 
   Raises:
-    ValueError: nothing matches, or a file is of another kind.
+    InputError: nothing matches, or a file is of another kind.
   """
   paths = [pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
   paths = [path for path in paths if path.is_file()]
   if not paths:
-    raise ValueError(
+    raise errors.InputError(
       f"data.source={pattern!r} matches no file: name 'stdlib', 'tfds:NAME' "
       'or a glob of .jsonl, .txt or .parquet files'
     )
   kinds = {'.jsonl': _Jsonl, '.txt': _Text, '.parquet': _Parquet}
   for path in paths:
     if path.suffix not in kinds:
-      raise ValueError(f'{path} must end in one of: {", ".join(kinds)}')
+      raise errors.InputError(f'{path} must end in one of: {", ".join(kinds)}')
   # Names, which split off the held-out part, stay when the folder moves.
   fixed = re.split(r'[*?[]', pattern)[0]
   root = pathlib.Path(fixed if fixed == pattern else fixed + 'x').parent
@@ -64,6 +67,14 @@ class FileRecords(Sequence):
     part, row = self._find(i)
     return f'{part.path.relative_to(self._root).as_posix()}#{row}'
 
+  def fingerprint(self) -> str:
+    """A digest of the files' names and sizes [bytes]."""
+    told = [
+      (part.path.relative_to(self._root).as_posix(), part.path.stat().st_size)
+      for part in self._parts
+    ]
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
   def __getitem__(self, i: int) -> dict[str, Any]:
     part, row = self._find(i)
     return {'name': self.name(i), **part.read(row)}
@@ -82,7 +93,9 @@ class _Text:
     try:
       return {'text': self.path.read_text(encoding='utf-8')}
     except UnicodeDecodeError as error:
-      raise ValueError(f'{self.path} is not UTF-8: {error.reason}') from error
+      raise errors.InputError(
+        f'{self.path} is not UTF-8: {error.reason}'
+      ) from error
 
 
 class _Jsonl:
@@ -110,13 +123,15 @@ class _Jsonl:
     try:
       record = json.loads(data.decode())
     except UnicodeDecodeError as error:
-      raise ValueError(f'{where} is not UTF-8: {error.reason}') from error
+      raise errors.InputError(
+        f'{where} is not UTF-8: {error.reason}'
+      ) from error
     except json.JSONDecodeError as error:
-      raise ValueError(f'{where} is not JSON: {error.msg}') from error
+      raise errors.InputError(f'{where} is not JSON: {error.msg}') from error
     if not isinstance(record, dict):
-      raise ValueError(f'{where} must be a JSON object')
-    if isinstance(record.get('messages'), list):
-      return {'messages': record['messages']}
+      raise errors.InputError(f'{where} must be a JSON object')
+    if 'messages' in record:
+      return {'messages': _messages(record['messages'], where)}
     return {'text': _field(record, self._key, where)}
 
 
@@ -129,10 +144,10 @@ class _Parquet:
       self._file = parquet.ParquetFile(path)
     except (pyarrow.ArrowInvalid, OSError) as error:
       why = str(error).splitlines()[0]
-      raise ValueError(f'{path} is no Parquet file: {why}') from error
+      raise errors.InputError(f'{path} is no Parquet file: {why}') from error
     names = self._file.schema_arrow.names
     if text_key not in names:
-      raise ValueError(
+      raise errors.InputError(
         f'{path} has no column {text_key!r}; it has: {", ".join(names)}'
       )
     meta = self._file.metadata
@@ -154,16 +169,35 @@ class _Parquet:
     return {'text': _field({self._key: value}, self._key, f'{self.path}#{row}')}
 
 
+def _messages(turns: Any, where: str) -> list[dict[str, str]]:
+  """A conversation's turns, checked.
+
+  Raises:
+    InputError: not a list of turns with role and content; names the place.
+  """
+  roles = ('system', 'user', 'assistant')
+  if not isinstance(turns, list) or not turns:
+    raise errors.InputError(f'{where}: messages must be a list of turns')
+  for i, turn in enumerate(turns):
+    whole = isinstance(turn, dict) and isinstance(turn.get('content'), str)
+    if not whole or turn.get('role') not in roles:
+      raise errors.InputError(
+        f"{where}: messages[{i}] must have a 'role' ({', '.join(roles)}) and "
+        "a string in 'content'"
+      )
+  return turns
+
+
 def _field(record: dict[str, Any], key: str, where: str) -> str:
   """The string at `key`.
 
   Raises:
-    ValueError: it is missing or not a string; names the place.
+    InputError: it is missing or not a string; names the place.
   """
   value = record.get(key)
   if not isinstance(value, str):
     known = ', '.join(map(str, record))
-    raise ValueError(
+    raise errors.InputError(
       f'{where} must have a string in data.text_key={key!r}; it has: {known}'
     )
   return value

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 from grain import experimental
 
-from dsv3_jax import config
+from dsv3_jax import config, errors
 from dsv3_jax.data import corpus, packing
 from dsv3_jax.data import tokenizer as tokenizers
 
@@ -150,6 +150,11 @@ def eval_windows(
   for text in texts:
     tokens = tokenizer.encode(text, add_bos=True)
     rows += _windows(tokens, cfg.seq_len, stride)
+  if not rows:
+    raise errors.InputError(
+      'the held-out documents hold no text: see data.source, '
+      'data.valid_fraction'
+    )
   stacked = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
   return stacked | {'num_bytes': num_bytes, 'texts': texts}
 

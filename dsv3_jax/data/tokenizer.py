@@ -17,6 +17,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dsv3_jax import errors
+
 BOS = '<\uff5cbegin\u2581of\u2581sentence\uff5c>'
 EOS = '<\uff5cend\u2581of\u2581sentence\uff5c>'
 PAD = '<\uff5c\u2581pad\u2581\uff5c>'
@@ -30,7 +32,7 @@ SPECIAL = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT)
 
 # Digits in threes; Chinese and Japanese runs; then words, punctuation that
 # takes the line ends behind it along, and white space.
-_SPLITS = (
+SPLITS = (
   r'\p{N}{1,3}',
   '[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+',
   r'[!"#$%&' + r"'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
@@ -48,14 +50,16 @@ _LINE_ENDS = '\u010a\u010d'  # how byte-level BPE spells the bytes 10 and 13
 class Tokenizer:
   """Text to ids and back; ids of the special tokens as attributes.
 
+  `text` is the JSON text of the `tokenizer.json`.
+
   Raises:
-    ValueError: a special token that DeepSeek-V3 uses is missing.
+    InputError: a special token that DeepSeek-V3 uses is missing.
   """
 
   def __init__(self, text: str):
     """Reads the JSON text of a `tokenizer.json`."""
     spec = json.loads(text)
-    self._text = text
+    self.text = text
     self._full = tokenizers.Tokenizer.from_str(text)
     # Without added tokens no text can match one; `add_bos` is ours as well.
     plain = spec | {'added_tokens': [], 'post_processor': None}
@@ -70,7 +74,9 @@ class Tokenizer:
   def _id(self, token: str) -> int:
     found = self._full.token_to_id(token)
     if found is None:
-      raise ValueError(f'the tokenizer lacks the special token {token!a}')
+      raise errors.InputError(
+        f'the tokenizer lacks the special token {token!a}'
+      )
     return found
 
   @classmethod
@@ -88,32 +94,33 @@ class Tokenizer:
       return cls(data.decode())
     except OSError as error:
       why = error.strerror or error
-      raise ValueError(f'tokenizer {path} cannot be read: {why}') from error
+      raise errors.InputError(
+        f'tokenizer {path} cannot be read: {why}'
+      ) from error
     except (EOFError, UnicodeDecodeError, json.JSONDecodeError) as error:
-      raise ValueError(f'tokenizer {path} is damaged: {error}') from error
+      raise errors.InputError(
+        f'tokenizer {path} is damaged: {error}'
+      ) from error
     except (ValueError, TypeError, KeyError) as error:
-      raise ValueError(f'tokenizer {path}: {error}') from error
+      raise errors.InputError(f'tokenizer {path}: {error}') from error
     except Exception as error:  # `tokenizers` raises nothing narrower
       if type(error) is not Exception:
         raise
-      raise ValueError(f'tokenizer {path} is no tokenizer: {error}') from error
+      raise errors.InputError(
+        f'tokenizer {path} is no tokenizer: {error}'
+      ) from error
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes `tokenizer.json`: all of it or nothing."""
     path = pathlib.Path(path)
     scratch = path.with_name(f'.{path.name}.{os.getpid()}')
-    scratch.write_text(self._text, encoding='utf-8')
+    scratch.write_text(self.text, encoding='utf-8')
     scratch.replace(path)
 
   def encode(self, text: str, add_bos: bool = False) -> np.ndarray:
     """int32 ids of plain text, which never holds a special token."""
     ids = self._plain.encode(text, add_special_tokens=False).ids
     return np.array([self.bos_id] * add_bos + ids, np.int32)
-
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """`encode` of many texts, on all cores."""
-    encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
-    return [np.array(e.ids, np.int32) for e in encoded]
 
   def decode(
     self, ids: Iterable[int] | np.ndarray, skip_special: bool = False
@@ -142,12 +149,12 @@ class Tokenizer:
       ValueError: a role other than system, user, assistant; no messages.
     """
     if not messages:
-      raise ValueError('messages=[] must hold at least one message')
+      raise errors.InputError('messages=[] must hold at least one message')
     ids, learned = [self.bos_id], [False]
     for i, message in enumerate(messages):
       role, content = message.get('role'), message.get('content')
       if not isinstance(content, str):
-        raise ValueError(f'messages[{i}].content must be a string')
+        raise errors.InputError(f'messages[{i}].content must be a string')
       text = self.encode(content).tolist()
       if role == 'system':
         part, answer = text, False
@@ -158,7 +165,7 @@ class Tokenizer:
         learned.append(False)
         part, answer = [*text, self.eos_id], True
       else:
-        raise ValueError(
+        raise errors.InputError(
           f'messages[{i}].role={role!r} must be system, user or assistant'
         )
       ids += part
@@ -209,13 +216,13 @@ def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
   Reads every n-th text, n the smallest that keeps within 12M characters.
 
   Raises:
-    ValueError: the texts do not hold enough pairs for `vocab_size`.
+    InputError: the texts do not hold enough pairs for `vocab_size`.
   """
   total = sum(len(text) for text in texts)
   every = max(1, -(-total // _TRAIN_CHARS))
   bpe = tokenizers.Tokenizer(models.BPE())
   rules = [
-    pre_tokenizers.Split(tokenizers.Regex(rule), 'isolated') for rule in _SPLITS
+    pre_tokenizers.Split(tokenizers.Regex(rule), 'isolated') for rule in SPLITS
   ]
   rules.append(
     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -231,7 +238,7 @@ def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
   bpe.train_from_iterator(texts[::every], trainer)
   found = bpe.get_vocab_size()
   if found != vocab_size:
-    raise ValueError(
+    raise errors.InputError(
       f'data.tokenizer_vocab={vocab_size} must be <= {found}: the corpus has '
       'no more pairs to merge'
     )

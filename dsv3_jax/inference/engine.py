@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config
+from dsv3_jax import config, errors
 from dsv3_jax.inference import sampling
 from dsv3_jax.nn import attention, model
 
@@ -24,18 +24,22 @@ _BUCKET = 64  # prompts are padded to a multiple, so that few shapes compile
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-  """New tokens of each prompt, and how fast they came."""
+  """New tokens of each prompt, and how fast they came.
+
+  Prefill gives each row its first token and the first decode step its second;
+  decoding is timed from there, as that step may have to compile. So may
+  prefill, at a new shape. `decoded` counts tokens of rows not yet at their end.
+  """
 
   tokens: list[list[int]]
   prefill_seconds: float
   decode_seconds: float
-  decode_steps: int
+  decoded: int
 
   @property
   def tokens_per_second(self) -> float:
-    """Decoded tokens of all rows; the first of each row is prefill's."""
-    made = self.decode_steps * len(self.tokens)
-    return made / self.decode_seconds if self.decode_seconds else 0.0
+    """Decoded tokens of all rows; 0 if there is none to time."""
+    return self.decoded / self.decode_seconds if self.decoded else 0.0
 
 
 class Engine:
@@ -69,7 +73,9 @@ class Engine:
       ValueError: an empty prompt, a token outside the vocabulary, or a prompt
         that leaves no room for `max_new_tokens`.
     """
-    self._check(prompts, max_new_tokens)
+    if max_new_tokens < 1:
+      raise errors.InputError(f'max_new_tokens={max_new_tokens} must be >= 1')
+    check_prompts(self.cfg.model, prompts, max_new_tokens)
     lengths_B = np.array([len(p) for p in prompts])
     padded = -(-int(lengths_B.max()) // _BUCKET) * _BUCKET
     total = int(lengths_B.max()) + max_new_tokens
@@ -88,40 +94,55 @@ class Engine:
     args = (self._params, self._router, tokens_BT, index_BT, lengths_B - 1)
     next_B, caches = self._prefill(*args, caches=caches, draw=draw)
     made = [np.asarray(next_B)]
-    prefilled = time.perf_counter()
-    done_B = made[0] == stop_id
+    prefilled = begun = time.perf_counter()
+    done_B, decoded = made[0] == stop_id, 0
     while len(made) < max_new_tokens and not done_B.all():
       index_B1 = jnp.asarray(lengths_B + len(made) - 1)[:, None]
       zeros_B = np.zeros(len(prompts), np.int32)
       args = (self._params, self._router, next_B[:, None], index_B1, zeros_B)
       next_B, caches = self._decode(*args, caches=caches, draw=draw)
       made.append(np.asarray(next_B))
+      if len(made) == 2:
+        begun = time.perf_counter()
+      else:
+        decoded += int(np.sum(~done_B))
       done_B |= made[-1] == stop_id
     return Generation(
       tokens=[_until(row, stop_id) for row in np.stack(made, axis=1).tolist()],
       prefill_seconds=prefilled - start,
-      decode_seconds=time.perf_counter() - prefilled,
-      decode_steps=len(made) - 1,
+      decode_seconds=time.perf_counter() - begun,
+      decoded=decoded,
     )
 
-  def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int):
-    if max_new_tokens < 1:
-      raise ValueError(f'max_new_tokens={max_new_tokens} must be >= 1')
-    if not prompts:
-      raise ValueError('prompts=[] must hold at least one prompt')
-    cfg = self.cfg.model
-    for i, prompt in enumerate(prompts):
-      if not prompt:
-        raise ValueError(f'prompt {i} is empty: it needs one token at least')
-      room = cfg.max_seq_len - max_new_tokens
-      if len(prompt) > room:
-        raise ValueError(
-          f'prompt {i} has {len(prompt)} tokens; with max_new_tokens='
-          f'{max_new_tokens} and model.max_seq_len={cfg.max_seq_len} at most '
-          f'{room} fit'
-        )
-      if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
-        raise ValueError(f'prompt {i} has ids outside 0..{cfg.vocab_size - 1}')
+
+def check_prompts(
+  cfg: config.ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  max_new_tokens: int,
+) -> None:
+  """What `Engine.generate` can take.
+
+  Raises:
+    InputError: see there.
+  """
+  if not prompts:
+    raise errors.InputError('prompts=[] must hold at least one prompt')
+  room = cfg.max_seq_len - max_new_tokens
+  for i, prompt in enumerate(prompts):
+    if not prompt:
+      raise errors.InputError(
+        f'prompt {i} is empty: it needs one token at least'
+      )
+    if len(prompt) > room:
+      raise errors.InputError(
+        f'prompt {i} has {len(prompt)} tokens; with max_new_tokens='
+        f'{max_new_tokens} and model.max_seq_len={cfg.max_seq_len} at most '
+        f'{room} fit'
+      )
+    if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
+      raise errors.InputError(
+        f'prompt {i} has ids outside 0..{cfg.vocab_size - 1}'
+      )
 
 
 def _forward(net, params, router, tokens_BT, index_BT, last_B, caches, draw):

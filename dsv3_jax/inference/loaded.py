@@ -1,8 +1,8 @@
 """A trained model: config, params, logits, mtp_logits, generate."""
 
+import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config
+from dsv3_jax import config, errors, workdir
 from dsv3_jax import train_step as steps
 from dsv3_jax.checkpoint import store
 from dsv3_jax.data import tokenizer as tokenizers
@@ -38,7 +38,12 @@ class LoadedModel:
     self._forward = jax.jit(model.build(cfg).apply)
 
   def logits(self, tokens_BT: Tokens) -> Float[Array, 'B T V']:
-    """f32 logits of t_{i+1} at every position i."""
+    """f32 logits of t_{i+1} at every position i.
+
+    Raises:
+      InputError: an id outside the vocabulary, or rows beyond
+        `model.max_seq_len`.
+    """
     return self._apply(tokens_BT)[0]
 
   def mtp_logits(self, tokens_BT: Tokens) -> Float[Array, 'B T V']:
@@ -50,7 +55,7 @@ class LoadedModel:
       ValueError: the model has no MTP module.
     """
     if not self.config.model.mtp.depth:
-      raise ValueError('model.mtp.depth=0: this model has no MTP module')
+      raise errors.InputError('model.mtp.depth=0: this model has no MTP module')
     return self._apply(tokens_BT)[1][0]
 
   def generate(
@@ -69,6 +74,8 @@ class LoadedModel:
     return engine.Engine(self.config, self.params, self.router)
 
   def _apply(self, tokens_BT):
+    rows = np.asarray(tokens_BT).tolist()
+    engine.check_prompts(self.config.model, rows, 0)
     tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
     targets_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
     positions_BT = jnp.broadcast_to(
@@ -81,42 +88,43 @@ class LoadedModel:
     return self._forward({'params': self.params}, batch, self.router)
 
 
-def read_config(directory: str | pathlib.Path) -> config.Config:
-  """The experiment that a workdir was started with.
+def load(
+  directory: str | pathlib.Path,
+  dtype: str = 'float32',
+  step: int = -1,
+  ema: bool = False,
+) -> LoadedModel:
+  """Loads a committed step of a training workdir, hashes checked.
+
+  Args:
+    step: -1 is the newest.
+    ema: the average of the weights (TR 3.2.3) in place of the weights.
 
   Raises:
-    ValueError: there is no readable `config.json`.
-  """
-  path = pathlib.Path(directory) / 'config.json'
-  try:
-    return config.from_config_dict(json.loads(path.read_text(encoding='utf-8')))
-  except OSError as error:
-    raise ValueError(
-      f'{path} cannot be read ({error.strerror}): name the workdir of a '
-      'training run'
-    ) from error
-  except json.JSONDecodeError as error:
-    raise ValueError(f'{path} is not JSON: {error}') from error
-
-
-def load(directory: str | pathlib.Path, dtype: str = 'float32') -> LoadedModel:
-  """Loads the newest committed step of a training workdir, hashes checked.
-
-  Raises:
-    ValueError: bad `dtype`, no run in `directory`, or a damaged checkpoint.
+    InputError: bad `dtype`, no run in `directory`, no such step, no average, or
+      a damaged checkpoint.
   """
   if dtype not in _PRECISIONS:
-    raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+    raise errors.InputError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
   directory = pathlib.Path(directory)
-  cfg = read_config(directory)
+  cfg = workdir.read_config(directory)
+  if ema and not cfg.optim.ema_decay:
+    raise errors.InputError('optim.ema_decay=0.0: this run kept no average')
   cfg = dataclasses.replace(cfg, precision=_PRECISIONS[dtype])
   tokenizer = tokenizers.Tokenizer.from_file(directory / 'tokenizer.json')
-  checkpoints = store.Store(directory / 'checkpoints', keep=cfg.checkpoint.keep)
-  step = checkpoints.latest()
-  if step is None:
-    raise ValueError(f'{checkpoints.directory} holds no committed step')
   like = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(cfg.seed)))
-  like = {name: like[name] for name in ('params', 'router')}
-  state, _ = checkpoints.restore(step, {'train': like}, partial=True)
-  state = jax.tree.map(jnp.asarray, state['train'])
-  return LoadedModel(cfg, state['params'], state['router'], tokenizer)
+  params, router = like['params'], {'router': like['router']}
+  like = {'train': router | ({} if ema else {'params': params})}
+  like |= {'ema': params} if ema else {}
+  checkpoints = store.Store(directory / 'checkpoints', keep=cfg.checkpoint.keep)
+  with contextlib.closing(checkpoints):
+    newest = checkpoints.latest()
+    if newest is None:
+      raise errors.InputError(
+        f'{checkpoints.directory} holds no committed step'
+      )
+    wanted = newest if step < 0 else step
+    arrays, _ = checkpoints.restore(wanted, like, partial=True)
+  arrays = jax.tree.map(jnp.asarray, arrays)
+  params = arrays['ema'] if ema else arrays['train']['params']
+  return LoadedModel(cfg, params, arrays['train']['router'], tokenizer)

@@ -5,7 +5,8 @@ Methods, for `Model.apply(..., method=...)`:
   loss         training losses of one micro-batch, and expert loads
   token_losses cross-entropy of each main target
   cached       logits of the last tokens, through a latent cache
-The router's biases are an input: `{'moe': [layers, E], 'mtp': [depth, E]}`.
+The router's biases are an input, `{'moe': [layers, E], 'mtp': [depth, E]}`;
+each is there only if there are such layers.
 """
 
 from typing import NamedTuple
@@ -82,7 +83,7 @@ class Model(nn.Module):
   def token_losses(self, batch: Batch, router: Router) -> Float[Array, 'B T']:
     """Cross-entropy of every main target, f32 [nats]."""
     h_BTD, _, _ = self._main(batch, router)
-    return losses.token_losses(_logits(h_BTD, self.head()), batch.targets_BT)
+    return losses.head_token_losses(h_BTD, self.head(), batch.targets_BT)
 
   def loss(
     self, batch: Batch, router: Router, scales: dict[str, Array]
@@ -194,10 +195,9 @@ def _logits(h_BTD: Float[Array, 'B T D'], head_DV) -> Float[Array, 'B T V']:
 
 def init_router(cfg: config.ModelConfig) -> Router:
   """Zero biases of all MoE layers, f32."""
-  return {
-    'moe': jnp.zeros((cfg.num_moe_layers, cfg.moe.num_experts), jnp.float32),
-    'mtp': jnp.zeros((cfg.mtp.depth, cfg.moe.num_experts), jnp.float32),
-  }
+  layers_of = {'moe': cfg.num_moe_layers, 'mtp': cfg.mtp.depth}
+  shape = lambda count: (count, cfg.moe.num_experts)
+  return {name: jnp.zeros(shape(n)) for name, n in layers_of.items() if n}
 
 
 def loss_scales(
@@ -264,8 +264,8 @@ def param_specs(
 
 
 def _init_boxed(model: Model, key: Array) -> dict:
-  """Parameters with their logical axes; one token is enough to declare them."""
-  length = model.cfg.mtp.depth + 1
-  ints, ones = jnp.zeros((1, length), jnp.int32), jnp.ones((1, length))
+  """Parameters with their logical axes, declared by the least of batches."""
+  shape = (sharding.batch_shards(), model.cfg.mtp.depth + 1)
+  ints, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape)
   batch = Batch(ints, ints, ints, ints, ones)
   return model.init(key, batch, init_router(model.cfg))['params']

@@ -12,6 +12,7 @@ written out, so that each weight gradient is added in place.
 `product` chooses among equals: 'blocks' (fastest on CPU), 'ragged'
 (`lax.ragged_dot`, for TPU and GPU), 'dense' (every expert on every token: the
 plainest form, for checks); 'auto' is 'blocks' on CPU and 'ragged' elsewhere.
+Letters: J padded rows of all blocks, j blocks; others as in the alphabet.
 """
 
 import functools
@@ -34,12 +35,12 @@ class Experts(NamedTuple):
 class Layout(NamedTuple):
   """Where each assignment lies among the padded, sorted rows.
 
-  Row r of the layout holds assignment `source_r` (A, out of range, if the row
+  Row i of the layout holds assignment `source_J` (A, out of range, if the row
   is padding); assignment a lies in row `row_A[a]`; block j belongs to expert
   `expert_j`; the first `num_blocks` blocks are in use.
   """
 
-  source_r: Int[Array, 'r']
+  source_J: Int[Array, 'J']
   row_A: Int[Array, 'A']
   expert_j: Int[Array, 'j']
   num_blocks: Int[Array, '']
@@ -93,10 +94,10 @@ def block_layout(
   rank_A = jnp.arange(total) - (jnp.cumsum(count_E) - count_E)[ids_A[order_A]]
   sorted_row_A = (first_row_E[ids_A[order_A]] + rank_A).astype(jnp.int32)
   most_blocks = total // rows + num_experts
-  source_r = jnp.full(most_blocks * rows, total, jnp.int32)
+  source_J = jnp.full(most_blocks * rows, total, jnp.int32)
   expert_j = jnp.searchsorted(ends_E, jnp.arange(most_blocks), side='right')
   return Layout(
-    source_r=source_r.at[sorted_row_A].set(order_A),
+    source_J=source_J.at[sorted_row_A].set(order_A),
     row_A=jnp.zeros(total, jnp.int32).at[order_A].set(sorted_row_A),
     expert_j=jnp.minimum(expert_j, num_experts - 1),
     num_blocks=ends_E[-1],
@@ -105,17 +106,17 @@ def block_layout(
 
 def permute(
   x_MD: Float[Array, 'M D'], layout: Layout, top_k: int
-) -> Float[Array, 'r D']:
+) -> Float[Array, 'J D']:
   """Copies each token to the rows of its assignments; padding rows are 0."""
-  token_r = layout.source_r // top_k
-  return jnp.take(x_MD, token_r, axis=0, mode='fill', fill_value=0)
+  token_J = layout.source_J // top_k
+  return jnp.take(x_MD, token_J, axis=0, mode='fill', fill_value=0)
 
 
 def unpermute(
-  y_rD: Float[Array, 'r D'], layout: Layout, top_k: int
+  y_JD: Float[Array, 'J D'], layout: Layout, top_k: int
 ) -> Float[Array, 'M D']:
   """Sums, for each token, the rows of its assignments."""
-  y_MKD = y_rD[layout.row_A].reshape(-1, top_k, y_rD.shape[-1])
+  y_MKD = y_JD[layout.row_A].reshape(-1, top_k, y_JD.shape[-1])
   return jnp.sum(y_MKD, axis=1)
 
 
@@ -129,46 +130,46 @@ def _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows):
   num_experts, _, width = experts.w_up_EDF.shape
   top_k = ids_MK.shape[1]
   layout = block_layout(ids_MK, num_experts, rows)
-  x_rD = permute(x_MD, layout, top_k)
-  gates_r = _rows_of(gates_MK.astype(x_MD.dtype), layout)
+  x_JD = permute(x_MD, layout, top_k)
+  gates_J = _rows_of(gates_MK.astype(x_MD.dtype), layout)
 
   def body(j, buffers):
-    gate_rF, up_rF, y_rD = buffers
+    gate_JF, up_JF, y_JD = buffers
     e, at = layout.expert_j[j], j * rows
-    x = _slice(x_rD, at, rows)
+    x = _slice(x_JD, at, rows)
     gate = x @ experts.w_gate_EDF[e]
     up = x @ experts.w_up_EDF[e]
-    hidden = jax.nn.silu(gate) * up * _slice(gates_r, at, rows)[:, None]
+    hidden = jax.nn.silu(gate) * up * _slice(gates_J, at, rows)[:, None]
     y = hidden @ experts.w_down_EFD[e]
     put = jax.lax.dynamic_update_slice_in_dim
-    return put(gate_rF, gate, at, 0), put(up_rF, up, at, 0), put(y_rD, y, at, 0)
+    return put(gate_JF, gate, at, 0), put(up_JF, up, at, 0), put(y_JD, y, at, 0)
 
-  total_rows = layout.source_r.size
-  zeros_rF = jnp.zeros((total_rows, width), x_MD.dtype)
-  buffers = (zeros_rF, zeros_rF, jnp.zeros_like(x_rD))
+  total_rows = layout.source_J.size
+  zeros_JF = jnp.zeros((total_rows, width), x_MD.dtype)
+  buffers = (zeros_JF, zeros_JF, jnp.zeros_like(x_JD))
   buffers = jax.lax.fori_loop(0, layout.num_blocks, body, buffers)
-  gate_rF, up_rF, y_rD = buffers
-  gate_rF = checkpoint_name(gate_rF, 'swiglu_in')
-  up_rF = checkpoint_name(up_rF, 'swiglu_in')
-  residuals = (x_MD, gates_MK, gate_rF, up_rF, experts, layout)
-  return unpermute(y_rD, layout, top_k), residuals
+  gate_JF, up_JF, y_JD = buffers
+  gate_JF = checkpoint_name(gate_JF, 'swiglu_in')
+  up_JF = checkpoint_name(up_JF, 'swiglu_in')
+  residuals = (x_MD, gates_MK, gate_JF, up_JF, experts, layout)
+  return unpermute(y_JD, layout, top_k), residuals
 
 
 def _blocks_bwd(rows, residuals, dy_MD):
   """One turn a block; weight gradients are added to their expert's in place."""
-  x_MD, gates_MK, gate_rF, up_rF, experts, layout = residuals
+  x_MD, gates_MK, gate_JF, up_JF, experts, layout = residuals
   top_k = gates_MK.shape[1]
   # Copied once more rather than kept: K copies of x would be the largest
   # residual of the layer.
-  x_rD, dy_rD = permute(x_MD, layout, top_k), permute(dy_MD, layout, top_k)
-  gates_r = _rows_of(gates_MK.astype(x_MD.dtype), layout)
+  x_JD, dy_JD = permute(x_MD, layout, top_k), permute(dy_MD, layout, top_k)
+  gates_J = _rows_of(gates_MK.astype(x_MD.dtype), layout)
 
   def body(j, sums):
-    dx_rD, dgates_r, grads = sums
+    dx_JD, dgates_J, grads = sums
     e, at = layout.expert_j[j], j * rows
-    x, gates = _slice(x_rD, at, rows), _slice(gates_r, at, rows)[:, None]
-    gate, up = _slice(gate_rF, at, rows), _slice(up_rF, at, rows)
-    dy = _slice(dy_rD, at, rows)
+    x, gates = _slice(x_JD, at, rows), _slice(gates_J, at, rows)[:, None]
+    gate, up = _slice(gate_JF, at, rows), _slice(up_JF, at, rows)
+    dy = _slice(dy_JD, at, rows)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     hidden = silu * up
@@ -183,16 +184,16 @@ def _blocks_bwd(rows, residuals, dy_MD):
     )
     dx = dgate @ experts.w_gate_EDF[e].T + dup @ experts.w_up_EDF[e].T
     put = jax.lax.dynamic_update_slice_in_dim
-    dgates = jnp.sum(dgated * hidden, axis=-1).astype(dgates_r.dtype)
-    return put(dx_rD, dx, at, 0), put(dgates_r, dgates, at, 0), grads
+    dgates = jnp.sum(dgated * hidden, axis=-1).astype(dgates_J.dtype)
+    return put(dx_JD, dx, at, 0), put(dgates_J, dgates, at, 0), grads
 
   grads = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), experts)
-  sums = (jnp.zeros_like(x_rD), jnp.zeros(gates_r.shape, jnp.float32), grads)
+  sums = (jnp.zeros_like(x_JD), jnp.zeros(gates_J.shape, jnp.float32), grads)
   sums = jax.lax.fori_loop(0, layout.num_blocks, body, sums)
-  dx_rD, dgates_r, grads = sums
-  dgates_MK = dgates_r[layout.row_A].reshape(gates_MK.shape)
+  dx_JD, dgates_J, grads = sums
+  dgates_MK = dgates_J[layout.row_A].reshape(gates_MK.shape)
   grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, experts)
-  dx_MD = unpermute(dx_rD, layout, top_k)
+  dx_MD = unpermute(dx_JD, layout, top_k)
   return dx_MD, dgates_MK.astype(gates_MK.dtype), grads, None
 
 
@@ -202,7 +203,7 @@ _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 def _rows_of(values_MK, layout):
   """One value per assignment -> one per row; 0 on padding rows."""
   return jnp.take(
-    values_MK.reshape(-1), layout.source_r, mode='fill', fill_value=0
+    values_MK.reshape(-1), layout.source_J, mode='fill', fill_value=0
   )
 
 
@@ -210,12 +211,12 @@ def _slice(x, start, size):
   return jax.lax.dynamic_slice_in_dim(x, start, size, 0)
 
 
-def _add_product(sum_EIJ, e, a_rI, b_rJ):
-  """sum[e] += a^T b, in f32."""
+def _add_product(sum_EDF, e, a_JD, b_JF):
+  """sum[e] += a^T b, in f32 (for W_down, D and F change places)."""
   product = jnp.einsum(
-    'ri,rj->ij', a_rI, b_rJ, preferred_element_type=jnp.float32
+    'jd,jf->df', a_JD, b_JF, preferred_element_type=jnp.float32
   )
-  return sum_EIJ.at[e].add(product)
+  return sum_EDF.at[e].add(product)
 
 
 def _dense(x_MD, ids_MK, gates_MK, experts):
@@ -233,7 +234,7 @@ def _ragged(x_MD, ids_MK, gates_MK, experts):
   """Grouped products over the sorted assignments, without padding."""
   num_experts, top_k = experts.w_up_EDF.shape[0], ids_MK.shape[1]
   layout = block_layout(ids_MK, num_experts, 1)
-  order_A = layout.source_r[: ids_MK.size]
+  order_A = layout.source_J[: ids_MK.size]
   sizes_E = jnp.bincount(ids_MK.reshape(-1), length=num_experts)
   sizes_E = sizes_E.astype(jnp.int32)
   x_AD = x_MD[order_A // top_k]

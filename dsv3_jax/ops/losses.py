@@ -43,6 +43,26 @@ def head_loss(
   return _scan_head(h_BTD, head_DV, targets_BT, weights_BT, False)[0]
 
 
+def head_token_losses(
+  h_BTD: Float[Array, 'B T D'],
+  head_DV: Float[Array, 'D V'],
+  targets_BT: Int[Array, 'B T'],
+) -> Float[Array, 'B T']:
+  """Cross-entropy of each target under softmax(h W_head), f32 [nats].
+
+  As in `head_loss`, logits exist for a few tokens at a time.
+  """
+  split = functools.partial(_split_sequence, chunk=_chunk(*targets_BT.shape))
+
+  def piece(args):
+    h_BtD, targets_Bt = args
+    return token_losses(_head_logits(h_BtD, head_DV), targets_Bt)
+
+  with jax.named_scope('head'):
+    losses = jax.lax.map(piece, (split(h_BTD), split(targets_BT)))
+  return jnp.moveaxis(losses, 0, 1).reshape(targets_BT.shape)
+
+
 def _head_loss_fwd(h_BTD, head_DV, targets_BT, weights_BT):
   return _scan_head(h_BTD, head_DV, targets_BT, weights_BT, True)
 
@@ -59,18 +79,12 @@ head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
 
 def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
   """The loss and, if asked, its gradients, over chunks of the sequence."""
-  batch, length = targets_BT.shape
-  chunk = max(1, min(length, _TOKENS_AT_ONCE // batch))
-  while length % chunk:
-    chunk -= 1
-  split = functools.partial(_split_sequence, chunk=chunk)
+  split = functools.partial(_split_sequence, chunk=_chunk(*targets_BT.shape))
 
   def body(carry, piece):
     total, dhead_DV = carry
     h_BtD, targets_Bt, weights_Bt = piece
-    logits = jnp.einsum(
-      'btd,dv->btv', h_BtD, head_DV, preferred_element_type=jnp.float32
-    )
+    logits = _head_logits(h_BtD, head_DV)
     losses = token_losses(logits, targets_Bt)
     total += jnp.sum(losses * weights_Bt)
     if not with_grads:
@@ -92,6 +106,20 @@ def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
     return total, None
   dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(h_BTD.shape)
   return total, (dh_BTD, dhead_DV.astype(head_DV.dtype))
+
+
+def _head_logits(h_BtD, head_DV):
+  return jnp.einsum(
+    'btd,dv->btv', h_BtD, head_DV, preferred_element_type=jnp.float32
+  )
+
+
+def _chunk(batch: int, length: int) -> int:
+  """Positions whose logits exist together: a divisor of `length`."""
+  chunk = max(1, min(length, _TOKENS_AT_ONCE // batch))
+  while length % chunk:
+    chunk -= 1
+  return chunk
 
 
 def _split_sequence(x, chunk):
@@ -135,7 +163,8 @@ def balance_loss(
 ) -> Float[Array, '']:
   """The auxiliary loss of one layer, mean over the batch's sequences.
 
-  'sequence' is eqs. 17-20, 'batch' the same over all tokens (TR 4.5.3), 'v2'
+  'sequence' is eqs. 17-20, 'batch' the same over all tokens of the
+  micro-batch (TR 4.5.3), 'v2'
   the expert, device and communication losses of the V2 report 2.2.3, with
   groups as devices. Gradients flow through P only.
   """

@@ -83,7 +83,7 @@ def attend_naive(
       latents.k_rope_BSR[:, :, None],
       (*k_nope_BSNH.shape[:3], latents.k_rope_BSR.shape[-1]),
     )
-    q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1) * scale
+    q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1)
     k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
     length = q_BTNX.shape[1]
     blocks = []
@@ -97,8 +97,8 @@ def attend_naive(
         same = query_segments[:, :, None] == key_segments[:, None, :end]
         mask_BTS = mask_BTS & same
       q, k, v = q_BTNX[:, start:end], k_BSNX[:, :end], v_BSNU[:, :end]
-      scores = jnp.einsum('btnx,bsnx->bnts', q, k)
-      p_BNTS = _softmax(scores, mask_BTS).astype(v.dtype)
+      scores_BNTS = _scores('btnx,bsnx->bnts', q, k)
+      p_BNTS = _softmax(scores_BNTS * scale, mask_BTS).astype(v.dtype)
       blocks.append(jnp.einsum('bnts,bsnu->btnu', p_BNTS, v))
     return checkpoint_name(jnp.concatenate(blocks, axis=1), 'attention')
 
@@ -119,11 +119,17 @@ def attend_absorbed(
   """
   with jax.named_scope('attention_absorbed'):
     q_abs_BTNC = jnp.einsum('btnh,cnh->btnc', q_nope_BTNH, w_uk_CNH)
-    scores_BNTS = jnp.einsum('btnc,bsc->bnts', q_abs_BTNC, latents.c_BSC)
-    scores_BNTS += jnp.einsum('btnr,bsr->bnts', q_rope_BTNR, latents.k_rope_BSR)
+    c_BSC, k_rope_BSR = latents
+    scores_BNTS = _scores('btnc,bsc->bnts', q_abs_BTNC, c_BSC)
+    scores_BNTS += _scores('btnr,bsr->bnts', q_rope_BTNR, k_rope_BSR)
     p_BNTS = _softmax(scores_BNTS * scale, mask_BTS).astype(q_nope_BTNH.dtype)
-    o_BTNC = jnp.einsum('bnts,bsc->btnc', p_BNTS, latents.c_BSC)
+    o_BTNC = jnp.einsum('bnts,bsc->btnc', p_BNTS, c_BSC)
     return jnp.einsum('btnc,cnu->btnu', o_BTNC, w_uv_CNU)
+
+
+def _scores(subscripts: str, q: Array, k: Array) -> Float[Array, 'B N T S']:
+  """Products of queries and keys, kept in f32 for the softmax."""
+  return jnp.einsum(subscripts, q, k, preferred_element_type=jnp.float32)
 
 
 def _softmax(
@@ -133,5 +139,5 @@ def _softmax(
   if mask.ndim == 3:
     mask = mask[:, None]
   low = jnp.finfo(jnp.float32).min
-  scores_BNTS = jnp.where(mask, scores_BNTS.astype(jnp.float32), low)
+  scores_BNTS = jnp.where(mask, scores_BNTS, low)
   return jax.nn.softmax(scores_BNTS, axis=-1)

@@ -6,8 +6,9 @@
   b += gamma * sign(mean load - load), once a step
 
 The bias steers the choice only. V2's gate is `score_func='softmax'`: groups are
-scored by their best expert, gates are not normalised, and there is no bias
-(callers pass zeros). Ties go to the lower index.
+scored by their best expert; for all of V2 also set `norm_topk=False` and, as it
+has no biases, `optim.bias_rate` to 0. Ties go to the lower index. LF is the
+paper of the biases, arXiv 2408.15664.
 """
 
 from typing import NamedTuple
@@ -95,6 +96,18 @@ def count_per_sequence(
   """As `count_load`, for each row of the batch."""
   chosen_BTE = jnp.sum(jax.nn.one_hot(ids_BTK, num_experts), axis=2)
   return jnp.sum(chosen_BTE * valid_BT[:, :, None], axis=1)
+
+
+def max_violation(load_LE: Float[Array, 'L E']) -> Float[Array, '']:
+  """(max load - mean load) / mean load, mean over the layers (LF, 3).
+
+  0 is perfect balance, or no experts.
+  """
+  if not load_LE.size:  # a model without experts
+    return jnp.zeros(())
+  mean_L = jnp.mean(load_LE, axis=-1)
+  above_L = jnp.max(load_LE, axis=-1) - mean_L
+  return jnp.mean(above_L / jnp.maximum(mean_L, 1e-9))
 
 
 def update_bias(

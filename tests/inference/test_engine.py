@@ -63,21 +63,11 @@ def test_seeds_repeat_and_differ(net):
   assert runs[0] == runs[1] != runs[2]
 
 
-def test_stops_after_the_stop_token(net):
-  free = net.generate(_PROMPTS, 20).tokens
-  stop = free[1][4]
-  for row, cut in zip(
-    free, net.generate(_PROMPTS, 20, stop_id=stop).tokens, strict=True
-  ):
-    end = row.index(stop) + 1 if stop in row else 20
-    assert cut == row[:end]
-
-
 def test_decode_compiles_once(weights):
   fresh = engine.Engine(_CONFIG, *weights)
   for count in (9, 17, 30):
     made = fresh.generate(_PROMPTS, count, temperature=count / 10, seed=count)
-    assert made.decode_steps == count - 1
+    assert made.decoded == 3 * (count - 2)
     assert made.tokens_per_second > 0
   assert fresh._decode._cache_size() == 1
   assert fresh._prefill._cache_size() == 1

@@ -3,7 +3,9 @@
 `test_loaded.py` has the plain cases.
 """
 
+import contextlib
 import dataclasses
+import json
 import math
 import shutil
 
@@ -13,7 +15,8 @@ import numpy as np
 import pytest
 
 import dsv3_jax
-from dsv3_jax import evaluate, train
+from dsv3_jax import errors, evaluate, train
+from dsv3_jax.checkpoint import store
 from dsv3_jax.inference import engine, loaded
 from dsv3_jax.nn import model
 from tests import reference, tiny_run, tolerances
@@ -30,7 +33,8 @@ def run(tmp_path_factory):
     seen.append(evaluation)
     return heldout(evaluation)
 
-  cfg = tiny_run.make(folder, train__total_tokens=tiny_run.tokens_after(6))
+  changes = {'train__total_tokens': tiny_run.tokens_after(6)}
+  cfg = tiny_run.make(folder, checkpoint__every_steps=3, **changes)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(evaluate, 'heldout', spy)
     told = train.run(cfg, folder / 'run')
@@ -123,7 +127,7 @@ def test_text_is_asked_of_the_engine_until_eos(trained):
   class Spy:
     def generate(self, prompts, max_new_tokens, **how):
       calls.append((prompts, max_new_tokens, how))
-      rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decode_steps': 1}
+      rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decoded': 1}
       return engine.Generation(tokens=[[40, 41]], **rest)
 
   tokenizer = trained.tokenizer
@@ -161,6 +165,45 @@ def test_a_model_without_mtp_has_no_mtp_logits(run, trained):
   np.testing.assert_array_equal(
     model_without.logits(tokens_BT), trained.logits(tokens_BT)
   )
+
+
+def test_any_committed_step_can_be_loaded(run, trained):
+  third = dsv3_jax.load(run[1], step=3)
+  assert np.any(third.params['head']['w'] != trained.params['head']['w'])
+  for a, b in zip(
+    jax.tree.leaves(dsv3_jax.load(run[1], step=6).params),
+    jax.tree.leaves(trained.params),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a, b)
+  with pytest.raises(errors.InputError, match=r'000000004 does not.*step 3 is'):
+    dsv3_jax.load(run[1], step=4)
+
+
+def test_the_average_of_the_weights_can_be_loaded(run, trained, copied):
+  averaged = dsv3_jax.load(run[1], ema=True)
+  np.testing.assert_array_equal(averaged.router['moe'], trained.router['moe'])
+  path = run[1] / 'checkpoints'
+  with contextlib.closing(store.Store(path, keep=1)) as checkpoints:
+    like = {'ema': trained.params}
+    kept, _ = checkpoints.restore(6, like, partial=True)
+  jax.tree.map(np.testing.assert_array_equal, averaged.params, kept['ema'])
+  assert np.any(averaged.params['head']['w'] != trained.params['head']['w'])
+  config_path = copied[0] / 'config.json'
+  source = json.loads(config_path.read_text())
+  source['optim']['ema_decay'] = 0.0
+  config_path.write_text(json.dumps(source))
+  with pytest.raises(errors.InputError, match=r'optim\.ema_decay=0\.0'):
+    dsv3_jax.load(copied[0], ema=True)
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'said'),
+  [([[1, 512]], r'ids outside 0\.\.511'), ([[1] * 65], 'has 65')],
+)
+def test_logits_of_what_is_no_token_are_refused(trained, tokens, said):
+  with pytest.raises(errors.InputError, match=said):
+    trained.logits(np.array(tokens, np.int32))
 
 
 @pytest.mark.parametrize('dtype', ['bf16', 'float16', ''])

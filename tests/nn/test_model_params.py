@@ -35,9 +35,9 @@ def counts_of(cfg):
   modules = {name: params.pop(name) for name in names}
   return {
     'main': count(params),
-    'main_bias': count(router['moe']),
+    'main_bias': count(router.get('moe', {})),
     'mtp': count(modules),
-    'mtp_bias': count(router['mtp']),
+    'mtp_bias': count(router.get('mtp', {})),
   }
 
 

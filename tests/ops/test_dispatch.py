@@ -131,10 +131,10 @@ def test_all_tokens_on_one_expert(block_size, expert):
 )
 def test_layout_places_every_assignment_once(ids, rows):
   layout = _layout(jnp.array(ids, jnp.int32).reshape(5, 2), rows)
-  source_r = np.asarray(layout.source_r)
+  source_J = np.asarray(layout.source_J)
   row_A, expert_j = np.asarray(layout.row_A), np.asarray(layout.expert_j)
-  np.testing.assert_array_equal(source_r[row_A], np.arange(10))
-  assert np.sum(source_r < 10) == 10  # all the others are padding
+  np.testing.assert_array_equal(source_J[row_A], np.arange(10))
+  assert np.sum(source_J < 10) == 10  # all the others are padding
   np.testing.assert_array_equal(expert_j[row_A // rows], ids)
   used = {row // rows for row in row_A}
   assert used == set(range(int(layout.num_blocks)))  # blocks without gaps
@@ -150,10 +150,10 @@ def test_unpermute_undoes_permute_up_to_the_sum_over_experts(rows):
   values, ids_MK = draw(4, tokens=11, top_k=3, experts=6)
   x_MD = jnp.round(8 * f32(values['x_MD']))  # sums of integers are exact
   layout = _layout(jnp.asarray(ids_MK), rows)
-  there_rD = dispatch.permute(x_MD, layout, 3)
-  padding = np.asarray(layout.source_r) == 33
-  assert not np.any(np.asarray(there_rD)[padding])
-  back_MD = dispatch.unpermute(there_rD, layout, 3)
+  there_JD = dispatch.permute(x_MD, layout, 3)
+  padding = np.asarray(layout.source_J) == 33
+  assert not np.any(np.asarray(there_JD)[padding])
+  back_MD = dispatch.unpermute(there_JD, layout, 3)
   np.testing.assert_array_equal(back_MD, 3 * x_MD)
 
 

@@ -216,3 +216,29 @@ def test_the_rule_balances_a_skewed_router():
     bias_E = routing.update_bias(bias_E, load_E, 0.01)
   assert violations[0] > 0.5
   assert violations[-1] < 0.15
+
+
+def test_max_violation_by_hand():
+  """(5 - 2) / 2 and (2 - 2) / 2; the mean of both."""
+  load_LE = jnp.float32([[5, 1, 1, 1], [2, 2, 2, 2]])
+  assert routing.max_violation(load_LE) == 0.75
+  assert routing.max_violation(jnp.zeros((2, 4))) == 0.0
+
+
+loads = st.lists(
+  st.lists(st.integers(0, 10**6), min_size=4, max_size=4).filter(any),
+  min_size=1,
+  max_size=5,
+)
+
+
+@hypothesis.given(loads, st.integers(2, 9))
+def test_max_violation_is_a_mean_over_layers_and_has_no_unit(loads, factor):
+  load_LE = np.array(loads, np.float64)
+  mean_L = load_LE.mean(axis=1)
+  want = np.mean((load_LE.max(axis=1) - mean_L) / mean_L)
+  got = float(routing.max_violation(jnp.float32(load_LE)))
+  assert got == pytest.approx(want, rel=1e-5, abs=1e-5)
+  assert -1e-6 <= got <= 4 - 1 + 1e-6  # even, and all on one of four
+  more = float(routing.max_violation(jnp.float32(factor * load_LE)))
+  assert more == pytest.approx(got, rel=1e-5, abs=1e-5)

@@ -1,13 +1,9 @@
 """Counts against the published figures and against the real modules."""
 
-import math
-
-import jax
 import pytest
 
 from dsv3_jax import config
-from dsv3_jax.nn import model
-from dsv3_jax.planning import flops, hardware
+from dsv3_jax.planning import flops
 from experiments import v3_16b, v3_671b
 from tests import settings
 
@@ -38,31 +34,6 @@ def test_16b():
   assert told['flops_per_token']['causal'] == pytest.approx(16.4e9, rel=5e-3)
 
 
-@pytest.mark.parametrize(
-  'changes',
-  [
-    {},
-    {'model__mla__q_lora_rank': 0},
-    {'model__mtp__depth': 2},
-    {'model__mtp__depth': 0, 'model__moe__num_shared_experts': 2},
-    {'model__num_dense_layers': 0},
-    {'model__num_dense_layers': 3},
-    {'model__scan_layers': False, 'model__num_layers': 4},
-  ],
-)
-def test_counts_are_those_of_the_modules(changes):
-  cfg = settings.small(**changes)
-  shapes = jax.eval_shape(
-    lambda: model.init_params(model.build(cfg), jax.random.key(0))
-  )
-  size = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-  mtp = {k: v for k, v in shapes.items() if k.startswith('mtp')}
-  router = jax.eval_shape(lambda: model.init_router(cfg.model))
-  told = flops.inspect_dict(cfg.model, 12)['parameters']
-  assert told['mtp_unique'] == size(mtp) + size(router['mtp'])
-  assert told['main'] == size(shapes) - size(mtp) + size(router['moe'])
-
-
 def test_flop_of_every_product_of_a_tiny_model():
   """2 FLOP a multiplication, one forward and two backward passes."""
   cfg = settings.small(model__mtp__depth=0).model
@@ -88,9 +59,3 @@ def test_render_names_the_parts():
   text = flops.render(cfg.model, 4096)
   for said in ('671,026,419,200', '70,272', '250.5'):
     assert said in text
-
-
-def test_chips_have_positive_figures():
-  assert {'NVIDIA H100 80GB HBM3'} & set(hardware.CHIPS)
-  for chip in hardware.CHIPS.values():
-    assert chip.bf16_flops > 1e13
