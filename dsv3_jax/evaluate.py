@@ -38,8 +38,8 @@ def heldout(e: Evaluation) -> dict[str, float]:
   return {
     'loss_nats_per_token': nats / tokens,
     'bits_per_byte': metrics.bits_per_byte(nats, windows['num_bytes']),
-    'tokens': tokens,
-    'bytes': windows['num_bytes'],
+    'scored_tokens': tokens,
+    'scored_bytes': windows['num_bytes'],
   }
 
 

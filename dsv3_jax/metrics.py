@@ -85,7 +85,9 @@ class MetricWriter:
 
   def write(self, kind: str, step: int, tokens: int, told: dict) -> None:
     """Appends one record; numbers only."""
-    record = {'kind': kind, 'step': step, 'tokens': tokens} | told
+    record = {'kind': kind, 'step': step, 'tokens': tokens}
+    assert not record.keys() & told.keys()
+    record |= told
     self._file.write(json.dumps(record) + '\n')
     self._file.flush()
     for name, value in told.items():

@@ -117,7 +117,10 @@ def test_every_token_after_bos_is_scored_once_at_any_stride(about, stride):
   sizes = [len(e.tokenizer.encode(text)) for text in TEXTS]
   assert max(sizes) > 2 * LENGTH and min(sizes) == 1
   num_bytes = sum(len(text.encode()) for text in TEXTS)
-  assert (told['tokens'], told['bytes']) == (sum(sizes), num_bytes)
+  assert (told['scored_tokens'], told['scored_bytes']) == (
+    sum(sizes),
+    num_bytes,
+  )
   assert num_bytes > sum(map(len, TEXTS))  # bytes are not letters
   # Where all tokens are as likely, each costs log2 V bits.
   bits = math.log2(VOCAB) * sum(sizes) / num_bytes
@@ -160,8 +163,8 @@ def test_text_that_holds_nothing_is_refused(about):
 def test_only_the_texts_within_the_limit_are_read(about):
   # In an order of their names' hashes, whole, and one at least.
   few = evaluate.heldout(with_eval(about, max_bytes=1))
-  assert few['bytes'] in [len(text.encode()) for text in TEXTS]
+  assert few['scored_bytes'] in [len(text.encode()) for text in TEXTS]
   told = evaluate.compare(with_eval(about, max_bytes=1))
-  [text] = [t for t in TEXTS if len(t.encode()) == few['bytes']]
+  [text] = [t for t in TEXTS if len(t.encode()) == few['scored_bytes']]
   bits = 8 * len(zlib.compress(text.encode(), 9))
-  assert told['zlib_bits_per_byte'] == pytest.approx(bits / few['bytes'])
+  assert told['zlib_bits_per_byte'] == pytest.approx(bits / few['scored_bytes'])
