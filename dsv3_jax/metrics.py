@@ -133,7 +133,7 @@ def plot_loss(workdir: str | os.PathLike) -> None:
     top.annotate(
       f'{record["bits_per_byte"]:.3f} bits per byte',
       (record['tokens'], record['loss_nats_per_token']),
-      xytext=(-8, -14),
+      xytext=(-4, 12),
       textcoords='offset points',
       ha='right',
     )
