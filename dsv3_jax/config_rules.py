@@ -68,8 +68,9 @@ _AT_MOST_ONE = ('data.fim_rate', 'data.split_rate', 'sample.top_p')
 def check(config: Any) -> None:
   """Raises ValueError with the first rule of `config` that does not hold."""
   values = dict(_flatten(config, ''))
-  for rules in (_ranges(values), _model(config), _run(config)):
-    for holds, message in rules:
+  rules = (_ranges(values), _model(config), _run(config), _batch(config))
+  for group in rules:
+    for holds, message in group:
       if not holds:
         raise errors.InputError(message)
 
@@ -160,13 +161,8 @@ def _model(config: Any) -> Iterator[Rule]:
 
 
 def _run(config: Any) -> Iterator[Rule]:
-  """Rules that tie the model to data, batch and mesh."""
-  model, data, train, mesh = (
-    config.model,
-    config.data,
-    config.train,
-    config.mesh,
-  )
+  """Rules that tie the model to data, evaluation and samples."""
+  model, data = config.model, config.data
   yield (
     data.seq_len <= model.max_seq_len,
     f'data.seq_len={data.seq_len} must be <= '
@@ -186,6 +182,22 @@ def _run(config: Any) -> Iterator[Rule]:
     f'data.tokenizer_vocab={data.tokenizer_vocab} must be >= 512: 256 bytes, '
     'the special tokens and some merges',
   )
+  stride = config.eval.stride
+  yield (
+    stride <= data.seq_len,
+    f'eval.stride={stride} must be <= data.seq_len={data.seq_len}',
+  )
+  most = config.sample.max_new_tokens
+  yield (
+    most < model.max_seq_len,
+    f'sample.max_new_tokens={most} must be < '
+    f'model.max_seq_len={model.max_seq_len}, which prompts share',
+  )
+
+
+def _batch(config: Any) -> Iterator[Rule]:
+  """Rules that tie batches to the mesh."""
+  train, mesh = config.train, config.mesh
   micro = train.microbatch_size
   for name in ('batch_size', 'batch_size_start'):
     size = getattr(train, name)
@@ -211,14 +223,3 @@ def _run(config: Any) -> Iterator[Rule]:
   for axis in ('pipe', 'context', 'node', 'expert', 'model'):
     size = getattr(mesh, axis)
     yield size == 1, f'mesh.{axis}={size} must be 1: only mesh.data is built'
-  stride = config.eval.stride
-  yield (
-    stride <= data.seq_len,
-    f'eval.stride={stride} must be <= data.seq_len={data.seq_len}',
-  )
-  most = config.sample.max_new_tokens
-  yield (
-    most < model.max_seq_len,
-    f'sample.max_new_tokens={most} must be < '
-    f'model.max_seq_len={model.max_seq_len}, which prompts share',
-  )

@@ -99,30 +99,23 @@ def _open(
   _check_tokens(cfg, tokenizer)
   windows = evaluate.open_windows(cfg, corpus, tokenizer)
   stack.enter_context(workdirs.held(workdir))
-  keep = cfg.checkpoint.keep
-  checkpoints = store.Store(workdir / 'checkpoints', keep=keep)
+  checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
   stack.callback(checkpoints.close)
   workdirs.claim(cfg, workdir)
   tokenizer.save(workdir / 'tokenizer.json')
-  rows = cfg.train.microbatch_size
-  loader = loaders.Loader(
-    corpus.train, tokenizer, cfg.data, seed=cfg.seed, rows=rows
-  )
+  how = {'seed': cfg.seed, 'rows': cfg.train.microbatch_size}
+  loader = loaders.Loader(corpus.train, tokenizer, cfg.data, **how)
   stack.callback(loader.close)
-  with jax.set_mesh(mesh):
-    shardings = steps.state_shardings(cfg, mesh)
-    init = jax.jit(
-      functools.partial(steps.init_state, cfg), out_shardings=shardings
-    )
-    state = init(jax.random.key(cfg.seed))
+  state = _fresh_state(cfg, mesh)
   ema = optim.HostEma(cfg.optim.ema_decay, state['params'])
   stack.callback(ema.close)
   progress = {'step': 0, 'tokens': 0}
   wanted = cfg.checkpoint.restore_step
   resume = checkpoints.latest() if wanted < 0 else wanted
   if resume is not None:
-    like = {'train': state, 'ema': ema.tree()}
-    arrays, extras = checkpoints.restore(resume, like)
+    arrays, extras = checkpoints.restore(
+      resume, {'train': state, 'ema': ema.tree()}
+    )
     data = workdirs.fingerprint(corpus, tokenizer)
     workdirs.check_fingerprint(data, extras['data'], workdir)
     state, progress = arrays['train'], extras['progress']
@@ -154,6 +147,13 @@ def _open(
     state=state,
     **progress,
   )
+
+
+def _fresh_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> steps.State:
+  with jax.set_mesh(mesh):
+    shardings = steps.state_shardings(cfg, mesh)
+    init = functools.partial(steps.init_state, cfg)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.seed))
 
 
 def _check_tokens(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> None:

@@ -167,7 +167,7 @@ def test_damage_is_named_and_the_previous_step_offered(saved, damage, which):
     saved.restore(2, make_state())
   message = str(caught.value)
   assert '000000002' in message
-  assert 'step 1 is whole: set checkpoint.restore_step=1' in message
+  assert 'step 1 is whole: checkpoint.restore_step=1 goes on' in message
   assert '\n' not in message
   if damage is not swap_within:
     assert path.name in message
