@@ -211,13 +211,9 @@ class _TfdsRecords(Sequence):
     return len(self.source)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
+    if not 0 <= i < len(self):
+      raise IndexError(i)
     record = self.source[i]
-    if self.text_key not in record:
-      known = ', '.join(record)
-      raise errors.InputError(
-        f'data.text_key={self.text_key!r} is no field of {self.title}; '
-        f'it has: {known}'
-      )
     name = record.get('name', f'{self.title}#{i}')
     return {'name': _text(name), 'text': _text(record[self.text_key])}
 
@@ -258,6 +254,11 @@ def _open_tfds(cfg: config.DataConfig) -> Corpus:
     raise errors.InputError(
       f'data.source={cfg.source!r} cannot be prepared: {why}'
     ) from error
+  if cfg.text_key not in builder.info.features:
+    raise errors.InputError(
+      f'data.text_key={cfg.text_key!r} is no field of {title}; it has: '
+      f'{", ".join(builder.info.features)}'
+    )
   splits = builder.info.splits
   records = lambda part: _TfdsRecords(
     builder.as_data_source(split=part), cfg.text_key, title

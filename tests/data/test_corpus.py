@@ -8,8 +8,10 @@ import sysconfig
 
 import pyarrow
 import pytest
+import tensorflow_datasets as tfds
 from pyarrow import parquet
 
+from dsv3_jax import errors
 from dsv3_jax.data import corpus, files
 from tests import settings
 
@@ -89,6 +91,17 @@ def test_conversations(tmp_path):
     ('a.jsonl', b'{"text": "x"}\n[1]\n', 'a.jsonl:2 must be a JSON object'),
     ('a.jsonl', b'{"body": "x"}\n', "data.text_key='text'"),
     ('a.jsonl', b'{"text": "\xff"}\n', 'a.jsonl:1 is not UTF-8'),
+    ('a.jsonl', b'{"messages": "x"}\n', 'a.jsonl:1: messages must be a list'),
+    (
+      'a.jsonl',
+      b'{"messages": [{"role": "user"}]}\n',
+      "a.jsonl:1: messages[0] must have a 'role'",
+    ),
+    (
+      'a.jsonl',
+      b'{"messages": [{"role": "cat", "content": "x"}]}\n',
+      'system, user, assistant',
+    ),
     ('a.txt', b'\xff\xfe', 'a.txt is not UTF-8'),
     ('a.parquet', b'PAR1 no', 'a.parquet is no Parquet file'),
     ('a.csv', b'text', 'a.csv must end in one of'),
@@ -109,9 +122,83 @@ def test_no_file_and_empty_parts(tmp_path):
     corpus.open_corpus(data_config(tmp_path / '*.txt'))
 
 
-def test_unknown_tfds_name(tmp_path):
-  with pytest.raises(ValueError, match='tfds:no_such_set'):
-    corpus.open_corpus(data_config('tfds:no_such_set', tmp_path))
+class OddTexts(tfds.core.GeneratorBasedBuilder):
+  """A dataset of somebody else, with a split and a field of its own."""
+
+  VERSION = tfds.core.Version('2.0.0')
+  splits = {'train': range(20), 'validation': range(20, 25)}
+
+  def _info(self):
+    text = tfds.features.Text()
+    return self.dataset_info_from_configs(
+      features=tfds.features.FeaturesDict({'body': text})
+    )
+
+  def _split_generators(self, dl_manager):
+    return {name: self._generate_examples(x) for name, x in self.splits.items()}
+
+  def _generate_examples(self, numbers):
+    yield from ((i, {'body': _TEXTS[i]}) for i in numbers)
+
+
+class TextsWithoutSplit(OddTexts):
+  """All in one part: the held-out one is cut by a hash of the number."""
+
+  VERSION = tfds.core.Version('2.0.0')
+  splits = {'train': range(25)}
+
+
+class BrokenTexts(OddTexts):
+  VERSION = tfds.core.Version('2.0.0')
+
+  def _generate_examples(self, numbers):
+    raise RuntimeError('the download is gone')
+
+
+@pytest.mark.parametrize('name', ['odd_texts', 'texts_without_split'])
+def test_any_tfds_set(tmp_path, name):
+  cfg = data_config(f'tfds:{name}', tmp_path, text_key='body')
+  opened = corpus.open_corpus(cfg)
+  texts = [[x['text'] for x in part] for part in (opened.train, opened.valid)]
+  assert sorted(sum(texts, [])) == sorted(_TEXTS[:25])
+  if name == 'odd_texts':
+    assert sorted(texts[1]) == sorted(_TEXTS[20:25])
+  assert opened.fingerprint.startswith(f'{name}/2.0.0 train:')
+  with pytest.raises(errors.InputError, match="text_key='text' is no field"):
+    corpus.open_corpus(data_config(f'tfds:{name}', tmp_path))
+
+
+@pytest.mark.parametrize(
+  ('name', 'said'),
+  [('no_such_set', 'DatasetNotFoundError'), ('broken_texts', 'is gone')],
+)
+def test_a_tfds_set_that_cannot_be_made_is_one_line(tmp_path, name, said):
+  with pytest.raises(errors.InputError, match=f'tfds:{name}.*{said}') as caught:
+    corpus.open_corpus(data_config(f'tfds:{name}', tmp_path))
+  assert '\n' not in str(caught.value)
+
+
+def test_fingerprint_is_of_names_and_sizes(tmp_path):
+  marks = []
+  for folder in ('one', 'two'):
+    (tmp_path / folder).mkdir()
+    source = write_text(tmp_path / folder)
+    marks.append(corpus.open_corpus(data_config(source)).fingerprint)
+  (tmp_path / 'two' / '00.txt').write_text('longer than it was before')
+  marks.append(corpus.open_corpus(data_config(source)).fingerprint)
+  (tmp_path / 'two' / 'more.txt').write_text('')
+  marks.append(corpus.open_corpus(data_config(source)).fingerprint)
+  assert marks[0] == marks[1]  # wherever the folder lies
+  assert len(set(marks)) == 3
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+  (tmp_path / 'file').write_text('x')
+  cfg = data_config(write_text(tmp_path), tmp_path / 'file')
+  cfg = dataclasses.replace(cfg, tokenizer='', tokenizer_vocab=290)
+  opened = corpus.open_corpus(cfg)
+  with pytest.raises(errors.InputError, match=r'data\.cache_dir: .*file'):
+    corpus.load_tokenizer(cfg, opened)
 
 
 def test_standard_library(tmp_path):
@@ -126,8 +213,7 @@ def test_standard_library(tmp_path):
   record = opened.train[0]
   assert not corpus.is_held_out(record['name'], 0.02)
   assert record['text'] == (root / record['name']).read_text(encoding='utf-8')
-  sizes = [len(opened.train[i]['text']) for i in range(len(opened.train))]
-  assert sum(sizes) > 10_000_000
+  assert sum(len(corpus.document_text(x)) for x in opened.train) > 10_000_000
   again = corpus.open_corpus(cfg)
   assert again.train[5] == opened.train[5]
 
