@@ -34,7 +34,7 @@ import transformers
 
 from dsv3_jax import config
 from dsv3_jax import train_step as steps
-from dsv3_jax.checkpoint import hf
+from dsv3_jax.checkpoint import hf, hf_config
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
 from dsv3_jax.planning import flops
@@ -92,7 +92,7 @@ class Ours:
 
   def weights(self) -> dict[str, np.ndarray]:
     state = self.state
-    return dict(hf.to_hf(self.cfg.model, state['params'], state['router']))
+    return dict(hf.to_hf(self.cfg, state['params'], state['router']))
 
   def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
     args = ({'params': self.state['params']}, self._batch(tokens_BT))
@@ -133,7 +133,7 @@ class Theirs:
   """transformers: eager PyTorch, sdpa attention, its dynamic cache."""
 
   def __init__(self, cfg: config.Config, weights: dict[str, np.ndarray]):
-    shape = transformers.DeepseekV3Config(**hf.hf_config(cfg))
+    shape = transformers.DeepseekV3Config(**hf_config.write(cfg))
     shape._attn_implementation = 'sdpa'
     self.net = transformers.DeepseekV3ForCausalLM(shape)
     self._load(weights)

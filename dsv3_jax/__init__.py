@@ -5,13 +5,15 @@ from typing import Any
 
 
 def load(
-  directory: str | pathlib.Path,
-  dtype: str = 'float32',
-  step: int = -1,
-  ema: bool = False,
+  directory: str | pathlib.Path, dtype: str = 'float32', **how: Any
 ) -> Any:
-  """The model of a training workdir: see `inference.loaded`."""
+  """The model of a training workdir or of a Hugging Face folder.
+
+  See `inference.loaded.load` for the other arguments.
+  """
   # Here, so that `dsv3 inspect` and config errors need not wait for JAX.
   from dsv3_jax.inference import loaded
+  from experiments import base
 
-  return loaded.load(directory, dtype, step, ema)
+  settings = base.get_config().to_dict()
+  return loaded.load(directory, settings, dtype=dtype, **how)

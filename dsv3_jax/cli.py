@@ -4,7 +4,9 @@ Exit codes: 0 done; 2 bad input; 70 stuck (watchdog); 75 a signal came and the
 state was saved: run again to go on; 76 non-finite loss; 77 corruption.
 """
 
+import functools
 import json
+import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -14,6 +16,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from dsv3_jax import config, errors, supervise
+
+_EXPORT_DTYPES = ['float32', 'bfloat16', 'fp8']
 
 # Heavy imports are inside the commands: `inspect` and a bad config answer
 # without waiting for JAX.
@@ -249,11 +253,92 @@ def evaluate(values: flags.FlagValues) -> None:
         print(f'{task:10} {name:24} {value:12.4f}', flush=True)
 
 
+def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  _checkpoint_flags(values)
+  add = {'flag_values': values}
+  flags.DEFINE_string('output', None, 'Folder to make.', **add)
+  flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, 'Of matrices.', **add)
+  flags.DEFINE_float('shard_gb', 5.0, 'Most GB (1e9 bytes) of a file.', **add)
+
+
+def export(values: flags.FlagValues) -> None:
+  """Writes a checkpoint for PyTorch (Hugging Face layout), in little memory."""
+  for name in ('checkpoint', 'output'):
+    if not values[name].value:
+      raise errors.InputError(f'--{name}=DIR is missing')
+  if not values.shard_gb > 0:
+    raise errors.InputError(f'shard_gb={values.shard_gb} must be > 0')
+  from dsv3_jax.checkpoint import export as exporting
+  from dsv3_jax.data import tokenizer as tokenizers
+  from dsv3_jax.inference import loaded
+  from experiments import base
+
+  directory = pathlib.Path(values.checkpoint)
+  how = {'step': values.step, 'ema': values.ema, 'keep_fp8': True}
+  settings, documents = base.get_config().to_dict(), {}
+  with loaded.opened(directory, settings, **how) as (cfg, leaves):
+    if (tokenizer := loaded.read_tokenizer(directory)) is not None:
+      length = cfg.model.max_seq_len
+      documents = tokenizers.hf_documents(tokenizer, length)
+    exporting.export(
+      cfg,
+      leaves,
+      values.output,
+      dtype=values.dtype,
+      shard_bytes=int(values.shard_gb * 1e9),
+      documents=documents,
+      source=f'{directory.absolute()} {values.step} {values.ema}',
+      progress=functools.partial(print, flush=True),
+    )
+
+
+def _define_import(values: flags.FlagValues, argv: list[str]) -> None:
+  _config_flag(values, argv)
+  add = {'flag_values': values}
+  flags.DEFINE_string('hf', None, 'Folder of safetensors.', **add)
+  flags.DEFINE_string('output', None, 'Workdir to make.', **add)
+  about = "Stored; 'fp8' keeps what is FP8."
+  flags.DEFINE_enum('dtype', 'float32', _EXPORT_DTYPES, about, **add)
+
+
+def import_(values: flags.FlagValues) -> None:
+  """Makes a workdir of a Hugging Face folder; --config names the rest."""
+  for name in ('hf', 'output'):
+    if not values[name].value:
+      raise errors.InputError(f'--{name}=DIR is missing')
+  from dsv3_jax.checkpoint import importing
+  from experiments import base
+
+  source = base.get_config() if values.config is None else values.config
+  settings = source.to_dict()
+  importing.to_workdir(values.hf, values.output, settings, values.dtype)
+  print(f'{values.output} holds step 0')
+
+
+def _define_manifest(values: flags.FlagValues, argv: list[str]) -> None:
+  _config_flag(values, argv)
+  add = {'flag_values': values}
+  flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, 'Of matrices.', **add)
+
+
+def manifest(values: flags.FlagValues) -> None:
+  """Prints name, dtype and shape of every tensor of an export."""
+  from dsv3_jax.checkpoint import export as exporting
+
+  for spec in exporting.manifest(_read_config(values), values.dtype):
+    shape = 'x'.join(map(str, spec.shape))
+    print(f'{spec.name}\t{spec.dtype}\t{shape}')
+
+
 COMMANDS = {
   'train': (train, _define_train),
   'inspect': (inspect, _define_inspect),
   'generate': (generate, _define_generate),
   'eval': (evaluate, _define_eval),
+  'export': (export, _define_export),
+  'import': (import_, _define_import),
+  'manifest': (manifest, _define_manifest),
 }
 
 if __name__ == '__main__':

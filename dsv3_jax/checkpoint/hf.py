@@ -1,24 +1,31 @@
 """One table between our parameters and the published checkpoint's tensors.
 
 `table(cfg)` lists every tensor of the Hugging Face layout and the leaves that
-it is made of; `to_hf` and `from_hf` read it in the two directions. PyTorch
-keeps a matrix as [out, in] and joins heads and their dims; ours keep inputs
-first and heads apart. kv_b_proj holds, head by head, key and value matrix.
-MTP module k is layer `num_layers + k`, with copies of embedding and head, which
-are ours shared (TR 2.2). Rotary dims are interleaved on both sides.
+it is made of; a `Place` adds the shapes and turns pieces of the one into pieces
+of the other, both ways. PyTorch keeps a matrix as [out, in] and joins heads and
+their dims; ours keep inputs first and heads apart. kv_b_proj holds, head by
+head, key and value matrix. MTP module k is layer `num_layers + k`, with copies
+of embedding and head, which are ours shared (TR 2.2). Rotary dims are
+interleaved on both sides.
 """
 
+import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from dsv3_jax import config, errors
+from dsv3_jax import config
+from dsv3_jax.checkpoint import lazy
 from dsv3_jax.nn import model
+from dsv3_jax.ops import fp8
 
 Tree = dict[str, Any]
+
+_SQUARE = 256
 
 
 class Leaf(NamedTuple):
@@ -122,117 +129,159 @@ def _block(
       yield tensor(f'mlp.shared_experts.{theirs}', f'moe.shared.{ours}', 1)
 
 
-def to_hf(
-  cfg: config.ModelConfig, params: Tree, router: Tree
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Names and f32 arrays of the Hugging Face layout, one after the other."""
-  state = {'params': params, 'router': router}
-  for tensor in table(cfg):
-    leaves = [_get(state, leaf.path)[leaf.index] for leaf in tensor.leaves]
-    joined = np.concatenate([np.asarray(x) for x in leaves], axis=-1)
-    if tensor.num_in:
-      joined = joined.reshape(math.prod(joined.shape[: tensor.num_in]), -1).T
-    yield tensor.name, np.ascontiguousarray(joined)
-
-
-def from_hf(
-  cfg: config.Config, names: Mapping[str, Any], read: Callable[[str], Any]
-) -> tuple[Tree, Tree]:
-  """Parameters and router biases from tensors of the Hugging Face layout.
-
-  Args:
-    names: what there is; only membership is asked. read: name -> f32 array.
-
-  Raises:
-    InputError: a tensor is missing or has the wrong shape.
-  """
-  shapes = {
+def leaf_shapes(cfg: config.Config) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Shapes of all parameters and router biases, by path; allocates nothing."""
+  tree = {
     'params': jax.eval_shape(
       lambda: model.init_params(model.build(cfg), jax.random.key(0))
     ),
     'router': jax.eval_shape(lambda: model.init_router(cfg.model)),
   }
-  state = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-  for tensor in table(cfg.model):
-    if tensor.copy:
-      continue
-    if tensor.name not in names:
-      raise errors.InputError(f'{tensor.name} is missing from the checkpoint')
-    places = [_get(state, leaf.path)[leaf.index] for leaf in tensor.leaves]
-    widths = [place.shape[-1] for place in places]
-    shape = (*places[0].shape[:-1], sum(widths))
-    array = np.asarray(read(tensor.name))
-    want = shape
-    if tensor.num_in:
-      inputs = math.prod(shape[: tensor.num_in])
-      want = (math.prod(shape) // inputs, inputs)
-    if array.shape != want:
-      raise errors.InputError(
-        f'{tensor.name} has shape {list(array.shape)}, wanted {list(want)}'
-      )
-    ours = (array.T if tensor.num_in else array).reshape(shape)
-    pieces = np.split(ours, np.cumsum(widths)[:-1], axis=-1)
-    for place, piece in zip(places, pieces, strict=True):
-      place[...] = piece
-  return state['params'], state['router']
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  return {tuple(k.key for k in path): leaf.shape for path, leaf in flat}
 
 
-def hf_config(cfg: config.Config) -> dict[str, Any]:
-  """The `config.json` of a `DeepseekV3ForCausalLM` with our shape.
+class Place(NamedTuple):
+  """A tensor of the table and the shapes of its leaves' slices.
 
-  transformers applies YaRN whatever the length; ours and the released code only
-  beyond the original one. So `rope_scaling` is written exactly when it acts.
+  Both sides are cut along one dim: the leaves along their first output dim, of
+  length `steps`; the tensor along its rows, `rows_per_step` of them a step.
   """
-  net = cfg.model
-  m, moe, rope = net.mla, net.moe, net.rope
-  yarn = {
-    'type': 'yarn',
-    'factor': rope.factor,
-    'original_max_position_embeddings': rope.original_seq_len,
-    'beta_fast': rope.beta_fast,
-    'beta_slow': rope.beta_slow,
-    'mscale': rope.mscale,
-    'mscale_all_dim': rope.mscale_all_dim,
-  }
-  return {
-    'architectures': ['DeepseekV3ForCausalLM'],
-    'model_type': 'deepseek_v3',
-    'vocab_size': net.vocab_size,
-    'hidden_size': net.d_model,
-    'intermediate_size': net.d_ff,
-    'moe_intermediate_size': moe.d_ff,
-    'num_hidden_layers': net.num_layers,
-    'num_nextn_predict_layers': net.mtp.depth,
-    'num_attention_heads': m.num_heads,
-    'num_key_value_heads': m.num_heads,
-    'n_shared_experts': moe.num_shared_experts,
-    'n_routed_experts': moe.num_experts,
-    'num_experts_per_tok': moe.top_k,
-    'n_group': moe.num_groups,
-    'topk_group': moe.top_groups,
-    'topk_method': 'noaux_tc',
-    'scoring_func': moe.score_func,
-    'norm_topk_prob': moe.norm_topk,
-    'routed_scaling_factor': moe.route_scale,
-    'first_k_dense_replace': net.num_dense_layers,
-    'moe_layer_freq': 1,
-    'q_lora_rank': m.q_lora_rank or None,
-    'kv_lora_rank': m.kv_lora_rank,
-    'qk_nope_head_dim': m.qk_nope_head_dim,
-    'qk_rope_head_dim': m.qk_rope_head_dim,
-    'v_head_dim': m.v_head_dim,
-    'max_position_embeddings': net.max_seq_len,
-    'rope_theta': rope.theta,
-    'rope_scaling': yarn if net.yarn else None,
-    'rms_norm_eps': net.norm_eps,
-    'initializer_range': net.init_std,
-    'hidden_act': 'silu',
-    'attention_bias': False,
-    'tie_word_embeddings': False,
-  }
+
+  tensor: Tensor
+  shapes: tuple[tuple[int, ...], ...]
+
+  @property
+  def steps(self) -> int:
+    return self.shapes[0][self.tensor.num_in]
+
+  @property
+  def _tail(self) -> tuple[int, ...]:
+    """Output dims after the first, of the joined leaves."""
+    tail = self.shapes[0][self.tensor.num_in + 1 :]
+    if len(self.shapes) > 1:
+      tail = (*tail[:-1], sum(shape[-1] for shape in self.shapes))
+    return tail
+
+  @property
+  def rows_per_step(self) -> int:
+    return math.prod(self._tail) if self.tensor.num_in else 1
+
+  @property
+  def file_shape(self) -> tuple[int, ...]:
+    """Shape of the whole tensor."""
+    if not self.tensor.num_in:
+      return self.shapes[0]
+    inputs = math.prod(self.shapes[0][: self.tensor.num_in])
+    return (self.steps * self.rows_per_step, inputs)
+
+  def leaf_slices(self, start: int, stop: int) -> list[tuple[slice, ...]]:
+    """Of each leaf's slice: all, but the steps from start to stop."""
+    at = self.tensor.num_in
+    return [
+      (*(slice(0, n) for n in shape[:at]), slice(start, stop))
+      + tuple(slice(0, n) for n in shape[at + 1 :])
+      for shape in self.shapes
+    ]
+
+  def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Pieces of the leaves -> rows of the tensor."""
+    bits = [_as_integers(part) for part in parts]
+    joined = bits[0] if len(bits) == 1 else np.concatenate(bits, axis=-1)
+    if self.tensor.num_in:
+      inputs = math.prod(joined.shape[: self.tensor.num_in])
+      joined = _turned(joined.reshape(inputs, -1))
+    return joined.view(parts[0].dtype)
+
+  def split(self, rows: np.ndarray) -> list[np.ndarray]:
+    """Rows of the tensor, whole steps -> pieces of the leaves."""
+    if not self.tensor.num_in:
+      return [rows]
+    inputs = self.shapes[0][: self.tensor.num_in]
+    ours = _turned(_as_integers(rows)).view(rows.dtype)
+    ours = ours.reshape(*inputs, -1, *self._tail)
+    if len(self.shapes) == 1:
+      return [ours]
+    ends = np.cumsum([shape[-1] for shape in self.shapes])[:-1]
+    return np.split(ours, ends, axis=-1)
 
 
-def _get(tree: Tree, path: tuple[str, ...]) -> Any:
+def _as_integers(x: np.ndarray) -> np.ndarray:
+  """The same bits: NumPy moves dtypes that it does not know one by one."""
+  return np.ascontiguousarray(x).view(f'u{x.dtype.itemsize}')
+
+
+def _turned(x: np.ndarray) -> np.ndarray:
+  """x.T, contiguous, moved in squares that fit into a cache."""
+  out = np.empty(x.shape[::-1], x.dtype)
+  for i in range(0, x.shape[0], _SQUARE):
+    for j in range(0, x.shape[1], _SQUARE):
+      square = x[i : i + _SQUARE, j : j + _SQUARE]
+      out[j : j + _SQUARE, i : i + _SQUARE] = square.T
+  return out
+
+
+def places(cfg: config.Config) -> list[Place]:
+  """The table with shapes."""
+  shapes = leaf_shapes(cfg)
+  cut = lambda leaf: tuple(shapes[leaf.path][len(leaf.index) :])
+  return [
+    Place(tensor, tuple(map(cut, tensor.leaves))) for tensor in table(cfg.model)
+  ]
+
+
+def dequantised(
+  leaves: Mapping[tuple[str, ...], Any], cfg: config.Config
+) -> dict[tuple[str, ...], Any]:
+  """The same leaves, what is `Quantized` as LazyArrays in f32."""
+  dims = {
+    leaf.path: (len(leaf.index), place.tensor.num_in)
+    for place in places(cfg)
+    for leaf in place.tensor.leaves
+  }
+
+  def plain(path, leaf):
+    if not isinstance(leaf, fp8.Quantized):
+      return leaf
+    read = functools.partial(_read_quantised, leaf, *dims[path])
+    return lazy.LazyArray(leaf.shape, np.dtype(np.float32), read)
+
+  return {path: plain(path, leaf) for path, leaf in leaves.items()}
+
+
+def _read_quantised(
+  q: fp8.Quantized, lead: int, num_in: int, slices: lazy.Slices
+) -> np.ndarray:
+  """Reads whole matrices, and cuts off what is not asked for."""
+  whole = tuple(slice(0, n) for n in q.shape[lead:])
+  sizes = [s.stop - s.start for s in slices]
+  out = np.empty(sizes, np.float32)
+  for at in itertools.product(*(range(n) for n in sizes[:lead])):
+    index = tuple(s.start + i for s, i in zip(slices[:lead], at, strict=True))
+    values = np.asarray(q.values[(*index, *whole)])
+    inputs = math.prod(values.shape[:num_in])
+    matrix = values.reshape(inputs, -1).astype(np.float32)
+    scales = np.asarray(q.scales[index])
+    for axis, tile in enumerate(q.tile):
+      scales = np.repeat(scales, tile, axis)
+      scales = scales.take(np.arange(matrix.shape[axis]), axis)
+    out[at] = (matrix * scales).reshape(values.shape)[tuple(slices[lead:])]
+  return out
+
+
+def to_hf(
+  cfg: config.Config, params: Tree, router: Tree
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Names and whole arrays of the Hugging Face layout, one after the other."""
+  state = {'params': params, 'router': router}
+  for place in places(cfg):
+    leaves = place.tensor.leaves
+    parts = [np.asarray(get(state, leaf.path)[leaf.index]) for leaf in leaves]
+    yield place.tensor.name, np.ascontiguousarray(place.join(parts))
+
+
+def get(tree: Tree, path: tuple[str, ...]) -> Any:
+  """The leaf at the end of a path of keys."""
   for key in path:
     tree = tree[key]
   return tree

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dsv3_jax import errors
+from dsv3_jax.checkpoint import lazy
 
 Tree = Any
 _MANIFEST = 'manifest.json'
@@ -44,7 +45,13 @@ class Store:
   def __init__(self, directory: str | pathlib.Path, keep: int):
     self.directory = pathlib.Path(directory).absolute()
     self._keep = keep
-    self._writer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    registry = lazy.registry()
+    self._writer = ocp.AsyncCheckpointer(
+      ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry,
+        use_compression=False,  # weights hardly shrink, and it takes long
+      )
+    )
     self._pool = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
     self._commit: concurrent.futures.Future | None = None
 
@@ -84,9 +91,10 @@ class Store:
       text = json.dumps(document, sort_keys=True)
       (scratch / f'{name}.json').write_text(text, encoding='utf-8')
     # Orbax copies device arrays before it returns; host arrays we copy.
-    copy = lambda x: x if isinstance(x, jax.Array) else np.array(x)
+    copy = lambda x: np.array(x) if isinstance(x, np.ndarray) else x
     state = jax.tree.map(copy, state)
-    self._writer.save(scratch / _ARRAYS, ocp.args.PyTreeSave(state))
+    args = ocp.args.PyTreeSave(state, lazy.save_args(state))
+    self._writer.save(scratch / _ARRAYS, args)
     self._commit = self._pool.submit(self._finish, step, scratch)
 
   def wait(self) -> None:
@@ -125,15 +133,12 @@ class Store:
       f'{self._path(step) / damage[0]} {damage[1]}; {advice}'
     )
 
-  def restore(
-    self, step: int, like: Tree, partial: bool = False
-  ) -> tuple[Tree, dict[str, Any]]:
+  def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
     """Reads a step after `verify`; returns the arrays and the extras.
 
     Args:
       like: a tree of arrays or ShapeDtypeStructs. Leaves with a sharding come
         back as jax.Arrays placed so, others as NumPy arrays.
-      partial: take only the leaves of `like`; else all must be in it.
 
     Raises:
       CheckpointError: a damaged file, or a leaf that differs from `like`.
@@ -141,14 +146,13 @@ class Store:
     self.verify(step)
     folder = self._path(step)
     handler = ocp.PyTreeCheckpointHandler()
-    _check_like(handler.metadata(folder / _ARRAYS).tree, like, folder, partial)
+    _check_like(handler.metadata(folder / _ARRAYS).tree, like, folder)
     with ocp.Checkpointer(handler) as reader:
       state = reader.restore(
         folder / _ARRAYS,
         ocp.args.PyTreeRestore(
           item=like,
           restore_args=jax.tree.map(_restore_args, like),
-          partial_restore=partial,
         ),
       )
     extras = {
@@ -157,6 +161,18 @@ class Store:
       if path.name != _MANIFEST
     }
     return state, extras
+
+  def open(self, step: int) -> dict[tuple[str, ...], lazy.LazyArray]:
+    """The arrays of a step by path, after `verify`; read when asked for.
+
+    Raises:
+      CheckpointError: a damaged file.
+    """
+    self.verify(step)
+    folder = self._path(step) / _ARRAYS
+    names = _leaves(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
+    found = lazy.open_arrays(folder, list(names))
+    return {tuple(name.split('.')): array for name, array in found.items()}
 
   def roll_back(self, step: int) -> list[pathlib.Path]:
     """Moves the steps after `step` aside, so that they can be made anew.
@@ -180,7 +196,10 @@ class Store:
     self._writer.wait_until_finished()
     _sync(f'written-{step}')
     if jax.process_index() == 0:
-      files = {name: _digest(scratch / name) for name in _files(scratch)}
+      names = _files(scratch)
+      with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(_digest, (scratch / name for name in names))
+        files = dict(zip(names, digests, strict=True))
       body = {'step': step, 'files': files}
       manifest = {'body': body, 'sha256': _digest_json(body)}
       path = scratch / _MANIFEST
@@ -231,7 +250,7 @@ class Store:
     return None
 
 
-def _check_like(found: Tree, like: Tree, folder: pathlib.Path, partial: bool):
+def _check_like(found: Tree, like: Tree, folder: pathlib.Path):
   """Compares leaf by leaf before Orbax does, whose errors are long."""
   found = _leaves(found)
   for name, leaf in _leaves(like).items():
@@ -245,7 +264,7 @@ def _check_like(found: Tree, like: Tree, folder: pathlib.Path, partial: bool):
         f'{list(want[0])}'
       )
   surplus = sorted(found.keys() - _leaves(like).keys())
-  if surplus and not partial:
+  if surplus:
     raise CheckpointError(f'{folder} also holds {surplus[0]}')
 
 

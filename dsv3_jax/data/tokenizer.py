@@ -43,6 +43,16 @@ SPLITS = (
 # Texts of at most so many characters are read to train a vocabulary: every n-th
 # document, with the smallest n that fits.
 _TRAIN_CHARS = 12_000_000
+# `Tokenizer.encode_chat` in transformers' words.
+_CHAT_TEMPLATE = (
+  "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
+  "{{ m['content'] }}{% elif m['role'] == 'user' %}{{ '"
+  + USER
+  + "' + m['content'] }}{% elif m['role'] == 'assistant' %}{{ '"
+  + ASSISTANT
+  + "' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
+)
 _BYTE_LEVEL = decoders.ByteLevel()
 _LINE_ENDS = '\u010a\u010d'  # how byte-level BPE spells the bytes 10 and 13
 
@@ -202,6 +212,27 @@ class Tokenizer:
     if whole is not None:
       return [whole]
     return [self._plain.token_to_id(letter) for letter in token]
+
+
+def hf_documents(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
+  """The files that `transformers.AutoTokenizer` loads, by name."""
+  body = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'bos_token': BOS,
+    'eos_token': EOS,
+    'pad_token': PAD,
+    'model_max_length': max_seq_len,
+    'clean_up_tokenization_spaces': False,
+    'chat_template': _CHAT_TEMPLATE,
+  }
+  ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id}
+  generation = {'do_sample': True, 'temperature': 0.7, 'top_p': 0.95}
+  text = lambda body: json.dumps(body, indent=2) + '\n'
+  return {
+    'tokenizer.json': tokenizer.text,
+    'tokenizer_config.json': text(body),
+    'generation_config.json': text(ids | generation),
+  }
 
 
 def _is_punctuation(text: str) -> bool:

@@ -48,7 +48,8 @@ class Engine:
   def __init__(self, cfg: config.Config, params: dict, router: model.Router):
     self.cfg = cfg
     self._dtype = model.compute_dtype(cfg)
-    cast = lambda path, x: x.astype(self._dtype) if _is_factor(path) else x
+    kept = lambda path: model.is_f32(path[-1].key)
+    cast = lambda path, x: x if kept(path) else x.astype(self._dtype)
     self._params = jax.tree_util.tree_map_with_path(cast, params)
     self._router = router
     self._prefill = jax.jit(functools.partial(_forward, model.build(cfg)))
@@ -172,11 +173,6 @@ def empty_caches(
     make(cfg.num_dense_layers, batch, length, dtype),
     make(cfg.num_moe_layers, batch, length, dtype),
   )
-
-
-def _is_factor(path: tuple) -> bool:
-  """True for what the modules cast: norms and the router's matrix stay f32."""
-  return path[-1].key != 'w_router' and not path[-1].key.endswith('norm')
 
 
 def _until(tokens: list[int], stop_id: int) -> list[int]:

@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, errors, workdir
-from dsv3_jax import train_step as steps
-from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint import importing, store
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
@@ -31,11 +31,22 @@ class LoadedModel:
     cfg: config.Config,
     params: dict,
     router: model.Router,
-    tokenizer: tokenizers.Tokenizer,
+    tokenizer: tokenizers.Tokenizer | None,
   ):
     self.config, self.params, self.router = cfg, params, router
-    self.tokenizer = tokenizer
+    self._tokenizer = tokenizer
     self._forward = jax.jit(model.build(cfg).apply)
+
+  @property
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """Text to ids and back.
+
+    Raises:
+      InputError: there was no `tokenizer.json` beside the weights.
+    """
+    if self._tokenizer is None:
+      raise errors.InputError('there is no tokenizer.json beside this model')
+    return self._tokenizer
 
   def logits(self, tokens_BT: Tokens) -> Float[Array, 'B T V']:
     """f32 logits of t_{i+1} at every position i.
@@ -90,32 +101,81 @@ class LoadedModel:
 
 def load(
   directory: str | pathlib.Path,
+  base: Mapping[str, Any],
+  *,
   dtype: str = 'float32',
   step: int = -1,
   ema: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> LoadedModel:
-  """Loads a committed step of a training workdir, hashes checked.
+  """Loads a training workdir or a Hugging Face folder, hashes checked.
 
   Args:
-    step: -1 is the newest.
-    ema: the average of the weights (TR 3.2.3) in place of the weights.
+    base: settings that a Hugging Face folder does not name.
+    dtype: of matrices and activations; norms, gates and biases are f32.
+    step: of a workdir; -1 is the newest.
+    ema: of a workdir: the average of the weights (TR 3.2.3) in their place.
+    mesh: where the parameters go, sharded; None is the first device.
 
   Raises:
-    InputError: bad `dtype`, no run in `directory`, no such step, no average, or
-      a damaged checkpoint.
+    InputError: bad `dtype`, nothing to load in `directory`, no such step, no
+      average, or damage.
   """
   if dtype not in _PRECISIONS:
     raise errors.InputError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
   directory = pathlib.Path(directory)
+  with opened(directory, base, step=step, ema=ema) as (cfg, leaves):
+    cfg = dataclasses.replace(cfg, precision=_PRECISIONS[dtype])
+    params, router = importing.to_devices(leaves, cfg, dtype, mesh)
+  return LoadedModel(cfg, params, router, read_tokenizer(directory))
+
+
+def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
+  """`tokenizer.json`, which an imported model may lack.
+
+  Raises:
+    InputError: it is damaged.
+  """
+  path = directory / 'tokenizer.json'
+  return tokenizers.Tokenizer.from_file(path) if path.exists() else None
+
+
+@contextlib.contextmanager
+def opened(
+  directory: pathlib.Path,
+  base: Mapping[str, Any],
+  *,
+  step: int = -1,
+  ema: bool = False,
+  keep_fp8: bool = False,
+) -> Iterator[tuple[config.Config, importing.Leaves]]:
+  """The experiment and the parameters, yet unread, of what `load` loads.
+
+  Args:
+    keep_fp8: FP8 of a Hugging Face folder comes as `Quantized`; that of a
+      workdir always does.
+
+  Raises:
+    InputError: see `load`.
+  """
+  if not importing.is_folder(directory):
+    with _open_workdir(directory, step, ema) as found:
+      yield found
+    return
+  if step >= 0 or ema:
+    raise errors.InputError(f'{directory} has neither steps nor an average')
+  with importing.opened(directory, base, keep_fp8) as found:
+    yield found
+
+
+@contextlib.contextmanager
+def _open_workdir(
+  directory: pathlib.Path, step: int, ema: bool
+) -> Iterator[tuple[config.Config, importing.Leaves]]:
+  """The experiment of a workdir and the parameters of one of its steps."""
   cfg = workdir.read_config(directory)
   if ema and not cfg.optim.ema_decay:
     raise errors.InputError('optim.ema_decay=0.0: this run kept no average')
-  cfg = dataclasses.replace(cfg, precision=_PRECISIONS[dtype])
-  tokenizer = tokenizers.Tokenizer.from_file(directory / 'tokenizer.json')
-  like = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(cfg.seed)))
-  params, router = like['params'], {'router': like['router']}
-  like = {'train': router | ({} if ema else {'params': params})}
-  like |= {'ema': params} if ema else {}
   checkpoints = store.Store(directory / 'checkpoints', keep=cfg.checkpoint.keep)
   with contextlib.closing(checkpoints):
     newest = checkpoints.latest()
@@ -123,8 +183,5 @@ def load(
       raise errors.InputError(
         f'{checkpoints.directory} holds no committed step'
       )
-    wanted = newest if step < 0 else step
-    arrays, _ = checkpoints.restore(wanted, like, partial=True)
-  arrays = jax.tree.map(jnp.asarray, arrays)
-  params = arrays['ema'] if ema else arrays['train']['params']
-  return LoadedModel(cfg, params, arrays['train']['router'], tokenizer)
+    arrays = checkpoints.open(newest if step < 0 else step)
+    yield cfg, importing.of_step(arrays, cfg, ema)

@@ -245,6 +245,11 @@ def compute_dtype(cfg: config.Config) -> jnp.dtype:
   return jnp.dtype({'bf16': 'bfloat16', 'f32': 'float32'}[cfg.precision])
 
 
+def is_f32(name: str) -> bool:
+  """True for parameters that stay f32 whatever the precision, by last key."""
+  return name == 'w_router' or name.endswith('norm')
+
+
 def init_params(model: Model, key: Array) -> dict:
   """Fresh f32 parameters as a plain nested dict (traceable)."""
   return nn.meta.unbox(_init_boxed(model, key))

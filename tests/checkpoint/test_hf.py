@@ -1,71 +1,29 @@
 """A check from outside: transformers' DeepseekV3ForCausalLM, in PyTorch.
 
-Both directions go through the file that users exchange: safetensors with the
-published names. The two agree where the report and transformers agree: latent
-norms' eps is 1e-6 there whatever the config says, so eps is 1e-6 here; YaRN is
-written only where it acts; its 1e-20 in the gates' normaliser is below f32.
+Both directions go through the folders that users exchange, several shards each.
+The two agree where the report and transformers agree: latent norms' eps is 1e-6
+there whatever the config says, so eps is 1e-6 here; YaRN is written only where
+it acts; its 1e-20 in the gates' normaliser is below f32.
 """
-
-import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 import transformers
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
-from dsv3_jax.checkpoint import hf
+import dsv3_jax
+from dsv3_jax import config
+from dsv3_jax.checkpoint import export, hf, hf_config
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
-from tests import settings
+from experiments import laptop, quickstart, v3_16b, v3_671b
+from tests.checkpoint import exchanged
 from tests.nn import models
 
 torch.set_num_threads(1)
-
-_SHAPE = {
-  'precision': 'f32',
-  'model__vocab_size': 64,
-  'model__d_model': 48,
-  'model__d_ff': 40,
-  'model__norm_eps': 1e-6,
-  'model__mla__qk_nope_head_dim': 8,
-  'model__mla__qk_rope_head_dim': 8,
-  'model__mla__v_head_dim': 12,
-  'model__mla__kv_lora_rank': 16,
-  'model__mla__q_lora_rank': 24,
-  'model__mla__num_heads': 4,
-  'model__moe__d_ff': 24,
-  'model__mtp__depth': 1,
-}
-_YARN = {'model__rope__original_seq_len': 8, 'model__max_seq_len': 64}
-_PLAIN = {'model__rope__original_seq_len': 64, 'model__max_seq_len': 64}
-CASES = {
-  'plain': _PLAIN,
-  'yarn': _YARN,
-  'yarn, mscale 0.707': _YARN
-  | {
-    'model__rope__mscale': 0.707,
-    'model__rope__mscale_all_dim': 0.707,
-  },
-  'no q_lora': _PLAIN | {'model__mla__q_lora_rank': 0},
-  'no q_lora, yarn': _YARN | {'model__mla__q_lora_rank': 0},
-  '16 experts, 2 shared': _PLAIN
-  | {
-    'model__moe__num_experts': 16,
-    'model__moe__num_shared_experts': 2,
-    'model__moe__top_k': 4,
-  },
-  'unrolled, 2 dense': _PLAIN
-  | {
-    'model__scan_layers': False,
-    'model__num_layers': 4,
-    'model__num_dense_layers': 2,
-  },
-}
 pytestmark = pytest.mark.filterwarnings(
   # transformers' own imports
   'ignore::DeprecationWarning',
@@ -73,13 +31,10 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def make(name):
-  return settings.small(**(_SHAPE | CASES[name]))
-
-
 def theirs(cfg):
   """An empty model of transformers with the shape of ours."""
-  hf_cfg = transformers.DeepseekV3Config(**hf.hf_config(cfg))
+  body = hf_config.write(cfg) | {'num_nextn_predict_layers': 0}
+  hf_cfg = transformers.DeepseekV3Config(**body)
   hf_cfg._attn_implementation = 'eager'
   return modeling_deepseek_v3.DeepseekV3ForCausalLM(hf_cfg).eval()
 
@@ -91,104 +46,153 @@ def randomise(net, seed):
     for name, w in [*net.named_parameters(), *net.named_buffers()]:
       if 'inv_freq' in name:
         continue
-      w.normal_(0.0, 0.15, generator=generator)
+      w.normal_(0.0, net.config.hidden_size**-0.5, generator=generator)
       if 'norm' in name:
         w += 1.0
   return net
 
 
-def read(folder):
-  """All tensors of a folder that `save_pretrained` wrote."""
-  tensors = {}
-  for path in folder.glob('*.safetensors'):
-    tensors |= safetensors.numpy.load_file(path)
-  return tensors
-
-
-def batch_of(cfg, shape=(2, 24), seed=3):
+def tokens_of(cfg, shape=(2, 24), seed=3):
   rng = np.random.default_rng(seed)
-  tokens_BT = rng.integers(1, cfg.model.vocab_size, shape).astype(np.int32)
-  ones = np.ones(shape, np.int32)
-  positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-  fields = (tokens_BT, tokens_BT, positions, ones, ones.astype(np.float32))
-  return model.Batch(*map(jnp.asarray, fields)), tokens_BT
+  return rng.integers(1, cfg.model.vocab_size, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize('name', CASES)
-def test_logits_of_transformers_weights(name, tmp_path):
-  """theirs -> save_pretrained -> ours: logits within 1e-4, f32."""
-  cfg = make(name)
-  without_mtp = dataclasses.replace(
-    cfg.model, mtp=dataclasses.replace(cfg.model.mtp, depth=0)
-  )
-  cfg = dataclasses.replace(cfg, model=without_mtp)
+@pytest.mark.parametrize('name', exchanged.CASES)
+def test_ours_reads_transformers(name, tmp_path):
+  """save_pretrained -> `load`: logits within 1e-5, f32; MTP is absent."""
+  cfg = exchanged.make(name)
   net = randomise(theirs(cfg), seed=0)
-  net.save_pretrained(tmp_path)
-  tensors = read(tmp_path)
-  params, router = hf.from_hf(cfg, tensors, tensors.__getitem__)
-  batch, tokens_BT = batch_of(cfg)
-  ours, _ = models.logits(cfg)(params, router, batch)
+  net.save_pretrained(tmp_path, max_shard_size='60KB')
+  assert len(list(tmp_path.glob('*.safetensors'))) > 1
+  ours = dsv3_jax.load(tmp_path)
+  tokens_BT = tokens_of(cfg)
   with torch.no_grad():
     want = net(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
   assert np.std(want) > 0.1
-  np.testing.assert_allclose(np.asarray(ours), want, rtol=0, atol=1e-4)
+  np.testing.assert_allclose(ours.logits(tokens_BT), want, rtol=0, atol=1e-5)
+  told = ours.config.model
+  assert told.mla == cfg.model.mla and told.mtp.depth == 0
+  assert told.yarn == cfg.model.yarn and told.norm_eps == cfg.model.norm_eps
 
 
-@pytest.mark.parametrize('name', ['plain', 'yarn', 'unrolled, 2 dense'])
-def test_transformers_loads_ours(name, tmp_path):
-  """ours -> safetensors -> from_pretrained: logits within 1e-4, same greedy."""
-  cfg = make(name)
-  draw = models.random_params(cfg)
-  params, router = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), draw)
-  tensors = dict(hf.to_hf(cfg.model, params, router))
-  file = tmp_path / 'model.safetensors'
-  safetensors.numpy.save_file(tensors, file, metadata={'format': 'pt'})
-  body = json.dumps(hf.hf_config(cfg))
-  (tmp_path / 'config.json').write_text(body, encoding='utf-8')
+@pytest.mark.parametrize('name', exchanged.CASES)
+def test_transformers_reads_ours(name, tmp_path):
+  """`export` -> from_pretrained: logits within 1e-5, 64 greedy tokens equal."""
+  cfg = exchanged.make(name)
+  params, router = exchanged.random_weights(cfg)
+  folder = exchanged.write(cfg, params, router, tmp_path / 'out')
   net = transformers.AutoModelForCausalLM.from_pretrained(
-    tmp_path, attn_implementation='eager', dtype=torch.float32
+    folder, attn_implementation='eager', dtype=torch.float32
   )
-  batch, tokens_BT = batch_of(cfg)
+  tokens_BT = tokens_of(cfg)
+  batch = exchanged.batch_of(tokens_BT)
   ours, _ = models.logits(cfg)(params, router, batch)
   prompt = torch.tensor(tokens_BT, dtype=torch.long)
+  how = {'do_sample': False, 'pad_token_id': 0, 'eos_token_id': None}
   with torch.no_grad():
-    want = net(prompt).logits.numpy()
-    ids = net.generate(
-      prompt,
-      do_sample=False,
-      max_new_tokens=32,
-      pad_token_id=0,
-      eos_token_id=None,
-    )
-  np.testing.assert_allclose(np.asarray(ours), want, rtol=0, atol=1e-4)
-  made = engine.Engine(cfg, params, router).generate(tokens_BT.tolist(), 32)
+    out = net(prompt, use_cache=True)
+    ids = net.generate(prompt, max_new_tokens=64, **how)
+  np.testing.assert_allclose(ours, out.logits.numpy(), rtol=0, atol=1e-5)
+  made = engine.Engine(cfg, params, router).generate(tokens_BT.tolist(), 64)
   assert made.tokens == ids[:, tokens_BT.shape[1] :].tolist()
+  check_latents(cfg, params, router, tokens_BT, out.past_key_values)
 
 
-@pytest.mark.parametrize('name', CASES)
+def check_latents(cfg, params, router, tokens_BT, theirs_cache):
+  """Ours and those that transformers caches, as one head of each layer."""
+  net = model.build(cfg)
+  caches = engine.empty_caches(cfg.model, *tokens_BT.shape, jnp.float32)
+  index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+  last_B = jnp.full(len(tokens_BT), tokens_BT.shape[1] - 1)
+  args = ({'params': params}, tokens_BT, index_BT, last_B, router, caches)
+  _, caches = jax.jit(lambda *a: net.apply(*a, method='cached'))(*args)
+  ours = jax.tree.map(lambda *x: np.concatenate(x), *caches)
+  close = {'rtol': 0, 'atol': 1e-5}
+  for i, layer in enumerate(theirs_cache.layers):
+    c_BSC, r_BSR = layer.keys[:, 0].numpy(), layer.values[:, 0].numpy()
+    np.testing.assert_allclose(ours.c_LBSC[i], c_BSC, **close)
+    # transformers turns pairs into halves before it rotates.
+    halves = r_BSR.reshape(*r_BSR.shape[:-1], 2, -1)
+    pairs = np.moveaxis(halves, -2, -1).reshape(r_BSR.shape)
+    np.testing.assert_allclose(ours.k_rope_LBSR[i], pairs, **close)
+
+
+@pytest.mark.parametrize('name', exchanged.CASES)
 def test_table_is_bijective(name):
   """Every element of every leaf goes to exactly one tensor that is no copy."""
-  cfg = make(name)
-  draw = models.random_params(cfg)
-  params, router = jax.tree.map(np.float32, draw)
-  tensors = dict(hf.to_hf(cfg.model, params, router))
-  assert len(tensors) == len(hf.table(cfg.model))
-  back = hf.from_hf(cfg, tensors, tensors.__getitem__)
-  jax.tree.map(np.testing.assert_array_equal, back, (params, router))
-  copies = {t.name for t in hf.table(cfg.model) if t.copy}
+  cfg = exchanged.make(name)
+  params, router = exchanged.random_weights(cfg)
+  tensors = dict(hf.to_hf(cfg, params, router))
+  table = {tensor.name: tensor for tensor in hf.table(cfg.model)}
+  assert tensors.keys() == table.keys() and len(table) == len(
+    hf.table(cfg.model)
+  )
+  back = {}
+  for place in hf.places(cfg):
+    rows = tensors[place.tensor.name]
+    assert rows.shape == place.file_shape
+    parts = place.split(rows)
+    np.testing.assert_array_equal(place.join(parts), rows)
+    for leaf, part in zip(place.tensor.leaves, parts, strict=True):
+      if not place.tensor.copy:
+        back[leaf] = part
+  state = {'params': params, 'router': router}
+  for leaf, part in back.items():
+    want = hf.get(state, leaf.path)[leaf.index]
+    np.testing.assert_array_equal(part, want)
   size = lambda tree: sum(np.size(x) for x in jax.tree.leaves(tree))
-  unique = {n: x for n, x in tensors.items() if n not in copies}
-  assert size(unique) == size((params, router))
+  assert sum(part.size for part in back.values()) == size(state)
 
 
-def test_missing_and_misshapen_tensors_are_named():
-  cfg = make('plain')
-  params, router = jax.tree.map(np.float32, models.random_params(cfg))
-  tensors = dict(hf.to_hf(cfg.model, params, router))
-  name = 'model.layers.1.self_attn.kv_b_proj.weight'
-  for value, said in ((None, 'missing'), (np.zeros((2, 3)), 'wanted')):
-    broken = {n: x for n, x in tensors.items() if n != name}
-    if value is not None:
-      broken[name] = value
-    with pytest.raises(ValueError, match=f'{name}.*{said}'):
-      hf.from_hf(cfg, broken, broken.__getitem__)
+@pytest.mark.parametrize(
+  'experiment', [v3_671b, v3_16b, quickstart, laptop], ids=lambda m: m.__name__
+)
+@pytest.mark.parametrize('arg', ['', 'runlocal'])
+def test_table_covers_every_experiment(experiment, arg):
+  """No parameter twice and none forgotten, over the abstract tree."""
+  cfg = config.from_config_dict(experiment.get_config(arg))
+  shapes, seen = hf.leaf_shapes(cfg), {}
+  for tensor in hf.table(cfg.model):
+    for leaf in tensor.leaves:
+      if not tensor.copy:
+        assert leaf not in seen.setdefault(leaf.path, set())
+        seen[leaf.path].add(leaf)
+  assert seen.keys() == shapes.keys()
+  for path, leaves in seen.items():
+    lead = len(next(iter(leaves)).index)
+    assert len(leaves) == np.prod(shapes[path][:lead], dtype=int)
+
+
+def test_manifest_of_671b_is_the_published_checkpoint():
+  """91,991 tensors, 45,808 scales, 688.6 GB (FACTS of the release)."""
+  cfg = config.from_config_dict(v3_671b.get_config())
+  specs = export.manifest(cfg, 'fp8')
+  assert len(specs) == len({s.name for s in specs}) == 91_991
+  scales = [s for s in specs if s.name.endswith('_scale_inv')]
+  assert len(scales) == 45_808
+  assert abs(sum(s.nbytes for s in specs) - 688.575e9) < 0.01e9
+  by_dtype = {}
+  for spec in specs:
+    by_dtype[spec.dtype] = by_dtype.get(spec.dtype, 0) + spec.nbytes / 1e9
+  assert by_dtype == pytest.approx(
+    {'F8_E4M3': 680.57, 'BF16': 7.84, 'F32': 0.166}, abs=5e-3
+  )
+  of = {spec.name: (spec.dtype, spec.shape) for spec in specs}
+  layer = 'model.layers.61.'
+  for name, dtype, shape in (
+    ('lm_head.weight', 'BF16', (129280, 7168)),
+    ('model.layers.0.self_attn.q_a_proj.weight', 'F8_E4M3', (1536, 7168)),
+    ('model.layers.0.self_attn.q_a_proj.weight_scale_inv', 'F32', (12, 56)),
+    ('model.layers.0.mlp.down_proj.weight_scale_inv', 'F32', (56, 144)),
+    ('model.layers.3.mlp.gate.e_score_correction_bias', 'F32', (256,)),
+    ('model.layers.3.mlp.gate.weight', 'BF16', (256, 7168)),
+    (
+      'model.layers.3.self_attn.kv_a_proj_with_mqa.weight_scale_inv',
+      'F32',
+      (5, 56),
+    ),
+    (f'{layer}eh_proj.weight', 'BF16', (7168, 14336)),
+    (f'{layer}shared_head.head.weight', 'BF16', (129280, 7168)),
+    (f'{layer}mlp.experts.255.up_proj.weight', 'F8_E4M3', (2048, 7168)),
+  ):
+    assert of[name] == (dtype, shape)

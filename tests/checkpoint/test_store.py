@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint import lazy, store
 
 
 class Moments(NamedTuple):
@@ -69,10 +69,43 @@ def test_host_arrays_come_back_as_numpy_and_device_arrays_sharded(saved):
   assert isinstance(state['host'], np.ndarray)
 
 
-def test_partial_restore(saved):
-  like = {'params': {'w': make_state()['params']['w']}}
-  state, _ = saved.restore(2, like, partial=True)
-  equal(state, {'params': {'w': make_state(2)['params']['w']}})
+def test_slices_are_read_alone(saved):
+  """`open`: arrays by path, of which any part can be had."""
+  want = make_state(2)['params']['w']
+  array = saved.open(2)['params', 'w']
+  assert array.shape == want.shape and array.dtype == want.dtype
+  np.testing.assert_array_equal(array[1:], want[1:])
+  np.testing.assert_array_equal(array[0], want[0])
+
+
+def test_large_leaves_are_cut_by_layer_and_expert(tmp_path):
+  """Chunks of one layer and expert, written one by one from a LazyArray."""
+  shape, asked = (2, 3, 1024, 4096), []
+
+  def read(at):
+    asked.append(at)
+    sizes = [s.stop - s.start for s in at]
+    return np.full(sizes, 10 * at[0].start + at[1].start, np.float32)
+
+  array = lazy.LazyArray(shape, np.dtype(np.float32), read)
+  tree = {'layers': {'moe': {'w_up': array}}, 'b': jnp.arange(3.0)}
+  kept = store.Store(tmp_path, keep=1)
+  kept.save(0, tree, {})
+  kept.wait()
+  assert len(asked) == 6
+  assert all(
+    s[0].stop - s[0].start == s[1].stop - s[1].start == 1 for s in asked
+  )
+  opened = kept.open(0)
+  back = opened['layers', 'moe', 'w_up']
+  assert back.shape == shape
+  assert np.all(back[1, 2] == 12.0) and np.all(back[0, 1, 5:7, :9] == 1.0)
+  np.testing.assert_array_equal(opened['b',][:], np.arange(3.0))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
+  moved = lazy.to_device(back, place)
+  assert moved.devices() == {jax.devices()[1]}
+  np.testing.assert_array_equal(moved[:, :, 0, 0], [[0, 1, 2], [10, 11, 12]])
+  kept.close()
 
 
 def test_donated_right_after_saving(tmp_path):
@@ -250,7 +283,7 @@ def test_missing_step(saved):
 _SAVER = """
 import sys
 import jax.numpy as jnp
-from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint import lazy, store
 kept = store.Store(sys.argv[1], keep=2)
 step = (kept.latest() or 0) + 1
 while True:

@@ -1,0 +1,138 @@
+"""Import and export of a checkpoint that is no toy, in small memory.
+
+Question: how fast, and in how much memory, does a checkpoint with the widths of
+DeepSeek-V3 go from a Hugging Face folder to a workdir, onto the device, back?
+
+  python benchmarks/exchange.py --folder=DIR [--experts=32]
+
+Makes a folder of BF16 shards (2 layers, one of them MoE; 8.2 GB with 32
+experts) and runs the commands, each in a process of its own. Beside each stands
+a plain copy of the same files, made just before. Memory is the peak resident
+set of the process, as `/usr/bin/time -v` reports it.
+"""
+
+import argparse
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+
+from dsv3_jax import config
+from dsv3_jax.checkpoint import export, hf, lazy
+from experiments import v3_671b
+
+_SHARD_BYTES = 2_000_000_000
+_LOAD = """
+import sys, jax, dsv3_jax
+loaded = dsv3_jax.load(sys.argv[1], 'bfloat16')
+print(sum(x.nbytes for x in jax.tree.leaves(loaded.params)))
+"""
+
+
+def make(folder: pathlib.Path, experts: int) -> None:
+  """V3's layout with 2 layers and a few experts; values repeat every 1 MiB."""
+  source = v3_671b.get_config()
+  with source.unlocked():
+    source.model.update(num_layers=2, num_dense_layers=1)
+    source.model.moe.num_experts = experts
+    source.model.mtp.depth = 0
+  cfg = config.from_config_dict(source)
+  noise = np.random.default_rng(0).normal(0.0, 0.006, 1 << 20)
+  noise = noise.astype(np.float32)
+
+  def read(at: lazy.Slices) -> np.ndarray:
+    return np.resize(noise, [s.stop - s.start for s in at])
+
+  leaves = {
+    path: lazy.LazyArray(shape, np.dtype(np.float32), read)
+    for path, shape in hf.leaf_shapes(cfg).items()
+  }
+  how = {'dtype': 'bfloat16', 'shard_bytes': _SHARD_BYTES}
+  export.export(cfg, leaves, folder, **how)
+
+
+def size(folder: pathlib.Path) -> int:
+  """Bytes of all files below."""
+  files = (path for path in folder.rglob('*') if path.is_file())
+  return sum(path.stat().st_size for path in files)
+
+
+def copy_rate(folder: pathlib.Path, target: pathlib.Path) -> float:
+  """Bytes a second of a plain copy, flushed."""
+  start = time.perf_counter()
+  shutil.copytree(folder, target)
+  os.sync()
+  rate = size(folder) / (time.perf_counter() - start)
+  shutil.rmtree(target)
+  return rate
+
+
+def run(*args: str) -> tuple[float, int, str]:
+  """Seconds, flushed, and peak resident bytes of a process; its output."""
+  start = time.perf_counter()
+  child = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
+  with child.stdout:
+    told = child.stdout.read()
+  _, status, usage = os.wait4(child.pid, 0)
+  child.returncode = os.waitstatus_to_exitcode(status)
+  assert child.returncode == 0, args
+  os.sync()
+  return time.perf_counter() - start, usage.ru_maxrss * 1024, told
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--folder', type=pathlib.Path, required=True)
+  parser.add_argument('--experts', type=int, default=32)
+  args = parser.parse_args()
+  folder = args.folder
+  folder.mkdir(parents=True)
+  source, run_dir = folder / 'source', folder / 'run'
+  make(source, args.experts)
+  total = size(source)
+  print(f'{total / 1e9:.2f} GB in {len(list(source.glob("*.safe*")))} shards\n')
+  print('| step | seconds | GB/s of BF16 | of a copy | peak memory, GB |')
+  print('|---|---|---|---|---|')
+  dsv3 = (sys.executable, '-m', 'dsv3_jax.cli')
+  out = folder / 'out'
+  steps = {
+    'import, BF16': (*dsv3, 'import', f'--hf={source}', f'--output={run_dir}',
+                     '--dtype=bfloat16'),
+    'export, BF16': (*dsv3, 'export', f'--checkpoint={run_dir}',
+                     f'--output={out}', '--shard_gb=2'),
+    'export, FP8': (*dsv3, 'export', f'--checkpoint={run_dir}',
+                    f'--output={out}', '--shard_gb=2', '--dtype=fp8'),
+    'load, BF16': (sys.executable, '-c', _LOAD, str(source)),
+  }  # fmt: skip
+  for name, command in steps.items():
+    copied = copy_rate(source, folder / 'copy')
+    seconds, peak, told = run(*command)
+    beyond = ''
+    if name.startswith('load'):
+      arrays = int(told)
+      beyond = f', {(peak - arrays) / 1e9:.2f} beyond the arrays'
+    rate = total / seconds
+    print(
+      f'| {name} | {seconds:.1f} | {rate / 1e9:.2f} | {rate / copied:.0%} of '
+      f'{copied / 1e9:.2f} | {peak / 1e9:.2f}{beyond} |',
+      flush=True,
+    )
+    if name == 'export, BF16':
+      sums = [(path / 'SHA256SUMS').read_text() for path in (source, out)]
+      assert sums[0] == sums[1], 'the exported files differ from the imported'
+    shutil.rmtree(out, ignore_errors=True)
+  print(
+    f'\n{os.cpu_count()} cores, Python {platform.python_version()}, jax '
+    f'{jax.__version__}.'
+  )
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,176 @@
+"""Arrays on disk, read and written by pieces, whatever their size.
+
+A leaf of the whole model does not fit into memory: the routed experts' w_up of
+671B has 436 GB. In a checkpoint it is cut into chunks of one layer and expert,
+and of at most 64 MB; a `LazyArray` stands for it and is read slice by slice.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+Slices = tuple[slice, ...]
+
+CHUNK_BYTES = 64 << 20
+_STACKED_EXPERTS = ('w_gate', 'w_up', 'w_down')  # below 'moe'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LazyArray:
+  """`read(slices)` gives that part as NumPy, made or fetched there and then."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+  read: Callable[[Slices], np.ndarray]
+
+  def astype(self, dtype: Any) -> 'LazyArray':
+    """The same, cast when read."""
+    dtype = np.dtype(dtype)
+    if dtype == self.dtype:
+      return self
+    return LazyArray(self.shape, dtype, lambda at: self.read(at).astype(dtype))
+
+  @property
+  def ndim(self) -> int:
+    return len(self.shape)
+
+  @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
+  def nbytes(self) -> int:
+    return self.size * self.dtype.itemsize
+
+  def __getitem__(self, slices: Any) -> np.ndarray:
+    """Slices or indices of the leading dims, as of an array."""
+    slices = slices if isinstance(slices, tuple) else (slices,)
+    spans, drop = [], []
+    for i, part in enumerate(slices):
+      drop.append(0 if isinstance(part, int) else slice(None))
+      part = slice(part, part + 1) if isinstance(part, int) else part
+      spans.append(slice(*part.indices(self.shape[i])[:2]))
+    spans += [slice(0, n) for n in self.shape[len(slices) :]]
+    return self.read(tuple(spans))[tuple(drop)]
+
+
+def open_arrays(folder: pathlib.Path, names: list[str]) -> dict[str, LazyArray]:
+  """Arrays of an Orbax checkpoint by dotted name; nothing is read yet."""
+  base = {'driver': 'file', 'path': f'{folder}/'}
+  found = {}
+  for name in names:
+    kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
+    spec = {'driver': 'zarr', 'kvstore': kvstore}
+    array = tensorstore.open(spec, read=True).result()
+
+    def read(slices: Slices, array=array) -> np.ndarray:
+      return array[slices].read().result()
+
+    dtype = np.dtype(array.dtype.numpy_dtype)
+    found[name] = LazyArray(tuple(array.shape), dtype, read)
+  return found
+
+
+def save_args(tree: Any) -> Any:
+  """How Orbax is to cut each leaf: by layer and expert, then by bytes."""
+
+  def args(path: tuple, leaf: Any) -> ocp.SaveArgs:
+    if math.prod(np.shape(leaf)) * leaf.dtype.itemsize <= CHUNK_BYTES:
+      return ocp.SaveArgs()
+    keys = [getattr(k, 'key', getattr(k, 'name', None)) for k in path]
+    experts = keys[-1] in _STACKED_EXPERTS and keys[-2] == 'moe'
+    axes = tuple(range(('layers' in keys) + experts))
+    return ocp.SaveArgs(shard_axes=axes, chunk_byte_size=CHUNK_BYTES)
+
+  return jax.tree_util.tree_map_with_path(args, tree)
+
+
+class LazyHandler(ocp.type_handlers.NumpyHandler):
+  """Lets Orbax save `LazyArray`s chunk by chunk, one after the other."""
+
+  def __init__(self):
+    super().__init__(deepcopy_host_arrays=False)
+    self._one = asyncio.Lock()
+
+  async def _open_and_write(
+    self, value: LazyArray, tspec: dict[str, Any], ts_context: Any
+  ) -> None:
+    spec = tensorstore.Spec(tspec)
+    array = await tensorstore.open(
+      spec, create=True, open=True, context=ts_context
+    )
+    async with self._one:
+      writing = None
+      for slices in grid(value.shape, array.chunk_layout.write_chunk.shape):
+        piece = await asyncio.to_thread(value.read, slices)
+        if writing is not None:
+          await writing
+        writing = array[slices].write(piece)
+      await writing
+
+
+def grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Slices]:
+  """Slices that cut `shape` into chunks, the last dim fastest."""
+  starts = [range(0, n, c) for n, c in zip(shape, chunk, strict=True)]
+  for corner in itertools.product(*starts):
+    yield tuple(
+      slice(at, min(at + c, n))
+      for at, c, n in zip(corner, chunk, shape, strict=True)
+    )
+
+
+def to_device(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
+  """The whole array on its devices; the host holds one chunk at a time."""
+  index = sharding.addressable_devices_indices_map(array.shape)
+  parts = []
+  for device, slices in index.items():
+    spans = [s.indices(n)[:2] for s, n in zip(slices, array.shape, strict=True)]
+    origin, sizes = [a for a, _ in spans], [b - a for a, b in spans]
+    with jax.default_device(device):
+      part = jnp.zeros(sizes, array.dtype)
+      for at in grid(tuple(sizes), _piece(tuple(sizes), array.dtype.itemsize)):
+        moved = (
+          slice(o + s.start, o + s.stop)
+          for o, s in zip(origin, at, strict=True)
+        )
+        piece = array.read(tuple(moved))
+        part = _put(part, piece, [s.start for s in at])
+    parts.append(part)
+  return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, piece: jax.Array, at: list) -> jax.Array:
+  """Writes into the buffer of `whole`."""
+  return jax.lax.dynamic_update_slice(whole, piece, at)
+
+
+def _piece(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+  """Cuts leading dims until a piece has at most CHUNK_BYTES."""
+  piece = list(shape)
+  for i, size in enumerate(shape):
+    row = math.prod(piece[i + 1 :]) * itemsize
+    piece[i] = max(1, min(size, CHUNK_BYTES // max(row, 1)))
+    if row * piece[i] <= CHUNK_BYTES and piece[i] > 1:
+      break
+  return tuple(piece)
+
+
+def registry() -> Any:
+  """Orbax's handlers of arrays, and ours."""
+  return ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler()),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),
+    (LazyArray, LazyHandler()),
+  )
