@@ -50,7 +50,7 @@ def make(folder: pathlib.Path, experts: int) -> None:
     return np.resize(noise, [s.stop - s.start for s in at])
 
   leaves = {
-    path: lazy.LazyArray(shape, np.dtype(np.float32), read)
+    path: lazy.LazyArray(shape, np.dtype(np.float32), read, shape)
     for path, shape in hf.leaf_shapes(cfg).items()
   }
   how = {'dtype': 'bfloat16', 'shard_bytes': _SHARD_BYTES}

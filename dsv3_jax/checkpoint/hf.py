@@ -243,8 +243,10 @@ def dequantised(
   def plain(path, leaf):
     if not isinstance(leaf, fp8.Quantized):
       return leaf
-    read = functools.partial(_read_quantised, leaf, *dims[path])
-    return lazy.LazyArray(leaf.shape, np.dtype(np.float32), read)
+    lead, num_in = dims[path]
+    read = functools.partial(_read_quantised, leaf, lead, num_in)
+    chunk = (1,) * lead + tuple(leaf.shape[lead:])
+    return lazy.LazyArray(leaf.shape, np.dtype(np.float32), read, chunk)
 
   return {path: plain(path, leaf) for path, leaf in leaves.items()}
 

@@ -93,21 +93,23 @@ def _leaf(
   pieces: dict, shape: tuple[int, ...], keep_fp8: bool
 ) -> lazy.LazyArray | fp8.Quantized:
   """One parameter over all of its layers and experts."""
+  lead, first = len(next(iter(pieces))), next(iter(pieces.values()))
+  ones = (1,) * lead
+
+  def array(shape, dtype, read, chunk):
+    stacked = _Stacked(pieces, np.dtype(dtype), read)
+    return lazy.LazyArray(shape, stacked.dtype, stacked.read, ones + chunk)
+
   kinds = {piece.dtype for piece in pieces.values()}
   if len(kinds) > 1 or (not keep_fp8 and fp8.E4M3 in kinds):
-    read = _Stacked(pieces, np.float32, _Piece.read).read
-    return lazy.LazyArray(shape, np.dtype(np.float32), read)
+    return array(shape, np.float32, _Piece.read, first.chunk)
   (kind,) = kinds
   if kind != fp8.E4M3:
-    read = _Stacked(pieces, kind, _Piece.read_values).read
-    return lazy.LazyArray(shape, kind, read)
-  lead, first = len(next(iter(pieces))), next(iter(pieces.values()))
-  values = _Stacked(pieces, fp8.E4M3, _Piece.read_values).read
-  scales = _Stacked(pieces, np.float32, _Piece.read_scales).read
-  blocks = (*shape[:lead], *first.scales_shape)
+    return array(shape, kind, _Piece.read_values, first.chunk)
+  scales = first.scales_shape
   return fp8.Quantized(
-    lazy.LazyArray(shape, np.dtype(fp8.E4M3), values),
-    lazy.LazyArray(blocks, np.dtype(np.float32), scales),
+    array(shape, kind, _Piece.read_values, first.chunk),
+    array((*shape[:lead], *scales), np.float32, _Piece.read_scales, scales),
     first.tile,
   )
 
@@ -123,6 +125,14 @@ class _Piece(NamedTuple):
   @property
   def dtype(self) -> np.dtype:
     return shards.DTYPES[self.folder.entries[self.name].dtype]
+
+  @property
+  def chunk(self) -> tuple[int, ...]:
+    """Of our leaf: whole rows of the file, at most `CHUNK_BYTES` in f32."""
+    shape, at = self.place.shapes[self.part], self.place.tensor.num_in
+    step = 4 * math.prod(self.place.file_shape[1:]) * self.place.rows_per_step
+    count = max(1, min(shape[at], lazy.CHUNK_BYTES // step))
+    return (*shape[:at], count, *shape[at + 1 :])
 
   @property
   def tile(self) -> tuple[int, int]:

@@ -28,18 +28,23 @@ _STACKED_EXPERTS = ('w_gate', 'w_up', 'w_down')  # below 'moe'
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
-  """`read(slices)` gives that part as NumPy, made or fetched there and then."""
+  """`read(slices)` gives that part as NumPy, made or fetched there and then.
+
+  chunk: shape of what is best read at once.
+  """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   read: Callable[[Slices], np.ndarray]
+  chunk: tuple[int, ...]
 
   def astype(self, dtype: Any) -> 'LazyArray':
     """The same, cast when read."""
     dtype = np.dtype(dtype)
     if dtype == self.dtype:
       return self
-    return LazyArray(self.shape, dtype, lambda at: self.read(at).astype(dtype))
+    read = lambda at: self.read(at).astype(dtype)
+    return LazyArray(self.shape, dtype, read, self.chunk)
 
   @property
   def ndim(self) -> int:
@@ -78,7 +83,8 @@ def open_arrays(folder: pathlib.Path, names: list[str]) -> dict[str, LazyArray]:
       return array[slices].read().result()
 
     dtype = np.dtype(array.dtype.numpy_dtype)
-    found[name] = LazyArray(tuple(array.shape), dtype, read)
+    chunk = array.chunk_layout.read_chunk.shape
+    found[name] = LazyArray(tuple(array.shape), dtype, read, tuple(chunk))
   return found
 
 
@@ -139,7 +145,7 @@ def to_device(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
     origin, sizes = [a for a, _ in spans], [b - a for a, b in spans]
     with jax.default_device(device):
       part = jnp.zeros(sizes, array.dtype)
-      for at in grid(tuple(sizes), _piece(tuple(sizes), array.dtype.itemsize)):
+      for at in grid(tuple(sizes), array.chunk):
         moved = (
           slice(o + s.start, o + s.stop)
           for o, s in zip(origin, at, strict=True)
@@ -154,17 +160,6 @@ def to_device(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
 def _put(whole: jax.Array, piece: jax.Array, at: list) -> jax.Array:
   """Writes into the buffer of `whole`."""
   return jax.lax.dynamic_update_slice(whole, piece, at)
-
-
-def _piece(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-  """Cuts leading dims until a piece has at most CHUNK_BYTES."""
-  piece = list(shape)
-  for i, size in enumerate(shape):
-    row = math.prod(piece[i + 1 :]) * itemsize
-    piece[i] = max(1, min(size, CHUNK_BYTES // max(row, 1)))
-    if row * piece[i] <= CHUNK_BYTES and piece[i] > 1:
-      break
-  return tuple(piece)
 
 
 def registry() -> Any:

@@ -397,7 +397,7 @@ with source.unlocked():
 cfg = config.from_config_dict(source)
 ones = lambda at: np.ones([s.stop - s.start for s in at], np.float32)
 leaves = {
-  path: lazy.LazyArray(shape, np.dtype(np.float32), ones)
+  path: lazy.LazyArray(shape, np.dtype(np.float32), ones, shape)
   for path, shape in hf.leaf_shapes(cfg).items()
 }
 largest = max(leaf.nbytes for leaf in leaves.values())

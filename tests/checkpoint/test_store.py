@@ -87,7 +87,7 @@ def test_large_leaves_are_cut_by_layer_and_expert(tmp_path):
     sizes = [s.stop - s.start for s in at]
     return np.full(sizes, 10 * at[0].start + at[1].start, np.float32)
 
-  array = lazy.LazyArray(shape, np.dtype(np.float32), read)
+  array = lazy.LazyArray(shape, np.dtype(np.float32), read, shape)
   tree = {'layers': {'moe': {'w_up': array}}, 'b': jnp.arange(3.0)}
   kept = store.Store(tmp_path, keep=1)
   kept.save(0, tree, {})
