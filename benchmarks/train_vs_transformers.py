@@ -50,7 +50,7 @@ EXPERTS['decode'] = ('eager', 'grouped_mm', 'batched_mm')
 
 
 def make_config() -> config.Config:
-  """The model of the comparison: 50M parameters, no MTP, no balance loss."""
+  """The model of the comparison: 103M parameters, no MTP, no balance loss."""
   source = base.get_config()
   with source.unlocked():
     source.precision = 'f32'
