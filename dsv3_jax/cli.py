@@ -89,7 +89,7 @@ def _check_overrides(argv: list[str]) -> None:
     alone([argv[0], files[-1]])
     experiment = dict(alone.config.items())
   except Exception as error:  # an experiment is code of its own
-    why = str(error).strip().splitlines()[-1].strip()
+    why = (str(error).strip().splitlines() or [''])[-1].strip()
     where = traceback.extract_tb(error.__traceback__)[-1]
     if isinstance(error, flags.Error | OSError | SyntaxError):
       raise errors.InputError(f'{files[-1]} cannot be read: {why}') from error
@@ -128,7 +128,7 @@ def train(values: flags.FlagValues) -> int:
       f'dsv3: stopped by a signal; step {stopped.step} is saved', flush=True
     )
     return supervise.EXIT_SAVED_ON_SIGNAL
-  except FloatingPointError as error:
+  except loop.NonFiniteError as error:
     step, told = error.args
     print(f'dsv3: non-finite loss at step {step}: {told}', file=sys.stderr)
     return supervise.EXIT_NON_FINITE
@@ -185,8 +185,12 @@ def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
 
 def generate(values: flags.FlagValues) -> None:
   """Continues prompts with the latent cache; prints tokens per second."""
-  if values.temperature < 0:
-    raise errors.InputError(f'temperature={values.temperature} must be >= 0')
+  if not 0 <= values.temperature < float('inf'):
+    raise errors.InputError(
+      f'temperature={values.temperature} must be >= 0 and finite'
+    )
+  if not 0 <= values.seed < 2**32:
+    raise errors.InputError(f'seed={values.seed} must be in [0, 2**32)')
   if not 0 < values.top_p <= 1:
     raise errors.InputError(f'top_p={values.top_p} must be in (0, 1]')
   loaded = _load(values, values.dtype)
@@ -226,7 +230,7 @@ def _define_eval(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def evaluate(values: flags.FlagValues) -> None:
-  """Held-out loss and bits per byte, beside n-grams and compressors."""
+  """Held-out loss and bits per byte in f32, beside n-grams and compressors."""
   from dsv3_jax import evaluate as evaluators
   from dsv3_jax.data import corpus
 

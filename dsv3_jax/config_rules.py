@@ -66,7 +66,7 @@ _AT_MOST_ONE = ('data.fim_rate', 'data.split_rate', 'sample.top_p')
 
 
 def check(config: Any) -> None:
-  """Raises ValueError with the first rule of `config` that does not hold."""
+  """Raises InputError with the first rule of `config` that does not hold."""
   values = dict(_flatten(config, ''))
   rules = (_ranges(values), _model(config), _run(config), _batch(config))
   for group in rules:
@@ -101,6 +101,7 @@ def _ranges(values: dict[str, Any]) -> Iterator[Rule]:
       yield value < 1, f'{path}={value} must be < 1'
     if path in _AT_MOST_ONE:
       yield value <= 1, f'{path}={value} must be <= 1'
+  yield values['seed'] < 2**32, f'seed={values["seed"]} must be < 2**32'
   step = values['checkpoint.restore_step']
   yield step >= -1, f'checkpoint.restore_step={step} must be a step, or -1'
 

@@ -38,6 +38,10 @@ from dsv3_jax.nn import model
 from dsv3_jax.planning import flops
 
 
+class NonFiniteError(FloatingPointError):
+  """`(step, metrics)` of a loss or gradient that is not finite."""
+
+
 class CorruptionError(RuntimeError):
   """One step, run twice, gave different bits."""
 
@@ -68,8 +72,8 @@ def run(cfg: config.Config, workdir: str | pathlib.Path) -> dict[str, float]:
 
   Raises:
     InputError: bad input, before anything compiles.
-    FloatingPointError: `(step, metrics)` of a non-finite loss; the optimizer
-      was not touched and the last checkpoint stands.
+    NonFiniteError: `(step, metrics)` of a non-finite loss; the optimizer was
+      not touched and the last checkpoint stands.
     CorruptionError: the probe saw two results of one step.
     supervise.Stopped: a signal came; the state was saved.
   """
@@ -81,6 +85,7 @@ def run(cfg: config.Config, workdir: str | pathlib.Path) -> dict[str, float]:
       if stop.requested:
         raise supervise.Stopped(r.step)
       told = _evaluate(r)
+    r.watchdog.beat()
     metrics.plot_loss(r.workdir)
     if cfg.sample.prompts:
       _sample(r)
@@ -101,25 +106,19 @@ def _open(
   stack.enter_context(workdirs.held(workdir))
   checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
   stack.callback(checkpoints.close)
-  workdirs.claim(cfg, workdir)
+  before = workdirs.claim(cfg, workdir)
   tokenizer.save(workdir / 'tokenizer.json')
   how = {'seed': cfg.seed, 'rows': cfg.train.microbatch_size}
   loader = loaders.Loader(corpus.train, tokenizer, cfg.data, **how)
   stack.callback(loader.close)
-  state = _fresh_state(cfg, mesh)
-  ema = optim.HostEma(cfg.optim.ema_decay, state['params'])
+  resume = _step_to_resume(cfg, checkpoints, before)
+  state, ema, extras = _state(cfg, mesh, checkpoints, resume)
   stack.callback(ema.close)
   progress = {'step': 0, 'tokens': 0}
-  wanted = cfg.checkpoint.restore_step
-  resume = checkpoints.latest() if wanted < 0 else wanted
   if resume is not None:
-    arrays, extras = checkpoints.restore(
-      resume, {'train': state, 'ema': ema.tree()}
-    )
     data = workdirs.fingerprint(corpus, tokenizer)
     workdirs.check_fingerprint(data, extras['data'], workdir)
-    state, progress = arrays['train'], extras['progress']
-    ema.load(arrays['ema'])
+    progress = extras['progress']
     loader.set_state(extras['loader'])
     print(f'goes on after step {resume}', flush=True)
     for path in checkpoints.roll_back(resume):
@@ -149,11 +148,39 @@ def _open(
   )
 
 
-def _fresh_state(cfg: config.Config, mesh: jax.sharding.Mesh) -> steps.State:
+def _step_to_resume(
+  cfg: config.Config, checkpoints: store.Store, before: int | None
+) -> int | None:
+  """The newest step, or the one asked for: once, not at every start."""
+  wanted, newest = cfg.checkpoint.restore_step, checkpoints.latest()
+  if wanted < 0 or (wanted == before and newest is not None):
+    return newest
+  return wanted
+
+
+def _state(
+  cfg: config.Config,
+  mesh: jax.sharding.Mesh,
+  checkpoints: store.Store,
+  resume: int | None,
+) -> tuple[steps.State, optim.HostEma, dict]:
+  """Fresh, or restored without making a fresh one first."""
+  init = functools.partial(steps.init_state, cfg)
+  decay = cfg.optim.ema_decay
   with jax.set_mesh(mesh):
     shardings = steps.state_shardings(cfg, mesh)
-    init = functools.partial(steps.init_state, cfg)
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(cfg.seed))
+    if resume is None:
+      key = jax.random.key(cfg.seed)
+      state = jax.jit(init, out_shardings=shardings)(key)
+      return state, optim.HostEma(decay, state['params']), {}
+    shapes = jax.eval_shape(init, jax.random.key(cfg.seed))
+  place = lambda shape, sharding: jax.ShapeDtypeStruct(
+    shape.shape, shape.dtype, sharding=sharding
+  )
+  like = {'train': jax.tree.map(place, shapes, shardings)}
+  like['ema'] = shapes['params'] if decay else {}
+  arrays, extras = checkpoints.restore(resume, like)
+  return arrays['train'], optim.HostEma(decay, arrays['ema']), extras
 
 
 def _check_tokens(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> None:
@@ -218,7 +245,9 @@ def _train(r: Run, stop: supervise.StopSignal) -> None:
     _report(r, *pending)
   if saved != r.step:
     _save(r)
+  r.watchdog.beat()
   r.checkpoints.wait()
+  r.watchdog.beat()
 
 
 def _inputs(r: Run) -> tuple[tuple, int]:
@@ -259,7 +288,7 @@ def _report(r: Run, step: int, tokens: int, rows: int, told: dict) -> None:
   cfg = r.cfg
   told = {name: value.item() for name, value in told.items()}
   if told.pop('halted'):
-    raise FloatingPointError(step, told)
+    raise NonFiniteError(step, told)
   if told['skipped']:
     print(f'step {step}: loss {told["loss"]:.4f} is a spike, skipped')
   r.meter.add(rows * cfg.data.seq_len)

@@ -23,7 +23,10 @@ _MAY_CHANGE = (
   'eval.',
   'sample.',
   'mesh.',
+  # Their content is guarded by the fingerprint.
   'data.cache_dir',
+  'data.source',
+  'data.tokenizer',
 )
 
 
@@ -52,16 +55,20 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def claim(cfg: config.Config, workdir: pathlib.Path) -> None:
+def claim(cfg: config.Config, workdir: pathlib.Path) -> int | None:
   """Writes `config.json`, or checks that the run in `workdir` is this one.
+
+  Returns:
+    The `checkpoint.restore_step` of the start before, if there was one.
 
   Raises:
     InputError: a setting that a run may not change differs from its start's,
       or the file is damaged.
   """
-  path = workdir / 'config.json'
+  path, before = workdir / 'config.json', None
   if path.exists():
     old = flatten(read_json(path))
+    before = old.get('checkpoint.restore_step')
     new = flatten(json.loads(config.to_json(cfg)))
     for name, value in new.items():
       if name.startswith(_MAY_CHANGE) or old.get(name) == value:
@@ -73,6 +80,7 @@ def claim(cfg: config.Config, workdir: pathlib.Path) -> None:
   scratch = workdir / '.config.json'
   scratch.write_text(config.to_json(cfg), encoding='utf-8')
   scratch.replace(path)
+  return before
 
 
 def read_config(directory: str | pathlib.Path) -> config.Config:
@@ -150,8 +158,8 @@ def check_fingerprint(
   for name, value in then.items():
     if now[name] != value:
       raise errors.InputError(
-        f'the {name} is {now[name][:40]}, but {workdir} was trained with '
-        f'{value[:40]}: restore it, or name another --workdir'
+        f'the {name} is {now[name]!r}, but {workdir} was trained with '
+        f'{value!r}: restore it, or name another --workdir'
       )
 
 

@@ -1,6 +1,7 @@
 """The command as a user meets it: a process, its output, its exit code."""
 
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -11,7 +12,7 @@ import time
 
 import pytest
 
-from dsv3_jax import cli, metrics
+from dsv3_jax import cli, metrics, supervise, train
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -105,6 +106,8 @@ def refused(done, *said):
     (['generate', '--checkpoint=nowhere'], 'nowhere/config.json'),
     (['generate', '--checkpoint=x', '--top_p=0'], 'top_p=0.0 must be in'),
     (['generate', '--checkpoint=x', '--temperature=-1'], 'temperature=-1.0'),
+    (['generate', '--checkpoint=x', '--temperature=nan'], 'temperature=nan'),
+    (['generate', '--checkpoint=x', '--seed=-1'], 'seed=-1 must be in'),
     (['eval', '--checkpoint=nowhere'], 'nowhere/config.json'),
     (['eval', '--checkpoint=x', '--task=sing'], "task='sing' must be one of"),
   ],
@@ -124,6 +127,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch, args, said):
     ('import nothing_such', 'broken.py:1'),
     ('x = 1', "no attribute 'get_config'"),
     ('def get_config(arg=None):\n  return 1 / 0', 'broken.py:2'),
+    ('def get_config(arg=None):\n  assert False', 'AssertionError'),
     (None, 'No such file'),
   ],
 )
@@ -148,6 +152,24 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
   monkeypatch.chdir(_ROOT)
   with pytest.raises(ValueError, match='a shape of ours'):
     cli.main(['inspect', _CONFIG])
+
+
+@pytest.mark.parametrize(
+  ('error', 'code', 'said'),
+  [
+    (train.NonFiniteError(7, {'loss': math.inf}), 76, 'loss at step 7'),
+    (train.CorruptionError('step 3 gave'), 77, 'step 3 gave'),
+    (supervise.Stopped(5), 75, 'step 5 is saved'),
+  ],
+)
+def test_exit_codes(capsys, monkeypatch, error, code, said):
+  def run(cfg, workdir):
+    raise error
+
+  monkeypatch.setattr(train, 'run', run)
+  monkeypatch.chdir(_ROOT)
+  assert cli.main(['train', _CONFIG, '--workdir=x']) == code
+  assert said in ''.join(capsys.readouterr())
 
 
 def test_bad_input_ends_the_process_with_2(env):

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from dsv3_jax import config
+from dsv3_jax import config, errors
 from experiments import base
 from tests import settings
 
@@ -98,7 +98,7 @@ def changed(path, value):
   ],
 )  # fmt: skip
 def test_one_clear_line(path, value, said):
-  with pytest.raises(ValueError, match=r'must|unknown') as caught:
+  with pytest.raises(errors.InputError, match=r'must|unknown') as caught:
     config.from_config_dict(changed(path, value))
   message = str(caught.value)
   assert said in message
@@ -109,14 +109,14 @@ def test_groups_of_one_expert_have_no_best_two():
   """Sigmoid gates score a group by its best two (TR 2.1.2)."""
   tree = changed('model.moe.num_groups', 8)
   tree['model']['moe']['top_groups'] = 4
-  with pytest.raises(ValueError, match='scored by its best two'):
+  with pytest.raises(errors.InputError, match='scored by its best two'):
     config.from_config_dict(tree)
 
 
 def test_missing_key_is_named():
   tree = config.to_dict(settings.small())
   del tree['optim']['lr']['peak']
-  with pytest.raises(ValueError, match=r'optim\.lr\.peak is missing'):
+  with pytest.raises(errors.InputError, match=r'optim\.lr\.peak is missing'):
     config.from_config_dict(tree)
 
 

@@ -1,7 +1,4 @@
-"""Scores against the float64 oracle; figures made again by the plainest means.
-
-`test_evaluate.py` has the plain cases.
-"""
+"""Scores against the float64 oracle; figures made again by plain means."""
 
 import collections
 import dataclasses
@@ -14,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax import evaluate
+from dsv3_jax import errors, evaluate
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.nn import model
@@ -156,7 +153,7 @@ def test_baselines_are_counted_on_the_same_bytes(about):
 
 def test_text_that_holds_nothing_is_refused(about):
   empty = corpora.Corpus([], [{'name': 'a', 'text': ''}], '')
-  with pytest.raises(ValueError, match='hold no text'):
+  with pytest.raises(errors.InputError, match='hold no text'):
     evaluate.open_windows(about.cfg, empty, about.tokenizer)
 
 

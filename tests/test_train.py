@@ -5,6 +5,7 @@ import functools
 import importlib
 import json
 import pathlib
+import re
 import shutil
 
 import jax
@@ -15,6 +16,7 @@ import pytest
 from dsv3_jax import config, errors, metrics, optim, sharding, train
 from dsv3_jax import train_step as steps
 from dsv3_jax.checkpoint import store
+from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.nn import model
 from tests import settings, tiny_run
 from tests.nn import models
@@ -74,6 +76,11 @@ def test_resume_is_bitwise(folder):
     assert same == documents
     assert told(workdir) == told(straight)
   assert len(told(straight)) == 40
+  for line in told(straight):
+    done = line['step'] - 1
+    seen = tiny_run.tokens_after(done)
+    assert line['lr'] == np.float32(optim.lr_at(cfg.optim.lr, done, seen))
+    assert line['skipped'] == 0
   for name in ('loss.png', 'samples.txt', 'config.json', 'tokenizer.json'):
     assert (straight / name).stat().st_size > 0
   first, *_, last = told(straight)
@@ -107,7 +114,7 @@ def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
     float('nan') if step == 6 else real(lr, step, tokens)
   )
   monkeypatch.setattr(optim, 'lr_at', broken)
-  with pytest.raises(FloatingPointError) as caught:
+  with pytest.raises(train.NonFiniteError) as caught:
     train.run(cfg, workdir)
   step, said = caught.value.args
   assert step == 8  # step 7 wrote NaN weights, step 8's loss showed it
@@ -119,12 +126,13 @@ def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
 
 def test_going_back_makes_the_later_steps_anew(folder):
   """restore_step: later steps are moved aside, and come out the same."""
-  cfg = tiny_run.make(folder, checkpoint__every_steps=4)
+  cfg = tiny_run.make(folder, checkpoint__every_steps=4, eval__every_steps=4)
   workdir = folder / 'back'
   train.run(until(cfg, 12), workdir)
   want, _ = committed(cfg, workdir, 12)
   back = dataclasses.replace(cfg.checkpoint, restore_step=4)
-  train.run(until(dataclasses.replace(cfg, checkpoint=back), 12), workdir)
+  backwards = dataclasses.replace(cfg, checkpoint=back)
+  train.run(until(backwards, 12), workdir)
   got, _ = committed(cfg, workdir, 12)
   jax.tree.map(np.testing.assert_array_equal, got, want)
   names = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
@@ -132,13 +140,17 @@ def test_going_back_makes_the_later_steps_anew(folder):
                    '000000012', '000000012.aside-1']  # fmt: skip
   assert [line['step'] for line in told(workdir)] == list(range(1, 13))
   lines = metrics.read_metrics(workdir)
-  (held_out,) = (line for line in lines if line['kind'] == 'eval')
-  assert held_out['tokens'] == tiny_run.tokens_after(12)
+  held_out = [line for line in lines if line['kind'] == 'eval']
+  assert [line['step'] for line in held_out] == [4, 8, 12]
+  assert held_out[-1]['tokens'] == tiny_run.tokens_after(12)
 
   # It goes on with its own tokenizer, whatever becomes of the cache; with
   # another corpus it does not.
   shutil.rmtree(cfg.data.cache_dir)
-  train.run(until(cfg, 13), workdir)
+  # Asked again it goes on, so that a stopped run can be started again.
+  train.run(until(backwards, 13), workdir)
+  assert len(list((workdir / 'checkpoints').glob('*.aside-*'))) == 2
+  assert [line['step'] for line in told(workdir)] == list(range(1, 14))
   (folder / 'corpus' / 'more.txt').write_text('more text', encoding='utf-8')
   try:
     with pytest.raises(errors.InputError, match=r'the corpus is .* but .*back'):
@@ -146,6 +158,25 @@ def test_going_back_makes_the_later_steps_anew(folder):
   finally:
     (folder / 'corpus' / 'more.txt').unlink()
   assert not pathlib.Path(cfg.data.cache_dir).exists()
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'data__tokenizer': 'big'}, 'model.vocab_size=512 must be >= 600'),
+    ({'sample__prompts': ('def ' * 99,)}, 'sample.prompts: prompt 0 has'),
+  ],
+)
+def test_refused_before_a_workdir_is_made(folder, tmp_path, changes, said):
+  tiny_run.make(folder)  # writes the corpus
+  if 'data__tokenizer' in changes:
+    texts = [p.read_text() for p in (folder / 'corpus').glob('*.txt')]
+    tokenizers.train(texts, 600).save(tmp_path / 'big.json')
+    changes = {'data__tokenizer': str(tmp_path / 'big.json')}
+  cfg = tiny_run.make(folder, **changes)
+  with pytest.raises(errors.InputError, match=re.escape(said)):
+    train.run(cfg, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def chats(folder):

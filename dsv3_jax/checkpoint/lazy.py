@@ -83,7 +83,7 @@ def open_arrays(folder: pathlib.Path, names: list[str]) -> dict[str, LazyArray]:
       return array[slices].read().result()
 
     dtype = np.dtype(array.dtype.numpy_dtype)
-    chunk = array.chunk_layout.read_chunk.shape
+    chunk = array.chunk_layout.read_chunk.shape or array.shape
     found[name] = LazyArray(tuple(array.shape), dtype, read, tuple(chunk))
   return found
 

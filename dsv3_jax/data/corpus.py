@@ -254,12 +254,18 @@ def _open_tfds(cfg: config.DataConfig) -> Corpus:
     raise errors.InputError(
       f'data.source={cfg.source!r} cannot be prepared: {why}'
     ) from error
-  if cfg.text_key not in builder.info.features:
+  fields, splits = builder.info.features.items(), builder.info.splits
+  known = [name for name, x in fields if isinstance(x, tfds.features.Text)]
+  if cfg.text_key not in known:
     raise errors.InputError(
-      f'data.text_key={cfg.text_key!r} is no field of {title}; it has: '
-      f'{", ".join(builder.info.features)}'
+      f'data.text_key={cfg.text_key!r} is no field of text in {title}; it has: '
+      f'{", ".join(known)}'
     )
-  splits = builder.info.splits
+  if 'train' not in splits:
+    raise errors.InputError(
+      f"data.source={cfg.source!r} has no split 'train'; it has: "
+      f'{", ".join(splits)}'
+    )
   records = lambda part: _TfdsRecords(
     builder.as_data_source(split=part), cfg.text_key, title
   )

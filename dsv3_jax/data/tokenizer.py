@@ -94,7 +94,7 @@ class Tokenizer:
     """Loads a `tokenizer.json`, also gzipped.
 
     Raises:
-      ValueError: the file cannot be read or is no such tokenizer; names it.
+      InputError: the file cannot be read or is no such tokenizer; names it.
     """
     path = pathlib.Path(path)
     try:
@@ -156,7 +156,7 @@ class Tokenizer:
     and the eos after each.
 
     Raises:
-      ValueError: a role other than system, user, assistant; no messages.
+      InputError: a role other than system, user, assistant; no messages.
     """
     if not messages:
       raise errors.InputError('messages=[] must hold at least one message')

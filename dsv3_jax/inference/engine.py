@@ -71,7 +71,7 @@ class Engine:
     """Continues each prompt until `stop_id` or `max_new_tokens`.
 
     Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, or a prompt
+      InputError: an empty prompt, a token outside the vocabulary, or a prompt
         that leaves no room for `max_new_tokens`.
     """
     if max_new_tokens < 1:

@@ -63,7 +63,7 @@ class LoadedModel:
     Position i also sees t_{i+1}; the last position has none and is void.
 
     Raises:
-      ValueError: the model has no MTP module.
+      InputError: the model has no MTP module.
     """
     if not self.config.model.mtp.depth:
       raise errors.InputError('model.mtp.depth=0: this model has no MTP module')

@@ -121,8 +121,9 @@ def update_bias(
     load_E: tokens of the *whole* batch: all devices, all micro-batches.
     rate: gamma of this step.
   """
-  # Loads are whole numbers, so all this is exact: a rounded mean would push
-  # experts that lie just at it, whenever E is not a power of two.
+  # Loads are whole numbers, so all this is exact (up to 2^24, and beyond it to
+  # f32's rounding): a rounded mean would push experts that lie just at it,
+  # whenever E is not a power of two.
   excess_E = load_E - load_E[..., :1]
   total = jnp.sum(excess_E, axis=-1, keepdims=True)
   return bias_E + rate * jnp.sign(total - load_E.shape[-1] * excess_E)

@@ -109,16 +109,16 @@ def test_conversations(tmp_path):
 )
 def test_bad_files_are_named(tmp_path, name, body, said):
   (tmp_path / name).write_bytes(body)
-  with pytest.raises(ValueError, match=re.escape(said)) as caught:
+  with pytest.raises(errors.InputError, match=re.escape(said)) as caught:
     list(files.open_glob(str(tmp_path / '*'), 'text'))
   assert '\n' not in str(caught.value)
 
 
 def test_no_file_and_empty_parts(tmp_path):
-  with pytest.raises(ValueError, match='matches no file'):
+  with pytest.raises(errors.InputError, match='matches no file'):
     corpus.open_corpus(data_config(tmp_path / '*.txt'))
   (tmp_path / 'a.txt').write_text('x')
-  with pytest.raises(ValueError, match=r'has no (train|valid) documents'):
+  with pytest.raises(errors.InputError, match=r'no (train|valid) documents'):
     corpus.open_corpus(data_config(tmp_path / '*.txt'))
 
 
@@ -164,7 +164,7 @@ def test_any_tfds_set(tmp_path, name):
   if name == 'odd_texts':
     assert sorted(texts[1]) == sorted(_TEXTS[20:25])
   assert opened.fingerprint.startswith(f'{name}/2.0.0 train:')
-  with pytest.raises(errors.InputError, match="text_key='text' is no field"):
+  with pytest.raises(errors.InputError, match="'text' is no field of text"):
     corpus.open_corpus(data_config(f'tfds:{name}', tmp_path))
 
 
@@ -216,6 +216,22 @@ def test_standard_library(tmp_path):
   assert sum(len(corpus.document_text(x)) for x in opened.train) > 10_000_000
   again = corpus.open_corpus(cfg)
   assert again.train[5] == opened.train[5]
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [{'tokenizer_vocab': 291}, {'valid_fraction': 0.2}, {'source': 'more'}],
+)
+def test_another_corpus_or_size_has_another_tokenizer(tmp_path, changes):
+  cfg = data_config(write_text(tmp_path), tmp_path / 'cache')
+  cfg = dataclasses.replace(cfg, tokenizer='', tokenizer_vocab=290)
+  corpus.load_tokenizer(cfg, corpus.open_corpus(cfg))
+  if 'source' in changes:
+    (tmp_path / '30.txt').write_text('a text more, of other words')
+  else:
+    cfg = dataclasses.replace(cfg, **changes)
+  corpus.load_tokenizer(cfg, corpus.open_corpus(cfg))
+  assert len(list((tmp_path / 'cache').glob('tokenizer-*.json'))) == 2
 
 
 def test_tokenizer_is_trained_once_and_kept(tmp_path):

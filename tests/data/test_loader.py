@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from dsv3_jax import errors
 from dsv3_jax.data import loader, tokenizer
 from tests import settings
 
@@ -22,6 +23,26 @@ _DOCUMENTS = [
 @pytest.fixture(scope='module')
 def bpe():
   return tokenizer.train([d['text'] for d in _DOCUMENTS], 280)
+
+
+def test_a_broken_record_ends_the_stream_with_its_own_error(bpe):
+  """Through Grain's threads: one line, and not a fault of ours."""
+
+  class Broken(list):
+    reads = 0
+
+    def __getitem__(self, i):
+      self.reads += 1
+      if self.reads > 3:
+        raise errors.InputError(f'records.jsonl:{i} is not JSON')
+      return super().__getitem__(i)
+
+  made = loader.Loader(Broken(_DOCUMENTS), bpe, data_config(), seed=0, rows=2)
+  try:
+    with pytest.raises(errors.InputError, match=r'records\.jsonl:\d+ is'):
+      next(made)
+  finally:
+    made.close()
 
 
 def data_config(**changes):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from dsv3_jax import errors
 from dsv3_jax.data import tokenizer
 
 _SHARED = pathlib.Path(__file__).resolve().parents[3] / 'shared' / 'data'
@@ -50,6 +51,16 @@ def test_published_ids():
 
 
 @needs_published
+def test_published_punctuation_with_line_ends():
+  """801 tokens of punctuation and symbols with line ends behind."""
+  t = published()
+  assert len(t.splittable_ids) == 801
+  for index in t.splittable_ids.tolist():
+    pieces = t.punctuation_newlines[index]
+    assert len(pieces) > 1 and t.decode(pieces) == t.decode([index])
+
+
+@needs_published
 def test_published_round_trip():
   t = published()
   ids = t.encode(_MIXED)
@@ -81,7 +92,7 @@ def test_trained_vocabulary_has_the_size_asked_for_and_helps():
   t = trained()
   assert t.vocab_size == 300
   assert t.encode(_TEXT).size < len(_TEXT) / 2
-  with pytest.raises(ValueError, match=r'tokenizer_vocab=9999 must be <= \d+'):
+  with pytest.raises(errors.InputError, match=r'vocab=9999 must be <= \d+'):
     tokenizer.train(['abc'], 9999)
 
 
@@ -124,7 +135,7 @@ def test_chat_template():
   ],
 )
 def test_bad_chats(messages, said):
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(errors.InputError, match=said):
     trained().encode_chat(messages)
 
 
@@ -150,6 +161,6 @@ def test_bad_files_are_named(tmp_path, body, said):
   path = tmp_path / 'tokenizer.json'
   if body is not None:
     path.write_bytes(body)
-  with pytest.raises(ValueError, match=said) as caught:
+  with pytest.raises(errors.InputError, match=said) as caught:
     tokenizer.Tokenizer.from_file(path)
   assert str(path) in str(caught.value)

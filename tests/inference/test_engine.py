@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax import errors
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
 from tests import settings
@@ -85,5 +86,5 @@ def test_decode_compiles_once(weights):
   ],
 )
 def test_bad_requests(net, prompts, count, said):
-  with pytest.raises(ValueError, match=said):
+  with pytest.raises(errors.InputError, match=said):
     net.generate(prompts, count)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dsv3_jax import errors
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
 from tests import settings
@@ -68,7 +69,7 @@ def test_greedy_across_the_borders_of_padding(net, weights, sizes):
 def test_the_last_place_of_the_sequence_can_be_filled(net):
   prompt = [5] * (ROOM - 20)
   assert len(net.generate([prompt], 20).tokens[0]) == 20
-  with pytest.raises(ValueError, match=f'has {ROOM - 19} tokens.*at most 140'):
+  with pytest.raises(errors.InputError, match=f'has {ROOM - 19} .*most 140'):
     net.generate([[5], prompt + [5]], 20)
 
 

@@ -1,7 +1,4 @@
-"""A loaded run: the trainer's very state, its oracle, its text, its damage.
-
-`test_loaded.py` has the plain cases.
-"""
+"""A loaded run: the trainer's very state, its oracle, its text, its damage."""
 
 import contextlib
 import dataclasses
@@ -160,7 +157,7 @@ def test_a_model_without_mtp_has_no_mtp_logits(run, trained):
   args = (trained.params, trained.router, trained.tokenizer)
   model_without = loaded.LoadedModel(cfg, *args)
   tokens_BT = tokens_of(cfg, (1, 5))
-  with pytest.raises(ValueError, match=r'model\.mtp\.depth=0'):
+  with pytest.raises(errors.InputError, match=r'model\.mtp\.depth=0'):
     model_without.mtp_logits(tokens_BT)
   np.testing.assert_array_equal(
     model_without.logits(tokens_BT), trained.logits(tokens_BT)
@@ -207,20 +204,20 @@ def test_logits_of_what_is_no_token_are_refused(trained, tokens, said):
 
 @pytest.mark.parametrize('dtype', ['bf16', 'float16', ''])
 def test_other_dtypes_are_refused_before_anything_is_read(tmp_path, dtype):
-  with pytest.raises(ValueError, match=f"dtype='{dtype}' must be 'float32'"):
+  with pytest.raises(errors.InputError, match=f"dtype='{dtype}' must be"):
     dsv3_jax.load(tmp_path / 'nowhere', dtype)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
   with pytest.raises(
-    ValueError, match=r'config\.json cannot be read \(No such'
+    errors.InputError, match=r'config\.json cannot be read \(No such'
   ):
     dsv3_jax.load(tmp_path / 'nowhere')
   (tmp_path / 'config.json').write_text('{"seed": 1,', encoding='utf-8')
-  with pytest.raises(ValueError, match=r'config\.json is not JSON'):
+  with pytest.raises(errors.InputError, match=r'config\.json is not JSON'):
     dsv3_jax.load(tmp_path)
   (tmp_path / 'config.json').write_text('{"seed": 1}', encoding='utf-8')
-  with pytest.raises(ValueError, match='precision is missing'):
+  with pytest.raises(errors.InputError, match='precision is missing'):
     dsv3_jax.load(tmp_path)
 
 
@@ -239,7 +236,7 @@ def test_a_flipped_bit_is_refused_by_the_file_s_name(copied):
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   path.write_bytes(data)
-  with pytest.raises(ValueError, match=f'{path.name} does not match its sha'):
+  with pytest.raises(errors.InputError, match=f'{path.name} does not match'):
     dsv3_jax.load(workdir)
 
 
@@ -247,7 +244,7 @@ def test_a_flipped_bit_is_refused_by_the_file_s_name(copied):
 def test_a_missing_file_is_refused_by_its_name(copied, name):
   workdir, step = copied
   (step / name).unlink()
-  with pytest.raises(ValueError, match=f'{name} is missing'):
+  with pytest.raises(errors.InputError, match=f'{name} is missing'):
     dsv3_jax.load(workdir)
 
 
@@ -258,5 +255,5 @@ def test_a_run_without_steps_or_tokenizer_is_refused(copied):
   with pytest.raises(errors.InputError, match=r'no tokenizer\.json'):
     without.generate(['def'], 3)
   shutil.rmtree(workdir / 'checkpoints')
-  with pytest.raises(ValueError, match='checkpoints holds no committed step'):
+  with pytest.raises(errors.InputError, match='holds no committed step'):
     dsv3_jax.load(workdir)
