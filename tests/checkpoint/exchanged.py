@@ -70,8 +70,8 @@ CASES = {
 }
 
 
-def make(name):
-  return settings.small(**(_SHAPE | CASES[name]))
+def make(name, **changes):
+  return settings.small(**(_SHAPE | CASES[name] | changes))
 
 
 def random_weights(cfg, seed=0):
