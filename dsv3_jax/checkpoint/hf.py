@@ -212,12 +212,19 @@ def _as_integers(x: np.ndarray) -> np.ndarray:
 
 
 def _turned(x: np.ndarray) -> np.ndarray:
-  """x.T, contiguous, moved in squares that fit into a cache."""
+  """x.T, contiguous, moved in squares that fit into a cache.
+
+  Each goes through a buffer whose rows are a little longer: rows that lie a
+  power of two apart would drive one another out of the cache.
+  """
   out = np.empty(x.shape[::-1], x.dtype)
+  buffer = np.empty((_SQUARE, _SQUARE + 8), x.dtype)
   for i in range(0, x.shape[0], _SQUARE):
     for j in range(0, x.shape[1], _SQUARE):
       square = x[i : i + _SQUARE, j : j + _SQUARE]
-      out[j : j + _SQUARE, i : i + _SQUARE] = square.T
+      held = buffer[: square.shape[0], : square.shape[1]]
+      held[...] = square
+      out[j : j + _SQUARE, i : i + _SQUARE] = held.T
   return out
 
 
