@@ -292,7 +292,7 @@ def export(values: flags.FlagValues) -> None:
       dtype=values.dtype,
       shard_bytes=int(values.shard_gb * 1e9),
       documents=documents,
-      source=f'{directory.absolute()} {values.step} {values.ema}',
+      source=loaded.mark(directory, values.step, values.ema),
       progress=functools.partial(print, flush=True),
     )
 

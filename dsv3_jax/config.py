@@ -9,6 +9,7 @@ unit and its section of the technical report (TR).
 import dataclasses
 import difflib
 import json
+import pathlib
 import types
 import typing
 from collections.abc import Mapping
@@ -269,6 +270,26 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_json(config: Config) -> str:
   """`to_dict` as text for `config.json`."""
   return json.dumps(to_dict(config), indent=2) + '\n'
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The object in a `config.json`, of a workdir or of a Hugging Face folder.
+
+  Raises:
+    InputError: it cannot be read, or is damaged; names the file.
+  """
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+  except OSError as error:
+    raise errors.InputError(
+      f'{path} cannot be read ({error.strerror}): name the workdir of a '
+      'training run, or a Hugging Face folder'
+    ) from error
+  except (ValueError, RecursionError) as error:
+    raise errors.InputError(f'{path} is not JSON: {error}') from error
+  if not isinstance(found, dict):
+    raise errors.InputError(f'{path} must hold one JSON object')
+  return found
 
 
 def check_path(source: Mapping, path: str) -> None:

@@ -106,7 +106,7 @@ def _open(
   stack.enter_context(workdirs.held(workdir))
   checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
   stack.callback(checkpoints.close)
-  before = workdirs.claim(cfg, workdir)
+  before = workdirs.check(cfg, workdir)
   tokenizer.save(workdir / 'tokenizer.json')
   how = {'seed': cfg.seed, 'rows': cfg.train.microbatch_size}
   loader = loaders.Loader(corpus.train, tokenizer, cfg.data, **how)
@@ -123,6 +123,8 @@ def _open(
     print(f'goes on after step {resume}', flush=True)
     for path in checkpoints.roll_back(resume):
       print(f'  moved aside: {path}', flush=True)
+  # Not before: a start that ends above must find its request unanswered.
+  workdirs.write_config(cfg, workdir)
   ended = progress['tokens'] >= cfg.train.total_tokens
   writer = metrics.MetricWriter(workdir, progress['step'], again=ended)
   stack.callback(writer.close)

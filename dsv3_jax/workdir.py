@@ -55,8 +55,8 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
     yield
 
 
-def claim(cfg: config.Config, workdir: pathlib.Path) -> int | None:
-  """Writes `config.json`, or checks that the run in `workdir` is this one.
+def check(cfg: config.Config, workdir: pathlib.Path) -> int | None:
+  """Checks that the run in `workdir`, if there is one, is this one.
 
   Returns:
     The `checkpoint.restore_step` of the start before, if there was one.
@@ -67,7 +67,7 @@ def claim(cfg: config.Config, workdir: pathlib.Path) -> int | None:
   """
   path, before = workdir / 'config.json', None
   if path.exists():
-    old = flatten(read_json(path))
+    old = flatten(config.read_json(path))
     before = old.get('checkpoint.restore_step')
     new = flatten(json.loads(config.to_json(cfg)))
     for name, value in new.items():
@@ -77,10 +77,15 @@ def claim(cfg: config.Config, workdir: pathlib.Path) -> int | None:
         f'{name}={value!r} differs from {old.get(name)!r} in {path}: name '
         'another --workdir, or keep the value'
       )
+  return before
+
+
+def write_config(cfg: config.Config, workdir: pathlib.Path) -> None:
+  """Writes `config.json`, which the next start is checked against."""
+  path = workdir / 'config.json'
   scratch = workdir / '.config.json'
   scratch.write_text(config.to_json(cfg), encoding='utf-8')
   scratch.replace(path)
-  return before
 
 
 def read_config(directory: str | pathlib.Path) -> config.Config:
@@ -90,31 +95,11 @@ def read_config(directory: str | pathlib.Path) -> config.Config:
     InputError: there is no readable `config.json`.
   """
   path = pathlib.Path(directory) / 'config.json'
-  source = read_json(path)
+  source = config.read_json(path)
   try:
     return config.from_config_dict(source)
   except errors.InputError as error:
     raise errors.InputError(f'{path}: {error}') from error
-
-
-def read_json(path: pathlib.Path) -> Any:
-  """The object in a JSON file of a workdir.
-
-  Raises:
-    InputError: it cannot be read, or is damaged; names the file.
-  """
-  try:
-    found = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as error:
-    raise errors.InputError(
-      f'{path} cannot be read ({error.strerror}): name the workdir of a '
-      'training run'
-    ) from error
-  except ValueError as error:
-    raise errors.InputError(f'{path} is not JSON: {error}') from error
-  if not isinstance(found, dict):
-    raise errors.InputError(f'{path} must hold one JSON object')
-  return found
 
 
 def tokenizer(

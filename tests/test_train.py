@@ -132,6 +132,11 @@ def test_going_back_makes_the_later_steps_anew(folder):
   want, _ = committed(cfg, workdir, 12)
   back = dataclasses.replace(cfg.checkpoint, restore_step=4)
   backwards = dataclasses.replace(cfg, checkpoint=back)
+  # A start that does not get there leaves the request unanswered.
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(store.Store, 'roll_back', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      train.run(until(backwards, 12), workdir)
   train.run(until(backwards, 12), workdir)
   got, _ = committed(cfg, workdir, 12)
   jax.tree.map(np.testing.assert_array_equal, got, want)

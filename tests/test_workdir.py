@@ -13,22 +13,24 @@ from tests import tiny_run
 
 def test_what_a_run_may_not_change(tmp_path):
   cfg = tiny_run.make(tmp_path)
-  workdir.claim(cfg, tmp_path)
+  workdir.check(cfg, tmp_path)
+  workdir.write_config(cfg, tmp_path)
   path = tmp_path / 'config.json'
   body = path.read_text()
   other = tiny_run.make(tmp_path, optim__lr__peak=0.5)
   with pytest.raises(
     errors.InputError, match=r'optim\.lr\.peak=0\.5 diff'
   ) as e:
-    workdir.claim(other, tmp_path)
+    workdir.check(other, tmp_path)
   assert '--workdir' in str(e.value)
   assert path.read_text() == body
   longer = tiny_run.make(tmp_path, train__total_tokens=6400)
-  workdir.claim(longer, tmp_path)
+  assert workdir.check(longer, tmp_path) == -1
+  workdir.write_config(longer, tmp_path)
   assert json.loads(path.read_text())['train']['total_tokens'] == 6400
   assert workdir.read_config(tmp_path) == longer
   path.write_text(body[:100])
-  for read in (lambda: workdir.claim(cfg, tmp_path),
+  for read in (lambda: workdir.check(cfg, tmp_path),
                lambda: workdir.read_config(tmp_path)):  # fmt: skip
     with pytest.raises(errors.InputError, match=r'config\.json is not JSON'):
       read()

@@ -7,9 +7,7 @@ turned when they are asked for. The released inference code's names (`wq_a`,
 """
 
 import itertools
-import json
 import math
-import pathlib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -266,23 +264,3 @@ def _check_entry(folder: shards.Folder, name: str, place: hf.Place) -> None:
         f'{scales.path}: {scale} is {scales.dtype}{list(scales.shape)}, wanted '
         f'F32{list(blocks)}'
       )
-
-
-def read_config(directory: pathlib.Path) -> dict[str, Any]:
-  """`config.json` of a Hugging Face folder, as it stands.
-
-  Raises:
-    InputError: it is missing or no JSON object.
-  """
-  path = directory / 'config.json'
-  try:
-    body = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as error:
-    raise errors.InputError(
-      f'{path} cannot be read ({error.strerror})'
-    ) from error
-  except (ValueError, RecursionError) as error:
-    raise errors.InputError(f'{path} is not JSON: {error}') from error
-  if not isinstance(body, dict):
-    raise errors.InputError(f'{path} must hold one JSON object')
-  return body

@@ -21,7 +21,7 @@ Leaves = hf_read.Leaves
 def is_folder(directory: pathlib.Path) -> bool:
   """True if there is a `config.json` of transformers' kind."""
   return (directory / 'config.json').exists() and (
-    'model_type' in hf_read.read_config(directory)
+    'model_type' in config.read_json(directory / 'config.json')
   )
 
 
@@ -49,7 +49,7 @@ def _experiment(
 ) -> config.Config:
   """`base` with the shape that `config.json` tells."""
   where = directory / 'config.json'
-  settings = hf_config.read(hf_read.read_config(directory), str(where))
+  settings = hf_config.read(config.read_json(where), str(where))
   settings['mtp.depth'] = hf_read.mtp_depth(folder)
   body = copy.deepcopy(dict(base))
   for name, value in settings.items():

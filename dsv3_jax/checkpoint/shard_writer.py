@@ -18,8 +18,6 @@ from dsv3_jax.checkpoint import shard_header, shards
 
 _ALIGN = 8  # bytes; of the widest dtype
 
-digest = shards.digest  # of a finished file, for `write_sums`
-
 
 @dataclasses.dataclass(frozen=True)
 class Spec:

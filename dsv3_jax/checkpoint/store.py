@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dsv3_jax import errors
-from dsv3_jax.checkpoint import lazy
+from dsv3_jax.checkpoint import lazy, shards
 
 Tree = Any
 _MANIFEST = 'manifest.json'
@@ -174,6 +174,17 @@ class Store:
     found = lazy.open_arrays(folder, list(names))
     return {tuple(name.split('.')): array for name, array in found.items()}
 
+  def mark(self, step: int) -> str:
+    """What tells this step's content from any other's: a hash of its hashes.
+
+    Raises:
+      CheckpointError: there is no such step.
+    """
+    path = self._path(step) / _MANIFEST
+    if not path.exists():
+      self.verify(step)
+    return shards.digest(path)
+
   def roll_back(self, step: int) -> list[pathlib.Path]:
     """Moves the steps after `step` aside, so that they can be made anew.
 
@@ -296,9 +307,7 @@ def _files(folder: pathlib.Path) -> list[str]:
 
 
 def _digest(path: pathlib.Path) -> dict[str, Any]:
-  with open(path, 'rb') as file:
-    digest = hashlib.file_digest(file, 'sha256').hexdigest()
-  return {'sha256': digest, 'bytes': path.stat().st_size}
+  return {'sha256': shards.digest(path), 'bytes': path.stat().st_size}
 
 
 def _digest_json(body: Any) -> str:

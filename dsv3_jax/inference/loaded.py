@@ -168,6 +168,18 @@ def opened(
     yield found
 
 
+def mark(directory: pathlib.Path, step: int = -1, ema: bool = False) -> str:
+  """Differs for other weights: another step, a step made anew, other files."""
+  if importing.is_folder(directory):
+    files = sorted(directory.glob('*.safetensors'))
+    told = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return f'{directory.absolute()} {told}'
+  checkpoints = store.Store(directory / 'checkpoints', keep=1)
+  with contextlib.closing(checkpoints):
+    newest = checkpoints.latest() or 0
+    return f'{checkpoints.mark(newest if step < 0 else step)} {ema}'
+
+
 @contextlib.contextmanager
 def _open_workdir(
   directory: pathlib.Path, step: int, ema: bool

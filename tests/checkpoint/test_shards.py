@@ -599,7 +599,7 @@ def test_an_index_beside_a_single_file_is_refused(pair):
 
 def sums(folder):
   files = folder.glob('*.safetensors')
-  found = {path.name: shard_writer.digest(path) for path in files}
+  found = {path.name: shards.digest(path) for path in files}
   shard_writer.write_sums(folder, found)
   return folder / shards.SUMS
 

@@ -177,6 +177,15 @@ def test_any_committed_step_can_be_loaded(run, trained):
     dsv3_jax.load(run[1], step=4)
 
 
+def test_marks_tell_weights_apart(run, copied):
+  marks = [loaded.mark(run[1], step) for step in (3, 6)]
+  assert marks[0] != marks[1] == loaded.mark(run[1])
+  assert loaded.mark(run[1], ema=True) != marks[1]
+  assert loaded.mark(copied[0]) == marks[1]
+  with pytest.raises(errors.InputError, match='000000004 does not exist'):
+    loaded.mark(run[1], 4)
+
+
 def test_the_average_of_the_weights_can_be_loaded(run, trained, copied):
   averaged = dsv3_jax.load(run[1], ema=True)
   np.testing.assert_array_equal(averaged.router['moe'], trained.router['moe'])
