@@ -1,0 +1,1 @@
+"""Kernels of DeepSeek-V3: each op with its reference, its api and its cases."""
