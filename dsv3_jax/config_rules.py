@@ -14,7 +14,7 @@ from dsv3_jax import errors
 Rule = tuple[bool, str]
 
 _CHOICES = {
-  'precision': ('bf16', 'f32'),
+  'precision': ('bf16', 'fp8', 'fp8_block_dgrad', 'f32'),
   'model.remat': ('none', 'report', 'full'),
   'model.moe.score_func': ('sigmoid', 'softmax'),
   'model.moe.product': ('auto', 'blocks', 'dense', 'ragged'),

@@ -72,7 +72,8 @@ def make_train_step(
   `batch_nBT` holds up to n micro-batches of which `num_micro` count; the rest
   is padding. `hyper` holds this step's 'lr', 'mtp_weight' and 'bias_rate'.
   """
-  net, optimizer = model.build(cfg), optim.adamw(cfg.optim)
+  net = model.build(cfg, training=True)
+  optimizer = optim.adamw(cfg.optim)
 
   def step(state, batch_nBT, num_micro, hyper):
     grads, parts = _accumulate(cfg, net, state, batch_nBT, num_micro, hyper)
@@ -112,9 +113,13 @@ def _accumulate(cfg, net, state, batch_nBT, num_micro, hyper):
   )
   scales['mtp_weight'] = hyper['mtp_weight']
 
+  # Once a step: the micro-batches share the FP8 forms of the weights.
+  quantized = model.quantize(net.policy, state['params'])
+
   def loss(params, batch):
+    variables = {'params': params} | quantized
     total, parts = net.apply(
-      {'params': params}, batch, state['router'], scales, method='loss'
+      variables, batch, state['router'], scales, method='loss'
     )
     return total, parts | {'total': total}
 

@@ -1,10 +1,10 @@
 """The one type for quantised tensors, and the formats of its values.
 
-A tile of a tensor (rows x columns) shares one f32 scale: tensor ~ value * scale.
-Tiles at the lower and right edges may be partial. Activations have tiles of
-1 x 128, weights of 128 x 128 (TR 3.3.2); every product contracts the last dim of
-both of its operands, which is the only order that Hopper's FP8 tensor cores
-take.
+A tile of a tensor (rows x columns) shares one f32 scale: tensor ~ value *
+scale. Tiles at the lower and right edges may be partial. Activations have tiles
+of 1 x 128, weights of 128 x 128 (TR 3.3.2); every product contracts the last
+dim of both of its operands, which is the only order that Hopper's FP8 tensor
+cores take.
 
 Letters: I rows, J columns, i and j their tiles.
 """

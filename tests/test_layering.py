@@ -13,6 +13,7 @@ LAYERS = {
   'dsv3_jax.errors': 0,
   'dsv3_jax.config': 1,
   'dsv3_jax.config_rules': 1,
+  'dsv3_jax.precision': 1,
   'dsv3_jax.sharding': 1,
   'dsv3_jax.ops': 2,
   'dsv3_jax.nn': 3,

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config
+from dsv3_jax import config, precision
 from dsv3_jax.nn import layers
-from dsv3_jax.ops import mla, norm, rope
+from dsv3_jax.ops import attention, fp8_linear, linear, mla, norm, rope
 
 
 class Context(NamedTuple):
@@ -68,7 +68,7 @@ class LatentAttention(nn.Module):
   """
 
   cfg: config.ModelConfig
-  dtype: jnp.dtype
+  policy: precision.Policy
   absorbed: bool
 
   @nn.compact
@@ -79,22 +79,27 @@ class LatentAttention(nn.Module):
     cache: Cache | None,
     layer: Int[Array, ''],
   ) -> tuple[Float[Array, 'B T D'], Cache | None]:
-    cfg, m = self.cfg, self.cfg.mla
-    q_BTNX = self._queries(x_BTD)
+    cfg, m, policy = self.cfg, self.cfg.mla, self.policy
     cos, sin = context.cos_BTr, context.sin_BTr
-    q_nope, q_rope = mla.split_query(q_BTNX, cos, sin)
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    tokens = x_BTD.shape[:2]
+    x = linear.operand(flat(x_BTD), policy)
+    q_BTNX = self._queries(x).reshape(*tokens, m.num_heads, m.qk_head_dim)
     w_dkv_DY = self._weight(
       'w_dkv', (cfg.d_model, m.cache_width), 'embed', None
     )
     kv_norm = layers.norm_weight(self, 'kv_norm', m.kv_lora_rank, 'kv_latent')
-    latents = mla.compress(x_BTD, w_dkv_DY, kv_norm, cos, sin, cfg.norm_eps)
+    with jax.named_scope('kv_down'):
+      y_BTY = linear.project(x, w_dkv_DY, policy).reshape(*tokens, -1)
+    latents = mla.compress(y_BTY, kv_norm, cos, sin, cfg.norm_eps)
     up = (m.kv_lora_rank, m.num_heads)
     axes = ('kv_latent', 'heads', 'head_dim')
     w_uk_CNH = self._weight('w_uk', (*up, m.qk_nope_head_dim), *axes)
     w_uv_CNU = self._weight('w_uv', (*up, m.v_head_dim), *axes)
     cache = _write(cache, latents, context.index_BT, layer)
-    scale = rope.softmax_scale(cfg)
+    scale, packed = rope.softmax_scale(cfg), None
     if self.absorbed:
+      q_nope, q_rope = mla.split_query(q_BTNX, cos, sin)
       cached = mla.Latents(cache.c_LBSC[layer], cache.k_rope_LBSR[layer])
       length = cached.c_BSC.shape[1]
       mask_BTS = jnp.arange(length) <= context.index_BT[:, :, None]
@@ -102,24 +107,34 @@ class LatentAttention(nn.Module):
         q_nope, q_rope, cached, w_uk_CNH, w_uv_CNU, mask_BTS, scale
       )
     else:
-      segments = context.segments_BT
-      o_BTNU = mla.attend_naive(
-        q_nope, q_rope, latents, w_uk_CNH, w_uv_CNU, segments, scale
+      q_BTNX = jnp.concatenate(mla.split_query(q_BTNX, cos, sin), axis=-1)
+      c = linear.operand(flat(latents.c_BSC), policy)
+      with jax.named_scope('kv_up'):
+        heads = (*tokens, m.num_heads, -1)
+        k_nope_BSNH = linear.project(c, w_uk_CNH, policy).reshape(heads)
+        v_BSNU = linear.project(c, w_uv_CNU, policy).reshape(heads)
+      keys = (k_nope_BSNH, latents.k_rope_BSR, v_BSNU)
+      o_BTNU, packed = attention.causal(
+        q_BTNX, *keys, context.segments_BT, scale, pack=policy.fp8
       )
     shape = (m.num_heads, m.v_head_dim, cfg.d_model)
     w_o_NUD = self._weight('w_o', shape, 'heads', 'head_dim', 'embed')
     with jax.named_scope('attention_out'):
-      return jnp.einsum('btnu,nud->btd', o_BTNU, w_o_NUD), cache
+      o = o_BTNU.reshape(-1, m.num_heads * m.v_head_dim)
+      if policy.fp8:
+        o = fp8_linear.operand(o, policy, pow2=True)._replace(kept=packed)
+      y_MD = linear.project(o, w_o_NUD, policy, pow2=True)
+      return y_MD.reshape(x_BTD.shape), cache
 
-  def _queries(self, x_BTD: Float[Array, 'B T D']) -> Float[Array, 'B T N X']:
+  def _queries(self, x: linear.Operand) -> Float[Array, 'M NX']:
     """Query heads, through the query latent if there is one (TR eqs. 6, 7)."""
-    m = self.cfg.mla
+    m, policy = self.cfg.mla, self.policy
     heads = (m.num_heads, m.qk_head_dim)
     with jax.named_scope('q_proj'):
       if not m.q_lora_rank:
         shape = (self.cfg.d_model, *heads)
         w_q_DNX = self._weight('w_q', shape, 'embed', 'heads', 'head_dim')
-        return jnp.einsum('btd,dnx->btnx', x_BTD, w_q_DNX)
+        return linear.project(x, w_q_DNX, policy)
       rank = m.q_lora_rank
       w_dq_DQ = self._weight(
         'w_dq', (self.cfg.d_model, rank), 'embed', 'q_latent'
@@ -128,14 +143,13 @@ class LatentAttention(nn.Module):
       w_uq_QNX = self._weight(
         'w_uq', (rank, *heads), 'q_latent', 'heads', 'head_dim'
       )
-      q_BTQ = jnp.einsum('btd,dq->btq', x_BTD, w_dq_DQ)
-      q_BTQ = checkpoint_name(q_BTQ, 'q_latent')
-      q_BTQ = norm.rms_norm(q_BTQ, q_norm, self.cfg.norm_eps)
-      return jnp.einsum('btq,qnx->btnx', q_BTQ, w_uq_QNX)
+      q_MQ = linear.project(x, w_dq_DQ, policy)
+      q_MQ = checkpoint_name(q_MQ, 'q_latent')
+      q_MQ = norm.rms_norm(q_MQ, q_norm, self.cfg.norm_eps)
+      return linear.project(linear.operand(q_MQ, policy), w_uq_QNX, policy)
 
   def _weight(self, name: str, shape: tuple[int, ...], *axes: str | None):
-    w = layers.weight(self, name, shape, axes, self.cfg.init_std)
-    return w.astype(self.dtype)
+    return layers.matrix(self, name, shape, axes, self.cfg.init_std)
 
 
 def _write(

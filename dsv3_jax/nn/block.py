@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax import config, sharding
+from dsv3_jax import config, precision, sharding
 from dsv3_jax.nn import attention, layers, moe
 from dsv3_jax.ops import linear
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
   cfg: config.ModelConfig
   balance: config.BalanceConfig
-  dtype: jnp.dtype
+  policy: precision.Policy
   is_moe: bool
   absorbed: bool
 
@@ -43,18 +43,20 @@ class Block(nn.Module):
     cfg, (x_BTD, cache) = self.cfg, carry
     x_BTD = sharding.constrain(x_BTD, ('batch', 'sequence', None))
     attend = attention.LatentAttention(
-      cfg, self.dtype, self.absorbed, name='attention'
+      cfg, self.policy, self.absorbed, name='attention'
     )
     normed = layers.RMSNorm(cfg, name='attention_norm')(x_BTD)
     y_BTD, cache = attend(normed, context, cache, layer)
     x_BTD = jax.ad_checkpoint.checkpoint_name(x_BTD + y_BTD, 'residual')
     normed = layers.RMSNorm(cfg, name='ffn_norm')(x_BTD)
     if self.is_moe:
-      ffn = moe.DeepSeekMoE(cfg, self.balance, self.dtype, name='moe')
+      ffn = moe.DeepSeekMoE(cfg, self.balance, self.policy, name='moe')
       y_BTD, stats = ffn(normed, bias_E, context.valid_BT)
     else:
-      ffn = layers.SwiGLU(cfg, cfg.d_ff, self.dtype, name='ffn')
-      y_BTD, stats = linear.swiglu(normed, *ffn()), None
+      ffn = layers.SwiGLU(cfg, cfg.d_ff, self.policy, name='ffn')
+      normed_MD = normed.reshape(-1, cfg.d_model)
+      y_MD = linear.swiglu(normed_MD, *ffn(), self.policy)
+      y_BTD, stats = y_MD.reshape(x_BTD.shape), None
     return (x_BTD + y_BTD, cache), stats
 
 
@@ -64,7 +66,7 @@ class Stack(nn.Module):
   length: int
   cfg: config.ModelConfig
   balance: config.BalanceConfig
-  dtype: jnp.dtype
+  policy: precision.Policy
   is_moe: bool
   absorbed: bool
 
@@ -77,14 +79,14 @@ class Stack(nn.Module):
     context: attention.Context,
   ) -> tuple[Array, attention.Cache | None, moe.MoeStats | None]:
     """Runs all blocks; statistics come stacked over the layers."""
-    fields = (self.cfg, self.balance, self.dtype, self.is_moe, self.absorbed)
+    fields = (self.cfg, self.balance, self.policy, self.is_moe, self.absorbed)
     index_L = jnp.arange(self.length)
     block = rematerialised(self.cfg, scanned=self.cfg.scan_layers)
     carry = (x_BTD, cache)
     if self.cfg.scan_layers:
       scanned = nn.scan(
         block,
-        variable_axes={'params': 0},
+        variable_axes={'params': 0, 'quantized': 0},
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast),
         length=self.length,

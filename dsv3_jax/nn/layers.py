@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config
-from dsv3_jax.ops import norm
+from dsv3_jax import config, precision
+from dsv3_jax.ops import fp8_linear, linear, norm
 
 
 def weight(
@@ -18,6 +18,26 @@ def weight(
   """Declares an f32 matrix, normal with `std` (TR 4.2); axes are logical."""
   init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
   return module.param(name, init, shape, jnp.float32)
+
+
+def matrix(
+  module: nn.Module,
+  name: str,
+  shape: tuple[int, ...],
+  axes: tuple[str | None, ...],
+  std: float,
+) -> linear.Weight:
+  """Declares a weight and gives it in the precision of `module.policy`.
+
+  The FP8 forms come from outside, in the collection 'quantized': they are made
+  once a step (see `model.quantize`), and not once a micro-batch.
+  """
+  w = weight(module, name, shape, axes, std)
+  kind = module.policy.of(name)
+  if kind != 'fp8':
+    return w.astype(kind)
+  flat = fp8_linear.flat(w, precision.FP8_MATRICES[name])
+  return fp8_linear.Weight(flat, *module.get_variable('quantized', name))
 
 
 def norm_weight(module: nn.Module, name: str, size: int, axis: str) -> Array:
@@ -41,26 +61,25 @@ class Embedding(nn.Module):
   """The token table, shared by the main model and the MTP modules (TR 2.2)."""
 
   cfg: config.ModelConfig
-  dtype: jnp.dtype
+  policy: precision.Policy
 
   @nn.compact
   def __call__(self, tokens_BT: Int[Array, 'B T']) -> Float[Array, 'B T D']:
     shape = (self.cfg.vocab_size, self.cfg.d_model)
     w_VD = weight(self, 'w', shape, ('vocab', 'embed'), self.cfg.init_std)
-    return w_VD[tokens_BT].astype(self.dtype)
+    return w_VD[tokens_BT].astype(self.policy.compute)
 
 
 class Head(nn.Module):
   """The untied output matrix, shared by the main model and MTP (TR 2.2)."""
 
   cfg: config.ModelConfig
-  dtype: jnp.dtype
+  policy: precision.Policy
 
   @nn.compact
   def __call__(self) -> Float[Array, 'D V']:
     shape = (self.cfg.d_model, self.cfg.vocab_size)
-    w_DV = weight(self, 'w', shape, ('embed', 'vocab'), self.cfg.init_std)
-    return w_DV.astype(self.dtype)
+    return matrix(self, 'w', shape, ('embed', 'vocab'), self.cfg.init_std)
 
 
 class SwiGLU(nn.Module):
@@ -68,13 +87,14 @@ class SwiGLU(nn.Module):
 
   cfg: config.ModelConfig
   d_ff: int
-  dtype: jnp.dtype
+  policy: precision.Policy
 
   @nn.compact
-  def __call__(self) -> tuple[Array, Array, Array]:
+  def __call__(self) -> tuple[linear.Weight, linear.Weight, linear.Weight]:
     dim, width, std = self.cfg.d_model, self.d_ff, self.cfg.init_std
     up_axes, down_axes = ('embed', 'ffn'), ('ffn', 'embed')
-    w_gate_DF = weight(self, 'w_gate', (dim, width), up_axes, std)
-    w_up_DF = weight(self, 'w_up', (dim, width), up_axes, std)
-    w_down_FD = weight(self, 'w_down', (width, dim), down_axes, std)
-    return tuple(w.astype(self.dtype) for w in (w_gate_DF, w_up_DF, w_down_FD))
+    return (
+      matrix(self, 'w_gate', (dim, width), up_axes, std),
+      matrix(self, 'w_up', (dim, width), up_axes, std),
+      matrix(self, 'w_down', (width, dim), down_axes, std),
+    )

@@ -9,6 +9,7 @@ The router's biases are an input, `{'moe': [layers, E], 'mtp': [depth, E]}`;
 each is there only if there are such layers.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -16,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config, sharding
+from dsv3_jax import config, precision, sharding
 from dsv3_jax.nn import attention, block, layers, moe, mtp
-from dsv3_jax.ops import losses
+from dsv3_jax.ops import fp8_linear, losses
+from pallas_kernels.fp8_matmul import reference as formats
 
 Router = dict[str, Array]
 
@@ -54,13 +56,13 @@ class Model(nn.Module):
 
   cfg: config.ModelConfig
   balance: config.BalanceConfig
-  dtype: jnp.dtype
+  policy: precision.Policy
   isolated: bool = False
   absorbed: bool = False
 
   def setup(self):
-    cfg, common = self.cfg, (self.cfg, self.balance, self.dtype)
-    self.embed = layers.Embedding(cfg, self.dtype)
+    cfg, common = self.cfg, (self.cfg, self.balance, self.policy)
+    self.embed = layers.Embedding(cfg, self.policy)
     if cfg.num_dense_layers:
       args = (*common, False, self.absorbed)
       self.dense_layers = block.Stack(cfg.num_dense_layers, *args)
@@ -68,7 +70,7 @@ class Model(nn.Module):
       args = (*common, True, self.absorbed)
       self.moe_layers = block.Stack(cfg.num_moe_layers, *args)
     self.final_norm = layers.RMSNorm(cfg)
-    self.head = layers.Head(cfg, self.dtype)
+    self.head = layers.Head(cfg, self.policy)
     self.mtp = [mtp.MtpModule(*common) for _ in range(cfg.mtp.depth)]
 
   def __call__(
@@ -229,25 +231,58 @@ def loss_scales(
   }
 
 
-def build(cfg: config.Config, absorbed: bool = False) -> Model:
-  """The model of an experiment; `absorbed` for decoding from a cache."""
+def build(
+  cfg: config.Config, *, absorbed: bool = False, training: bool = False
+) -> Model:
+  """The model of an experiment.
+
+  Args:
+    absorbed: for decoding from a cache.
+    training: in the experiment's precision; under FP8, variables then need
+      `quantize`d weights. Without, FP8 experiments are computed in BF16.
+  """
+  policy = precision.POLICIES[cfg.precision]
+  if not training:
+    policy = dataclasses.replace(policy, fp8=False)
   return Model(
     cfg.model,
     cfg.balance,
-    compute_dtype(cfg),
+    policy,
     isolated=cfg.data.isolate_samples,
     absorbed=absorbed,
   )
 
 
+def quantize(policy: precision.Policy, params: dict) -> dict:
+  """Variables next to `params`: FP8 forms of its weights, if there are any.
+
+  `{'quantized': tree}` with (Fprop's, Dgrad's) for every FP8 weight, or `{}`.
+  """
+  if not policy.fp8:
+    return {}
+
+  def subtree(node):
+    made = {}
+    for name, leaf in node.items():
+      if isinstance(leaf, dict):
+        made[name] = subtree(leaf)
+      elif policy.of(name) == 'fp8':
+        flat = fp8_linear.flat(leaf, precision.FP8_MATRICES[name])
+        made[name] = formats.quantize_weight(flat)
+    return {name: found for name, found in made.items() if found}
+
+  with jax.named_scope('quantize_weights'):
+    return {'quantized': subtree(params)}
+
+
 def compute_dtype(cfg: config.Config) -> jnp.dtype:
-  """Dtype of matrix products and activations."""
-  return jnp.dtype({'bf16': 'bfloat16', 'f32': 'float32'}[cfg.precision])
+  """Dtype of activations and of products outside FP8."""
+  return jnp.dtype(precision.POLICIES[cfg.precision].compute)
 
 
 def is_f32(name: str) -> bool:
   """True for parameters that stay f32 whatever the precision, by last key."""
-  return name == 'w_router' or name.endswith('norm')
+  return precision.POLICIES['bf16'].of(name) == 'float32'
 
 
 def init_params(model: Model, key: Array) -> dict:

@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from dsv3_jax import config, sharding
+from dsv3_jax import config, precision, sharding
 from dsv3_jax.nn import layers
-from dsv3_jax.ops import dispatch, linear, losses, routing
+from dsv3_jax.ops import dispatch, fp8_experts, linear, losses, routing
 
 
 class MoeStats(NamedTuple):
@@ -25,7 +24,7 @@ class DeepSeekMoE(nn.Module):
 
   cfg: config.ModelConfig
   balance: config.BalanceConfig
-  dtype: jnp.dtype
+  policy: precision.Policy
 
   @nn.compact
   def __call__(
@@ -45,20 +44,21 @@ class DeepSeekMoE(nn.Module):
 
     def experts_weight(name, rows, columns, *axes):
       full = (count, rows, columns)
-      w = layers.weight(self, name, full, ('experts', *axes), std)
-      return w.astype(self.dtype)
+      return layers.matrix(self, name, full, ('experts', *axes), std)
 
     experts = dispatch.Experts(
       experts_weight('w_gate', cfg.d_model, moe.d_ff, 'embed', 'ffn'),
       experts_weight('w_up', cfg.d_model, moe.d_ff, 'embed', 'ffn'),
       experts_weight('w_down', moe.d_ff, cfg.d_model, 'ffn', 'embed'),
     )
-    y_BTD = _routed(x_BTD, ids_BTK, gates_BTK, experts, moe)
+    y_BTD = _routed(x_BTD, ids_BTK, gates_BTK, experts, moe, self.policy)
     if moe.num_shared_experts:
       width = moe.num_shared_experts * moe.d_ff
-      shared = layers.SwiGLU(cfg, width, self.dtype, name='shared')()
+      shared = layers.SwiGLU(cfg, width, self.policy, name='shared')()
       with jax.named_scope('shared_experts'):
-        y_BTD += linear.swiglu(x_BTD, *shared)
+        x_MD = x_BTD.reshape(-1, dim)
+        y_MD = linear.swiglu(x_MD, *shared, self.policy)
+        y_BTD += y_MD.reshape(x_BTD.shape)
     stats = MoeStats(
       load_E=routing.count_load(ids_BTK, count, valid_BT),
       balance=losses.balance_loss(
@@ -68,13 +68,17 @@ class DeepSeekMoE(nn.Module):
     return y_BTD, stats
 
 
-def _routed(x_BTD, ids_BTK, gates_BTK, experts, moe):
+def _routed(x_BTD, ids_BTK, gates_BTK, experts, moe, policy):
   """The routed product, each device on its own tokens."""
 
   def local(x_BTD, ids_BTK, gates_BTK, experts):
     flat = lambda x: x.reshape(-1, x.shape[-1])
     tokens = (flat(x_BTD), flat(ids_BTK), flat(gates_BTK))
-    y_MD = dispatch.expert_ffn(*tokens, experts, moe.product, moe.block_size)
+    if policy.fp8:
+      y_MD = fp8_experts.expert_ffn(*tokens, experts, policy)
+    else:
+      how = (moe.product, moe.block_size)
+      y_MD = dispatch.expert_ffn(*tokens, experts, *how)
     return y_MD.reshape(x_BTD.shape)
 
   if sharding.batch_shards() == 1:

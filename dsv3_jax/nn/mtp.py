@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax import config
+from dsv3_jax import config, precision
 from dsv3_jax.nn import attention, block, layers, moe
+from dsv3_jax.ops import linear
 
 
 class MtpModule(nn.Module):
@@ -22,7 +23,7 @@ class MtpModule(nn.Module):
 
   cfg: config.ModelConfig
   balance: config.BalanceConfig
-  dtype: jnp.dtype
+  policy: precision.Policy
 
   @nn.compact
   def __call__(
@@ -44,11 +45,13 @@ class MtpModule(nn.Module):
         layers.RMSNorm(cfg, name='hidden_norm')(h_BTD),
       )
       shape, axes = (2 * cfg.d_model, cfg.d_model), (None, 'embed')
-      w_proj = layers.weight(self, 'w_proj', shape, axes, cfg.init_std)
+      w_proj = layers.matrix(self, 'w_proj', shape, axes, cfg.init_std)
       merged = jnp.concatenate(pair, axis=-1)
-      x_BTD = jnp.einsum('btj,jd->btd', merged, w_proj.astype(self.dtype))
+      merged_MJ = merged.reshape(-1, 2 * cfg.d_model)
+      x_MD = linear.project(merged_MJ, w_proj, self.policy)
+      x_BTD = x_MD.reshape(h_BTD.shape)
       body = block.rematerialised(cfg, scanned=False)(
-        cfg, self.balance, self.dtype, True, False, name='block'
+        cfg, self.balance, self.policy, True, False, name='block'
       )
       (x_BTD, _), stats = body((x_BTD, None), bias_E, jnp.array(0), context)
       return x_BTD, layers.RMSNorm(cfg, name='final_norm')(x_BTD), stats

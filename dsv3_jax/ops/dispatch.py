@@ -131,7 +131,7 @@ def _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows):
   top_k = ids_MK.shape[1]
   layout = block_layout(ids_MK, num_experts, rows)
   x_JD = permute(x_MD, layout, top_k)
-  gates_J = _rows_of(gates_MK.astype(x_MD.dtype), layout)
+  gates_J = rows_of(gates_MK.astype(x_MD.dtype), layout)
 
   def body(j, buffers):
     gate_JF, up_JF, y_JD = buffers
@@ -162,7 +162,7 @@ def _blocks_bwd(rows, residuals, dy_MD):
   # Copied once more rather than kept: K copies of x would be the largest
   # residual of the layer.
   x_JD, dy_JD = permute(x_MD, layout, top_k), permute(dy_MD, layout, top_k)
-  gates_J = _rows_of(gates_MK.astype(x_MD.dtype), layout)
+  gates_J = rows_of(gates_MK.astype(x_MD.dtype), layout)
 
   def body(j, sums):
     dx_JD, dgates_J, grads = sums
@@ -200,7 +200,7 @@ def _blocks_bwd(rows, residuals, dy_MD):
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
 
 
-def _rows_of(values_MK, layout):
+def rows_of(values_MK, layout):
   """One value per assignment -> one per row; 0 on padding rows."""
   return jnp.take(
     values_MK.reshape(-1), layout.source_J, mode='fill', fill_value=0

@@ -8,7 +8,8 @@ one latent of width C a token, so a cache holds C + R values a token and layer.
   absorbed  q_h^T (W_UK_h c) = (W_UK_h^T q_h)^T c: attend in the latent space,
             then apply W_UV_h once to the mixed latent
 
-Both give the same output; naive is cheaper for many queries, absorbed for few.
+Both give the same output; naive is cheaper for many queries (the products of
+heads are in `attention`), absorbed for few.
 Key s of a row is at index s of the cache, whatever its rotary position.
 Letters: X = H + R, Y = C + R; others as in the alphabet.
 """
@@ -18,11 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from dsv3_jax.ops import norm, rope
-
-_QUERY_BLOCK = 128  # rows of one causal block in `attend_naive`
 
 
 class Latents(NamedTuple):
@@ -33,16 +32,17 @@ class Latents(NamedTuple):
 
 
 def compress(
-  x_BTD: Float[Array, 'B T D'],
-  w_dkv_DY: Float[Array, 'D Y'],
+  y_BTY: Float[Array, 'B T Y'],
   kv_norm_C: Float[Array, 'C'],
   cos_BTr: Float[Array, 'B T r'],
   sin_BTr: Float[Array, 'B T r'],
   eps: float,
 ) -> Latents:
-  """Latents of keys and values (TR eqs. 1, 3); the rotary key is not normed."""
-  with jax.named_scope('kv_down'):
-    y_BTY = jnp.einsum('btd,dy->bty', x_BTD, w_dkv_DY)
+  """Latents from the down-projection W_DKV x (TR eqs. 1, 3).
+
+  The rotary key is not normed.
+  """
+  with jax.named_scope('kv_latent'):
     y_BTY = checkpoint_name(y_BTY, 'kv_latent')
     width = kv_norm_C.shape[0]
     c_BTC = norm.rms_norm(y_BTY[..., :width], kv_norm_C, eps)
@@ -58,49 +58,6 @@ def split_query(
   head_dim = q_BTNX.shape[-1] - 2 * cos_BTr.shape[-1]
   q_rope_BTNR = rope.rotate(q_BTNX[..., head_dim:], cos_BTr, sin_BTr)
   return q_BTNX[..., :head_dim], q_rope_BTNR
-
-
-def attend_naive(
-  q_nope_BTNH: Float[Array, 'B T N H'],
-  q_rope_BTNR: Float[Array, 'B T N R'],
-  latents: Latents,
-  w_uk_CNH: Float[Array, 'C N H'],
-  w_uv_CNU: Float[Array, 'C N U'],
-  segments_BT: Int[Array, 'B T'] | None,
-  scale: float,
-) -> Float[Array, 'B T N U']:
-  """Causal attention of a whole sequence on itself (TR eqs. 2, 5, 10).
-
-  Args:
-    segments_BT: tokens attend within their segment only; None: to all before.
-    scale: factor on the logits; softmax in f32.
-  """
-  with jax.named_scope('kv_up'):
-    k_nope_BSNH = jnp.einsum('bsc,cnh->bsnh', latents.c_BSC, w_uk_CNH)
-    v_BSNU = jnp.einsum('bsc,cnu->bsnu', latents.c_BSC, w_uv_CNU)
-  with jax.named_scope('attention'):
-    k_rope_BSNR = jnp.broadcast_to(
-      latents.k_rope_BSR[:, :, None],
-      (*k_nope_BSNH.shape[:3], latents.k_rope_BSR.shape[-1]),
-    )
-    q_BTNX = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1)
-    k_BSNX = jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
-    length = q_BTNX.shape[1]
-    blocks = []
-    # Blocks of queries see only the keys up to their own end, so about half of
-    # the T x T products is never made.
-    for start in range(0, length, _QUERY_BLOCK):
-      end = min(start + _QUERY_BLOCK, length)
-      mask_BTS = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-      if segments_BT is not None:
-        query_segments, key_segments = segments_BT[:, start:end], segments_BT
-        same = query_segments[:, :, None] == key_segments[:, None, :end]
-        mask_BTS = mask_BTS & same
-      q, k, v = q_BTNX[:, start:end], k_BSNX[:, :end], v_BSNU[:, :end]
-      scores_BNTS = _scores('btnx,bsnx->bnts', q, k)
-      p_BNTS = _softmax(scores_BNTS * scale, mask_BTS).astype(v.dtype)
-      blocks.append(jnp.einsum('bnts,bsnu->btnu', p_BNTS, v))
-    return checkpoint_name(jnp.concatenate(blocks, axis=1), 'attention')
 
 
 def attend_absorbed(

@@ -27,7 +27,7 @@ def matmul(
   """a b^T, f32 sums promoted every 128 of K (TR 3.3.2).
 
   Args:
-    a: [M, K], tiles 1 x 128. b: [N, K], tiles 128 x 128 or 1 x 128. Any M, N, K.
+    a: [M, K], tiles 1 x 128. b: [N, K], tiles 128 x 128 or 1 x 128. Any size.
   Raises:
     ValueError: shapes, tiles or the implementation's name do not fit.
     NotImplementedError: legal, but not by this implementation.

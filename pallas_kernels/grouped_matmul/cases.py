@@ -1,4 +1,4 @@
-"""Named shapes of the experts' FP8 products, for tests and for the benchmark."""
+"""Named shapes of the experts' FP8 products, for tests and benchmark."""
 
 from typing import NamedTuple
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.ops import mla, rope
+from dsv3_jax.ops import attention, mla, rope
 from tests import gradients, settings, tolerances
 from tests.oracles import mla as oracle
 from tests.oracles import model as oracle_model
@@ -24,13 +24,18 @@ def forward(x_BTD, weights, positions_BT, segments_BT=None, form='naive'):
   """The attention layer in terms of the ops; the query is projected plainly."""
   cos, sin = rope.tables(CFG, positions_BT)
   w = weights
-  latents = mla.compress(x_BTD, w['w_dkv_DY'], w['kv_norm_C'], cos, sin, 1e-6)
+  y_BTY = x_BTD @ w['w_dkv_DY']
+  latents = mla.compress(y_BTY, w['kv_norm_C'], cos, sin, 1e-6)
   q_BTNX = jnp.einsum('btd,dnx->btnx', x_BTD, w['w_q_DNX'])
   parts = (*mla.split_query(q_BTNX, cos, sin), latents)
   parts += (w['w_uk_CNH'], w['w_uv_CNU'])
   scale = rope.softmax_scale(CFG)
   if form == 'naive':
-    o_BTNU = mla.attend_naive(*parts, segments_BT, scale)
+    up = lambda w: jnp.einsum('bsc,cnh->bsnh', latents.c_BSC, w)
+    k_nope, v = up(w['w_uk_CNH']), up(w['w_uv_CNU'])
+    q_BTNX = jnp.concatenate(parts[:2], axis=-1)
+    keys = (k_nope, latents.k_rope_BSR, v)
+    o_BTNU, _ = attention.causal(q_BTNX, *keys, segments_BT, scale)
   else:
     length = x_BTD.shape[1]
     mask_BTS = jnp.tril(jnp.ones((len(x_BTD), length, length), bool))
@@ -177,7 +182,7 @@ def test_the_cached_key_is_rotated_but_not_normed():
   w = f32(plain_weights())
   cos, sin = rope.tables(CFG, jnp.array(positions_BT))
   compress = lambda x: mla.compress(
-    x, w['w_dkv_DY'], w['kv_norm_C'], cos, sin, 1e-6
+    x @ w['w_dkv_DY'], w['kv_norm_C'], cos, sin, 1e-6
   )
   once, twice = compress(f32(x_BTD)), compress(2.0 * f32(x_BTD))
   tolerances.assert_close(twice.c_BSC, once.c_BSC)

@@ -1,0 +1,146 @@
+"""Causal attention of whole sequences, differentiated by hand.
+
+  s_ts = scale (q_t . k_s),  p = exp(s - lse),  o = p v
+  delta_t = o_t . do_t,  ds = p (do v^T - delta) scale             (TR eq. 10)
+
+The backward pass makes the scores again from their log-sum-exp, so that nothing
+of size T x T is kept: queries, keys and values (which rematerialisation makes
+again from the latents), lse, and the output; under FP8 the output in E5M6,
+shared with the projection behind it (TR 3.3.3).
+
+Keys of all heads end in one rotary key that they share. Blocks of queries see
+only the keys up to their own end: about half of the products are never made.
+Letters: X = H + R; others as in the alphabet.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import quantized
+from pallas_kernels.fp8_matmul import e5m6
+
+_QUERY_BLOCK = 128  # rows of one causal block
+
+
+def causal(
+  q_BTNX: Float[Array, 'B T N X'],
+  k_nope_BSNH: Float[Array, 'B S N H'],
+  k_rope_BSR: Float[Array, 'B S R'],
+  v_BSNU: Float[Array, 'B S N U'],
+  segments_BT: Int[Array, 'B T'] | None,
+  scale: float,
+  pack: bool = False,
+) -> tuple[Float[Array, 'B T N U'], quantized.Packed | None]:
+  """Causal attention of a sequence on itself (TR eqs. 2, 5, 10).
+
+  Args:
+    segments_BT: tokens attend within their segment only; None: to all before.
+    scale: factor on the logits; softmax in f32.
+    pack: keep the output as E5M6, [B * T, N * U].
+  Returns:
+    The output, and with `pack` what the backward pass has instead of it.
+  """
+  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
+  return _causal(*args, scale, pack)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _causal(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, pack):
+  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
+  return _causal_fwd(*args, scale, pack)[0]
+
+
+def _causal_fwd(
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, pack
+):
+  k_BSNX = _join(k_nope_BSNH, k_rope_BSR)
+  outputs, sums = [], []
+  with jax.named_scope('attention'):
+    for start, end in _blocks(q_BTNX.shape[1]):
+      s_BNTS = _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale)
+      lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1)
+      p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., None]).astype(v_BSNU.dtype)
+      outputs.append(_product('bnts,bsnu->btnu', p_BNTS, v_BSNU[:, :end]))
+      sums.append(lse_BNT)
+    o_BTNU = jnp.concatenate(outputs, axis=1).astype(v_BSNU.dtype)
+    lse_BNT = jnp.concatenate(sums, axis=-1)
+  kept = o_BTNU
+  if pack:
+    tokens = o_BTNU.shape[0] * o_BTNU.shape[1]
+    kept = e5m6.quantize(o_BTNU.reshape(tokens, -1))
+  kept, lse_BNT = jax.tree.map(
+    lambda x: checkpoint_name(x, 'attention'), (kept, lse_BNT)
+  )
+  inputs = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
+  if pack:
+    return (o_BTNU, kept), (inputs, lse_BNT, kept)
+  # The caller goes on with the kept array: one more would be a second copy.
+  return (kept, None), (inputs, lse_BNT, kept)
+
+
+def _causal_bwd(scale, pack, residuals, cotangents):
+  inputs, lse_BNT, kept = residuals
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT = inputs
+  do_BTNU, dtype = cotangents[0], q_BTNX.dtype
+  o_BTNU = e5m6.unpack(kept).reshape(do_BTNU.shape) if pack else kept
+  k_BSNX = _join(k_nope_BSNH, k_rope_BSR)
+  length, f32 = q_BTNX.shape[1], jnp.float32
+  with jax.named_scope('attention'):
+    delta_BNT = jnp.einsum(
+      'btnu,btnu->bnt', o_BTNU.astype(f32), do_BTNU.astype(f32)
+    )
+    dq, dk_BSNX, dv_BSNU = [], 0.0, 0.0
+    for start, end in _blocks(length):
+      q, k, v = q_BTNX[:, start:end], k_BSNX[:, :end], v_BSNU[:, :end]
+      do, rest = do_BTNU[:, start:end], (0, length - end)
+      s_BNTS = _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale)
+      p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., start:end, None])
+      dp_BNTS = _product('btnu,bsnu->bnts', do, v)
+      ds_BNTS = p_BNTS * (dp_BNTS - delta_BNT[..., start:end, None]) * scale
+      p_BNTS, ds_BNTS = p_BNTS.astype(dtype), ds_BNTS.astype(dtype)
+      dq.append(_product('bnts,bsnx->btnx', ds_BNTS, k).astype(dtype))
+      grow = lambda x, rest=rest: jnp.pad(x, ((0, 0), rest, (0, 0), (0, 0)))
+      dk_BSNX += grow(_product('bnts,btnx->bsnx', ds_BNTS, q))
+      dv_BSNU += grow(_product('bnts,btnu->bsnu', p_BNTS, do))
+    width = k_nope_BSNH.shape[-1]
+    dk_rope_BSR = jnp.sum(dk_BSNX[..., width:], axis=2)
+    keys = (dk_BSNX[..., :width], dk_rope_BSR, dv_BSNU)
+    dq_BTNX = jnp.concatenate(dq, axis=1)
+    return (dq_BTNX, *(x.astype(dtype) for x in keys), None)
+
+
+_causal.defvjp(_causal_fwd, _causal_bwd)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+  """First and last query of every block."""
+  starts = range(0, length, _QUERY_BLOCK)
+  return [(start, min(start + _QUERY_BLOCK, length)) for start in starts]
+
+
+def _join(k_nope_BSNH, k_rope_BSR):
+  """Keys of all heads, the shared rotary key behind each."""
+  shape = (*k_nope_BSNH.shape[:3], k_rope_BSR.shape[-1])
+  k_rope_BSNR = jnp.broadcast_to(k_rope_BSR[:, :, None], shape)
+  return jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
+
+
+def _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale):
+  """Scaled logits of queries [start, end), f32, the masked ones very low."""
+  mask_BTS = (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None]
+  if segments_BT is not None:
+    query_segments, key_segments = segments_BT[:, start:end], segments_BT
+    same = query_segments[:, :, None] == key_segments[:, None, :end]
+    mask_BTS = mask_BTS & same
+  q, k = q_BTNX[:, start:end], k_BSNX[:, :end]
+  s_BNTS = _product('btnx,bsnx->bnts', q, k) * scale
+  return jnp.where(mask_BTS[:, None], s_BNTS, jnp.finfo(jnp.float32).min)
+
+
+def _product(subscripts: str, a: Array, b: Array) -> Float[Array, '...']:
+  """A product of heads with f32 sums and an f32 result."""
+  return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)

@@ -1,0 +1,270 @@
+"""A Linear with its three products in FP8, and SwiGLU behind it (TR 3.3).
+
+  Fprop  y  = q(x) Q(W)                     x: tiles of 1 token x 128 channels
+  Dgrad  dx = q(dy) Q(W)^T                  dy: the same
+  Wgrad  dW = qT(x)^T qT(dy)                tiles of 128 tokens x 1 channel
+
+Q are 128 x 128 blocks. For Wgrad the kept FP8 x is dequantised, transposed and
+quantised anew; dy is quantised both ways at once. Outputs are BF16, dW is f32.
+
+What the backward pass keeps is FP8: x, or E5M6 for the input of attention's
+output projection; of SwiGLU its two inputs, from which its output is made
+again (TR 3.3.3). `w` and `x` come with a second form that is quantised already,
+so that nothing is quantised twice: once a step for weights, once for all
+products of one input. The gradient goes to the unquantised form, which no
+product reads.
+
+Letters: J rows (tokens, or assignments sorted by expert), j blocks of 128 rows;
+I inputs, O outputs of a matrix; others as in the alphabet.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from dsv3_jax import precision
+from pallas_kernels import quantized
+from pallas_kernels.fp8_matmul import api, e5m6, quantizers
+from pallas_kernels.fp8_matmul import reference as formats
+
+Quantized = quantized.Quantized
+Policy = precision.Policy
+
+
+class Weight(NamedTuple):
+  """A matrix of parameters and its FP8 forms, made once a step.
+
+  master: f32 [..., I, O]; gets the gradient, and no product reads it. fprop:
+  [..., O, I]. dgrad: [..., I, O]. Tiles 128 x 128. Both orientations, as FP8
+  products contract last dims.
+  """
+
+  master: Array
+  fprop: Quantized
+  dgrad: Quantized
+
+
+class Operand(NamedTuple):
+  """An input of linears and its FP8 form.
+
+  value: [J, I]; gets the gradient. rows: its 1 x 128 tiles. kept: what the
+  backward pass has instead, `Quantized` or `Packed`.
+  """
+
+  value: Array
+  rows: Quantized
+  kept: Any
+
+
+class Products(NamedTuple):
+  """The two kinds of product: of a matrix, or of each block's own expert."""
+
+  forward: Callable[[Quantized, Quantized], Array]  # Fprop and Dgrad
+  weight: Callable[[Quantized, Quantized], Array]  # Wgrad
+
+
+def flat(
+  w: Float[Array, '...'], matrix: precision.Matrix
+) -> Float[Array, '*lead I O']:
+  """A parameter as matrices; leading dims are layers and experts."""
+  lead = w.shape[: w.ndim - matrix.inputs - matrix.outputs]
+  inputs = w.shape[len(lead) : len(lead) + matrix.inputs]
+  return w.reshape(*lead, math.prod(inputs), -1)
+
+
+def operand(
+  x_JI: Float[Array, 'J I'], policy: Policy, *, pow2: bool = False
+) -> Operand:
+  """Quantises an input for all linears that share it."""
+  x = jax.lax.stop_gradient(x_JI)
+  how = {'pow2': pow2, 'floor': precision.ACTIVATION_FLOOR}
+  rows = quantizers.rows(x, **how, implementation=policy.implementation)
+  return Operand(x_JI, rows, rows)
+
+
+def linear(
+  x: Operand, w: Weight, policy: Policy, *, pow2: bool = False
+) -> Float[Array, 'J O']:
+  """x W in FP8, forward and backward, BF16 (TR 3.3.1).
+
+  Args:
+    pow2: scales of the transposed x are powers of two (TR 3.3.3).
+  """
+  return _linear(x, w, policy, pow2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear(x, w, policy, pow2):
+  return _linear_fwd(x, w, policy, pow2)[0]
+
+
+def _linear_fwd(x, w, policy, pow2):
+  del pow2
+  with jax.named_scope('fprop'):
+    y_JO = dense(policy).forward(x.rows, w.fprop)
+  return y_JO.astype(x.value.dtype), (x.kept, w.dgrad)
+
+
+def _linear_bwd(policy, pow2, residuals, dy_JO):
+  kept, dgrad = residuals
+  rows, columns = quantize_gradient(dy_JO, policy)
+  products = dense(policy)
+  with jax.named_scope('dgrad'):
+    dx_JI = products.forward(rows, dgrad).astype(dy_JO.dtype)
+  with jax.named_scope('wgrad'):
+    dw_IO = products.weight(transposed(kept, policy, pow2=pow2), columns)
+  return Operand(dx_JI, None, None), Weight(dw_IO, None, None)
+
+
+_linear.defvjp(_linear_fwd, _linear_bwd)
+
+
+def swiglu_linear(
+  gate_JF: Float[Array, 'J F'],
+  up_JF: Float[Array, 'J F'],
+  w: Weight,
+  policy: Policy,
+) -> Float[Array, 'J D']:
+  """W_down (silu(gate) up) in FP8; keeps gate and up in FP8 (TR 3.3.3)."""
+  return _swiglu_linear(gate_JF, up_JF, w, policy)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _swiglu_linear(gate_JF, up_JF, w, policy):
+  return _swiglu_linear_fwd(gate_JF, up_JF, w, policy)[0]
+
+
+def _swiglu_linear_fwd(gate_JF, up_JF, w, policy):
+  y_JD, kept = swiglu_forward(
+    gate_JF, up_JF, None, w.fprop, dense(policy), policy
+  )
+  return y_JD.astype(gate_JF.dtype), (kept, w.dgrad)
+
+
+def _swiglu_linear_bwd(policy, residuals, dy_JD):
+  kept, dgrad = residuals
+  dy = quantize_gradient(dy_JD, policy)
+  dgate_JF, dup_JF, _, dw_FD = swiglu_backward(
+    kept, None, dgrad, dy, dense(policy), policy, dy_JD.dtype
+  )
+  return dgate_JF, dup_JF, Weight(dw_FD, None, None)
+
+
+_swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
+
+
+class SwigluKept(NamedTuple):
+  """Both inputs of SwiGLU in FP8."""
+
+  gate: Quantized
+  up: Quantized
+
+
+def swiglu_forward(gate_JF, up_JF, scale_J, down: Quantized, products, policy):
+  """(silu(gate) up scale) W_down, and what the backward pass keeps.
+
+  Args:
+    scale_J: a factor a row (the routing gate), or None.
+  """
+  hidden_JF, _ = _swiglu(gate_JF, up_JF, scale_J)
+  how = {
+    'floor': precision.ACTIVATION_FLOOR,
+    'implementation': policy.implementation,
+  }
+  rows = quantizers.rows(hidden_JF.astype(gate_JF.dtype), **how)
+  kept = SwigluKept(
+    named(quantizers.rows(gate_JF, **how), 'swiglu_in'),
+    named(quantizers.rows(up_JF, **how), 'swiglu_in'),
+  )
+  with jax.named_scope('fprop'):
+    return products.forward(rows, down), kept
+
+
+def swiglu_backward(kept, scale_J, dgrad, dy, products, policy, dtype):
+  """Gradients of gate, up, scale (None without) and W_down.
+
+  Args:
+    dy: rows and columns of the output's gradient, quantised.
+  """
+  with jax.named_scope('dgrad'):
+    dhidden_JF = products.forward(dy[0], dgrad).astype(jnp.float32)
+  with jax.named_scope('swiglu'):
+    gate_JF, up_JF = (formats.dequantize(q) for q in kept)
+    hidden_JF, silu_JF = _swiglu(gate_JF, up_JF, scale_J)
+    dscale_J = None
+    if scale_J is not None:
+      dscale_J = jnp.sum(dhidden_JF * silu_JF * up_JF, axis=-1)
+      dhidden_JF *= scale_J[:, None]
+    sigmoid_JF = jax.nn.sigmoid(gate_JF)
+    dup_JF = dhidden_JF * silu_JF
+    dgate_JF = dhidden_JF * up_JF
+    dgate_JF *= sigmoid_JF * (1.0 + gate_JF * (1.0 - sigmoid_JF))
+  columns = quantizers.columns(
+    hidden_JF.astype(dtype),
+    floor=precision.ACTIVATION_FLOOR,
+    implementation=policy.implementation,
+  )
+  with jax.named_scope('wgrad'):
+    dw = products.weight(columns, dy[1])
+  return dgate_JF.astype(dtype), dup_JF.astype(dtype), dscale_J, dw
+
+
+def _swiglu(gate_JF, up_JF, scale_J):
+  """silu(gate) up (scale), and silu(gate), in f32."""
+  gate_JF, up_JF = gate_JF.astype(jnp.float32), up_JF.astype(jnp.float32)
+  silu_JF = jax.nn.silu(gate_JF)
+  hidden_JF = silu_JF * up_JF
+  if scale_J is not None:
+    hidden_JF *= scale_J.astype(jnp.float32)[:, None]
+  return hidden_JF, silu_JF
+
+
+def dense(policy: Policy) -> Products:
+  """Products of one matrix."""
+  chosen = policy.implementation
+  return Products(
+    lambda a, b: api.matmul(a, b, jnp.bfloat16, chosen),
+    lambda a, b: api.matmul(a, b, jnp.float32, chosen),
+  )
+
+
+def quantize_gradient(
+  dy_JO: Float[Array, 'J O'], policy: Policy
+) -> tuple[Quantized, Quantized]:
+  """Rows (for Dgrad) and columns (for Wgrad) of an output's gradient."""
+  chosen = policy.implementation
+  if not policy.block_dgrad:
+    return quantizers.both(dy_JO, implementation=chosen)
+  blocks = formats.quantize(dy_JO, quantized.BLOCK)
+  rows = Quantized(blocks.values, formats.row_scales(blocks), quantized.ROW)
+  return rows, quantizers.columns(dy_JO, implementation=chosen)
+
+
+def transposed(
+  kept: Quantized | quantized.Packed, policy: Policy, *, pow2: bool
+) -> Quantized:
+  """Tiles of 128 tokens x 1 channel of a kept input, [I, J]."""
+  if isinstance(kept, quantized.Packed):
+    x_JI = e5m6.unpack(kept).astype(jnp.bfloat16)  # exact: 7 digits of 8
+    chosen = policy.implementation
+    floor = precision.ACTIVATION_FLOOR
+    return quantizers.columns(
+      x_JI, pow2=pow2, floor=floor, implementation=chosen
+    )
+  return quantizers.transposed(
+    kept,
+    pow2=pow2,
+    floor=precision.ACTIVATION_FLOOR,
+    implementation=policy.implementation,
+  )
+
+
+def named(kept: Any, name: str) -> Any:
+  """Gives a checkpoint name to every array of what is kept."""
+  return jax.tree.map(lambda x: checkpoint_name(x, name), kept)
