@@ -1,0 +1,30 @@
+"""What differs between the releases of JAX that the kernels run on.
+
+Pallas' Mosaic GPU part is young, and names move. Kernels use what JAX 0.10 to
+0.12 share, and take the rest from here.
+"""
+
+import jax
+
+try:
+  from jax.experimental.pallas import mosaic_gpu
+except ImportError:  # of a jaxlib without it: the references need none
+  mosaic_gpu = None
+
+RELEASE = tuple(int(part) for part in jax.__version__.split('.')[:2])
+
+
+def gpu_interpreter(interpret: bool):
+  """The `interpret` argument of a Mosaic GPU kernel; it reports races.
+
+  Raises:
+    NotImplementedError: jax before 0.11, whose interpreter lacks FP8.
+  """
+  if not interpret:
+    return False
+  if RELEASE < (0, 11):
+    raise NotImplementedError(
+      f'Mosaic GPU kernels are interpreted from jax 0.11 on, '
+      f'this is {jax.__version__}'
+    )
+  return mosaic_gpu.InterpretGPUParams(detect_races=True)

@@ -1,0 +1,102 @@
+"""Hopper kernels without a Hopper: interpreted, lowered, compiled.
+
+The interpreter runs wgmma at once, so that it misses absent waits; it sees
+races between warpgroups, TMA and the proxies of shared memory.
+"""
+
+import contextlib
+import importlib.util
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+from pallas_kernels import compat
+
+H100 = 'NVIDIA H100 80GB HBM3'
+TARGET = f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 }} device_description_str: "{H100}"
+"""
+
+interpreted = pytest.mark.skipif(
+  compat.RELEASE < (0, 11),
+  reason='jax before 0.11 interprets no Mosaic GPU kernel in FP8',
+)
+compiled = pytest.mark.skipif(
+  importlib.util.find_spec('jax_cuda13_plugin') is None
+  or importlib.util.find_spec('nvidia') is None,
+  reason='no jax[cuda13], whose ptxas compiles without a GPU',
+)
+
+
+@contextlib.contextmanager
+def no_races(capfd):
+  """What is interpreted inside reports no race."""
+  capfd.readouterr()
+  yield
+  out, _ = capfd.readouterr()
+  assert 'RACE DETECTED' not in out, out
+
+
+def lower(function, *args) -> str:
+  """The module for an H100, its kernels inside."""
+  device = jax.sharding.AbstractDevice(
+    device_kind=H100, num_cores=132, platform='cuda'
+  )
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.sharding.AbstractMesh(
+    (1,), ('x',), axis_types=auto, abstract_device=device
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(function).trace(*args)
+    return traced.lower(lowering_platforms=('cuda',)).as_text()
+
+
+def multiplications(text: str) -> set[str]:
+  """The kinds of wgmma of a lowered module: rows, columns, depth and types."""
+  return set(re.findall(r'wgmma\.mma_async\.sync\.aligned\.([a-z0-9.]+)', text))
+
+
+class Machine(NamedTuple):
+  """What ptxas says of a kernel, and its instructions."""
+
+  spilled: int
+  sass: str
+
+  def count(self, instruction: str) -> int:
+    return len(re.findall(rf'\b{instruction}\b', self.sass))
+
+
+def compile_kernel(monkeypatch, folder: pathlib.Path, function, *args):
+  """`function`, of one kernel, compiled for an H100 down to SASS."""
+  for name in ('PTX', 'PTXAS', 'SASS'):
+    monkeypatch.setenv(f'MOSAIC_GPU_DUMP_{name}', '1')
+  monkeypatch.setenv('MOSAIC_GPU_DUMP_TO', str(folder))
+  monkeypatch.setenv('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
+  topology = topologies.get_topology_desc(
+    platform='cuda', target_config=TARGET, topology='1x1x1'
+  )
+  mesh = jax.sharding.Mesh(topology.devices[:1], ('x',))
+  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  args = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args
+  )
+  jax.jit(function).trace(*args).lower().compile()
+  (report,) = (path.read_text() for path in folder.glob('*.ptxas'))
+  (sass,) = (path.read_text() for path in folder.glob('*.sass*'))
+  spills = re.findall(r'(\d+) bytes spill', report)
+  return Machine(sum(map(int, spills)), sass)
