@@ -341,12 +341,12 @@ def _multiply(tile: Tile, scale_b, scratch, plan: Plan, warpgroup, k, carry):
   promoted = []
   for group, (total, other) in enumerate(zip(sums, others, strict=True)):
     part = product_MN[:, group * plan.group : (group + 1) * plan.group]
+    rows_of = lambda x: lax.broadcast_in_dim(x, shape, (0,))
     if plan.row_scales:
-      other = lax.broadcast_in_dim(other, shape, (1,))
-      part, scale = part * other, scale_a
+      scale = rows_of(scale_a) * lax.broadcast_in_dim(other, shape, (1,))
     else:
-      scale = scale_a * other
-    promoted.append(total + part * lax.broadcast_in_dim(scale, shape, (0,)))
+      scale = rows_of(scale_a * other)
+    promoted.append(total + part * scale)
   return step + 1, tuple(promoted)
 
 
