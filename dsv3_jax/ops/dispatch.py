@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 
 class Experts(NamedTuple):
@@ -105,8 +105,8 @@ def block_layout(
 
 
 def permute(
-  x_MD: Float[Array, 'M D'], layout: Layout, top_k: int
-) -> Float[Array, 'J D']:
+  x_MD: Shaped[Array, 'M D'], layout: Layout, top_k: int
+) -> Shaped[Array, 'J D']:
   """Copies each token to the rows of its assignments; padding rows are 0."""
   token_J = layout.source_J // top_k
   return jnp.take(x_MD, token_J, axis=0, mode='fill', fill_value=0)

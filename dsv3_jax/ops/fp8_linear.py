@@ -177,7 +177,8 @@ def swiglu_forward(gate_JF, up_JF, scale_J, down: Quantized, products, policy):
     'floor': precision.ACTIVATION_FLOOR,
     'implementation': policy.implementation,
   }
-  rows = quantizers.rows(hidden_JF.astype(gate_JF.dtype), **how)
+  # From f32, as a fused kernel would: BF16 in between would round twice.
+  rows = quantizers.rows(hidden_JF, **how)
   kept = SwigluKept(
     named(quantizers.rows(gate_JF, **how), 'swiglu_in'),
     named(quantizers.rows(up_JF, **how), 'swiglu_in'),
@@ -206,7 +207,7 @@ def swiglu_backward(kept, scale_J, dgrad, dy, products, policy, dtype):
     dgate_JF = dhidden_JF * up_JF
     dgate_JF *= sigmoid_JF * (1.0 + gate_JF * (1.0 - sigmoid_JF))
   columns = quantizers.columns(
-    hidden_JF.astype(dtype),
+    hidden_JF,
     floor=precision.ACTIVATION_FLOOR,
     implementation=policy.implementation,
   )
