@@ -144,13 +144,17 @@ def _define_inspect(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def inspect(values: flags.FlagValues) -> None:
-  """Counts parameters, KV bytes and FLOP per token; allocates nothing."""
-  from dsv3_jax.planning import flops
+  """Counts parameters, bytes and FLOP per token; allocates nothing."""
+  from dsv3_jax import precision
+  from dsv3_jax.planning import flops, memory
 
   cfg = _read_config(values)
   shape = (cfg.model, cfg.data.seq_len)
-  told = flops.inspect_dict(*shape)
-  print(json.dumps(told) if values.json else flops.render(*shape))
+  kept = (cfg.model, precision.POLICIES[cfg.precision])
+  if values.json:
+    print(json.dumps(flops.inspect_dict(*shape) | memory.inspect_dict(*kept)))
+  else:
+    print(f'{flops.render(*shape)}\n\n{memory.render(*kept)}')
 
 
 def _checkpoint_flags(values: flags.FlagValues) -> None:

@@ -86,13 +86,23 @@ def forward_and_loss(cfg):
 @functools.cache
 def loss_and_grads(cfg):
   """jit: (params, router, batch, scales) -> (total, parts), gradients."""
-  net = model.build(cfg)
+  return jax.jit(plain_loss_and_grads(cfg))
 
-  def loss(params, router, batch, scales):
-    args = (batch, router, scales)
-    return net.apply({'params': params}, *args, method='loss')
 
-  return jax.jit(jax.value_and_grad(loss, has_aux=True))
+def plain_loss_and_grads(cfg):
+  """The same, in the precision of training, not yet compiled."""
+  net = model.build(cfg, training=True)
+
+  def run(params, router, batch, scales):
+    quantized = model.quantize(net.policy, params)
+
+    def loss(params):
+      args = (batch, router, scales)
+      return net.apply({'params': params} | quantized, *args, method='loss')
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  return run
 
 
 @functools.cache

@@ -1,0 +1,208 @@
+"""The whole model in FP8: forms agree, gradients are near, nothing twice."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import config, precision, sharding, train_step
+from dsv3_jax.checkpoint import hf
+from dsv3_jax.nn import model
+from dsv3_jax.ops import fp8
+from tests import settings
+from tests.nn import models
+from tests.oracles import fp8_gemm
+
+# Widths of more than one tile, none of them a multiple of it.
+FP8 = {
+  'precision': 'fp8',
+  'model__num_layers': 2,
+  'model__remat': 'none',
+  'model__scan_layers': False,
+  'model__d_model': 200,
+  'model__d_ff': 264,
+  'model__mla__q_lora_rank': 136,
+  'model__mla__kv_lora_rank': 72,
+  'model__mla__qk_nope_head_dim': 40,
+  'model__mla__v_head_dim': 48,
+  'model__moe__num_experts': 4,
+  'model__moe__num_groups': 1,
+  'model__moe__top_groups': 1,
+  'model__moe__top_k': 2,
+  'model__moe__d_ff': 136,
+  'model__max_seq_len': 128,
+  'model__rope__original_seq_len': 128,
+  'data__seq_len': 128,
+}
+# What is left when a sum in another order moves a number over the border of
+# two codes now and then; FP8 itself differs from f32 by a hundred times that.
+FLIPS = 1e-4
+ROUNDING = 3e-2
+
+
+@functools.cache
+def run(**changes):
+  cfg = settings.small(**(FP8 | changes))
+  params, router = map(models.f32, models.random_params(cfg))
+  if not cfg.model.scan_layers:
+    scanned = settings.small(**(FP8 | changes | {'model__scan_layers': True}))
+    params = unstacked(models.f32(models.random_params(scanned)[0]))
+  # Small, as at the start of training: at 0.25 a flip would change routes.
+  params = jax.tree.map(lambda w: 0.2 * w if w.ndim > 1 else w, params)
+  batch, _ = models.make_batch(cfg, ([129], [60, 69]))
+  scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+  args = (params, models.f32(router), batch, scales)
+  (total, parts), grads = models.loss_and_grads(cfg)(*args)
+  if cfg.model.scan_layers:
+    grads = unstacked(grads)
+  return float(total), parts, grads
+
+
+def unstacked(params):
+  """Stacks of one layer as unrolled ones."""
+  take = lambda stack: {'layer_0': jax.tree.map(lambda w: w[0], stack)}
+  names = ('dense_layers', 'moe_layers')
+  return params | {name: take(params[name]['layers']) for name in names}
+
+
+def differences(got, want):
+  """How far the gradients of every leaf are, by its name."""
+  pairs = zip(
+    jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
+  )
+  return {
+    jax.tree_util.keystr(path): fp8_gemm.difference(np.ravel(g), np.ravel(w))
+    for (path, g), w in pairs
+  }
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_f32_within_fp8():
+  total, parts, grads = run()
+  exact_total, exact_parts, exact = run(precision='f32')
+  assert total == pytest.approx(exact_total, rel=2e-3)
+  assert total != exact_total
+  np.testing.assert_allclose(parts['load'], exact_parts['load'], atol=16)
+  told = differences(grads, exact)
+  assert max(told.values()) < ROUNDING, told
+  # Products in FP8 leave a trace in every leaf.
+  assert min(told.values()) > 1e-9, told
+
+
+@pytest.mark.slow
+def test_forms_agree():
+  total, _, grads = run()
+  got_total, _, got = run(model__scan_layers=True, model__remat='report')
+  assert got_total == pytest.approx(total, rel=1e-5)
+  assert max(differences(got, grads).values()) < FLIPS
+
+
+@pytest.mark.slow
+def test_blockwise_dgrad_is_another_gradient_of_the_same_loss():
+  total, _, grads = run()
+  got_total, _, got = run(precision='fp8_block_dgrad')
+  assert got_total == total
+  told = differences(got, grads)
+  np.testing.assert_array_equal(got['head']['w'], grads['head']['w'])
+  assert max(told.values()) > FLIPS
+
+
+@pytest.mark.slow
+def test_two_devices_agree_with_one():
+  cfg = settings.small(**(FP8 | {'model__scan_layers': True}))
+  params, router = map(models.f32, models.random_params(cfg))
+  params = jax.tree.map(lambda w: 0.2 * w if w.ndim > 1 else w, params)
+  batch, _ = models.make_batch(cfg, ([129], [60, 69]))
+  scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+  sizes = dict.fromkeys(sharding.AXES, 1) | {'data': 2}
+  mesh = sharding.make_mesh(config.MeshConfig(**sizes))
+  place = functools.partial(jax.sharding.NamedSharding, mesh)
+  rows = place(sharding.to_spec(('batch', 'sequence'), sharding.RULES, 2))
+  whole = place(jax.sharding.PartitionSpec())
+  step = jax.jit(
+    models.plain_loss_and_grads(cfg),
+    in_shardings=(whole, whole, rows, whole),
+    out_shardings=whole,
+  )
+  with jax.set_mesh(mesh):
+    (total, parts), grads = step(params, router, batch, scales)
+  want_total, want_parts, want = run()
+  assert float(total) == pytest.approx(want_total, rel=1e-5)
+  np.testing.assert_array_equal(parts['load'], want_parts['load'])
+  told = differences(unstacked(grads), want)
+  # Experts: a device's own rows make up tiles of 128 tokens of their own.
+  experts = {name: d for name, d in told.items() if "['moe']['w_" in name}
+  assert max(experts.values()) < ROUNDING / 10
+  assert max(told[name] for name in told.keys() - experts.keys()) < FLIPS
+
+
+def test_weights_are_quantised_once_a_step():
+  """No FP8 form of a weight is made inside the loop over micro-batches."""
+  cfg = settings.small(**FP8)
+  state = jax.eval_shape(lambda: train_step.init_state(cfg, jax.random.key(0)))
+  shape = (3, 2, cfg.data.seq_len)
+  ints = jax.ShapeDtypeStruct(shape, jnp.int32)
+  batch = model.Batch(*[ints] * 4, jax.ShapeDtypeStruct(shape, jnp.float32))
+  hyper = dict.fromkeys(('lr', 'mtp_weight', 'bias_rate'), 1.0)
+  step = train_step.make_train_step(cfg)
+  jaxpr = jax.make_jaxpr(step)(state, batch, 3, hyper)
+  outside, inside = [], []
+  collect(jaxpr.jaxpr, outside, inside)
+  policy = precision.POLICIES['fp8']
+  quantized = jax.eval_shape(
+    functools.partial(model.quantize, policy), state['params']
+  )
+  is_pair = lambda x: isinstance(x, tuple)
+  pairs = jax.tree.leaves(quantized, is_leaf=is_pair)
+  weights = [pair[1].shape for pair in pairs]
+  assert sorted(outside) == sorted(weights)
+  assert inside  # activations
+  assert not set(inside) & set(weights)
+
+
+def collect(jaxpr, outside, inside, in_loop=False):
+  """Shapes of every cast to e4m3, outside and inside of loops."""
+  for eqn in jaxpr.eqns:
+    if eqn.params.get('new_dtype') == fp8.E4M3:
+      (inside if in_loop else outside).append(eqn.outvars[0].aval.shape)
+    loop = in_loop or eqn.primitive.name in ('while', 'scan')
+    for inner in jax.tree.leaves(
+      eqn.params, is_leaf=lambda p: hasattr(p, 'eqns') or hasattr(p, 'jaxpr')
+    ):
+      inner = getattr(inner, 'jaxpr', inner)
+      if hasattr(inner, 'eqns'):
+        collect(inner, outside, inside, loop)
+
+
+def test_training_reads_the_weights_that_an_export_holds():
+  """The blocks of a step are those of the checkpoint's FP8 layout."""
+  cfg = settings.small(**FP8)
+  params, _ = map(models.f32, models.random_params(cfg))
+  made = model.quantize(precision.POLICIES['fp8'], params)['quantized']
+  found = 0
+  for tensor in hf.table(cfg.model):
+    if len(tensor.leaves) > 1 or not tensor.num_in or tensor.copy:
+      continue
+    leaf = tensor.leaves[0]
+    w, ours = params, made
+    for key in leaf.path[1:]:
+      w, ours = w[key], ours.get(key, {})
+    if not ours:
+      continue
+    w, (fprop, _) = np.asarray(w[leaf.index]), ours
+    # HF keeps [out, in], which is Fprop's orientation.
+    out_in = np.moveaxis(w, range(tensor.num_in), range(-tensor.num_in, 0))
+    rows = int(np.prod(w.shape[tensor.num_in :]))
+    values, scales = fp8.quantize_host(
+      np.ascontiguousarray(out_in.reshape(rows, -1)), tensor.name
+    )
+    same = lambda a, b: np.testing.assert_array_equal(
+      np.asarray(a).view(f'u{b.dtype.itemsize}'),
+      b.view(f'u{b.dtype.itemsize}'),
+    )
+    same(fprop.values[leaf.index], values)
+    same(fprop.scales[leaf.index], scales)
+    found += 1
+  assert found > 20
