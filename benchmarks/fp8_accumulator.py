@@ -134,6 +134,7 @@ def versions() -> str:
 def report(rows, biased: np.ndarray, size: int, seeds: int) -> str:
   """The whole page of results."""
   (without, mean, _), (with_, *_) = rows[4096]
+  times = without / with_
   return f"""# What 14-bit accumulation loses, and what promotion repairs
 
     python benchmarks/fp8_accumulator.py --size={size} --seeds={seeds}
@@ -153,13 +154,13 @@ promoted never or every 128 products.
 {table(rows)}
 
 The report finds a maximum relative error of nearly 2 % at K = 4096 (TR 3.3.2).
-Here the largest error there is {without:.2f} % of the rms and {mean:.2f} % of the
-mean magnitude, and {with_:.2f} % of the rms with promotion: {without / with_:.0f} times
-less, and falling with K instead of growing. The report does not say over what
-its error is taken; over the entry itself there is no bound, as some entries are
-nearly zero, and any maximum grows with the number of sums. With operands
-uniform in [0, 1), where everything that is cut off has the same sign, K = 4096
-gives {biased[0, 0]:.2f} % without promotion and {biased[1, 0]:.2f} % with it.
+Here the largest error there is {without:.2f} % of the rms ({mean:.2f} % of the
+mean magnitude), and with promotion {with_:.2f} %, {times:.0f} times less; it
+falls with K instead of growing. The report does not say over what its error is
+taken; over the entry itself there is no bound, as some entries are nearly zero,
+and any maximum grows with the number of sums. With operands uniform in [0, 1),
+where all that is cut off has one sign, K = 4096 gives {biased[0, 0]:.2f} %
+without promotion and {biased[1, 0]:.2f} % with it.
 """
 
 
