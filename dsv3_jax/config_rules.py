@@ -147,6 +147,11 @@ def _model(config: Any) -> Iterator[Rule]:
     f'model.moe.num_groups={moe.num_groups} leaves {per_group} expert a '
     'group, but a group is scored by its best two (TR 2.1.2)',
   )
+  yield (
+    moe.product in ('auto', 'blocks') or 'fp8' not in config.precision,
+    f'model.moe.product={moe.product!r} must be auto with '
+    f'precision={config.precision!r}, which has grouped products of its own',
+  )
   longest = int(rope.original_seq_len * max(rope.factor, 1.0))
   yield (
     model.max_seq_len <= longest,

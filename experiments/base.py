@@ -12,7 +12,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   """Returns the locked base; `arg` is one of `''` and `'runlocal'`."""
   config = config_dict.ConfigDict()
   config.seed = 0  # of initialisation, shuffling, FIM and sampling
-  config.precision = 'bf16'  # of matrix products: 'bf16' or 'f32'
+  config.precision = 'fp8'  # TR 3.3; 'bf16', 'f32', 'fp8_block_dgrad' (App. B)
   config.model = _model()
   config.balance = _balance()
   config.data = _data()
@@ -91,7 +91,7 @@ def _model():
       'norm_topk': True,  # gates divided by their sum
       'route_scale': 2.5,
       'product': 'auto',  # 'blocks', 'dense', 'ragged'
-      'block_size': 128,  # rows of one expert block in 'blocks'
+      'block_size': 128,  # rows of one expert block in 'blocks'; FP8: 128
     },
     'mtp': {  # TR 2.2
       'depth': 1,  # 0: no MTP module

@@ -15,6 +15,7 @@ from experiments import base
 def get_config(arg: str = ''):
   config = base.get_config()
   with config.unlocked():
+    config.precision = 'bf16'
     model = config.model
     model.update(vocab_size=102400, d_model=2048, d_ff=10944)
     model.update(num_layers=27, num_dense_layers=1)

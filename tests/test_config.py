@@ -15,8 +15,8 @@ from tests import settings
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 EXPERIMENTS = sorted(
-  path.stem
-  for path in (_ROOT / 'experiments').glob('*.py')
+  '.'.join(path.relative_to(_ROOT).with_suffix('').parts)
+  for path in (_ROOT / 'experiments').rglob('*.py')
   if path.stem != '__init__'
 )
 
@@ -24,7 +24,7 @@ EXPERIMENTS = sorted(
 @pytest.mark.parametrize('name', EXPERIMENTS)
 @pytest.mark.parametrize('arg', ['', 'runlocal'])
 def test_every_experiment_is_legal_and_locked(name, arg):
-  source = importlib.import_module(f'experiments.{name}').get_config(arg)
+  source = importlib.import_module(name).get_config(arg)
   assert source.is_locked
   built = config.from_config_dict(source)
   again = config.from_config_dict(json.loads(config.to_json(built)))
@@ -33,7 +33,7 @@ def test_every_experiment_is_legal_and_locked(name, arg):
 
 @pytest.mark.parametrize('name', EXPERIMENTS)
 def test_unknown_argument_is_refused(name):
-  module = importlib.import_module(f'experiments.{name}')
+  module = importlib.import_module(name)
   with pytest.raises(ValueError, match=r"'nonsense'.*runlocal"):
     module.get_config('nonsense')
 
@@ -73,6 +73,7 @@ def changed(path, value):
     ('model.mla.qk_rope_head_dim', 5, 'must be even'),
     ('model.rope.beta_slow', 64.0, 'model.rope.beta_fast=32.0 must be >'),
     ('model.moe.score_func', 'tanh', "must be one of: sigmoid, softmax"),
+    ('precision', 'fp4', 'must be one of: bf16, fp8, fp8_block_dgrad, f32'),
     ('model.remat', 'some', "model.remat='some' must be one of"),
     ('model.d_model', 0, 'model.d_model=0 must be > 0'),
     ('model.mtp.depth', -1, 'model.mtp.depth=-1 must be >= 0'),
@@ -110,6 +111,15 @@ def test_groups_of_one_expert_have_no_best_two():
   tree = changed('model.moe.num_groups', 8)
   tree['model']['moe']['top_groups'] = 4
   with pytest.raises(errors.InputError, match='scored by its best two'):
+    config.from_config_dict(tree)
+
+
+def test_fp8_has_its_own_product_of_experts():
+  tree = changed('precision', 'fp8')
+  config.from_config_dict(tree)
+  tree['model']['moe']['product'] = 'ragged'
+  said = r"product='ragged' must be auto with precision='fp8'"
+  with pytest.raises(errors.InputError, match=said):
     config.from_config_dict(tree)
 
 

@@ -1,0 +1,1 @@
+"""Ablations: a base and at most ten changed lines each."""
