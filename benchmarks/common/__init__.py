@@ -1,0 +1,1 @@
+"""What the benchmarks share: clock, report, inputs. No benchmark itself."""
