@@ -11,18 +11,20 @@ again after an interruption, finished shards stay and the rest is made.
 
 import collections
 import concurrent.futures
+import functools
 import hashlib
 import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsv3_jax import config, errors
-from dsv3_jax.checkpoint import hf, hf_config, shard_writer, shards
+from dsv3_jax.checkpoint import finite, hf, hf_config, shard_writer, shards
 from dsv3_jax.ops import fp8
 
 _PIECE_BYTES = 32 << 20
@@ -105,23 +107,15 @@ def export(
   mark = hashlib.sha256(repr((source, cfg.model, dtype, plan)).encode())
   digests = _begin(partial, mark.hexdigest())
   both = _Source(leaves, hf.dequantised(leaves, cfg))
-
-  def finish(name: str, num_bytes: int) -> None:
-    """Hashes and notes a shard, while the next one is written."""
-    if name not in digests:
-      digests[name] = shards.digest(partial / name)
-      _note(partial, mark.hexdigest(), digests)
-    progress(f'{name}  {num_bytes / 1e9:.2f} GB')
-
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    last = None
-    for name, specs in zip(names, plan, strict=True):
-      if name not in digests:
-        _write_shard(partial / name, specs, of, both)
-      if last is not None:
-        last.result()
-      last = pool.submit(finish, name, sum(spec.nbytes for spec in specs))
-    last.result()
+  jobs = {
+    name: functools.partial(_write_shard, partial / name, specs, of, both)
+    for name, specs in zip(names, plan, strict=True)
+  }
+  try:
+    _write_shards(partial, jobs, mark.hexdigest(), digests, progress)
+  except errors.InputError:  # to go on from there would end alike
+    shutil.rmtree(partial)
+    raise
   shard_writer.write_index(partial, plan)
   texts = dict(documents or {})
   body = hf_config.write(cfg, dtype)
@@ -131,6 +125,35 @@ def export(
   shard_writer.write_sums(partial, digests)
   (partial / _JOURNAL).unlink()
   partial.rename(output)
+
+
+def _write_shards(
+  partial: pathlib.Path,
+  jobs: Mapping[str, Callable[[], None]],
+  mark: str,
+  digests: dict[str, str],
+  progress: Callable[[str], None],
+) -> None:
+  """Makes what is not in `digests`; one is hashed while the next is written."""
+
+  def finish(name: str) -> None:
+    if name not in digests:
+      digest = shards.digest(partial / name)
+      shard_writer.flush(partial / name)
+      digests[name] = digest
+      _note(partial, mark, digests)
+    size = (partial / name).stat().st_size
+    progress(f'{name}  {size / 1e9:.2f} GB')
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    last = None
+    for name, write in jobs.items():
+      if name not in digests:
+        write()
+      if last is not None:
+        last.result()
+      last = pool.submit(finish, name)
+    last.result()
 
 
 def _begin(partial: pathlib.Path, mark: str) -> dict[str, str]:
@@ -221,10 +244,12 @@ def _write_piece(pair, place, start, stop, leaves, writer) -> None:
     values = _rows(place, start, stop, leaves.plain)
     if write_fp8:
       values = np.ascontiguousarray(values, np.float32)
+      finite.check(values, place.tensor.name, first)
       values, found = fp8.quantize_host(values, place.tensor.name)
   if spec is not None:
     dtype = shards.DTYPES[spec.dtype]
     values = np.ascontiguousarray(values.astype(dtype, copy=False))
+    finite.check(values, place.tensor.name, first)
     writer.write(spec.name, first, values)
   if scales is not None and found is not None:
     writer.write(scales.name, first // 128, found)

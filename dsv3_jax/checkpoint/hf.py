@@ -12,6 +12,7 @@ interleaved on both sides.
 import functools
 import itertools
 import math
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -56,15 +57,16 @@ _SWIGLU = (
 )
 
 
-def table(cfg: config.ModelConfig) -> list[Tensor]:
-  """Every tensor of the whole model; no name and no leaf's slice twice."""
+def table(cfg: config.ModelConfig) -> Iterator[Tensor]:
+  """Every tensor of the whole model; no name and no leaf's slice twice.
+
+  One after the other: `cfg` may tell of more layers than anyone has.
+  """
   embed, head = Leaf(('params', 'embed', 'w')), Leaf(('params', 'head', 'w'))
   final_norm = Leaf(('params', 'final_norm', 'norm'))
-  tensors = [
-    Tensor('model.embed_tokens.weight', (embed,), 0),
-    Tensor('model.norm.weight', (final_norm,), 0),
-    Tensor('lm_head.weight', (head,), 1),
-  ]
+  yield Tensor('model.embed_tokens.weight', (embed,), 0)
+  yield Tensor('model.norm.weight', (final_norm,), 0)
+  yield Tensor('lm_head.weight', (head,), 1)
   for i in range(cfg.num_layers):
     stack, at = 'dense_layers', i
     if is_moe := i >= cfg.num_dense_layers:
@@ -73,22 +75,18 @@ def table(cfg: config.ModelConfig) -> list[Tensor]:
     if cfg.scan_layers:
       where = Leaf(('params', stack, 'layers'), (at,))
     bias = Leaf(('router', 'moe'), (at,)) if is_moe else None
-    tensors += _block(cfg, f'model.layers.{i}.', where, bias)
+    yield from _block(cfg, f'model.layers.{i}.', where, bias)
   for k in range(cfg.mtp.depth):
     prefix, path = f'model.layers.{cfg.num_layers + k}.', ('params', f'mtp_{k}')
-    tensors += _block(
-      cfg, prefix, Leaf((*path, 'block')), Leaf(('router', 'mtp'), (k,))
-    )
+    bias = Leaf(('router', 'mtp'), (k,))
+    yield from _block(cfg, prefix, Leaf((*path, 'block')), bias)
     norm = lambda name, path=path: (Leaf((*path, name, 'norm')),)
-    tensors += [
-      Tensor(prefix + 'embed_tokens.weight', (embed,), 0, copy=True),
-      Tensor(prefix + 'enorm.weight', norm('embed_norm'), 0),
-      Tensor(prefix + 'hnorm.weight', norm('hidden_norm'), 0),
-      Tensor(prefix + 'eh_proj.weight', (Leaf((*path, 'w_proj')),), 1),
-      Tensor(prefix + 'shared_head.norm.weight', norm('final_norm'), 0),
-      Tensor(prefix + 'shared_head.head.weight', (head,), 1, copy=True),
-    ]
-  return tensors
+    yield Tensor(prefix + 'embed_tokens.weight', (embed,), 0, copy=True)
+    yield Tensor(prefix + 'enorm.weight', norm('embed_norm'), 0)
+    yield Tensor(prefix + 'hnorm.weight', norm('hidden_norm'), 0)
+    yield Tensor(prefix + 'eh_proj.weight', (Leaf((*path, 'w_proj')),), 1)
+    yield Tensor(prefix + 'shared_head.norm.weight', norm('final_norm'), 0)
+    yield Tensor(prefix + 'shared_head.head.weight', (head,), 1, copy=True)
 
 
 def _block(
@@ -129,7 +127,10 @@ def _block(
       yield tensor(f'mlp.shared_experts.{theirs}', f'moe.shared.{ours}', 1)
 
 
-def leaf_shapes(cfg: config.Config) -> dict[tuple[str, ...], tuple[int, ...]]:
+@functools.lru_cache(maxsize=4)  # tracing takes a while
+def leaf_shapes(
+  cfg: config.Config,
+) -> Mapping[tuple[str, ...], tuple[int, ...]]:
   """Shapes of all parameters and router biases, by path; allocates nothing."""
   tree = {
     'params': jax.eval_shape(
@@ -138,7 +139,8 @@ def leaf_shapes(cfg: config.Config) -> dict[tuple[str, ...], tuple[int, ...]]:
     'router': jax.eval_shape(lambda: model.init_router(cfg.model)),
   }
   flat = jax.tree_util.tree_leaves_with_path(tree)
-  return {tuple(k.key for k in path): leaf.shape for path, leaf in flat}
+  shapes = {tuple(k.key for k in path): leaf.shape for path, leaf in flat}
+  return types.MappingProxyType(shapes)
 
 
 class Place(NamedTuple):
@@ -174,6 +176,15 @@ class Place(NamedTuple):
       return self.shapes[0]
     inputs = math.prod(self.shapes[0][: self.tensor.num_in])
     return (self.steps * self.rows_per_step, inputs)
+
+  @property
+  def tile(self) -> tuple[int, int]:
+    """Inputs and outputs of a leaf that share a scale.
+
+    kv_b_proj is split into leaves, which may cut through its blocks: each of
+    their columns, which are its rows, has scales of its own.
+    """
+    return fp8.TILE if len(self.shapes) == 1 else (fp8.TILE[0], 1)
 
   def leaf_slices(self, start: int, stop: int) -> list[tuple[slice, ...]]:
     """Of each leaf's slice: all, but the steps from start to stop."""
@@ -217,7 +228,7 @@ def _turned(x: np.ndarray) -> np.ndarray:
   Each goes through a buffer whose rows are a little longer: rows that lie a
   power of two apart would drive one another out of the cache.
   """
-  out = np.empty(x.shape[::-1], x.dtype)
+  out = lazy.empty(x.shape[::-1], x.dtype)
   buffer = np.empty((_SQUARE, _SQUARE + 8), x.dtype)
   for i in range(0, x.shape[0], _SQUARE):
     for j in range(0, x.shape[1], _SQUARE):

@@ -1,12 +1,17 @@
 """The `config.json` of a Hugging Face folder, in both directions.
 
 Every field is read, checked, or known to change nothing; any other is refused.
-Nothing that a config names (`auto_map`) is ever imported.
+Nothing that a config names (`auto_map`) is ever imported, and nothing is made
+of a size that it claims.
 """
 
+import copy
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from dsv3_jax import config, errors
+from dsv3_jax.checkpoint import shard_header, shards
 
 # Field -> setting below `model.`.
 _FIELDS = {
@@ -66,6 +71,10 @@ _FP8 = {
   'activation_scheme': 'dynamic',
   'weight_block_size': [128, 128],
 }
+_MOST_LENGTH = 2**31 - 1  # positions are int32
+_MOST_ROPE = 1e12  # of RoPE's numbers, and the least is its inverse
+
+Refuse = Callable[[str, str], errors.InputError]
 
 
 def write(cfg: config.Config, dtype: str = 'float32') -> dict[str, Any]:
@@ -78,7 +87,7 @@ def write(cfg: config.Config, dtype: str = 'float32') -> dict[str, Any]:
     dtype: of the tensors beside it: 'float32', 'bfloat16' or 'fp8'.
   """
   net = cfg.model
-  body = dict(_FIXED)
+  body = copy.deepcopy(_FIXED)  # lists too: the caller may change his own
   for field, path in _FIELDS.items():
     node = net
     for name in path.split('.'):
@@ -96,22 +105,30 @@ def write(cfg: config.Config, dtype: str = 'float32') -> dict[str, Any]:
     body['rope_scaling'] = {'type': 'yarn', **scaling}
   body['torch_dtype'] = 'float32' if dtype == 'float32' else 'bfloat16'
   if dtype == 'fp8':
-    body['quantization_config'] = dict(_FP8)
+    body['quantization_config'] = copy.deepcopy(_FP8)
   return body
 
 
-def read(body: dict[str, Any], where: str) -> dict[str, Any]:
+def read(path: pathlib.Path, most: int) -> dict[str, Any]:
   """Settings below `model.` by dotted name.
 
   Args:
-    where: the file, for errors.
+    path: of the `config.json`.
+    most: bytes of the tensors beside it: no dim and no count can be larger.
 
   Raises:
     InputError: a field is missing, unknown, or has a value that is not built.
   """
+  body = shards.read_json(path)
+  for field, value in body.items():
+    if isinstance(value, dict):
+      shard_header.as_object(value, str(path), shard_header.show(field))
 
   def refuse(field: str, rule: str) -> errors.InputError:
-    return errors.InputError(f'{where}: {field}={body.get(field)!r} {rule}')
+    name = field if field.isidentifier() else repr(field)
+    name = name if len(name) < 100 else shard_header.show(field)
+    value = shard_header.show(body.get(field))
+    return errors.InputError(f'{path}: {name}={value} {rule}')
 
   known = {*_FIELDS, *_FIXED, *_IGNORED, 'rope_theta', 'rope_scaling'}
   known |= {'rope_parameters', 'quantization_config', 'num_key_value_heads'}
@@ -123,17 +140,10 @@ def read(body: dict[str, Any], where: str) -> dict[str, Any]:
     if field in body and body[field] != value:
       raise refuse(field, f'is not built: it must be {value!r}')
   found = {}
-  for field, path in _FIELDS.items():
+  for field, name in _FIELDS.items():
     if field not in body and field not in _OPTIONAL:
-      raise errors.InputError(f'{where}: {field} is missing')
-    value = body.get(field, _OPTIONAL.get(field))
-    if value is None and field in ('q_lora_rank', 'n_shared_experts'):
-      value = 0
-    kinds = _KINDS.get(field, (int,))
-    if type(value) not in kinds:
-      names = ' or '.join(kind.__name__ for kind in kinds)
-      raise refuse(field, f'must be of type {names}')
-    found[path] = value
+      raise errors.InputError(f'{path}: {field} is missing')
+    found[name] = _value(field, body, most, refuse)
   sums = {
     'num_key_value_heads': found['mla.num_heads'],
     'head_dim': found['mla.qk_rope_head_dim'],
@@ -148,19 +158,48 @@ def read(body: dict[str, Any], where: str) -> dict[str, Any]:
   return found | _rope(body, found['max_seq_len'], refuse)
 
 
-def _rope(body: dict[str, Any], max_seq_len: int, refuse: Any) -> dict:
+def _value(field: str, body: dict[str, Any], most: int, refuse: Refuse) -> Any:
+  """One of `_FIELDS`: of its type, and of a size that can be."""
+  value = body.get(field, _OPTIONAL.get(field))
+  if value is None and field in ('q_lora_rank', 'n_shared_experts'):
+    value = 0
+  kinds = _KINDS.get(field, (int,))
+  if type(value) not in kinds:
+    names = ' or '.join(kind.__name__ for kind in kinds)
+    raise refuse(field, f'must be of type {names}')
+  if field == 'max_position_embeddings':
+    if value > _MOST_LENGTH:
+      raise refuse(field, f'must be at most {_MOST_LENGTH}')
+  elif value > most:
+    raise refuse(field, f'is more than the {most} bytes of all tensors here')
+  return value
+
+
+def _rope(
+  body: dict[str, Any], max_seq_len: int, refuse: Refuse
+) -> dict[str, Any]:
   """RoPE as either generation of transformers writes it."""
   field, given = 'rope_parameters', body.get('rope_parameters')
-  if given is None:
-    field, given = 'rope_scaling', dict(body.get('rope_scaling') or {})
-    given['rope_theta'] = body.get('rope_theta')
+  if old := given is None:
+    field, given = 'rope_scaling', body.get('rope_scaling')
+    given = {} if given is None else given
+  if not isinstance(given, dict):
+    raise refuse(field, 'must be an object or null')
   given = dict(given)
+  if old:
+    given['rope_theta'] = body.get('rope_theta')
   kind = given.pop('rope_type', given.get('type', 'default'))
   theta = given.pop('rope_theta', None)
   given.pop('type', None)
   numbers = [theta, *given.values()]
-  if not all(type(x) in (int, float) for x in numbers):
-    raise refuse(field, 'with rope_theta must hold numbers')
+  for x in numbers:
+    # A size that no model has would overflow where it is computed with.
+    if type(x) not in (int, float) or not 1 / _MOST_ROPE <= x <= _MOST_ROPE:
+      raise refuse(
+        field,
+        f'with rope_theta must hold numbers > 0, {1 / _MOST_ROPE:.0e} to '
+        f'{_MOST_ROPE:.0e}',
+      )
   if kind == 'default' and not given:
     alone = {'rope.original_seq_len': max_seq_len, 'rope.factor': 1.0}
     return alone | {'rope.theta': theta}

@@ -1,9 +1,9 @@
 """A folder of the published layout, seen as our parameters.
 
 `open_folder` checks names, shapes and dtypes of all tensors against the model;
-each parameter is then a `LazyArray` whose slices are read, dequantised and
-turned when they are asked for. The released inference code's names (`wq_a`,
-`ffn.experts.0.w1`) are read as well.
+each parameter is then a `LazyArray` whose slices are read, searched for what is
+no number, dequantised and turned when they are asked for. The released
+inference code's names (`wq_a`, `ffn.experts.0.w1`) are read as well.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsv3_jax import config, errors
-from dsv3_jax.checkpoint import hf, lazy, shards
+from dsv3_jax.checkpoint import finite, hf, lazy, shards
 from dsv3_jax.ops import fp8
 
 Leaves = dict[tuple[str, ...], lazy.LazyArray | fp8.Quantized]
@@ -70,9 +70,10 @@ def open_folder(
 
   Raises:
     InputError: a tensor is missing, surplus, or of another shape or dtype.
+      Later, from the LazyArrays: a value or scale is not finite.
   """
+  files = _names(folder, cfg.model)  # first: bounds what the model may be
   places = hf.places(cfg)
-  files = _names(folder, places)
   _check(folder, places, files)
   sources: dict[tuple[str, ...], dict] = {}
   for place in places:
@@ -103,12 +104,12 @@ def _leaf(
     return array(shape, np.float32, _Piece.read, first.chunk)
   (kind,) = kinds
   if kind != fp8.E4M3:
-    return array(shape, kind, _Piece.read_values, first.chunk)
+    return array(shape, kind, _Piece.read_stored, first.chunk)
   scales = first.scales_shape
   return fp8.Quantized(
-    array(shape, kind, _Piece.read_values, first.chunk),
+    array(shape, kind, _Piece.read_stored, first.chunk),
     array((*shape[:lead], *scales), np.float32, _Piece.read_scales, scales),
-    first.tile,
+    first.place.tile,
   )
 
 
@@ -133,28 +134,24 @@ class _Piece(NamedTuple):
     return (*shape[:at], count, *shape[at + 1 :])
 
   @property
-  def tile(self) -> tuple[int, int]:
-    """Inputs and outputs that share a scale."""
-    return fp8.TILE if len(self.place.shapes) == 1 else (fp8.TILE[0], 1)
-
-  @property
   def scales_shape(self) -> tuple[int, int]:
     """Of our leaf's scales: blocks of inputs, blocks of outputs."""
     shape, at = self.place.shapes[self.part], self.place.tensor.num_in
     sides = (math.prod(shape[:at]), math.prod(shape[at:]))
-    return tuple(-(-n // t) for n, t in zip(sides, self.tile, strict=True))
+    tile = self.place.tile
+    return tuple(-(-n // t) for n, t in zip(sides, tile, strict=True))
 
   def read(self, slices: lazy.Slices) -> np.ndarray:
     """A part of our leaf, in f32."""
     return self._cut(slices, read_rows)
 
-  def read_values(self, slices: lazy.Slices) -> np.ndarray:
+  def read_stored(self, slices: lazy.Slices) -> np.ndarray:
     """A part of our leaf, as stored."""
-    return self._cut(slices, shards.Folder.read)
+    return self._cut(slices, read_values)
 
   def read_scales(self, slices: lazy.Slices) -> np.ndarray:
     """A part of our leaf's scales."""
-    scales = self.folder.read(scale_name(self.folder, self.name))
+    scales = read_scales(self.folder, scale_name(self.folder, self.name))
     if len(self.place.shapes) > 1:  # a scale for each row, then as the rows
       rows = np.repeat(scales, fp8.TILE[0], axis=0)
       rows = rows[: self.place.file_shape[0]]
@@ -195,13 +192,39 @@ class _Stacked(NamedTuple):
     return out
 
 
-def read_rows(folder: shards.Folder, name: str, rows: slice) -> np.ndarray:
-  """Rows of a tensor in f32, dequantised if it has scales."""
+def read_values(folder: shards.Folder, name: str, rows: slice) -> np.ndarray:
+  """Rows of a tensor, as stored.
+
+  Raises:
+    InputError: one holds a NaN or an infinity.
+  """
   values = folder.read(name, rows)
+  finite.check(values, f'{folder.entries[name].path}: {name}', rows.start)
+  return values
+
+
+def read_scales(folder: shards.Folder, name: str) -> np.ndarray:
+  """All scales of a weight.
+
+  Raises:
+    InputError: one is not finite or not > 0.
+  """
+  scales = folder.read(name)
+  finite.check_scales(scales, f'{folder.entries[name].path}: {name}')
+  return scales
+
+
+def read_rows(folder: shards.Folder, name: str, rows: slice) -> np.ndarray:
+  """Rows of a tensor in f32, dequantised if it has scales.
+
+  Raises:
+    InputError: see `read_values` and `read_scales`.
+  """
+  values = read_values(folder, name, rows)
   scale = scale_name(folder, name)
   if scale is None:
     return values.astype(np.float32)
-  scales = folder.read(scale)
+  scales = read_scales(folder, scale)
   return fp8.dequantize_host(values, scales, first_row=rows.start)
 
 
@@ -213,31 +236,61 @@ def scale_name(folder: shards.Folder, name: str) -> str | None:
   return None
 
 
-def _names(folder: shards.Folder, places: list[hf.Place]) -> dict[str, str]:
-  """Published name -> name in this folder."""
-  ours = [place.tensor.name for place in places]
-  if 'embed.weight' in folder.entries:
-    return {name: official_name(name) for name in ours}
-  return {name: name for name in ours}
+def _names(folder: shards.Folder, cfg: config.ModelConfig) -> dict[str, str]:
+  """Published name -> name in this folder; refuses the first that is missing.
+
+  A config may tell of any number of layers and experts: this stops at what the
+  folder does not have, before anything is made for each.
+  """
+  official, files = 'embed.weight' in folder.entries, {}
+  for tensor in hf.table(cfg):
+    name = official_name(tensor.name) if official else tensor.name
+    # A shared matrix need not be there twice.
+    if name not in folder.entries and not tensor.copy:
+      raise errors.InputError(f'{folder.directory}: tensor {name} is missing')
+    files[tensor.name] = name
+  return files
 
 
 def _check(
   folder: shards.Folder, places: list[hf.Place], files: dict[str, str]
 ) -> None:
-  """Every tensor of the model is there as it must be, and no other."""
+  """Every tensor is as the model has it, and there is no other."""
   left = {name for name in folder.entries if not _ROTARY.fullmatch(name)}
   for place in places:
     name = files[place.tensor.name]
-    if name not in folder.entries:
-      if place.tensor.copy:  # a shared matrix need not be there twice
-        continue
-      raise errors.InputError(f'{folder.directory}: tensor {name} is missing')
-    _check_entry(folder, name, place)
-    left -= {name, scale_name(folder, name)}
+    if name in folder.entries:
+      _check_entry(folder, name, place)
+      left -= {name, scale_name(folder, name)}
   if left:
     raise errors.InputError(
       f'{folder.directory}: tensor {min(left)} is no part of this model'
     )
+
+
+def check_copies(folder: shards.Folder, cfg: config.ModelConfig) -> None:
+  """Embedding and head of MTP modules are the main model's: nothing is lost.
+
+  Raises:
+    InputError: one differs.
+  """
+  tensors = list(hf.table(cfg))
+  originals = {x.leaves: x.name for x in tensors if not x.copy}
+  for tensor in tensors:
+    name, original = tensor.name, originals[tensor.leaves]
+    if not tensor.copy or name not in folder.entries:
+      continue
+    rows, columns = folder.entries[name].shape
+    count = max(1, lazy.CHUNK_BYTES // (4 * columns))
+    for start in range(0, rows, count):
+      part = slice(start, start + count)
+      if not np.array_equal(
+        read_rows(folder, name, part), read_rows(folder, original, part)
+      ):
+        raise errors.InputError(
+          f'{folder.entries[name].path}: {name} differs from {original}, which '
+          'MTP modules share (TR 2.2): a model with its own is not built'
+        )
 
 
 def _check_entry(folder: shards.Folder, name: str, place: hf.Place) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config, errors
+from dsv3_jax import config, errors, sharding
 from dsv3_jax.checkpoint import hf, hf_config, hf_read, lazy, shards, store
 from dsv3_jax.nn import model
 from dsv3_jax.ops import fp8
@@ -20,9 +20,8 @@ Leaves = hf_read.Leaves
 
 def is_folder(directory: pathlib.Path) -> bool:
   """True if there is a `config.json` of transformers' kind."""
-  return (directory / 'config.json').exists() and (
-    'model_type' in config.read_json(directory / 'config.json')
-  )
+  path = directory / 'config.json'
+  return path.exists() and 'model_type' in shards.read_json(path)
 
 
 @contextlib.contextmanager
@@ -38,18 +37,22 @@ def opened(
     InputError: something in the folder is wrong; names file and tensor.
   """
   with shards.Folder(directory) as folder:
-    cfg = _experiment(directory, folder, base)
+    cfg = experiment(folder, base)
     leaves = hf_read.open_folder(folder, cfg, keep_fp8)
     folder.verify()
+    hf_read.check_copies(folder, cfg.model)
     yield cfg, leaves
 
 
-def _experiment(
-  directory: pathlib.Path, folder: shards.Folder, base: Mapping[str, Any]
-) -> config.Config:
-  """`base` with the shape that `config.json` tells."""
-  where = directory / 'config.json'
-  settings = hf_config.read(config.read_json(where), str(where))
+def experiment(folder: shards.Folder, base: Mapping[str, Any]) -> config.Config:
+  """`base` with the shape that `config.json` tells.
+
+  Raises:
+    InputError: it is damaged, or tells of a model that is not built.
+  """
+  where = folder.directory / 'config.json'
+  most = sum(entry.nbytes for entry in folder.entries.values())
+  settings = hf_config.read(where, most)
   settings['mtp.depth'] = hf_read.mtp_depth(folder)
   body = copy.deepcopy(dict(base))
   for name, value in settings.items():
@@ -97,15 +100,28 @@ def to_workdir(
       raise errors.InputError(
         f'--output={output} cannot be written ({error.strerror})'
       ) from error
-    tree = _tree(leaves, dtype)
-    checkpoints = store.Store(partial / 'checkpoints', keep=1)
-    with contextlib.closing(checkpoints):
-      checkpoints.save(0, tree, {'progress': {'step': 0, 'tokens': 0}})
-    text = config.to_json(cfg)
-    (partial / 'config.json').write_text(text, encoding='utf-8')
-    if (directory / 'tokenizer.json').exists():
-      shutil.copyfile(directory / 'tokenizer.json', partial / 'tokenizer.json')
-    partial.rename(output)
+    try:
+      _fill(partial, directory, cfg, _tree(leaves, dtype))
+      partial.rename(output)
+    except BaseException:
+      shutil.rmtree(partial, ignore_errors=True)
+      raise
+
+
+def _fill(
+  partial: pathlib.Path,
+  directory: pathlib.Path,
+  cfg: config.Config,
+  tree: dict[str, Any],
+) -> None:
+  """Step 0, its configuration, and the tokenizer if there is one."""
+  checkpoints = store.Store(partial / 'checkpoints', keep=1)
+  with contextlib.closing(checkpoints):
+    checkpoints.save(0, tree, {'progress': {'step': 0, 'tokens': 0}})
+  text = config.to_json(cfg)
+  (partial / 'config.json').write_text(text, encoding='utf-8')
+  if (directory / 'tokenizer.json').exists():
+    shutil.copyfile(directory / 'tokenizer.json', partial / 'tokenizer.json')
 
 
 def _tree(leaves: Leaves, dtype: str) -> dict[str, Any]:
@@ -134,6 +150,11 @@ def of_step(
   Raises:
     InputError: one of them is missing or has another shape.
   """
+  tiles = {
+    leaf.path: place.tile
+    for place in hf.places(cfg)
+    for leaf in place.tensor.leaves
+  }
   leaves: Leaves = {}
   for path, shape in hf.leaf_shapes(cfg).items():
     at = ('train', *path)
@@ -141,9 +162,7 @@ def of_step(
       at = ('ema', *path[1:])
     if (*at, 'values') in arrays:
       values, scales = arrays[*at, 'values'], arrays[*at, 'scales']
-      pair = path[-1] in ('w_uk', 'w_uv')  # the halves of kv_b_proj
-      tile = (fp8.TILE[0], 1) if pair else fp8.TILE
-      found: Any = fp8.Quantized(values, scales, tile)
+      found: Any = fp8.Quantized(values, scales, tiles[path])
     else:
       found = arrays.get(at)
     if found is None or tuple(found.shape) != shape:
@@ -160,14 +179,16 @@ def to_devices(
   cfg: config.Config,
   dtype: str,
   mesh: jax.sharding.Mesh | None = None,
+  rules: sharding.ShardingRules = sharding.RULES,
 ) -> tuple[dict, model.Router]:
   """Parameters and router biases, each at its place on the mesh.
 
   Args:
     dtype: of matrices; norms, gates and biases are f32.
     mesh: None is the first device.
+    rules: which axes of the mesh shard a parameter.
   """
-  specs = model.param_specs(model.build(cfg))
+  specs = model.param_specs(model.build(cfg), rules)
   whole = jax.sharding.PartitionSpec()
   one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   tree: dict[str, Any] = {'params': {}, 'router': {}}

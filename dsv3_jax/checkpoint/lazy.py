@@ -6,12 +6,15 @@ and of at most 64 MB; a `LazyArray` stands for it and is read slice by slice.
 """
 
 import asyncio
+import collections
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import math
+import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +26,7 @@ import tensorstore
 Slices = tuple[slice, ...]
 
 CHUNK_BYTES = 64 << 20
+_ALIGN = 64
 _STACKED_EXPERTS = ('w_gate', 'w_up', 'w_down')  # below 'moe'
 
 
@@ -108,8 +112,23 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
   def __init__(self):
     super().__init__(deepcopy_host_arrays=False)
     self._one = asyncio.Lock()
+    self._error: Exception | None = None
+
+  async def _background_serialize(self, *args, **kwargs) -> None:
+    self._error = None
+    await super()._background_serialize(*args, **kwargs)
+    if self._error is not None:
+      raise self._error
 
   async def _open_and_write(
+    self, value: LazyArray, tspec: dict[str, Any], ts_context: Any
+  ) -> None:
+    try:
+      await self._write(value, tspec, ts_context)
+    except (OSError, ValueError) as error:  # raised above, when all have ended:
+      self._error = error  # Orbax would close the loop that they run in
+
+  async def _write(
     self, value: LazyArray, tspec: dict[str, Any], ts_context: Any
   ) -> None:
     spec = tensorstore.Spec(tspec)
@@ -117,11 +136,15 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
       spec, create=True, open=True, context=ts_context
     )
     async with self._one:
+      if self._error is not None:
+        return
+      chunk = array.chunk_layout.write_chunk.shape
+      pieces = read_ahead(value, grid(value.shape, chunk))
       writing = None
-      for slices in grid(value.shape, array.chunk_layout.write_chunk.shape):
-        piece = await asyncio.to_thread(value.read, slices)
+      while (found := await asyncio.to_thread(next, pieces, None)) is not None:
         if writing is not None:
           await writing
+        slices, piece = found
         writing = array[slices].write(piece)
       await writing
 
@@ -136,30 +159,89 @@ def grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Slices]:
     )
 
 
+def read_ahead(
+  array: LazyArray, parts: Iterable[Slices]
+) -> Iterator[tuple[Slices, np.ndarray]]:
+  """Reads parts on all cores; gives them in order, and few at a time."""
+  workers = os.cpu_count() or 1
+  waiting: collections.deque = collections.deque()
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    for part in parts:
+      waiting.append((part, pool.submit(array.read, part)))
+      if len(waiting) > workers:  # bounds the memory
+        first, job = waiting.popleft()
+        yield first, job.result()
+    while waiting:
+      first, job = waiting.popleft()
+      yield first, job.result()
+
+
 def to_device(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """The whole array on its devices; the host holds one chunk at a time."""
+  """The whole array on its devices; the host holds a few chunks at a time.
+
+  What several devices hold is read once.
+  """
   index = sharding.addressable_devices_indices_map(array.shape)
-  parts = []
+  holders: dict[tuple, list] = {}
   for device, slices in index.items():
-    spans = [s.indices(n)[:2] for s, n in zip(slices, array.shape, strict=True)]
-    origin, sizes = [a for a, _ in spans], [b - a for a, b in spans]
-    with jax.default_device(device):
-      part = jnp.zeros(sizes, array.dtype)
-      for at in grid(tuple(sizes), array.chunk):
-        moved = (
-          slice(o + s.start, o + s.stop)
-          for o, s in zip(origin, at, strict=True)
-        )
-        piece = array.read(tuple(moved))
-        part = _put(part, piece, [s.start for s in at])
-    parts.append(part)
+    ends = zip(slices, array.shape, strict=True)
+    holders.setdefault(tuple(s.indices(n)[:2] for s, n in ends), []).append(
+      device
+    )
+  parts = []
+  for spans, devices in holders.items():
+    parts += _to_holders(array, spans, devices)
   return jax.make_array_from_single_device_arrays(array.shape, sharding, parts)
+
+
+def _to_holders(
+  array: LazyArray, spans: tuple[tuple[int, int], ...], devices: list
+) -> list[jax.Array]:
+  """The same part of an array on each of these devices."""
+  sizes = tuple(stop - start for start, stop in spans)
+  # XLA:CPU moves dtypes below 32 bits one by one, but for integers.
+  bits = array.dtype if array.dtype.itemsize > 2 else _bits_of(array.dtype)
+  parts = [jnp.zeros(sizes, bits, device=device) for device in devices]
+  moved = (
+    tuple(
+      slice(start + s.start, start + s.stop)
+      for (start, _), s in zip(spans, at, strict=True)
+    )
+    for at in grid(sizes, array.chunk)
+  )
+  for at, piece in read_ahead(array, moved):
+    if piece.ctypes.data % _ALIGN:
+      copied = empty(piece.shape, piece.dtype)
+      copied.view(bits)[...] = piece.view(bits)
+      piece = copied
+    corner = [s.start - start for s, (start, _) in zip(at, spans, strict=True)]
+    parts = [_put(part, piece.view(bits), corner) for part in parts]
+  return [_typed(part, array.dtype) for part in parts]
+
+
+def _bits_of(dtype: np.dtype) -> np.dtype:
+  """The unsigned integers of its size."""
+  return np.dtype(f'u{dtype.itemsize}')
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+  """As np.empty, but begins where XLA:CPU need not copy it."""
+  size = math.prod(shape) * dtype.itemsize
+  room = np.empty(size + _ALIGN, np.uint8)
+  start = -room.ctypes.data % _ALIGN
+  return room[start : start + size].view(dtype).reshape(shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(whole: jax.Array, piece: jax.Array, at: list) -> jax.Array:
   """Writes into the buffer of `whole`."""
   return jax.lax.dynamic_update_slice(whole, piece, at)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
+def _typed(bits: jax.Array, dtype: np.dtype) -> jax.Array:
+  """The same bits, in the same buffer."""
+  return jax.lax.bitcast_convert_type(bits, dtype)
 
 
 def registry() -> Any:

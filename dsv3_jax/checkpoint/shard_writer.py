@@ -135,13 +135,12 @@ class ShardWriter:
       self._spans[name].append((start_row, start_row + rows))
 
   def close(self) -> None:
-    """Checks that every row was written just once; flushes to the disk."""
+    """Checks that every row was written just once."""
     if self._handle is None:
       return
     try:
       for name, spans in self._spans.items():
         _check_whole(self._specs[name], spans)
-      os.fsync(self._handle)
     finally:
       self._release()
 
@@ -186,6 +185,15 @@ def _check_whole(spec: Spec, spans: list[tuple[int, int]]) -> None:
     assert start == done, f'{spec.name}: rows {start} and {done} do not meet'
     done = stop
   assert done == spec.num_rows, f'{spec.name}: {done} of {spec.num_rows} rows'
+
+
+def flush(path: str | os.PathLike) -> None:
+  """Waits until a file is on the disk."""
+  handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
 
 
 def write_index(

@@ -195,9 +195,7 @@ def _open_index(directory: pathlib.Path) -> dict[str, Entry]:
 
 def _read_map(path: pathlib.Path) -> dict[str, str]:
   """The index's weight_map: tensor -> name of its file, checked."""
-  body = shard_header.as_object(
-    shard_header.parse(_read_bytes(path), str(path)), str(path), 'the index'
-  )
+  body = read_json(path)
   if 'metadata' in body:
     shard_header.as_object(body['metadata'], str(path), 'metadata')
   shard_of = shard_header.as_object(
@@ -210,6 +208,18 @@ def _read_map(path: pathlib.Path) -> dict[str, str]:
         f'the plain name of a {SUFFIX} file'
       )
   return shard_of
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """The JSON object that a file holds, read as strictly as a header.
+
+  Objects inside are yet to be checked, by `shard_header.as_object`.
+
+  Raises:
+    InputError: it cannot be read, is too large, or is no object.
+  """
+  body = shard_header.parse(_read_bytes(path), str(path))
+  return shard_header.as_object(body, str(path), 'it')
 
 
 def _is_shard(name: Any) -> bool:

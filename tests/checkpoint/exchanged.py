@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.checkpoint import export
+from dsv3_jax.checkpoint import export, shard_writer, shards
 from dsv3_jax.nn import model
 from tests import settings
 from tests.nn import models
@@ -95,6 +95,27 @@ def write(cfg, params, router, folder, dtype='float32', **how):
   how = {'shard_bytes': 60_000} | how
   export.export(cfg, leaves_of(params, router), folder, dtype=dtype, **how)
   return folder
+
+
+def rewrite(folder, change):
+  """Writes all tensors of a folder anew, changed, into one file; no hashes."""
+  with shards.Folder(folder) as opened:
+    arrays = {name: opened.read(name) for name in opened.entries}
+  change(arrays)
+  for path in [*folder.glob('*model*'), folder / shards.SUMS]:
+    path.unlink()
+  put(folder / shards.SINGLE, arrays)
+
+
+def put(path, arrays):
+  """One file of whole arrays."""
+  specs = [
+    shard_writer.Spec(name, shards.DTYPE_NAMES[array.dtype], array.shape)
+    for name, array in arrays.items()
+  ]
+  with shard_writer.ShardWriter(path, specs) as writer:
+    for name, array in arrays.items():
+      writer.write(name, 0, array)
 
 
 def batch_of(tokens_BT):
