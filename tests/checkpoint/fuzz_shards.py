@@ -3,16 +3,12 @@
 JSON is a tree whose objects are lists of pairs, so that a key can be there
 twice. Some changes leave a folder valid: then the safetensors package must
 read the same tensors from it.
-
-  python -m tests.checkpoint.fuzz_shards 1000000 [seed]
 """
 
 import json
 import math
 import pathlib
 import random
-import sys
-import tempfile
 from collections.abc import Iterator
 
 import safetensors
@@ -337,22 +333,3 @@ def check(files: dict[str, bytes], folder: pathlib.Path) -> bool:
   )
   assert tails == {name: ours[name][1:].tobytes() for name in tails}
   return True
-
-
-def main(argv: list[str]) -> None:
-  """Runs many cases and counts them."""
-  count, seed = int(argv[1]), int(argv[2]) if len(argv) > 2 else 0
-  accepted = 0
-  with tempfile.TemporaryDirectory() as folder:
-    for i, files in enumerate(cases(seed, count), start=1):
-      try:
-        accepted += check(files, pathlib.Path(folder))
-      except BaseException:
-        print(f'case {i - 1} of seed {seed}: {files}')
-        raise
-      if i % 100_000 == 0 or i == count:
-        print(f'{i} folders: {accepted} accepted, {i - accepted} refused')
-
-
-if __name__ == '__main__':
-  main(sys.argv)
