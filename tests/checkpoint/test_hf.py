@@ -6,6 +6,11 @@ there whatever the config says, so eps is 1e-6 here; YaRN is written only where
 it acts; its 1e-20 in the gates' normaliser is below f32.
 """
 
+import importlib
+import itertools
+import math
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,10 +24,11 @@ from dsv3_jax import config
 from dsv3_jax.checkpoint import export, hf, hf_config
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
-from experiments import laptop, quickstart, v3_16b, v3_671b
+from experiments import v3_671b
 from tests.checkpoint import exchanged
 from tests.nn import models
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
   # transformers' own imports
@@ -123,10 +129,8 @@ def test_table_is_bijective(name):
   cfg = exchanged.make(name)
   params, router = exchanged.random_weights(cfg)
   tensors = dict(hf.to_hf(cfg, params, router))
-  table = {tensor.name: tensor for tensor in hf.table(cfg.model)}
-  assert tensors.keys() == table.keys() and len(table) == len(
-    hf.table(cfg.model)
-  )
+  names = [tensor.name for tensor in hf.table(cfg.model)]
+  assert list(tensors) == names and len(set(names)) == len(names)
   back = {}
   for place in hf.places(cfg):
     rows = tensors[place.tensor.name]
@@ -144,23 +148,37 @@ def test_table_is_bijective(name):
   assert sum(part.size for part in back.values()) == size(state)
 
 
-@pytest.mark.parametrize(
-  'experiment', [v3_671b, v3_16b, quickstart, laptop], ids=lambda m: m.__name__
+EXPERIMENTS = sorted(
+  '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+  for path in (ROOT / 'experiments').rglob('*.py')
+  if path.stem != '__init__'
 )
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
 @pytest.mark.parametrize('arg', ['', 'runlocal'])
-def test_table_covers_every_experiment(experiment, arg):
-  """No parameter twice and none forgotten, over the abstract tree."""
-  cfg = config.from_config_dict(experiment.get_config(arg))
-  shapes, seen = hf.leaf_shapes(cfg), {}
-  for tensor in hf.table(cfg.model):
-    for leaf in tensor.leaves:
+def test_table_covers_every_experiment(name, arg):
+  """A bijection over the abstract tree: no element twice and none forgotten."""
+  source = importlib.import_module(name).get_config(arg)
+  cfg = config.from_config_dict(source)
+  shapes, seen, names = hf.leaf_shapes(cfg), {}, set()
+  for place in hf.places(cfg):
+    tensor = place.tensor
+    assert tensor.name not in names
+    names.add(tensor.name)
+    sizes = [math.prod(shape) for shape in place.shapes]
+    assert sum(sizes) == math.prod(place.file_shape)
+    for leaf, size in zip(tensor.leaves, sizes, strict=True):
       if not tensor.copy:
-        assert leaf not in seen.setdefault(leaf.path, set())
-        seen[leaf.path].add(leaf)
+        indices = seen.setdefault(leaf.path, {})
+        assert leaf.index not in indices
+        indices[leaf.index] = size
   assert seen.keys() == shapes.keys()
-  for path, leaves in seen.items():
-    lead = len(next(iter(leaves)).index)
-    assert len(leaves) == np.prod(shapes[path][:lead], dtype=int)
+  for path, indices in seen.items():
+    lead = len(next(iter(indices)))
+    every = itertools.product(*map(range, shapes[path][:lead]))
+    assert indices.keys() == set(every)
+    assert sum(indices.values()) == math.prod(shapes[path])
 
 
 def test_manifest_of_671b_is_the_published_checkpoint():
