@@ -96,9 +96,7 @@ def _experts_bwd(policy, residuals, dy_MD):
   dx_MD = dispatch.unpermute(dx_JD, layout, top_k).astype(dtype)
   dgates_MK = dgates_J[layout.row_A].reshape(gates_MK.shape)
   grads = (dw_gate_EDF, dw_up_EDF, dw_down_EFD)
-  grads = dispatch.Experts(
-    *(fp8_linear.Weight(dw, None, None) for dw in grads)
-  )
+  grads = dispatch.Experts(*(fp8_linear.Weight(dw, None, None) for dw in grads))
   return dx_MD, dgates_MK.astype(gates_MK.dtype), grads, None
 
 
@@ -132,9 +130,8 @@ def _grouped(
   """Products of each block with its own expert's matrix."""
   where = (layout.expert_j, layout.num_blocks)
   chosen = policy.implementation
-  forward: Callable = lambda a, b: api.grouped(
-    a, b, *where, jnp.bfloat16, chosen
-  )
+  dtype = jnp.dtype(policy.compute)
+  forward: Callable = lambda a, b: api.grouped(a, b, *where, dtype, chosen)
   weight: Callable = lambda a, b: api.grouped_k(
     a, b, *where, num_experts, chosen
   )

@@ -227,10 +227,10 @@ def _swiglu(gate_JF, up_JF, scale_J):
 
 
 def dense(policy: Policy) -> Products:
-  """Products of one matrix."""
-  chosen = policy.implementation
+  """Products of one matrix: outputs in the compute dtype, dW in f32."""
+  chosen, dtype = policy.implementation, jnp.dtype(policy.compute)
   return Products(
-    lambda a, b: api.matmul(a, b, jnp.bfloat16, chosen),
+    lambda a, b: api.matmul(a, b, dtype, chosen),
     lambda a, b: api.matmul(a, b, jnp.float32, chosen),
   )
 
