@@ -7,6 +7,8 @@ state was saved: run again to go on; 76 non-finite loss; 77 corruption.
 import functools
 import json
 import pathlib
+import pkgutil
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       return 0 if asked else supervise.EXIT_BAD_INPUT
     return _fail(f'{asked!r} is no command of dsv3')
   run, define = COMMANDS[argv[0]]
+  if define is None:
+    return run(argv[1:])
   values = flags.FlagValues()
   flags.DEFINE_boolean('help', False, 'Show this.', flag_values=values)
   define(values, argv)
@@ -339,6 +343,28 @@ def manifest(values: flags.FlagValues) -> None:
     print(f'{spec.name}\t{spec.dtype}\t{shape}')
 
 
+def bench(argv: list[str]) -> int:
+  """Runs a benchmark: NAME, then its own flags (NAME --help)."""
+  import benchmarks
+
+  found = pkgutil.iter_modules(benchmarks.__path__)
+  names = [each.name for each in found if not each.ispkg]
+  name = argv[0] if argv else ''
+  if name in ('-h', '--help'):
+    print(f'dsv3 bench NAME: {bench.__doc__}\n\n' + '\n'.join(names))
+    return 0
+  if name not in names:
+    return _fail(f'benchmark {name!r} must be one of: {", ".join(names)}')
+  before, sys.argv = sys.argv, [name, *argv[1:]]
+  try:  # as `python -m benchmarks.NAME` does, so that every script fits
+    runpy.run_module(f'benchmarks.{name}', run_name='__main__', alter_sys=True)
+  except SystemExit as ended:
+    return ended.code or 0
+  finally:
+    sys.argv = before
+  return 0
+
+
 COMMANDS = {
   'train': (train, _define_train),
   'inspect': (inspect, _define_inspect),
@@ -347,6 +373,7 @@ COMMANDS = {
   'export': (export, _define_export),
   'import': (import_, _define_import),
   'manifest': (manifest, _define_manifest),
+  'bench': (bench, None),  # its flags are the benchmark's
 }
 
 if __name__ == '__main__':

@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
   """Says what is wrong in one line and exits with 2."""
 
   def error(self, message: str):
-    self.exit(2, f'{self.prog}: {message}\n')
+    self.exit(2, f'dsv3: {" ".join(message.split())}\n')
 
 
 def parser(name: str, about: str) -> Parser:
