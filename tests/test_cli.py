@@ -110,6 +110,11 @@ def refused(done, *said):
     (['generate', '--checkpoint=x', '--seed=-1'], 'seed=-1 must be in'),
     (['eval', '--checkpoint=nowhere'], 'nowhere/config.json'),
     (['eval', '--checkpoint=x', '--task=sing'], "task='sing' must be one of"),
+    (['bench'], "'' must be one of: compile_kernels_tpu, exchange, "),
+    (['bench', 'fly'], "'fly' must be one of: "),
+    (['bench', 'common'], "'common' must be one of: "),
+    (['bench', 'fp8_step', '--speed=9'], 'unrecognized arguments: --speed=9'),
+    (['bench', 'fp8_step', '--rounds=x'], "--rounds: invalid int value: 'x'"),
   ],
 )
 def test_bad_input_is_one_line(capsys, monkeypatch, args, said):
@@ -346,3 +351,26 @@ def test_sigterm_saves_once_and_the_rerun_goes_on(env, trained, folder):
   told = losses(workdir)
   assert [step for step, _ in told] == list(range(1, stopped_at + 6))
   assert told[:12] == losses(trained)[: len(told[:12])]
+
+
+def test_bench_runs_a_benchmark(env, folder):
+  flags = ['--dry_run', '--only=quantise rows', f'--output={folder}/table.md']
+  done = dsv3(env, 'bench', 'fp8_matmul', *flags, '--json')
+  assert not done.returncode, done.stderr
+  copy, row = map(json.loads, done.stdout.splitlines())
+  assert copy['gigabyte_per_second'] > 0
+  assert row['op'] == 'quantise rows' and row['milliseconds_median'] > 0
+  done = dsv3(env, 'bench', 'fp8_matmul', *flags)
+  assert '| quantise rows | 130x200 |' in done.stdout
+  assert (folder / 'table.md').read_text().count('| quantise rows |') == 2
+
+
+def test_bench_ends_with_the_code_of_the_benchmark(monkeypatch, tmp_path):
+  import benchmarks
+
+  text = 'import sys\nassert sys.argv[1:] == ["--x=1"]\nsys.exit(7)\n'
+  (tmp_path / 'seven.py').write_text(text)
+  monkeypatch.setattr(benchmarks, '__path__', [str(tmp_path)])
+  before = sys.argv
+  assert cli.main(['bench', 'seven', '--x=1']) == 7
+  assert sys.argv is before

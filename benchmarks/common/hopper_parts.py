@@ -200,7 +200,7 @@ def sweep(how: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
 def _sweep_one(
   kernel: Kernel, key: jax.Array, dry_run: bool
 ) -> Iterator[report.Row]:
-  sets = [kernel.draw(jax.random.fold_in(key, at)) for at in range(3)]
+  sets = [kernel.draw(jax.random.fold_in(key, at)) for at in range(2)]
   best = None
   for turn in range(2):
     if turn == 0:
