@@ -8,7 +8,8 @@ DeepSeek-V3 go from a Hugging Face folder to a workdir, onto the device, back?
 Makes a folder of BF16 shards (2 layers, one of them MoE; 8.2 GB with 32
 experts) and runs the commands, each in a process of its own. Beside each stands
 a plain copy of the same files, made just before. Memory is the peak resident
-set of the process, as `/usr/bin/time -v` reports it.
+set of the process, as `/usr/bin/time -v` reports it; CPU seconds, of all cores,
+tell more than seconds where others work on the same machine.
 """
 
 import argparse
@@ -73,8 +74,8 @@ def copy_rate(folder: pathlib.Path, target: pathlib.Path) -> float:
   return rate
 
 
-def run(*args: str) -> tuple[float, int, str]:
-  """Seconds, flushed, and peak resident bytes of a process; its output."""
+def run(*args: str) -> tuple[float, float, int, str]:
+  """Seconds, flushed; CPU seconds; peak resident bytes; what was printed."""
   start = time.perf_counter()
   child = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
   with child.stdout:
@@ -83,7 +84,9 @@ def run(*args: str) -> tuple[float, int, str]:
   child.returncode = os.waitstatus_to_exitcode(status)
   assert child.returncode == 0, args
   os.sync()
-  return time.perf_counter() - start, usage.ru_maxrss * 1024, told
+  seconds = time.perf_counter() - start
+  cpu = usage.ru_utime + usage.ru_stime
+  return seconds, cpu, usage.ru_maxrss * 1024, told
 
 
 def main() -> int:
@@ -97,8 +100,10 @@ def main() -> int:
   make(source, args.experts)
   total = size(source)
   print(f'{total / 1e9:.2f} GB in {len(list(source.glob("*.safe*")))} shards\n')
-  print('| step | seconds | GB/s of BF16 | of a copy | peak memory, GB |')
-  print('|---|---|---|---|---|')
+  print(
+    '| step | seconds | CPU seconds | GB/s of BF16 | of a copy | memory, GB |'
+  )
+  print('|---|---|---|---|---|---|')
   dsv3 = (sys.executable, '-m', 'dsv3_jax.cli')
   out = folder / 'out'
   steps = {
@@ -112,15 +117,15 @@ def main() -> int:
   }  # fmt: skip
   for name, command in steps.items():
     copied = copy_rate(source, folder / 'copy')
-    seconds, peak, told = run(*command)
+    seconds, cpu, peak, told = run(*command)
     beyond = ''
     if name.startswith('load'):
       arrays = int(told)
       beyond = f', {(peak - arrays) / 1e9:.2f} beyond the arrays'
     rate = total / seconds
     print(
-      f'| {name} | {seconds:.1f} | {rate / 1e9:.2f} | {rate / copied:.0%} of '
-      f'{copied / 1e9:.2f} | {peak / 1e9:.2f}{beyond} |',
+      f'| {name} | {seconds:.1f} | {cpu:.1f} | {rate / 1e9:.2f} | '
+      f'{rate / copied:.0%} of {copied / 1e9:.2f} | {peak / 1e9:.2f}{beyond} |',
       flush=True,
     )
     if name == 'export, BF16':

@@ -6,6 +6,7 @@ there whatever the config says, so eps is 1e-6 here; YaRN is written only where
 it acts; its 1e-20 in the gates' normaliser is below f32.
 """
 
+import functools
 import importlib
 import itertools
 import math
@@ -101,19 +102,29 @@ def test_transformers_reads_ours(name, tmp_path):
   np.testing.assert_allclose(ours, out.logits.numpy(), rtol=0, atol=1e-5)
   made = engine.Engine(cfg, params, router).generate(tokens_BT.tolist(), 64)
   assert made.tokens == ids[:, tokens_BT.shape[1] :].tolist()
-  check_latents(cfg, params, router, tokens_BT, out.past_key_values)
+  check_cached(cfg, params, router, tokens_BT, out)
 
 
-def check_latents(cfg, params, router, tokens_BT, theirs_cache):
-  """Ours and those that transformers caches, as one head of each layer."""
-  net = model.build(cfg)
+def check_cached(cfg, params, router, tokens_BT, out):
+  """Prefill, then absorbed steps: logits, and the latents that are cached."""
+  apply = [
+    jax.jit(functools.partial(model.build(cfg, **how).apply, method='cached'))
+    for how in ({}, {'absorbed': True})
+  ]
   caches = engine.empty_caches(cfg.model, *tokens_BT.shape, jnp.float32)
-  index_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-  last_B = jnp.full(len(tokens_BT), tokens_BT.shape[1] - 1)
-  args = ({'params': params}, tokens_BT, index_BT, last_B, router, caches)
-  _, caches = jax.jit(lambda *a: net.apply(*a, method='cached'))(*args)
-  ours = jax.tree.map(lambda *x: np.concatenate(x), *caches)
   close = {'rtol': 0, 'atol': 1e-5}
+  begin, end = 0, tokens_BT.shape[1] - 3
+  while begin < tokens_BT.shape[1]:
+    part_BT = tokens_BT[:, begin:end]
+    index_BT = jnp.broadcast_to(jnp.arange(begin, end), part_BT.shape)
+    last_B = jnp.full(len(part_BT), end - begin - 1)
+    args = ({'params': params}, part_BT, index_BT, last_B, router, caches)
+    logits_BV, caches = apply[begin > 0](*args)
+    want_BV = out.logits[:, end - 1].numpy()
+    np.testing.assert_allclose(logits_BV, want_BV, **close)
+    begin, end = end, end + 1
+  theirs_cache = out.past_key_values
+  ours = jax.tree.map(lambda *x: np.concatenate(x), *caches)
   for i, layer in enumerate(theirs_cache.layers):
     c_BSC, r_BSR = layer.keys[:, 0].numpy(), layer.values[:, 0].numpy()
     np.testing.assert_allclose(ours.c_LBSC[i], c_BSC, **close)
