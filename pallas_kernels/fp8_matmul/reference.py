@@ -126,7 +126,7 @@ def matmul(
   return sum_MN.astype(out_dtype)
 
 
-def row_scales(q: Quantized) -> Float[Array, 'I j']:
+def row_scales(q: Quantized) -> Float[Array, '*lead I j']:
   """The scales of every row."""
   return jnp.repeat(q.scales, q.tile[0], axis=-2)[..., : q.shape[-2], :]
 

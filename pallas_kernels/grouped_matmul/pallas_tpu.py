@@ -5,7 +5,8 @@ comes as a prefetched scalar, before the pipeline chooses what to copy.
 
   grouped    a grid over N, the blocks of rows, K: the expert chooses the block
              of b. As a rule one step takes the whole of K, so that the rows of
-             an expert, one after the other, find its weights in VMEM.
+             an expert, one after the other, find its weights in VMEM, cast
+             for the matrix unit: 128 rows are too few to cast them for.
   grouped_k  a grid over D, F and a list of steps: an expert's blocks one after
              the other, each added to the expert's output, which stays in VMEM
              for as long as they last. An expert without blocks has one step
@@ -17,6 +18,7 @@ is the most there can be.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -78,13 +80,11 @@ def grouped(
   # they name may be none.
   last = jnp.minimum(jnp.arange(rows // ROWS), jnp.maximum(used - 1, 0))
   expert_j = jnp.clip(expert_j[last], 0, experts - 1).astype(jnp.int32)
-  kernel = functools.partial(
-    _grouped_kernel, dtype=dense.operand_dtype(a, b, interpret)
-  )
+  dtype = dense.operand_dtype(a, b, interpret)
   out_JN = pl.pallas_call(
-    kernel,
+    functools.partial(_grouped_kernel, dtype=dtype),
     out_shape=jax.ShapeDtypeStruct((rows, n), out_dtype),
-    grid_spec=_grouped_grid(rows, n, k, blocks),
+    grid_spec=_grouped_grid(rows, n, k, blocks, dtype != b_values.dtype),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
       vmem_limit_bytes=dense.VMEM_BYTES,
@@ -96,7 +96,7 @@ def grouped(
   return out_JN[:, :columns]
 
 
-def _grouped_grid(rows: int, n: int, k: int, blocks: BlockSizes):
+def _grouped_grid(rows: int, n: int, k: int, blocks: BlockSizes, cast: bool):
   """Grid and blocks; a block not in use reads what the last one left."""
   steps = k // blocks.k
 
@@ -119,6 +119,9 @@ def _grouped_grid(rows: int, n: int, k: int, blocks: BlockSizes):
     return expert_j[j], step(j, t, used), 0, i
 
   groups, eight = dense.groups_of(blocks.k), dense.GROUP
+  scratch = [pltpu.VMEM((ROWS, blocks.n), jnp.float32)]
+  if cast:
+    scratch.append(pltpu.VMEM((blocks.n, blocks.k), jnp.bfloat16))
   return pltpu.PrefetchScalarGridSpec(
     num_scalar_prefetch=2,
     grid=(pl.cdiv(n, blocks.n), rows // ROWS, steps),
@@ -129,7 +132,7 @@ def _grouped_grid(rows: int, n: int, k: int, blocks: BlockSizes):
       pl.BlockSpec((None, groups, eight, blocks.n), at_scale_b),
     ],
     out_specs=pl.BlockSpec((ROWS, blocks.n), lambda i, j, t, *_: (j, i)),
-    scratch_shapes=[pltpu.VMEM((ROWS, blocks.n), jnp.float32)],
+    scratch_shapes=scratch,
   )
 
 
@@ -142,24 +145,43 @@ def _grouped_kernel(
   scale_b_gN,
   out_JN,
   sum_JN,
+  cast_NK=None,
   *,
   dtype,
 ):
   """One block of rows, N, K; b's blocks are the expert's already."""
-  del expert_j
-  step = pl.program_id(2)
+  block, step = pl.program_id(1), pl.program_id(2)
+  if cast_NK is None:
+    cast_NK = b_NK
+  else:
+    # Are the weights in VMEM other ones than a step ago?
+    changed = expert_j[block] != expert_j[jnp.maximum(block - 1, 0)]
+    changed |= (block == 0) | (pl.num_programs(2) > 1)
+    pl.when(changed)(lambda: _cast(b_NK, cast_NK))
 
   @pl.when(step == 0)
   def _():
     sum_JN[...] = jnp.zeros_like(sum_JN)
 
-  @pl.when(pl.program_id(1) < used[0])
+  @pl.when(block < used[0])
   def _():
-    dense.add_tiles(sum_JN, a_JK, b_NK, scale_a_gJ, scale_b_gN, dtype)
+    dense.add_tiles(sum_JN, a_JK, cast_NK, scale_a_gJ, scale_b_gN, dtype)
 
   @pl.when(step == pl.num_programs(2) - 1)
   def _():
     out_JN[...] = sum_JN[...].astype(out_JN.dtype)
+
+
+def _cast(b_NK, cast_NK):
+  """Casts the weights, 1,024 of K at a time: a loop, for the code's size."""
+  depth = b_NK.shape[1]
+  part = math.gcd(depth, 1024)
+
+  def cast(t, _):
+    at = pl.ds(pl.multiple_of(t * part, part), part)
+    cast_NK[:, at] = b_NK[:, at].astype(cast_NK.dtype)
+
+  jax.lax.fori_loop(0, depth // part, cast, None)
 
 
 def grouped_k(

@@ -13,7 +13,8 @@ from pallas_kernels.fp8_matmul import api, cases, pallas_tpu, reference
 from tests.pallas import products
 
 OPERAND_B = {'rows': products.rows, 'blocks': products.blocks}
-FORMS = [('rows', 'float32'), ('blocks', 'float32'), ('blocks', 'bfloat16')]
+FORMS = [(name, tile, 'float32') for name in cases.SMALL for tile in OPERAND_B]
+FORMS += [(name, 'blocks', 'bfloat16') for name in ('two_tiles', 'odd')]
 V3 = [n for n in without_tpu.programs() if n.startswith('matmul')]
 SMALLEST = pallas_tpu.BlockSizes(128, 128, 128)
 reference_product = jax.jit(reference.matmul, static_argnums=2)
@@ -31,10 +32,9 @@ def operands(case, tile):
   return a, OPERAND_B[tile](1, case.n, case.k)
 
 
-@pytest.mark.parametrize(('tile', 'dtype'), FORMS)
-@pytest.mark.parametrize('case', cases.SMALL.values(), ids=cases.SMALL)
-def test_is_the_reference(case, tile, dtype):
-  a, b = operands(case, tile)
+@pytest.mark.parametrize(('name', 'tile', 'dtype'), FORMS)
+def test_is_the_reference(name, tile, dtype):
+  a, b = operands(cases.SMALL[name], tile)
   got = product(a, b, dtype)
   products.assert_same(got, reference_product(a, b, dtype))
   products.assert_bitwise(product(a, b, dtype), got)
