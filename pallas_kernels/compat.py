@@ -14,6 +14,15 @@ except ImportError:  # of a jaxlib without it: the references need none
 RELEASE = tuple(int(part) for part in jax.__version__.split('.')[:2])
 
 
+def require(release: tuple[int, int], what: str) -> None:
+  """Raises NotImplementedError before that release of jax."""
+  if release > RELEASE:
+    wanted = '.'.join(map(str, release))
+    raise NotImplementedError(
+      f'{what} needs jax {wanted} or later, this is {jax.__version__}'
+    )
+
+
 def gpu_interpreter(interpret: bool):
   """The `interpret` argument of a Mosaic GPU kernel; it reports races.
 
@@ -22,9 +31,5 @@ def gpu_interpreter(interpret: bool):
   """
   if not interpret:
     return False
-  if RELEASE < (0, 11):
-    raise NotImplementedError(
-      f'Mosaic GPU kernels are interpreted from jax 0.11 on, '
-      f'this is {jax.__version__}'
-    )
+  require((0, 11), 'the interpreter of Mosaic GPU kernels')
   return mosaic_gpu.InterpretGPUParams(detect_races=True)

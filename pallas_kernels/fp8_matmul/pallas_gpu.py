@@ -20,8 +20,11 @@ accumulators, 64 sums and 32 column scales.
 
 A program loads 128 (rows + columns) bytes for each 128 of K: 128 x 192 needs
 17 % fewer bytes of L2 a FLOP than 128 x 128. (256 x 128 would need 25 % fewer,
-and spills.) TMA fills what lies outside with zeros and drops stores there: only
-strides that are no multiple of 16 bytes are padded.
+and spills.)
+
+M and N may end inside a tile: TMA fills what lies outside with zeros and drops
+stores there. Padded are M and N to 8, K to 128 and the output's columns to 128
+bytes, of which swizzled memory consists, and the scales' M and N to 4.
 
 Letters: M rows, N columns, K contracted dim, E matrices of b, X of the output;
 lower case: tiles of 128.
@@ -48,6 +51,7 @@ ROWS = 64  # of a consumer: of one wgmma
 TILE_ROWS = CONSUMERS * ROWS
 DEPTH = 128  # of K between two promotions
 PIECE = 64  # columns stored at once
+GROUP, LINE = 8, 128  # rows, and bytes of a row, of swizzled memory
 OUT_SLOTS = 2  # pieces on their way to memory
 LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # of 512 for the three
 
@@ -151,13 +155,11 @@ def launch(
     raise ValueError('columns=192 must be at most 128 with scales of rows of b')
   tiles = (matrices, pl.cdiv(rows, TILE_ROWS), pl.cdiv(columns, blocks.columns))
   plan = Plan(tiles, pl.cdiv(depth, DEPTH), row_scales, table_by, blocks)
-  bytes_of = jnp.dtype(out_dtype).itemsize
-  padded = pl.cdiv(columns * bytes_of, 16) * 16 // bytes_of
-  scales_kM = _aligned(a.scales.T)
-  scales_b = _aligned(b.scales[0].T) if row_scales else b.scales
+  line = LINE // jnp.dtype(out_dtype).itemsize
+  padded = (matrices, up(rows, GROUP), up(columns, line))
   kernel = plgpu.kernel(
     functools.partial(_kernel, plan=plan),
-    out_type=jax.ShapeDtypeStruct((matrices, rows, padded), out_dtype),
+    out_type=jax.ShapeDtypeStruct(padded, out_dtype),
     scratch_types=_scratch(plan, out_dtype),
     grid=(min(blocks.programs, math.prod(tiles)),),
     grid_names=('program',),
@@ -169,9 +171,14 @@ def launch(
     ),
     interpret=compat.gpu_interpreter(interpret),
   )
-  operands = (_aligned(a.values), scales_kM, _aligned(b.values), scales_b)
-  out = kernel(*operands, *(() if table is None else (table,)))
-  return out[..., :columns]
+  operands = (
+    pad(a.values, GROUP, DEPTH),
+    pad(a.scales.T, 1, 4),
+    pad(b.values, GROUP, DEPTH),
+    pad(b.scales[0].T, 1, 4) if row_scales else b.scales,
+  )
+  out_XMN = kernel(*operands, *(() if table is None else (table,)))
+  return out_XMN[:, :rows, :columns]
 
 
 def choose(
@@ -186,26 +193,33 @@ def choose(
   return BlockSizes(min((128, 64) if row_scales else (192, 128, 64), key=loads))
 
 
-def _aligned(x):
-  """Pads the last dim to a multiple of 16 bytes, as TMA wants strides."""
-  pad = -x.shape[-1] % (16 // x.dtype.itemsize)
-  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, pad)]) if pad else x
+def up(size: int, multiple: int) -> int:
+  """The least multiple that is no smaller."""
+  return pl.cdiv(size, multiple) * multiple
+
+
+def pad(x, rows: int, columns: int):
+  """Zeros up to multiples of the last two dims."""
+  missing = (-x.shape[-2] % rows, -x.shape[-1] % columns)
+  ends = [(0, 0)] * (x.ndim - 2) + [(0, size) for size in missing]
+  return jnp.pad(x, ends) if any(missing) else x
+
+
+def swizzled(shape, dtype):
+  """Shared memory of matrices as wgmma and TMA have it."""
+  line = plgpu.TilingTransform((GROUP, LINE // jnp.dtype(dtype).itemsize))
+  swizzle = plgpu.SwizzleTransform(LINE)
+  return plgpu.SMEM(shape, dtype, transforms=(line, swizzle))
 
 
 def _scratch(plan: Plan, out_dtype) -> dict:
   blocks = plan.blocks
-
-  def tiles(shape, dtype):  # lines of 128 bytes, swizzled, for wgmma and TMA
-    line = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))
-    swizzle = plgpu.SwizzleTransform(128)
-    return plgpu.SMEM(shape, dtype, transforms=(line, swizzle))
-
   ring = lambda *shape: (blocks.stages, *shape)
   scratch = {
-    'a': tiles(ring(TILE_ROWS, DEPTH), quantized.E4M3),
-    'b': tiles(ring(blocks.columns, DEPTH), quantized.E4M3),
+    'a': swizzled(ring(TILE_ROWS, DEPTH), quantized.E4M3),
+    'b': swizzled(ring(blocks.columns, DEPTH), quantized.E4M3),
     'scale_a': plgpu.SMEM(ring(TILE_ROWS), jnp.float32),
-    'out': tiles((CONSUMERS, OUT_SLOTS, ROWS, PIECE), out_dtype),
+    'out': swizzled((CONSUMERS, OUT_SLOTS, ROWS, PIECE), out_dtype),
   }
   if plan.row_scales:
     scratch['scale_b'] = plgpu.SMEM(ring(blocks.columns), jnp.float32)

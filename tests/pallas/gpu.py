@@ -36,6 +36,10 @@ interpreted = pytest.mark.skipif(
   compat.RELEASE < (0, 11),
   reason='jax before 0.11 interprets no Mosaic GPU kernel in FP8',
 )
+transposing = pytest.mark.skipif(
+  compat.RELEASE < (0, 11),
+  reason='jax before 0.11 lowers no load that transposes',
+)
 compiled = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda13_plugin') is None
   or importlib.util.find_spec('nvidia') is None,

@@ -117,14 +117,13 @@ def test_vmap_is_a_loop_of_products():
 
 
 @TILES
-@pytest.mark.parametrize('name', cases.V3)
-def test_v3_shapes_are_lowered_to_wgmma_in_fp8(name, tile):
+@pytest.mark.parametrize('case', [*cases.V3.values(), *cases.SMALL.values()])
+def test_all_shapes_are_lowered_to_wgmma_in_fp8(case, tile):
+  """Whole: the interpreter takes sizes that TMA would not."""
   out_dtype = 'float32' if tile == quantized.ROW else 'bfloat16'
   run = functools.partial(pallas_gpu.matmul, out_dtype=out_dtype)
-  text = gpu.lower(run, *structs(cases.V3[name], tile))
-  columns = pallas_gpu.choose(
-    1, cases.V3[name].m, cases.V3[name].n, tile == quantized.ROW
-  ).columns
+  text = gpu.lower(run, *structs(case, tile))
+  columns = pallas_gpu.choose(1, case.m, case.n, tile == quantized.ROW).columns
   want = {f'm64n{columns}k32.f32.e4m3.e4m3'}
   assert gpu.multiplications(text) == want
 

@@ -130,30 +130,14 @@ def struct(shape, tile):
   )
 
 
-@pytest.mark.parametrize('name', cases.V3)
-def test_v3_shapes_are_lowered_to_wgmma_in_fp8(name):
-  case = cases.V3[name]
-  experts, padded = len(case.sizes), sum(case.sizes)
-  expert_j = jax.ShapeDtypeStruct((padded // ROWS,), jnp.int32)
-  num_blocks = jax.ShapeDtypeStruct((), jnp.int32)
-  run = functools.partial(pallas_gpu.grouped, out_dtype=jnp.bfloat16)
-  a = struct((padded, case.k), quantized.ROW)
-  b = struct((experts, case.n, case.k), quantized.BLOCK)
-  text = gpu.lower(run, a, b, expert_j, num_blocks)
-  assert gpu.multiplications(text) == {'m64n192k32.f32.e4m3.e4m3'}
-  run = functools.partial(pallas_gpu.grouped_k, num_experts=experts)
-  a = struct((case.k, padded), quantized.ROW)
-  b = struct((case.n, padded), quantized.ROW)
-  text = gpu.lower(run, a, b, expert_j, num_blocks)
-  assert gpu.multiplications(text) == {'m64n128k32.f32.e4m3.e4m3'}
-
-
-@gpu.compiled
-@pytest.mark.parametrize('weights', [False, True])
-def test_registers_suffice(weights, monkeypatch, tmp_path):
-  case = cases.V3['gate_up']
-  experts, padded = len(case.sizes), sum(case.sizes)
-  expert_j = jax.ShapeDtypeStruct((padded // ROWS,), jnp.int32)
+def whole(case, weights: bool):
+  """A product of one case, and what it is lowered with."""
+  experts = len(case.sizes)
+  padded = sum(-(-size // ROWS) * ROWS for size in case.sizes)
+  table = (
+    jax.ShapeDtypeStruct((padded // ROWS,), jnp.int32),
+    jax.ShapeDtypeStruct((), jnp.int32),
+  )
   if weights:
     run = functools.partial(pallas_gpu.grouped_k, num_experts=experts)
     a = struct((case.k, padded), quantized.ROW)
@@ -162,11 +146,30 @@ def test_registers_suffice(weights, monkeypatch, tmp_path):
     run = functools.partial(pallas_gpu.grouped, out_dtype=jnp.bfloat16)
     a = struct((padded, case.k), quantized.ROW)
     b = struct((experts, case.n, case.k), quantized.BLOCK)
-  machine = gpu.compile_kernel(
-    monkeypatch,
-    tmp_path,
-    run,
-    *(a, b, expert_j, jax.ShapeDtypeStruct((), jnp.int32)),
-  )
+  return run, (a, b, *table)
+
+
+@pytest.mark.parametrize(
+  ('name', 'weights', 'columns'),
+  [
+    ('gate_up', False, 192),
+    ('gate_up', True, 128),
+    ('down', False, 192),
+    ('down', True, 128),
+    ('odd', False, 64),
+    ('odd', True, 64),
+  ],
+)
+def test_shapes_are_lowered_to_wgmma_in_fp8(name, weights, columns):
+  run, args = whole((cases.V3 | cases.SMALL)[name], weights)
+  want = {f'm64n{columns}k32.f32.e4m3.e4m3'}
+  assert gpu.multiplications(gpu.lower(run, *args)) == want
+
+
+@gpu.compiled
+@pytest.mark.parametrize('weights', [False, True])
+def test_registers_suffice(weights, monkeypatch, tmp_path):
+  run, args = whole(cases.V3['gate_up'], weights)
+  machine = gpu.compile_kernel(monkeypatch, tmp_path, run, *args)
   assert machine.spilled == 0
   assert machine.count('QGMMA') == 4
