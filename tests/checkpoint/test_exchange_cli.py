@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,25 @@ def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, args, said):
   assert not list(tmp_path.iterdir())
 
 
+def test_damaged_weights_end_in_one_line(folder, tmp_path, capsys):
+  """A NaN is met in mid-import, or in mid-export of the folder itself."""
+  bad = shutil.copytree(folder, tmp_path / 'bad')
+
+  def change(arrays):
+    arrays['model.layers.2.mlp.gate.weight'][1, 2] = np.nan
+
+  exchanged.rewrite(bad, change)
+  for args in (
+    ['import', f'--hf={bad}', f'--output={tmp_path / "run"}'],
+    ['export', f'--checkpoint={bad}', f'--output={tmp_path / "out"}'],
+  ):
+    assert cli.main(args) == 2
+    told = capsys.readouterr().err
+    assert told.count('\n') == 1 and 'first NaN at [1, 2]' in told
+    assert f'{bad}/model.safetensors: model.layers.2.mlp.gate.weight' in told
+    assert [path.name for path in tmp_path.iterdir()] == ['bad']
+
+
 def test_a_folder_has_neither_steps_nor_an_average(capsys, folder, tmp_path):
   args = ['export', f'--checkpoint={folder}', f'--output={tmp_path / "x"}']
   for more in ('--step=3', '--ema'):
@@ -123,7 +143,13 @@ def test_transformers_loads_the_tokenizer(folder, tokenizer):
 def test_nothing_is_ever_unpickled():
   """No module imports what runs code out of data."""
   forbidden = {'pickle', 'cloudpickle', 'dill', 'marshal', 'shelve', 'torch'}
-  for path in (ROOT / 'dsv3_jax').rglob('*.py'):
+  paths = [
+    path
+    for package in ('dsv3_jax', 'pallas_kernels', 'experiments')
+    for path in (ROOT / package).rglob('*.py')
+  ]
+  assert len(paths) > 50
+  for path in paths:
     text = path.read_text(encoding='utf-8')
     assert 'allow_pickle' not in text
     for node in ast.walk(ast.parse(text)):
