@@ -168,10 +168,9 @@ def test_leading_dims_and_bf16_input():
   x_BIJ = jnp.asarray(normal(0, 2, 130, 140), jnp.bfloat16)
   for tile in TILES:
     q = quantize(x_BIJ, tile, pow2=True)
-    mapped = jax.vmap(
-      functools.partial(reference.quantize, tile=tile, pow2=True)
-    )
-    jax.tree.map(np.testing.assert_array_equal, mapped(x_BIJ), q)
+    one = functools.partial(reference.quantize, tile=tile, pow2=True)
+    mapped = jax.jit(jax.vmap(one))(x_BIJ)
+    jax.tree.map(np.testing.assert_array_equal, mapped, q)
     for b, x_IJ in enumerate(np.asarray(x_BIJ, np.float64)):
       part = quantized.Quantized(q.values[b], q.scales[b], tile)
       assert_quantized(part, x_IJ, tile, POW2)
@@ -180,14 +179,15 @@ def test_leading_dims_and_bf16_input():
 def test_quantize_both_is_rows_of_x_and_of_its_transpose():
   x_MD = draw(0, (130, 200))
   for pow2 in (False, True):
-    rows, columns = reference.quantize_both(x_MD, pow2=pow2)
+    both = functools.partial(reference.quantize_both, pow2=pow2)
+    rows, columns = jax.jit(both)(x_MD)
     assert_quantized(rows, x_MD, quantized.ROW, oracle.Scaling(pow2))
     assert_quantized(columns, x_MD.T, quantized.ROW, oracle.Scaling(pow2))
 
 
 def test_both_orientations_of_a_weight_are_the_same_numbers():
   w_EDF = normal(0, 2, 200, 300)
-  turned, straight = reference.quantize_weight(w_EDF)
+  turned, straight = jax.jit(reference.quantize_weight)(w_EDF)
   assert turned.shape == (2, 300, 200) and turned.scales.shape == (2, 3, 2)
   for e in range(2):
     cut = lambda q, e=e: quantized.Quantized(q.values[e], q.scales[e], q.tile)
@@ -203,7 +203,8 @@ def test_requantised_tiles_are_those_of_what_the_first_ones_hold():
     first = quantize(x_MD, pow2=pow2)
     held_MD = np.asarray(reference.dequantize(first))
     np.testing.assert_array_equal(held_MD, np.float32(exact(first)))
-    got = reference.requantize_transposed(first, pow2=pow2)
+    again = functools.partial(reference.requantize_transposed, pow2=pow2)
+    got = jax.jit(again)(first)
     scaling = oracle.Scaling(pow2)
     assert_quantized(got, held_MD.T, quantized.ROW, scaling)
     if pow2:
@@ -297,9 +298,7 @@ def test_more_than_sixteen_blocks_are_added_in_order_too():
     b_1K[0, 0] = 65536
     a, b = quantize(a_1K, pow2=True), quantize(b_1K, pow2=True)
     assert product(a, b, jnp.float32).item() == 2.0**24
-    backwards = [
-      reference.quantize(x[:, ::-1], pow2=True) for x in (a_1K, b_1K)
-    ]
+    backwards = [quantize(x[:, ::-1], pow2=True) for x in (a_1K, b_1K)]
     got = product(*backwards, jnp.float32).item()
     assert got == 2.0**24 + 2 * ((blocks - 1) // 2)
 
