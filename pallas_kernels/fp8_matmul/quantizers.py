@@ -4,12 +4,16 @@
 `both` makes the two in one pass over x; `transposed` makes columns of what is
 FP8 already, by dequantising, transposing and quantising anew (TR 3.3.2). All
 take `pow2` and `floor` as `reference.quantize` does.
+
+Kernels exist where one pass of XLA does not do: for `both`, and on Hopper for
+`transposed`. The rest is element by element and a maximum of 128, which XLA
+fuses with what makes x.
 """
 
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch, quantized
-from pallas_kernels.fp8_matmul import reference
+from pallas_kernels.fp8_matmul import quantize_gpu, quantize_tpu, reference
 
 Quantized = quantized.Quantized
 
@@ -45,9 +49,18 @@ def both(
   floor: float = 0.0,
   implementation: str = 'auto',
 ) -> tuple[Quantized, Quantized]:
-  """`rows` and `columns` of x, read once."""
-  dispatch.resolve(implementation)
-  return reference.quantize_both(x_MD, pow2=pow2, floor=floor)
+  """`rows` and `columns` of x, read once.
+
+  Raises:
+    NotImplementedError: Hopper's kernel is for BF16.
+  """
+  chosen, how = dispatch.resolve(implementation), {'pow2': pow2, 'floor': floor}
+  if chosen == 'reference':
+    return reference.quantize_both(x_MD, **how)
+  if chosen == 'pallas_gpu':
+    return quantize_gpu.quantize_both(x_MD, **how)
+  interpret = chosen == 'pallas_interpret'
+  return quantize_tpu.quantize_both(x_MD, **how, interpret=interpret)
 
 
 def transposed(
@@ -58,5 +71,7 @@ def transposed(
   implementation: str = 'auto',
 ) -> Quantized:
   """`columns` of the tensor that q stands for."""
-  dispatch.resolve(implementation)
-  return reference.requantize_transposed(q, pow2=pow2, floor=floor)
+  how = {'pow2': pow2, 'floor': floor}
+  if dispatch.resolve(implementation) == 'pallas_gpu':
+    return quantize_gpu.requantize_transposed(q, **how)
+  return reference.requantize_transposed(q, **how)

@@ -5,6 +5,7 @@ at the same places; what is left is the order of f32 sums, and rarely a value
 that lies on the border of two codes.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -288,3 +289,34 @@ def test_policies_name_every_precision():
   assert {of('w_router'), of('kv_norm'), of('norm')} == {'float32'}
   assert precision.POLICIES['bf16'].of('w_dq') == 'bfloat16'
   assert precision.POLICIES['f32'].of('w_dq') == 'float32'
+
+
+def test_kernels_give_the_gradients_of_the_reference():
+  """Every product and quantiser of experts and a linear through Pallas."""
+  rng = np.random.default_rng(0)
+  ids = np.stack([rng.permutation(3)[:2] for _ in range(70)])
+  x = jnp.bfloat16(normal(0, 70, 136))
+  shapes = ((136, 72), (136, 72), (72, 136))
+  weights = [
+    jnp.float32(normal(i, 3, *shape, scale=0.1))
+    for i, shape in enumerate(shapes)
+  ]
+  gates = jnp.float32(rng.uniform(0.1, 1.0, ids.shape))
+
+  def grads(implementation):
+    policy = dataclasses.replace(POLICY, implementation=implementation)
+
+    def loss(x, weights):
+      experts = dispatch.Experts(*map(make_weight, weights))
+      args = (x, jnp.int32(ids), gates, experts, policy)
+      y = fp8_experts.expert_ffn(*args)
+      shared = fp8_linear.operand(y, policy, pow2=True)
+      w = make_weight(weights[0][0])
+      y = fp8_linear.linear(shared, w, policy, pow2=True)
+      return jnp.sum(jnp.square(y.astype(jnp.float32)))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, weights)
+
+  got, want = grads('pallas_interpret'), grads('reference')
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    close(g, w, BF16)
