@@ -121,9 +121,9 @@ def _quantisers() -> dict[str, Program]:
 
 def too_large() -> Program:
   """A product whose blocks fit into no core."""
-  sizes = pallas_tpu.BlockSizes(2048, 2048, 4096)
+  sizes = pallas_tpu.BlockSizes(128, 1024, 2**15)
   product = functools.partial(pallas_tpu.matmul, out_dtype=F32, blocks=sizes)
-  return Program(product, (rows(4096, 8192), rows(4096, 8192)))
+  return Program(product, (rows(128, 2**16), rows(1024, 2**16)))
 
 
 def lower(program: Program, chip: Chip, sharding=None):
