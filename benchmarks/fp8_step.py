@@ -11,6 +11,7 @@ that a tile of 128 spans much of a row. Tokens are random; a step is forward,
 backward, clipping and AdamW, as training runs it.
 """
 
+import functools
 import os
 import sys
 import time
@@ -53,7 +54,8 @@ class Trainer:
 
   def __init__(self, cfg: config.Config):
     self._cfg = cfg
-    self._state = jax.jit(lambda: steps.init_state(cfg, jax.random.key(0)))()
+    init = functools.partial(steps.init_state, cfg)
+    self._state = jax.jit(init)(jax.random.key(0))
     self._args = (batch(cfg), jnp.int32(1), _hyper())
     self._step = jax.jit(steps.make_train_step(cfg), donate_argnums=0)
 

@@ -245,7 +245,11 @@ def _ceilings(dots, out, one=same) -> dict[str, Variant]:
     return *_per_tensor(a), *_per_tensor(b)
 
   def fp8_dot(a, scale_a, b, scale_b):
-    return (_dot(a, b, F32) * (scale_a * scale_b)).astype(out)
+    if jax.default_backend() == 'cpu':  # where the form below is a BF16 dot
+      return (_dot(a, b, F32) * (scale_a * scale_b)).astype(out)
+    # XLA makes one call of cuBLASLt of this, scales and output type inside.
+    wide = lambda x, scale: x.astype(BF16) * scale.astype(BF16)
+    return _dot(wide(a, scale_a), wide(b, scale_b), out)
 
   bf16 = lambda a, b: dots(a, b, out)
   return {
@@ -255,8 +259,10 @@ def _ceilings(dots, out, one=same) -> dict[str, Variant]:
 
 
 def _per_tensor(x):
+  """Values and one scale, a power of two: BF16 holds it exactly."""
   x = x.astype(F32)
   scale = jnp.max(jnp.abs(x)) / float(jnp.finfo(E4M3).max)
+  scale = jnp.exp2(jnp.ceil(jnp.log2(scale)))
   return (x / scale).astype(E4M3), scale
 
 

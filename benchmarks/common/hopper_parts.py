@@ -1,11 +1,13 @@
 """The checks and the sweep of `benchmarks.hopper`: rows, as they come.
 
-A kernel is one of four: 'block' and 'row' are the product with 128 x 128 and
-1 x 128 scales of b, 'grouped' and 'grouped_k' those of many experts.
+A product is one of four: 'block' and 'row' have 128 x 128 and 1 x 128 scales
+of b, 'grouped' and 'grouped_k' are those of many experts. The quantisers 'both'
+and 'transposed' are checked too, and must give the bits of the reference.
 """
 
 import concurrent.futures
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,19 +18,25 @@ import numpy as np
 
 from benchmarks.common import clock, report
 from pallas_kernels import compat, numerics, quantized
-from pallas_kernels.fp8_matmul import cases, pallas_gpu, reference
+from pallas_kernels.fp8_matmul import (
+  cases,
+  pallas_gpu,
+  quantize_gpu,
+  reference,
+)
 from pallas_kernels.grouped_matmul import cases as grouped_cases
 from pallas_kernels.grouped_matmul import pallas_gpu as grouped_gpu
 from pallas_kernels.grouped_matmul import reference as grouped_reference
 
 BF16, F32 = jnp.bfloat16, jnp.float32
+QUANTISERS = ('both', 'transposed')
 SHARED_MEMORY = 227 * 1024  # of a program on Hopper
 _REFUSALS = (RuntimeError, ValueError, NotImplementedError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """One of the four and its case; `how`: 'gpu', 'interpret', 'reference'."""
+  """One of the six and its case; `how`: 'gpu', 'interpret', 'reference'."""
 
   kind: str
   name: str
@@ -47,6 +55,8 @@ class Kernel:
 
   def function(self, how: str, blocks=None) -> Callable[..., jax.Array]:
     """Of the operands of `draw`."""
+    if self.kind in QUANTISERS:
+      return _quantiser(self.kind, how)
     more = {'blocks': blocks, 'interpret': how == 'interpret'}
     if self.kind in ('block', 'row'):
       if how == 'reference':
@@ -61,6 +71,13 @@ class Kernel:
   def draw(self, key: jax.Array) -> tuple:
     """Operands with scales over forty powers of two."""
     case = self.case
+    if self.kind in QUANTISERS:
+      x_MD, _ = jax.jit(_normal, static_argnums=(1, 2))(
+        key, (case.m, case.k), (1, 1)
+      )
+      x_MD = x_MD.astype(BF16)
+      both = self.kind == 'both'
+      return (x_MD if both else jax.jit(reference.quantize)(x_MD),)
     if self.kind == 'block':
       shapes = (case.m, case.k), (case.n, case.k)
       return _draw(key, *shapes, quantized.BLOCK)
@@ -87,19 +104,32 @@ def layout(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   return np.array([*experts, len(sizes) - 1], np.int32), used
 
 
+def _quantiser(kind: str, how: str) -> Callable[..., Any]:
+  name = {'both': 'quantize_both', 'transposed': 'requantize_transposed'}[kind]
+  if how == 'reference':
+    return getattr(reference, name)
+  run = getattr(quantize_gpu, name)
+  return functools.partial(run, interpret=how == 'interpret')
+
+
 def _draw(key, shape_a, shape_b, tile_b, used=None):
   @jax.jit
   def make(key):
-    keys = jax.random.split(key, 3)
-    steps = (*shape_a[:-1], -(-shape_a[-1] // 128))
-    power = jax.random.randint(keys[2], steps, -20, 20).astype(F32)
-    wide = jnp.repeat(jnp.exp2(power), 128, -1)[..., : shape_a[-1]]
-    a = jax.random.normal(keys[0], shape_a) * wide
+    a, b = _normal(key, shape_a, shape_b)
     a = a if used is None else a * used
-    b = jax.random.normal(keys[1], shape_b)
     return reference.quantize(a), reference.quantize(b, tile_b)
 
   return make(key)
+
+
+def _normal(key, shape_a, shape_b):
+  """Both normal; a over forty powers of two, one for each 128 of a row."""
+  keys = jax.random.split(key, 3)
+  steps = (*shape_a[:-1], -(-shape_a[-1] // 128))
+  power = jax.random.randint(keys[2], steps, -20, 20).astype(F32)
+  wide = jnp.repeat(jnp.exp2(power), 128, -1)[..., : shape_a[-1]]
+  a = jax.random.normal(keys[0], shape_a) * wide
+  return a, jax.random.normal(keys[1], shape_b)
 
 
 def how_here() -> str:
@@ -110,7 +140,7 @@ def how_here() -> str:
 
 
 def kernels(how: str, dry_run: bool, small: bool) -> list[Kernel]:
-  """All four at all shapes, what matters most first."""
+  """All at all shapes, what matters most first; small: for checks."""
   dense, experts = cases.V3, grouped_cases.V3
   if dry_run:
     dense = {'tiny': cases.SMALL['tiny']}
@@ -121,7 +151,7 @@ def kernels(how: str, dry_run: bool, small: bool) -> list[Kernel]:
   found = [
     Kernel(kind, name, case, how)
     for kinds, table in (
-      (('block', 'row'), dense),
+      (('block', 'row', *(QUANTISERS if small else ())), dense),
       (('grouped', 'grouped_k'), experts),
     )
     for kind in kinds
@@ -154,15 +184,15 @@ def _check(kernel: Kernel, key: jax.Array, repeats: int) -> report.Row:
     operands = kernel.draw(jax.random.fold_in(key, at))
     first = jax.block_until_ready(run(*operands))
     error = max(error, float(_relative_error(first, want_of(*operands))))
-    finite &= bool(jnp.all(jnp.isfinite(first)))
+    finite &= bool(_finite(first))
     for _ in range(repeats):
-      junk = jax.block_until_ready(jnp.full(first.shape, jnp.nan, first.dtype))
-      address = junk.unsafe_buffer_pointer()
-      junk.delete()
+      before = _poison(first)
       again = jax.block_until_ready(run(*operands))
-      poisoned += again.unsafe_buffer_pointer() == address
+      poisoned += not before.isdisjoint(_addresses(again))
       other_bits += not bool(_same_bits(again, first))
-  bound = numerics.SAME_OPERANDS[str(first.dtype)]
+  bound = 0.0
+  if isinstance(first, jax.Array):
+    bound = numerics.SAME_OPERANDS[str(first.dtype)]
   return {
     'relative_error': error,
     'bound': bound,
@@ -173,18 +203,46 @@ def _check(kernel: Kernel, key: jax.Array, repeats: int) -> report.Row:
   }
 
 
+def _poison(like) -> set[int]:
+  """Fills memory for such outputs with NaN and frees it; its addresses."""
+  nan = lambda x: jnp.full(x.shape, jnp.nan, x.dtype)
+  junk = jax.block_until_ready(jax.tree.map(nan, like))
+  addresses = _addresses(junk)
+  for x in jax.tree.leaves(junk):
+    x.delete()
+  return addresses
+
+
+def _addresses(tree) -> set[int]:
+  return {x.unsafe_buffer_pointer() for x in jax.tree.leaves(tree)}
+
+
 @jax.jit
 def _relative_error(got, want):
-  got, want = got.astype(F32), want.astype(F32)
-  largest = jnp.max(jnp.abs(want), initial=1e-30)
-  return jnp.max(jnp.abs(got - want), initial=0.0) / largest
+  """Largest over the arrays of two trees."""
+
+  def one(got, want):
+    got, want = got.astype(F32), want.astype(F32)
+    largest = jnp.max(jnp.abs(want), initial=1e-30)
+    return jnp.max(jnp.abs(got - want), initial=0.0) / largest
+
+  return jnp.stack(jax.tree.leaves(jax.tree.map(one, got, want))).max()
+
+
+@jax.jit
+def _finite(tree):
+  each = [jnp.all(jnp.isfinite(x.astype(F32))) for x in jax.tree.leaves(tree)]
+  return jnp.stack(each).all()
 
 
 @jax.jit
 def _same_bits(x, y):
-  word = {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-  x, y = (jax.lax.bitcast_convert_type(z, word) for z in (x, y))
-  return jnp.all(x == y)
+  def one(x, y):
+    word = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    x, y = (jax.lax.bitcast_convert_type(z, word) for z in (x, y))
+    return jnp.all(x == y)
+
+  return jnp.stack(jax.tree.leaves(jax.tree.map(one, x, y))).all()
 
 
 def sweep(how: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:

@@ -17,7 +17,8 @@ from pallas_kernels.fp8_matmul import cases, pallas_gpu, reference
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_dry_run_does_all_parts(tmp_path, capsys):
-  assert hopper.main(['--dry_run', f'--output={tmp_path}']) == 0
+  flags = ['--dry_run', f'--output={tmp_path}']
+  assert hopper.main([*flags, '--seconds=1400']) == 0
   text = (tmp_path / 'hopper.md').read_text()
   assert text.strip() in capsys.readouterr().out
   for part in hopper.PARTS:
@@ -27,6 +28,8 @@ def test_dry_run_does_all_parts(tmp_path, capsys):
     assert not any(json.loads(row).get('wrong') for row in rows)
   for kind in ('block', 'row', 'grouped', 'grouped_k'):
     assert text.count(f'| {kind} | tiny |') >= 3  # checked, and swept
+  for kind in hopper_parts.QUANTISERS:
+    assert f'| {kind} | tiny |' in text
 
 
 def test_a_part_that_hangs_is_cut_and_keeps_its_rows(tmp_path):
@@ -74,6 +77,17 @@ def test_checks_find_what_is_wrong(monkeypatch, change, wrong):
   kernel = one_kernel(monkeypatch, change)
   told = hopper_parts._check(kernel, jax.random.key(0), repeats=1)
   assert told['wrong'] is wrong
+
+
+def test_a_quantiser_must_give_the_bits_of_the_reference(monkeypatch):
+  kernel = hopper_parts.Kernel('both', 'x', cases.Case(65, 64, 200), 'gpu')
+  for floor, wrong in ((0.0, False), (1e3, True)):
+    run = lambda x, interpret, floor=floor: reference.quantize_both(
+      x, floor=floor
+    )
+    monkeypatch.setattr(hopper_parts.quantize_gpu, 'quantize_both', run)
+    told = hopper_parts._check(kernel, jax.random.key(0), repeats=1)
+    assert told['bound'] == 0 and told['wrong'] is wrong
 
 
 def test_checks_find_bits_that_change(monkeypatch):
