@@ -216,6 +216,7 @@ def _to_holders(
       piece = copied
     corner = [s.start - start for s, (start, _) in zip(at, spans, strict=True)]
     parts = [_put(part, piece.view(bits), corner) for part in parts]
+    jax.block_until_ready(parts)  # or pieces that wait would fill the memory
   return [_typed(part, array.dtype) for part in parts]
 
 
