@@ -9,12 +9,11 @@ the arms of one seed share all of them. Of the main training loss:
 
   gap_n = (EMA of the arm's loss - EMA of BF16's) / EMA of BF16's
 
-with the decay 0.9 of the report and with 0.99, for each seed and for the mean of
-seeds. Two networks that differ at all soon answer the few hundred tokens of a
-step differently: how much of a gap that makes alone is told by `bf16_twin`, a
-second BF16 run whose initial matrices are larger by a thousandth. Beside them
-stands the spread between BF16 runs of different seeds. Writes a table and a
-figure beside it.
+with the report's decay of 0.9 and with 0.99, for each seed and for their mean.
+Two networks that differ at all soon answer the few hundred tokens of a step
+differently: how much of a gap that makes alone is told by `bf16_twin`, a second
+BF16 run whose initial matrices are larger by a thousandth. Beside them stands
+the spread between BF16 runs of different seeds. Writes a table and a figure.
 """
 
 import argparse
