@@ -1,5 +1,7 @@
 """FP8 products of many experts: arguments checked once for all implementations.
 
+Rows are sorted by expert and padded to blocks of 128 (see `reference`).
+
   Fprop  y = x W_e     grouped    a: x   [J, D]   b: W^T [E, F, D]   BF16
   Dgrad  dx = dy W_e^T grouped    a: dy  [J, F]   b: W   [E, D, F]   BF16
   Wgrad  dW_e = x^T dy grouped_k  a: x^T [D, J]   b: dy^T [F, J]     f32
