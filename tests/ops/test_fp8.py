@@ -1,4 +1,7 @@
-"""FP8 tiles: the oracle's numbers, the format's error, the host's same bits."""
+"""FP8 tiles: the oracle's numbers, the format's error, the host's same bits.
+
+The jnp functions are those of the kernels' reference, at weights' tiles.
+"""
 
 import functools
 import itertools
@@ -12,10 +15,16 @@ import pytest
 
 from dsv3_jax import errors
 from dsv3_jax.ops import fp8
+from pallas_kernels.fp8_matmul import reference
 from tests.oracles import fp8 as oracle
 
-quantize = jax.jit(fp8.quantize_blocks, static_argnames='tile')
-dequantize = jax.jit(fp8.dequantize, static_argnames='dtype')
+
+def quantize_blocks(w, tile=fp8.TILE):
+  return reference.quantize(w, tile)
+
+
+quantize = jax.jit(quantize_blocks, static_argnames='tile')
+dequantize = jax.jit(reference.dequantize, static_argnames='dtype')
 
 SIZES = [(1, 1), (1, 300), (300, 1), (127, 129), (128, 256), (257, 131)]
 F32 = np.finfo(np.float32)
@@ -250,10 +259,10 @@ def test_leading_dims_are_a_loop(tile):
   w_ELIJ = w_ELIJ.reshape(2, 3, 130, 140)
   q = quantize(w_ELIJ, tile=tile)
   assert q.scales.shape[:2] == (2, 3)
-  over = functools.partial(fp8.quantize_blocks, tile=tile)
+  over = functools.partial(quantize_blocks, tile=tile)
   mapped = jax.jit(jax.vmap(jax.vmap(over)))(w_ELIJ)
   jax.tree.map(assert_same_bits, *jax.tree.map(np.asarray, (mapped, q)))
-  back, mapped = dequantize(q), jax.lax.map(fp8.dequantize, q)
+  back, mapped = dequantize(q), jax.lax.map(reference.dequantize, q)
   np.testing.assert_array_equal(back, mapped)
   for e, layer in np.ndindex(2, 3):
     one = quantize(w_ELIJ[e, layer], tile=tile)
@@ -266,21 +275,21 @@ def test_leading_dims_are_a_loop(tile):
 def test_one_program_rounds_as_two_do():
   """XLA may keep excess precision across casts; here that would be a bug."""
   w_IJ = draw(5, (140, 150))
-  both = jax.jit(lambda w_IJ: fp8.dequantize(fp8.quantize_blocks(w_IJ)))
+  both = jax.jit(lambda w_IJ: reference.dequantize(quantize_blocks(w_IJ)))
   assert_same_bits(
     np.asarray(both(w_IJ)), np.asarray(dequantize(quantize(w_IJ)))
   )
 
 
 def test_a_pytree_with_a_static_tile():
-  q = fp8.quantize_blocks(jnp.ones((4, 6)), (2, 3))
+  q = quantize_blocks(jnp.ones((4, 6)), (2, 3))
   assert len(jax.tree.leaves(q)) == 2
   shapes = jax.tree.map(lambda x: x.shape, q)
   assert shapes == fp8.Quantized((4, 6), (2, 2), (2, 3))
   out = jax.jit(lambda q: jax.tree.map(lambda x: x[:2, :2], q))(q)
   assert isinstance(out, fp8.Quantized) and out.tile == (2, 3)
   assert out.shape == (2, 2)
-  other = fp8.quantize_blocks(jnp.ones((4, 6)), (2, 4))
+  other = quantize_blocks(jnp.ones((4, 6)), (2, 4))
   assert jax.tree.structure(q) != jax.tree.structure(other)
   named = jax.tree_util.tree_flatten_with_path(q)[0]
   names = [jax.tree_util.keystr(path) for path, _ in named]
@@ -325,7 +334,7 @@ def test_scales_of_another_tensor_are_refused(shape):
 )
 def test_the_published_layout(shape, scales):
   w_IJ = jax.ShapeDtypeStruct(shape, jnp.float32)
-  q = jax.eval_shape(fp8.quantize_blocks, w_IJ)
+  q = jax.eval_shape(quantize_blocks, w_IJ)
   assert (q.shape, q.scales.shape) == (shape, scales)
 
 
