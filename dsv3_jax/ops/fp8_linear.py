@@ -251,19 +251,15 @@ def transposed(
   kept: Quantized | quantized.Packed, policy: Policy, *, pow2: bool
 ) -> Quantized:
   """Tiles of 128 tokens x 1 channel of a kept input, [I, J]."""
+  how = {
+    'pow2': pow2,
+    'floor': precision.ACTIVATION_FLOOR,
+    'implementation': policy.implementation,
+  }
   if isinstance(kept, quantized.Packed):
     x_JI = e5m6.unpack(kept).astype(jnp.bfloat16)  # exact: 7 digits of 8
-    chosen = policy.implementation
-    floor = precision.ACTIVATION_FLOOR
-    return quantizers.columns(
-      x_JI, pow2=pow2, floor=floor, implementation=chosen
-    )
-  return quantizers.transposed(
-    kept,
-    pow2=pow2,
-    floor=precision.ACTIVATION_FLOOR,
-    implementation=policy.implementation,
-  )
+    return quantizers.columns(x_JI, **how)
+  return quantizers.transposed(kept, **how)
 
 
 def named(kept: Any, name: str) -> Any:

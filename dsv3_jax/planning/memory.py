@@ -72,7 +72,8 @@ def _compute_bytes(part: flops.Part, policy: precision.Policy) -> int:
   name, values = part.name.rsplit('.', 1)[-1], math.prod(part.shape)
   swiglu = name in ('swiglu', 'experts', 'shared')
   kind = policy.of('w_up' if swiglu else name)
-  if name in ('router', 'router_bias', 'norms') or kind == 'float32':
+  unread = ('embedding', 'router', 'router_bias', 'norms')  # as a copy
+  if name in unread or kind == 'float32':
     return 0
   if kind != 'fp8':
     return 2 * values

@@ -16,7 +16,7 @@ import pytest
 
 from dsv3_jax import precision
 from dsv3_jax.ops import attention, dispatch, fp8_experts, fp8_linear, linear
-from pallas_kernels.fp8_matmul import reference
+from pallas_kernels.fp8_matmul import e5m6, reference
 from tests import tolerances
 from tests.oracles import fp8_formats as formats
 from tests.oracles import fp8_gemm, fp8_layers
@@ -90,6 +90,27 @@ def test_linear_and_its_gradients_match_the_oracle(shape, pow2):
   close(dx_MD, fp8_gemm.dgrad(dy_MF, w_DF), BF16)
   close(dw_DF, fp8_gemm.wgrad(x_MD, dy_MF, scaling), 1e-5)
   assert dw_DF.dtype == jnp.float32
+
+
+def test_the_weights_gradient_reads_the_12_bit_copy():
+  """Of attention's output projection: E5M6, then tiles of 128 tokens."""
+  x_MD, w_DF = normal(0, 200, 130), normal(1, 130, 72)
+  dy_MF = normal(2, 200, 72)
+
+  def loss(w):
+    x = jnp.float32(x_MD)
+    packed = e5m6.quantize(x)
+    x = fp8_linear.operand(x, POLICY, pow2=True)._replace(kept=packed)
+    y_MF = fp8_linear.linear(x, make_weight(w), POLICY, pow2=True)
+    return jnp.sum(y_MF * jnp.float32(dy_MF))
+
+  got_DF = jax.jit(jax.grad(loss))(jnp.float32(w_DF))
+  columns = lambda x, how: formats.fake(x.T, formats.ROW, how).T
+  dy_MF = columns(dy_MF, formats.PLAIN)
+  want_DF = columns(formats.e5m6_copy(x_MD), POW2_FLOOR).T @ dy_MF
+  close(got_DF, want_DF, 1e-5)
+  other_DF = fp8_gemm.wgrad(x_MD, dy_MF, POW2_FLOOR)  # from e4m3
+  assert np.max(np.abs(other_DF - want_DF)) > 1e-3 * np.max(np.abs(want_DF))
 
 
 def test_blockwise_dgrad_changes_dx_alone():

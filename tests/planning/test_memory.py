@@ -89,5 +89,11 @@ def test_report_of_671b():
   stored = 671_026_419_200 + 11_610_068_224
   assert weights['fp8']['master'] == weights['bf16']['master'] == 4 * stored
   # Two bytes a weight either way: BF16, or FP8 in both orientations.
+  # The lookup, the gate and the norms read the masters.
+  embedding, layers = 129_280 * 7168, 61 + 1
+  gates = (layers - 3) * (7168 + 1) * 256
+  norms = layers * (2 * 7168 + 1536 + 512) + 7168 + 3 * 7168
+  copied = stored - embedding - gates - norms
+  assert weights['bf16']['compute'] == 2 * copied
   ratio = weights['fp8']['compute'] / weights['bf16']['compute']
   assert ratio == pytest.approx(1.0, abs=1e-3)
