@@ -144,6 +144,8 @@ def aims(rows: dict[str, list[report.Row]]) -> list[report.Row]:
     ('grouped 8x4096x4096x7168, TFLOP/s', 1050,
      ('grouped forward', 'gate_up', speed)),
     ('weight gradient, TFLOP/s', 700, ('weight gradient', 'gate_up', speed)),
+    ('the same over PyTorch', 0.85,
+     ('weight gradient', 'gate_up', over, blocks)),
     ('grouped weight gradient, TFLOP/s', 700,
      ('grouped weight gradient', 'gate_up', speed)),
   ]  # fmt: skip

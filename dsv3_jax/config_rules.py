@@ -9,12 +9,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from dsv3_jax import errors
+from dsv3_jax import errors, precision
 
 Rule = tuple[bool, str]
 
 _CHOICES = {
-  'precision': ('bf16', 'fp8', 'fp8_block_dgrad', 'f32'),
+  'precision': tuple(precision.POLICIES),
   'model.remat': ('none', 'report', 'full'),
   'model.moe.score_func': ('sigmoid', 'softmax'),
   'model.moe.product': ('auto', 'blocks', 'dense', 'ragged'),

@@ -64,8 +64,8 @@ class Policy:
 
 
 POLICIES = {
-  'f32': Policy(compute='float32'),
   'bf16': Policy(compute='bfloat16'),
   'fp8': Policy(compute='bfloat16', fp8=True),
   'fp8_block_dgrad': Policy(compute='bfloat16', fp8=True, block_dgrad=True),
+  'f32': Policy(compute='float32'),
 }

@@ -6,9 +6,9 @@
   x ~ value * scale,  scale: the power of two that e4m3 tiles of x would get
 
 The report gives the format and that scales are powers of two. Ours: they are
-those of e4m3, so that both copies of one tensor share them; the bits of two
-codes lie in three bytes in order, the lower ones first; f32 denormals, of x or
-of value * scale, may count as zeros.
+those of e4m3 without a floor; the bits of two codes lie in three bytes in
+order, the lower ones first; f32 denormals, of x or of value * scale, may count
+as zeros.
 
 Letters: I rows, J columns, j their tiles of 128.
 """

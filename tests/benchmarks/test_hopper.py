@@ -163,4 +163,4 @@ def test_aims_stand_beside_what_was_measured():
   rival['pallas_speed_over_this'] = 0.9
   told = hopper.aims({'benchmark': [row, rival]})
   assert [line['measured'] for line in told[:3]] == [1200.0, 1.6, 0.9]
-  assert [line['measured'] for line in told[3:]] == [None] * 3
+  assert [line['measured'] for line in told[3:]] == [None] * 4
