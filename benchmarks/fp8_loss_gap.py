@@ -146,6 +146,8 @@ def plot(path: pathlib.Path, losses_of: dict[str, np.ndarray]) -> None:
   }
   for axis, memory in zip(axes, MEMORIES, strict=True):
     for name, colour in colours.items():
+      if name not in losses_of:
+        continue
       curves_SN = gap(losses_of[name], base_SN, memory)
       for curve_N in curves_SN:
         axis.plot(steps, curve_N, color=colour, lw=0.3, alpha=0.4)
@@ -170,6 +172,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   parser.add_argument(
     '--folder', type=pathlib.Path, required=True, help='workdirs of the runs'
   )
+  parser.add_argument(
+    '--arms', default=','.join(ARMS), help='which, the first of them bf16'
+  )
   parser.add_argument('--seeds', type=int, default=3, help='runs of each arm')
   parser.add_argument('--steps', type=int, default=experiment.STEPS)
   parser.add_argument(
@@ -177,16 +182,19 @@ def main(argv: Sequence[str] | None = None) -> None:
   )
   args = parser.parse_args(argv)
   jax.config.update('jax_compilation_cache_dir', str(args.folder / 'compiled'))
-  found, bits = {arm: [] for arm in ARMS}, {arm: [] for arm in ARMS}
+  arms = args.arms.split(',')
+  if arms[0] != ARMS[0] or not set(arms) <= set(ARMS):
+    parser.error(f'--arms={args.arms} must be bf16 and some of {ARMS[1:]}')
+  found, bits = {arm: [] for arm in arms}, {arm: [] for arm in arms}
   for seed in range(args.seeds):
-    for arm in ARMS:
+    for arm in arms:
       loss_N, held_out = losses(arm, seed, args)
       found[arm].append(loss_N)
       bits[arm].append(held_out)
   losses_of = {arm: np.stack(curves) for arm, curves in found.items()}
   base_SN = losses_of['bf16']
   rows = report.Rows(args)
-  for arm in ARMS[1:]:
+  for arm in arms[1:]:
     rows.append(row(arm, losses_of[arm], base_SN, bits[arm]))
   if args.seeds > 1:
     pairs = between_seeds(base_SN)
@@ -194,8 +202,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   output = args.output or report.RESULTS / 'fp8_loss_gap.md'
   plot(output.with_suffix('.png'), losses_of)
   about = (
-    f'`dsv3 bench fp8_loss_gap --folder=DIR --seeds={args.seeds} '
-    f'--steps={args.steps}`; after the first tenth of the steps.'
+    f'`dsv3 bench fp8_loss_gap --folder=DIR --arms={args.arms} '
+    f'--seeds={args.seeds} --steps={args.steps}`; after the first tenth of '
+    'the steps.'
   )
   args.output = output
   report.publish('fp8_loss_gap', about, rows, args)

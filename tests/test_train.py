@@ -184,6 +184,17 @@ def test_refused_before_a_workdir_is_made(folder, tmp_path, changes, said):
   assert not (tmp_path / 'run').exists()
 
 
+def test_fp8_on_several_accelerators_is_refused(monkeypatch):
+  cfg = settings.small(precision='fp8')
+  sizes = dict.fromkeys(sharding.AXES, 1) | {'data': 2}
+  mesh = sharding.make_mesh(config.MeshConfig(**sizes))
+  train._check_devices(cfg, mesh)  # the reference runs anywhere
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  with pytest.raises(errors.InputError, match="precision='fp8' runs on one"):
+    train._check_devices(cfg, mesh)
+  train._check_devices(settings.small(precision='bf16'), mesh)
+
+
 def chats(folder):
   """Conversations about files of the standard library; returns their path."""
   lines = []
@@ -196,20 +207,23 @@ def chats(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['v3_671b', 'v3_16b'])
+@pytest.mark.parametrize('name', ['v3_671b', 'v3_16b', 'ablations.fp8'])
 def test_every_experiment_runs_locally(folder, name):
-  """One scanned and rematerialised on two devices, one on conversations."""
+  """Rematerialised on two devices; on conversations; in FP8."""
   source = importlib.import_module(f'experiments.{name}').get_config('runlocal')
   changes = tiny_run.overrides(folder, steps=3)
   if name == 'v3_671b':
     changes |= {'mesh.data': 2}
-  else:
+  elif name == 'v3_16b':
     changes |= {'data.source': chats(folder), 'data.isolate_samples': True}
     changes |= {'model.mtp.depth': 0, 'precision': 'bf16'}
   with source.unlocked():
     source.update_from_flattened_dict(changes)
   cfg = config.from_config_dict(source)
-  assert cfg.model.scan_layers and cfg.model.remat == 'report'
+  if name == 'ablations.fp8':
+    assert cfg.precision == 'fp8'
+  else:
+    assert cfg.model.scan_layers and cfg.model.remat == 'report'
   final = train.run(cfg, folder / name)
   assert 0 < final['loss_nats_per_token'] < 1.2 * np.log(cfg.model.vocab_size)
   assert len(told(folder / name)) == 3

@@ -115,13 +115,13 @@ def permute(q: Quantized, layout: dispatch.Layout, top_k: int) -> Quantized:
 
 def _received_gradient(dy_MD, layout, top_k, policy):
   """Rows and columns of the output's gradient, as they reach the experts."""
-  if policy.block_dgrad:
-    dy_JD = dispatch.permute(dy_MD, layout, top_k)
-    return fp8_linear.quantize_gradient(dy_JD, policy)
   chosen = policy.implementation
   sent = quantizers.rows(dy_MD, pow2=True, implementation=chosen)
   rows = permute(sent, layout, top_k)
-  return rows, quantizers.transposed(rows, pow2=True, implementation=chosen)
+  columns = quantizers.transposed(rows, pow2=True, implementation=chosen)
+  if policy.block_dgrad:
+    rows = fp8_linear.blockwise(dispatch.permute(dy_MD, layout, top_k))
+  return rows, columns
 
 
 def _grouped(

@@ -240,11 +240,15 @@ def quantize_gradient(
 ) -> tuple[Quantized, Quantized]:
   """Rows (for Dgrad) and columns (for Wgrad) of an output's gradient."""
   chosen = policy.implementation
-  if not policy.block_dgrad:
-    return quantizers.both(dy_JO, implementation=chosen)
+  if policy.block_dgrad:
+    return blockwise(dy_JO), quantizers.columns(dy_JO, implementation=chosen)
+  return quantizers.both(dy_JO, implementation=chosen)
+
+
+def blockwise(dy_JO: Float[Array, 'J O']) -> Quantized:
+  """Rows whose scales are those of 128 x 128 blocks: the negative ablation."""
   blocks = formats.quantize(dy_JO, quantized.BLOCK)
-  rows = Quantized(blocks.values, formats.row_scales(blocks), quantized.ROW)
-  return rows, quantizers.columns(dy_JO, implementation=chosen)
+  return Quantized(blocks.values, formats.row_scales(blocks), quantized.ROW)
 
 
 def transposed(

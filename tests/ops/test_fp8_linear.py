@@ -295,6 +295,32 @@ def test_attention_differentiates_through_its_12_bit_output(length):
       assert np.max(np.abs(w - e)) > 5 * np.max(np.abs(g - w))
 
 
+def test_blockwise_dgrad_of_experts_leaves_the_last_matrix_alone():
+  """W_down's Wgrad reads no Dgrad; those before it do."""
+  rng = np.random.default_rng(0)
+  ids = np.stack([rng.permutation(3)[:2] for _ in range(200)])
+  x, dy = normal(0, 200, 136), normal(9, 200, 136, scale=1e-6)
+  gates = jnp.float32(rng.uniform(0.1, 1.0, ids.shape))
+  shapes = ((136, 72), (136, 72), (72, 136))
+  weights = [
+    jnp.float32(normal(i, 3, *shape, scale=0.1))
+    for i, shape in enumerate(shapes)
+  ]
+
+  def grads(policy):
+    def loss(x, weights):
+      experts = dispatch.Experts(*map(make_weight, weights))
+      y = fp8_experts.expert_ffn(x, jnp.int32(ids), gates, experts, policy)
+      return jnp.sum(y * jnp.float32(dy))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.float32(x), weights)
+
+  tiled, blockwise = grads(POLICY), grads(BLOCKWISE)
+  np.testing.assert_array_equal(tiled[1][2], blockwise[1][2])
+  for got, want in ((blockwise[0], tiled[0]), (blockwise[1][0], tiled[1][0])):
+    assert 1e-6 < fp8_gemm.difference(np.ravel(got), np.ravel(want)) < 0.05
+
+
 def test_a_plain_policy_multiplies_arrays():
   x, w = normal(0, 5, 6), normal(1, 6, 2, 3)
   product = functools.partial(linear.project, policy=precision.POLICIES['bf16'])

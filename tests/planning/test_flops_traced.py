@@ -156,6 +156,10 @@ def test_a_traced_step_makes_the_products_that_are_counted(depth):
   # Not counted: gates are spread over experts by a product with 0 and 1,
   # forward and, to the gates alone, backward.
   want += 2 * (2 * 8 * 8) * (cfg.model.num_moe_layers + depth)
+  # Nor what attention's backward pass makes again: the scores, and the sums
+  # over o do that stand for those over p dp.
+  again = 2 * m.num_heads * (m.qk_head_dim * length + m.v_head_dim)
+  want += again * (cfg.model.num_layers + depth)
   assert made == batch.tokens_BT.size * want
 
 
