@@ -5,10 +5,10 @@ state was saved: run again to go on; 76 non-finite loss; 77 corruption.
 """
 
 import functools
+import importlib
 import json
 import pathlib
 import pkgutil
-import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -357,12 +357,11 @@ def bench(argv: list[str]) -> int:
     return _fail(f'benchmark {name!r} must be one of: {", ".join(names)}')
   before, sys.argv = sys.argv, [name, *argv[1:]]
   try:  # as `python -m benchmarks.NAME` does, so that every script fits
-    runpy.run_module(f'benchmarks.{name}', run_name='__main__', alter_sys=True)
+    return importlib.import_module(f'benchmarks.{name}').main() or 0
   except SystemExit as ended:
     return ended.code or 0
   finally:
     sys.argv = before
-  return 0
 
 
 COMMANDS = {
