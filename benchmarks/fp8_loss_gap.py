@@ -205,8 +205,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   about = (
     f'`dsv3 bench fp8_loss_gap --folder=DIR --arms={args.arms} '
     f'--seeds={args.seeds} --steps={args.steps}`; after the first tenth of '
-    'the steps. A step has 512 tokens, and single seeds stay apart by half a '
-    'per cent: the standard error is that between seeds.'
+    'the steps. The standard error is that between seeds.'
   )
   args.output = output
   report.publish('fp8_loss_gap', about, rows, args)

@@ -38,8 +38,7 @@ def columns(
   implementation: str = 'auto',
 ) -> Quantized:
   """Tiles 1 x 128 of x^T."""
-  dispatch.resolve(implementation)
-  return reference.quantize(x_MD.T, pow2=pow2, floor=floor)
+  return rows(x_MD.T, pow2=pow2, floor=floor, implementation=implementation)
 
 
 def both(
