@@ -148,7 +148,7 @@ def _model(config: Any) -> Iterator[Rule]:
     'group, but a group is scored by its best two (TR 2.1.2)',
   )
   yield (
-    moe.product in ('auto', 'blocks') or 'fp8' not in config.precision,
+    moe.product == 'auto' or 'fp8' not in config.precision,
     f'model.moe.product={moe.product!r} must be auto with '
     f'precision={config.precision!r}, which has grouped products of its own',
   )

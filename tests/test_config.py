@@ -117,8 +117,8 @@ def test_groups_of_one_expert_have_no_best_two():
 def test_fp8_has_its_own_product_of_experts():
   tree = changed('precision', 'fp8')
   config.from_config_dict(tree)
-  tree['model']['moe']['product'] = 'ragged'
-  said = r"product='ragged' must be auto with precision='fp8'"
+  tree['model']['moe']['product'] = 'blocks'
+  said = r"product='blocks' must be auto with precision='fp8'"
   with pytest.raises(errors.InputError, match=said):
     config.from_config_dict(tree)
 

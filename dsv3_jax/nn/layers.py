@@ -27,15 +27,24 @@ def matrix(
   axes: tuple[str | None, ...],
   std: float,
 ) -> linear.Weight:
-  """Declares a weight and gives it in the precision of `module.policy`.
+  """Declares a weight of a linear, with its FP8 forms if the policy says so.
 
-  The FP8 forms come from outside, in the collection 'quantized': they are made
-  once a step (see `model.quantize`), and not once a micro-batch.
+  Outside FP8 it stays as it is stored: products cast it, so that their weight
+  gradient is f32. The FP8 forms come from outside, in the collection
+  'quantized': they are made once a step, and not once a micro-batch.
+
+  Raises:
+    ValueError: the variables lack the FP8 forms.
   """
   w = weight(module, name, shape, axes, std)
-  kind = module.policy.of(name)
-  if kind != 'fp8':
-    return w.astype(kind)
+  if module.policy.of(name) != 'fp8':
+    return w
+  if not module.has_variable('quantized', name):
+    where = '/'.join((*module.path, name))
+    raise ValueError(
+      f"variables['quantized'] lacks {where}: precision is FP8, so apply with "
+      "{'params': params} | model.quantize(policy, params)"
+    )
   flat = fp8_linear.flat(w, precision.FP8_MATRICES[name])
   return fp8_linear.Weight(flat, *module.get_variable('quantized', name))
 

@@ -191,7 +191,10 @@ class Model(nn.Module):
 def _logits(h_BTD: Float[Array, 'B T D'], head_DV) -> Float[Array, 'B T V']:
   with jax.named_scope('head'):
     return jnp.einsum(
-      'btd,dv->btv', h_BTD, head_DV, preferred_element_type=jnp.float32
+      'btd,dv->btv',
+      h_BTD,
+      head_DV.astype(h_BTD.dtype),
+      preferred_element_type=jnp.float32,
     )
 
 

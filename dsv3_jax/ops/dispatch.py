@@ -57,6 +57,7 @@ def expert_ffn(
   """Sum of each token's chosen experts, weighted by its gates (TR eq. 12).
 
   Args:
+    experts: any float dtype; multiplied in that of x.
     product: 'auto', 'blocks', 'ragged' or 'dense'.
     block_size: most rows of a block; few assignments take smaller blocks.
   """
@@ -64,9 +65,9 @@ def expert_ffn(
     product = 'blocks' if jax.default_backend() == 'cpu' else 'ragged'
   with jax.named_scope('experts'):
     if product == 'dense':
-      return _dense(x_MD, ids_MK, gates_MK, experts)
+      return _dense(x_MD, ids_MK, gates_MK, _cast(experts, x_MD.dtype))
     if product == 'ragged':
-      return _ragged(x_MD, ids_MK, gates_MK, experts)
+      return _ragged(x_MD, ids_MK, gates_MK, _cast(experts, x_MD.dtype))
     rows = _block_rows(ids_MK.size, experts.w_up_EDF.shape[0], block_size)
     return _blocks(x_MD, gates_MK, experts, ids_MK, rows)
 
@@ -127,6 +128,7 @@ def _blocks(x_MD, gates_MK, experts, ids_MK, rows):
 
 def _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows):
   """One turn a block: gate, up, SwiGLU, routing gate, down."""
+  masters, experts = experts, _cast(experts, x_MD.dtype)
   num_experts, _, width = experts.w_up_EDF.shape
   top_k = ids_MK.shape[1]
   layout = block_layout(ids_MK, num_experts, rows)
@@ -151,13 +153,14 @@ def _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows):
   gate_JF, up_JF, y_JD = buffers
   gate_JF = checkpoint_name(gate_JF, 'swiglu_in')
   up_JF = checkpoint_name(up_JF, 'swiglu_in')
-  residuals = (x_MD, gates_MK, gate_JF, up_JF, experts, layout)
+  residuals = (x_MD, gates_MK, gate_JF, up_JF, masters, layout)
   return unpermute(y_JD, layout, top_k), residuals
 
 
 def _blocks_bwd(rows, residuals, dy_MD):
   """One turn a block; weight gradients are added to their expert's in place."""
-  x_MD, gates_MK, gate_JF, up_JF, experts, layout = residuals
+  x_MD, gates_MK, gate_JF, up_JF, masters, layout = residuals
+  experts = _cast(masters, x_MD.dtype)
   top_k = gates_MK.shape[1]
   # Copied once more rather than kept: K copies of x would be the largest
   # residual of the layer.
@@ -192,12 +195,16 @@ def _blocks_bwd(rows, residuals, dy_MD):
   sums = jax.lax.fori_loop(0, layout.num_blocks, body, sums)
   dx_JD, dgates_J, grads = sums
   dgates_MK = dgates_J[layout.row_A].reshape(gates_MK.shape)
-  grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, experts)
+  grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, masters)
   dx_MD = unpermute(dx_JD, layout, top_k)
   return dx_MD, dgates_MK.astype(gates_MK.dtype), grads, None
 
 
 _blocks.defvjp(_blocks_fwd, _blocks_bwd)
+
+
+def _cast(experts, dtype):
+  return Experts(*(w.astype(dtype) for w in experts))
 
 
 def rows_of(values_MK, layout):

@@ -1,7 +1,8 @@
 """Linear and SwiGLU in the precision that the policy names (TR 2.1.2, 3.3).
 
-A weight is an array in the compute dtype or, under an FP8 policy, an
-`fp8_linear.Weight`. Rows are tokens; sums are f32.
+A weight is an array of any float dtype or, under an FP8 policy, an
+`fp8_linear.Weight`. Arrays are cast to the dtype of the input. Rows are tokens;
+sums are f32, and weight gradients are rounded to nothing less than the weight.
 """
 
 import jax
@@ -54,7 +55,25 @@ def swiglu(
     return _product(jax.nn.silu(gate_MF) * up_MF, w_down_FD)
 
 
+@jax.custom_vjp
 def _product(x_MI, w_IO):
   """x W with f32 sums, rounded once."""
-  y_MO = jnp.dot(x_MI, w_IO, preferred_element_type=jnp.float32)
-  return y_MO.astype(x_MI.dtype)
+  return _sums('mi,io->mo', x_MI, w_IO.astype(x_MI.dtype)).astype(x_MI.dtype)
+
+
+def _product_fwd(x_MI, w_IO):
+  return _product(x_MI, w_IO), (x_MI, w_IO)
+
+
+def _product_bwd(residuals, dy_MO):
+  x_MI, w_IO = residuals
+  dx_MI = _sums('mo,io->mi', dy_MO, w_IO.astype(dy_MO.dtype))
+  dw_IO = _sums('mi,mo->io', x_MI, dy_MO)
+  return dx_MI.astype(x_MI.dtype), dw_IO.astype(w_IO.dtype)
+
+
+_product.defvjp(_product_fwd, _product_bwd)
+
+
+def _sums(subscripts, a, b):
+  return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)

@@ -36,9 +36,9 @@ def head_loss(
 ) -> Float[Array, '']:
   """Weighted sum of the cross-entropies of softmax(h W_head), f32 [nats].
 
-  Logits exist for a few tokens at a time. Since the result is one number, the
-  gradients are made in the forward pass, while the logits are there, and scaled
-  in the backward pass.
+  The head is multiplied in the dtype of h. Logits exist for a few tokens at a
+  time. Since the result is one number, the gradients are made in the forward
+  pass, while the logits are there, and scaled in the backward pass.
   """
   return _scan_head(h_BTD, head_DV, targets_BT, weights_BT, False)[0]
 
@@ -53,10 +53,11 @@ def head_token_losses(
   As in `head_loss`, logits exist for a few tokens at a time.
   """
   split = functools.partial(_split_sequence, chunk=_chunk(*targets_BT.shape))
+  cast_DV = head_DV.astype(h_BTD.dtype)
 
   def piece(args):
     h_BtD, targets_Bt = args
-    return token_losses(_head_logits(h_BtD, head_DV), targets_Bt)
+    return token_losses(_head_logits(h_BtD, cast_DV), targets_Bt)
 
   with jax.named_scope('head'):
     losses = jax.lax.map(piece, (split(h_BTD), split(targets_BT)))
@@ -80,11 +81,12 @@ head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
 def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
   """The loss and, if asked, its gradients, over chunks of the sequence."""
   split = functools.partial(_split_sequence, chunk=_chunk(*targets_BT.shape))
+  cast_DV = head_DV.astype(h_BTD.dtype)
 
   def body(carry, piece):
     total, dhead_DV = carry
     h_BtD, targets_Bt, weights_Bt = piece
-    logits = _head_logits(h_BtD, head_DV)
+    logits = _head_logits(h_BtD, cast_DV)
     losses = token_losses(logits, targets_Bt)
     total += jnp.sum(losses * weights_Bt)
     if not with_grads:
@@ -95,7 +97,7 @@ def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
     dhead_DV += jnp.einsum(
       'btd,btv->dv', h_BtD, dlogits, preferred_element_type=jnp.float32
     )
-    return (total, dhead_DV), jnp.einsum('btv,dv->btd', dlogits, head_DV)
+    return (total, dhead_DV), jnp.einsum('btv,dv->btd', dlogits, cast_DV)
 
   with jax.named_scope('head'):
     shape = head_DV.shape if with_grads else (0, 0)

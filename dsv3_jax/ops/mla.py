@@ -75,11 +75,13 @@ def attend_absorbed(
     mask_BTS: True where query t may see key s.
   """
   with jax.named_scope('attention_absorbed'):
+    dtype = q_nope_BTNH.dtype
+    w_uk_CNH, w_uv_CNU = w_uk_CNH.astype(dtype), w_uv_CNU.astype(dtype)
     q_abs_BTNC = jnp.einsum('btnh,cnh->btnc', q_nope_BTNH, w_uk_CNH)
     c_BSC, k_rope_BSR = latents
     scores_BNTS = _scores('btnc,bsc->bnts', q_abs_BTNC, c_BSC)
     scores_BNTS += _scores('btnr,bsr->bnts', q_rope_BTNR, k_rope_BSR)
-    p_BNTS = _softmax(scores_BNTS * scale, mask_BTS).astype(q_nope_BTNH.dtype)
+    p_BNTS = _softmax(scores_BNTS * scale, mask_BTS).astype(dtype)
     o_BTNC = jnp.einsum('bnts,bsc->btnc', p_BNTS, c_BSC)
     return jnp.einsum('btnc,cnu->btnu', o_BTNC, w_uv_CNU)
 

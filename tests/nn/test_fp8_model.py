@@ -231,3 +231,17 @@ def test_training_reads_the_weights_that_an_export_holds():
     same(fprop.scales[leaf.index], scales)
     found += 1
   assert found > 20
+
+
+def test_training_without_quantized_weights_says_what_is_missing():
+  cfg = settings.small(**FP8)
+  params, router = map(models.f32, models.random_params(cfg))
+  batch, _ = models.make_batch(cfg, ([129],))
+  scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+  net = model.build(cfg, training=True)
+  said = r"variables\['quantized'\] lacks dense_layers/layer_0/.*model.quantize"
+  with pytest.raises(ValueError, match=said):
+    jax.eval_shape(
+      lambda p: net.apply({'params': p}, batch, router, scales, method='loss'),
+      params,
+    )
