@@ -11,6 +11,7 @@ own with its own share of the time, so that a kernel that hangs ends one part:
 
   checks      every kernel against the reference, again on poisoned outputs
   benchmark   `fp8_matmul`, with rivals
+  layer       `fp8_layer`, the quantisers' share; this part needs Flax too
   sweep       block sizes over V3's shapes, until the time is over
 
 DIR gets PART.jsonl, a row as soon as it is measured, PART.log and, at the end,
@@ -30,7 +31,8 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 from benchmarks.common import hopper_parts, report
 
 # Second of the run at which each part must have ended, of 470.
-PARTS = {'checks': 110, 'benchmark': 310, 'sweep': 460}
+PARTS = {'checks': 110, 'benchmark': 300, 'layer': 340, 'sweep': 460}
+_BENCHMARKS = {'benchmark': 'fp8_matmul', 'layer': 'fp8_layer'}
 SECONDS = 470
 # Ceilings are the library's: XLA would also try its own Triton kernels for
 # seconds a shape.
@@ -79,9 +81,10 @@ def run_part(args: argparse.Namespace) -> int:
 def _start(name: str, args: argparse.Namespace, seconds: float) -> str:
   """Runs a part as a process; 'done', or how it ended otherwise."""
   folder = args.output
-  if name == 'benchmark':
-    command = ['benchmarks.fp8_matmul', f'--rows={folder / name}.jsonl']
-    command += [f'--output={folder / "fp8_matmul.md"}']
+  if name in _BENCHMARKS:
+    module = _BENCHMARKS[name]
+    command = [f'benchmarks.{module}', f'--rows={folder / name}.jsonl']
+    command += [f'--output={folder / module}.md']
   else:
     own = max(0.0, seconds - 4 * _GRACE)  # a last shape may take as long
     command = ['benchmarks.hopper', f'--part={name}', f'--output={folder}']
@@ -149,10 +152,17 @@ def aims(rows: dict[str, list[report.Row]]) -> list[report.Row]:
     ('grouped weight gradient, TFLOP/s', 700,
      ('grouped weight gradient', 'gate_up', speed)),
   ]  # fmt: skip
-  return [
+  shares = [
+    row['share_percent']
+    for row in rows.get('layer', [])
+    if row['what'] == 'all'
+  ]
+  told = [
     {'aim': text, 'wanted': wanted, 'measured': value(*key)}
     for text, wanted, key in table
   ]
+  share = {'aim': 'quantisers, % of a layer, at most', 'wanted': 8.0}
+  return [*told, share | {'measured': shares[0] if shares else None}]
 
 
 if __name__ == '__main__':

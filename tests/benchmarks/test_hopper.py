@@ -34,12 +34,12 @@ def test_dry_run_does_all_parts(tmp_path, capsys):
 
 def test_a_part_that_hangs_is_cut_and_keeps_its_rows(tmp_path):
   args = argparse.Namespace(output=tmp_path, dry_run=True)
-  (tmp_path / 'checks.jsonl').write_text('{"kernel": "row"}\n{"kern')
+  (tmp_path / 'layer.jsonl').write_text('{"what": "row"}\n{"wha')
   start = time.monotonic()
-  said = hopper._start('checks', args, seconds=0.0)
+  said = hopper._start('layer', args, seconds=0.0)  # which needs many
   assert said.startswith('cut off') and time.monotonic() - start < 10
-  text = hopper.render(tmp_path, {'checks': said}, 1.0)
-  assert '## checks: cut off' in text and '| row |' in text
+  text = hopper.render(tmp_path, {'layer': said}, 1.0)
+  assert '## layer: cut off' in text and '| row |' in text
 
 
 def test_parts_end_within_the_time():
@@ -161,6 +161,9 @@ def test_aims_stand_beside_what_was_measured():
   }
   rival = row | {'implementation': 'torch _scaled_mm, block scales'}
   rival['pallas_speed_over_this'] = 0.9
-  told = hopper.aims({'benchmark': [row, rival]})
+  share = {'what': 'all', 'share_percent': 7.0}
+  told = hopper.aims({'benchmark': [row, rival], 'layer': [share]})
   assert [line['measured'] for line in told[:3]] == [1200.0, 1.6, 0.9]
-  assert [line['measured'] for line in told[3:]] == [None] * 4
+  assert [line['measured'] for line in told[3:-1]] == [None] * 4
+  assert told[-1]['measured'] == 7.0
+  assert hopper.aims({})[-1]['measured'] is None
