@@ -13,7 +13,8 @@ with the report's decay of 0.9 and with 0.99, for each seed and for their mean.
 Two networks that differ at all soon answer the few hundred tokens of a step
 differently: how much of a gap that makes alone is told by `bf16_twin`, a second
 BF16 run whose initial matrices are larger by a thousandth. Beside them stands
-the spread between BF16 runs of different seeds. Writes a table and a figure.
+the spread between BF16 runs of different seeds. Writes a table, a figure and the
+losses themselves.
 """
 
 import argparse
@@ -167,6 +168,25 @@ def plot(path: pathlib.Path, losses_of: dict[str, np.ndarray]) -> None:
   plt.close(figure)
 
 
+def save(path: pathlib.Path, losses_of: dict[str, np.ndarray]) -> None:
+  """The loss of every step, a column a run."""
+  columns = {
+    f'{arm}-{seed}': loss_N
+    for arm, loss_SN in losses_of.items()
+    for seed, loss_N in enumerate(loss_SN)
+  }
+  table = np.stack(list(columns.values()), axis=1)
+  steps = np.arange(1, len(table) + 1)[:, None]
+  np.savetxt(
+    path,
+    np.hstack([steps, table]),
+    fmt=['%d', *['%.5f'] * len(columns)],
+    delimiter=',',
+    header=','.join(['step', *columns]),
+    comments='',
+  )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   """Runs what is missing, then compares."""
   parser = report.parser('fp8_loss_gap', __doc__)
@@ -202,6 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows.append(row('bf16, between seeds', *pairs, bits['bf16']))
   output = args.output or report.RESULTS / 'fp8_loss_gap.md'
   plot(output.with_suffix('.png'), losses_of)
+  save(output.with_suffix('.csv'), losses_of)
   about = (
     f'`dsv3 bench fp8_loss_gap --folder=DIR --arms={args.arms} '
     f'--seeds={args.seeds} --steps={args.steps}`; after the first tenth of '

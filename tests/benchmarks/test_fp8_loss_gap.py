@@ -58,3 +58,16 @@ def test_arms_differ_in_nothing_but_precision_or_the_nudge():
   nudged = arms[3].model.init_std / plain.model.init_std
   assert nudged == pytest.approx(gap.NUDGE)
   assert plain.model.d_model >= 512
+
+
+def test_losses_are_written_a_column_a_run(tmp_path):
+  losses_of = {
+    'bf16': np.array([[2.0, 1.5], [3.0, 2.5]]),
+    'fp8': np.ones((1, 2)),
+  }
+  gap.save(tmp_path / 'x.csv', losses_of)
+  assert (tmp_path / 'x.csv').read_text().splitlines() == [
+    'step,bf16-0,bf16-1,fp8-0',
+    '1,2.00000,3.00000,1.00000',
+    '2,1.50000,2.50000,1.00000',
+  ]
