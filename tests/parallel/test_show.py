@@ -1,12 +1,17 @@
 """What is said and drawn about a schedule."""
 
 import collections
+import fractions
+import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-from dsv3_jax.parallel import draw, schedule, show, simulate
+from dsv3_jax.parallel import draw, schedule, show, simulate, stages
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def played(kind, stages, microbatches, times=None, **more):
@@ -121,3 +126,41 @@ def test_tables_need_no_jax():
     'assert not [name for name in sys.modules if name.startswith("jax")]\n'
   )
   subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_the_numbers_of_the_guide():
+  """Each row of docs/pipelines.md against the command in it."""
+  text = (_ROOT / 'docs' / 'pipelines.md').read_text(encoding='utf-8')
+  pattern = r'\| `(--kind=[^`]*)` \|' + r' ([\d.]+)(?: halves)? \|' * 5
+  rows = re.findall(pattern, text)
+  assert len(rows) == 12
+  for flags, *numbers in rows:
+    given = dict(flag[2:].split('=') for flag in flags.split() if '=' in flag)
+    times = {
+      name: fractions.Fraction(given.pop(name))
+      for name in ('f', 'b', 'w', 'fb')
+      if name in given
+    }
+    told = played(
+      given.pop('kind'),
+      int(given.pop('stages', 8)),
+      32,
+      simulate.Times(**times),
+      split_backward='--split' in flags,
+    )
+    assert not given
+    live = max(simulate.peak_live(told.schedule))
+    found = told.timeline.total, told.timeline.bubble, told.formula
+    found = [*found, live, told.ticks.total]
+    assert [fractions.Fraction(number) for number in numbers] == found, flags
+  rows = re.findall(r'\| `--kind=(\w+)` \| (\d+) \| ([\d.]+) \|\n', text)
+  assert len(rows) == 2
+  cost = stages.stage_costs(
+    stages.split_layers(61, 16, stages.Costs()), stages.Costs()
+  )
+  for kind, *numbers in rows:
+    for each, number in zip((cost, sum(cost) / 16), numbers, strict=True):
+      double = tuple(2 * c for c in cost) if each is cost else 2 * each
+      times = simulate.Times(f=each, b=double, w=each)
+      total = played(kind, 16, 120, times).timeline.total
+      assert f'{float(total):.6g}' == number, kind
