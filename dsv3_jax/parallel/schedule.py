@@ -20,8 +20,9 @@ stages, 2R.
 
 gpipe, 1f1b and interleaved meet their formulas for any times. zb1p does where
 w <= f and w <= b-w; elsewhere its bubble is larger. dualpipe and dualpipev do
-where f = b-w >= w, whatever fb is; f < b-w makes the bubble smaller as long as
-b-w >= w, f > b-w makes it larger. With two ranks (one for the V) there is none.
+where f = b-w >= w, for any fb from max(f, b) to f+b; with b-w >= w and f < b-w
+the bubble is smaller than that, with f > b-w larger. With two ranks (one for
+the V) there is none.
 """
 
 from dsv3_jax import errors

@@ -111,10 +111,10 @@ def test_shorter_pairs(stages, microbatches, fb):
 @hypothesis.settings(max_examples=200)
 @hypothesis.given(st.data(), oracle.sizes())
 def test_where_formulas_are_exact(data, sizes):
-  """For equal stages and free sending, over all times."""
+  """For equal stages and free sending; a pair takes max(f, b) to f + b."""
   given = uniform(data)
   f, b, w = given['f'], given['b'], given['w']
-  fb = data.draw(st.sampled_from([None, max(f, b), f + b / 2]))
+  fb = data.draw(st.sampled_from([None, max(f, b), (f + b + max(f, b)) / 2]))
   found = schedule.make(**sizes)
   bubble = simulate.simulate(found, simulate.Times(fb=fb, **given)).bubble
   kind, ranks, half = sizes['kind'], found.ranks, b - w
