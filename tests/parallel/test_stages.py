@@ -28,7 +28,7 @@ def test_61_layers_alone_differ_by_one():
 
 
 def test_the_largest_stage_comes_first():
-  """(1) (5) (2 3) has the smaller maximum, (1 5) (2) (3) the smaller squares."""
+  """(1) (5) (2 3) has the smaller maximum, (1 5) (2) (3) smaller squares."""
   costs = stages.Costs(layer=(1, 5, 2, 3), head=0, mtp=0)
   assert stages.split_layers(4, 3, costs) == ((0, 1), (1, 2), (2, 4))
 
