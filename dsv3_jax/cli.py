@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dsv3_jax import config, errors, supervise
+from dsv3_jax import cli_schedule, config, errors, supervise
 
 _EXPORT_DTYPES = ['float32', 'bfloat16', 'fp8']
 
@@ -372,6 +372,7 @@ COMMANDS = {
   'export': (export, _define_export),
   'import': (import_, _define_import),
   'manifest': (manifest, _define_manifest),
+  'schedule': (cli_schedule.schedule, cli_schedule.define),
   'bench': (bench, None),  # its flags are the benchmark's
 }
 

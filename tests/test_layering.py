@@ -33,6 +33,7 @@ LAYERS = {
   'dsv3_jax.workdir': 5,
   'dsv3_jax': 6,  # `load`
   'dsv3_jax.cli': 6,
+  'dsv3_jax.cli_schedule': 6,
   'experiments': 6,
 }
 # Third parties that only some may import.

@@ -1,0 +1,113 @@
+"""Which layers go to which stage, so that the slowest stage is fast.
+
+A pipeline runs at the speed of its slowest stage. Layers cost about the same,
+but the head costs more than a layer, and an MTP module more than two.
+"""
+
+import dataclasses
+import fractions
+import itertools
+import math
+from collections.abc import Callable
+
+from dsv3_jax import errors
+
+Cost = int | float | fractions.Fraction
+Cuts = tuple[tuple[int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+  """Time of each part, in any unit; the defaults count in MoE layers.
+
+  Attributes:
+    layer: of every layer, or one number a layer.
+    embedding: on the first stage, on top of its layers.
+    head: on the last stage, likewise; 0 if it is shared out over the stages.
+    mtp: likewise, with its own pass through the head.
+  """
+
+  layer: Cost | tuple[Cost, ...] = 1
+  embedding: Cost = 0
+  head: Cost = 1.4
+  mtp: Cost = 2.5
+
+
+def split_layers(num_layers: int, stages: int, costs: Costs) -> Cuts:
+  """Cuts layers into contiguous stages, each with one layer at least.
+
+  The largest cost of a stage is as small as can be; among such cuts the sum of
+  squared costs is. Exact, by dynamic programming over (stage, layer).
+
+  Returns:
+    Of each stage, its first layer and the one after its last.
+
+  Raises:
+    InputError: stages < 1, more stages than layers, or a cost that is negative,
+      not finite, or not one a layer.
+  """
+  total = _totals(num_layers, stages, costs)
+  largest, _ = _best_cut(total, stages, max, None)
+  _, ends = _best_cut(total, stages, lambda sum_, x: sum_ + x * x, largest)
+  return tuple(itertools.pairwise((0, *ends)))
+
+
+def stage_costs(cuts: Cuts, costs: Costs) -> tuple[Cost, ...]:
+  """What each stage of a cut costs."""
+  total = _totals(cuts[-1][1], len(cuts), costs)
+  return tuple(total[end] - total[first] for first, end in cuts)
+
+
+def _totals(num_layers: int, stages: int, costs: Costs) -> list[Cost]:
+  """Cost of the first 0, 1, ... layers, with what their stages do besides."""
+  if not 1 <= stages <= num_layers:
+    raise errors.InputError(
+      f'pipeline.stages={stages} must be >= 1 and <= '
+      f'model.num_layers={num_layers}: each has one layer at least'
+    )
+  given = costs.layer
+  each = list(given) if isinstance(given, tuple) else [given] * num_layers
+  if len(each) != num_layers:
+    raise errors.InputError(
+      f'costs.layer has {len(each)} values, model.num_layers={num_layers}'
+    )
+  for value in (*each, costs.embedding, costs.head, costs.mtp):
+    if not (value >= 0 and math.isfinite(value)):
+      raise errors.InputError(f'cost {value} must be >= 0 and finite')
+  exact = [fractions.Fraction(value) for value in each]
+  exact[0] += fractions.Fraction(costs.embedding)
+  exact[-1] += fractions.Fraction(costs.head) + fractions.Fraction(costs.mtp)
+  return list(itertools.accumulate(exact, initial=fractions.Fraction(0)))
+
+
+def _best_cut(
+  total: list[Cost],
+  stages: int,
+  join: Callable[[Cost, Cost], Cost],
+  bound: Cost | None,
+) -> tuple[Cost, list[int]]:
+  """The cut with the least joined cost and no stage above the bound.
+
+  Returns:
+    That cost, and the layer at which each stage ends.
+  """
+  best: dict[int, Cost] = {0: 0}  # first layer not yet given out -> joined cost
+  froms = []
+  for _ in range(stages):
+    options: dict[int, tuple[Cost, int]] = {}
+    for first, joined in best.items():
+      for end in range(first + 1, len(total)):
+        cost = total[end] - total[first]
+        if bound is not None and cost > bound:
+          break
+        option = (join(joined, cost), first)
+        if end not in options or option < options[end]:
+          options[end] = option
+    best = {end: joined for end, (joined, _) in options.items()}
+    froms.append({end: first for end, (_, first) in options.items()})
+  end = len(total) - 1
+  joined, ends = best[end], []
+  for row in reversed(froms):
+    ends.append(end)
+    end = row[end]
+  return joined, ends[::-1]
