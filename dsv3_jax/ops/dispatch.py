@@ -7,7 +7,12 @@ expert's rows padded to whole blocks; a loop with as many turns as there are
 blocks in use multiplies one block by its expert's weights. At most
 A / block + E blocks exist, however the tokens fall. The gate multiplies the
 SwiGLU output before W_down, as the report's kernel does. The backward pass is
-written out, so that each weight gradient is added in place.
+written out, so that each weight gradient is added in place, and in two loops,
+so that the weights' can wait for its turn (ZB, DualPipe).
+
+Inside a shard_map body each device can hold a part of the experts: `axes` are
+the mesh axes that they are spread over, and `exchange` brings tokens to their
+experts and back. The product itself knows of it only as ids of no expert here.
 
 `product` chooses among equals: 'blocks' (fastest on CPU), 'ragged'
 (`lax.ragged_dot`, for TPU and GPU), 'dense' (every expert on every token: the
@@ -23,9 +28,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Shaped
 
+from dsv3_jax.ops import exchange
+
 
 class Experts(NamedTuple):
-  """Weights of all routed experts of one layer."""
+  """Weights of the routed experts of one layer, or of those of one device."""
 
   w_gate_EDF: Float[Array, 'E D F']
   w_up_EDF: Float[Array, 'E D F']
@@ -36,8 +43,9 @@ class Layout(NamedTuple):
   """Where each assignment lies among the padded, sorted rows.
 
   Row i of the layout holds assignment `source_J` (A, out of range, if the row
-  is padding); assignment a lies in row `row_A[a]`; block j belongs to expert
-  `expert_j`; the first `num_blocks` blocks are in use.
+  is padding); assignment a lies in row `row_A[a]` (J or more, if to no expert
+  here); block j belongs to expert `expert_j`; the first `num_blocks` blocks are
+  in use.
   """
 
   source_J: Int[Array, 'J']
@@ -53,23 +61,34 @@ def expert_ffn(
   experts: Experts,
   product: str,
   block_size: int,
+  axes: exchange.Axes = (),
+  transport: str = 'auto',
 ) -> Float[Array, 'M D']:
   """Sum of each token's chosen experts, weighted by its gates (TR eq. 12).
 
   Args:
-    experts: any float dtype; multiplied in that of x.
+    ids_MK: distinct in a row; of all experts, also where some are elsewhere.
+    experts: any float dtype; multiplied in that of x. This device's part, if
+      they are spread over `axes`; so are their gradients.
     product: 'auto', 'blocks', 'ragged' or 'dense'.
     block_size: most rows of a block; few assignments take smaller blocks.
+    axes, transport: as in `exchange`; for the body of a shard_map.
   """
   if product == 'auto':
     product = 'blocks' if jax.default_backend() == 'cpu' else 'ragged'
+  num_local = experts.w_up_EDF.shape[0]
+  # Of an even load, which the exchange does not change.
+  rows = _block_rows(ids_MK.size, num_local, block_size)
+  plan = exchange.make_plan(ids_MK, num_local, axes, transport)
+  x_ID, gates_IK = exchange.dispatch((x_MD, gates_MK), plan)
   with jax.named_scope('experts'):
-    if product == 'dense':
-      return _dense(x_MD, ids_MK, gates_MK, _cast(experts, x_MD.dtype))
-    if product == 'ragged':
-      return _ragged(x_MD, ids_MK, gates_MK, _cast(experts, x_MD.dtype))
-    rows = _block_rows(ids_MK.size, experts.w_up_EDF.shape[0], block_size)
-    return _blocks(x_MD, gates_MK, experts, ids_MK, rows)
+    if product == 'blocks':
+      y_ID = _blocks(x_ID, gates_IK, experts, plan.ids_IK, rows)
+    else:
+      multiply = {'dense': _dense, 'ragged': _ragged}[product]
+      experts = _cast(experts, x_MD.dtype)
+      y_ID = multiply(x_ID, plan.ids_IK, gates_IK, experts)
+  return exchange.combine(y_ID, plan)
 
 
 def _block_rows(num_assignments: int, num_experts: int, most: int) -> int:
@@ -84,25 +103,39 @@ def _block_rows(num_assignments: int, num_experts: int, most: int) -> int:
 def block_layout(
   ids_MK: Int[Array, 'M K'], num_experts: int, rows: int
 ) -> Layout:
-  """Sorts assignments by expert, each expert padded to blocks of `rows`."""
+  """Sorts assignments by expert, each expert padded to blocks of `rows`.
+
+  Args:
+    ids_MK: distinct in a row, but for `num_experts`, which is none of the
+      experts here: such an assignment takes part in nothing.
+  """
   ids_A = ids_MK.reshape(-1)
-  total = ids_A.size
+  total, most = ids_A.size, len(ids_MK) * _most(ids_MK.shape[1], num_experts)
+  most_blocks = most // rows + num_experts
   order_A = jnp.argsort(ids_A, stable=True).astype(jnp.int32)
   count_E = jnp.sum(ids_A[:, None] == jnp.arange(num_experts), axis=0)
   blocks_E = (count_E + rows - 1) // rows
   ends_E = jnp.cumsum(blocks_E)
   first_row_E = (ends_E - blocks_E) * rows
-  rank_A = jnp.arange(total) - (jnp.cumsum(count_E) - count_E)[ids_A[order_A]]
-  sorted_row_A = (first_row_E[ids_A[order_A]] + rank_A).astype(jnp.int32)
-  most_blocks = total // rows + num_experts
+  shift_E = first_row_E - (jnp.cumsum(count_E) - count_E)
+  # Past the last row for those to no expert: writes there are dropped.
+  shift_A = jnp.take(
+    shift_E, ids_A[order_A], mode='fill', fill_value=most_blocks * rows
+  )
+  sorted_row_A = (shift_A + jnp.arange(total)).astype(jnp.int32)
   source_J = jnp.full(most_blocks * rows, total, jnp.int32)
   expert_j = jnp.searchsorted(ends_E, jnp.arange(most_blocks), side='right')
   return Layout(
-    source_J=source_J.at[sorted_row_A].set(order_A),
+    source_J=source_J.at[sorted_row_A].set(order_A, mode='drop'),
     row_A=jnp.zeros(total, jnp.int32).at[order_A].set(sorted_row_A),
     expert_j=jnp.minimum(expert_j, num_experts - 1),
     num_blocks=ends_E[-1],
   )
+
+
+def _most(top_k: int, num_experts: int) -> int:
+  """Assignments of one token to experts here."""
+  return min(top_k, num_experts)
 
 
 def permute(
@@ -114,10 +147,13 @@ def permute(
 
 
 def unpermute(
-  y_JD: Float[Array, 'J D'], layout: Layout, top_k: int
+  y_JD: Float[Array, 'J D'], layout: Layout, top_k: int, num_experts: int
 ) -> Float[Array, 'M D']:
-  """Sums, for each token, the rows of its assignments."""
-  y_MKD = y_JD[layout.row_A].reshape(-1, top_k, y_JD.shape[-1])
+  """Sums, for each token, the rows of its assignments to experts here."""
+  row_MK = layout.row_A.reshape(-1, top_k)
+  if num_experts < top_k:  # at most as many rows of a token are in use
+    row_MK = jnp.sort(row_MK, axis=1)[:, :num_experts]
+  y_MKD = jnp.take(y_JD, row_MK, axis=0, mode='fill', fill_value=0)
   return jnp.sum(y_MKD, axis=1)
 
 
@@ -143,36 +179,49 @@ def _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows):
     up = x @ experts.w_up_EDF[e]
     hidden = jax.nn.silu(gate) * up * _slice(gates_J, at, rows)[:, None]
     y = hidden @ experts.w_down_EFD[e]
-    put = jax.lax.dynamic_update_slice_in_dim
-    return put(gate_JF, gate, at, 0), put(up_JF, up, at, 0), put(y_JD, y, at, 0)
+    return _put(gate_JF, gate, at), _put(up_JF, up, at), _put(y_JD, y, at)
 
-  total_rows = layout.source_J.size
-  zeros_JF = jnp.zeros((total_rows, width), x_MD.dtype)
-  buffers = (zeros_JF, zeros_JF, jnp.zeros_like(x_JD))
-  buffers = jax.lax.fori_loop(0, layout.num_blocks, body, buffers)
-  gate_JF, up_JF, y_JD = buffers
+  dim, dtype, total_rows = x_MD.shape[1], x_MD.dtype, layout.source_J.size
+  buffers = (_buffer(total_rows, n, dtype) for n in (width, width, dim))
+  buffers = jax.lax.fori_loop(0, layout.num_blocks, body, tuple(buffers))
+  gate_JF, up_JF, y_JD = (_filled(b, dtype) for b in buffers)
   gate_JF = checkpoint_name(gate_JF, 'swiglu_in')
   up_JF = checkpoint_name(up_JF, 'swiglu_in')
   residuals = (x_MD, gates_MK, gate_JF, up_JF, masters, layout)
-  return unpermute(y_JD, layout, top_k), residuals
+  return unpermute(y_JD, layout, top_k, num_experts), residuals
 
 
 def _blocks_bwd(rows, residuals, dy_MD):
-  """One turn a block; weight gradients are added to their expert's in place."""
+  """One loop for gradients of inputs, and one for those of weights."""
   x_MD, gates_MK, gate_JF, up_JF, masters, layout = residuals
   experts = _cast(masters, x_MD.dtype)
-  top_k = gates_MK.shape[1]
-  # Copied once more rather than kept: K copies of x would be the largest
-  # residual of the layer.
-  x_JD, dy_JD = permute(x_MD, layout, top_k), permute(dy_MD, layout, top_k)
+  num_experts, top_k = len(experts.w_up_EDF), gates_MK.shape[1]
   gates_J = rows_of(gates_MK.astype(x_MD.dtype), layout)
+  dy_JD = permute(dy_MD, layout, top_k)
+  dx_JD, dgates_J, kept = _input_gradients(
+    dy_JD, gates_J, gate_JF, up_JF, experts, layout, rows
+  )
+  dgates_MK = gates_of(dgates_J, layout).reshape(gates_MK.shape)
+  # Copied once more rather than kept: K copies of x would be the largest
+  # residual of the layer, and of dy the most that its other half waits with.
+  x_JD, dy_JD = permute(x_MD, layout, top_k), permute(dy_MD, layout, top_k)
+  grads = _weight_gradients(x_JD, dy_JD, kept, experts, layout, rows)
+  grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, masters)
+  dx_MD = unpermute(dx_JD, layout, top_k, num_experts)
+  return dx_MD, dgates_MK.astype(gates_MK.dtype), grads, None
 
-  def body(j, sums):
-    dx_JD, dgates_J, grads = sums
+
+_blocks.defvjp(_blocks_fwd, _blocks_bwd)
+
+
+def _input_gradients(dy_JD, gates_J, gate_JF, up_JF, experts, layout, rows):
+  """Of tokens and routing gates, and what the weights' gradients need."""
+
+  def body(j, buffers):
+    dx_JD, dgates_J, (dgate_JF, dup_JF, gated_JF) = buffers
     e, at = layout.expert_j[j], j * rows
-    x, gates = _slice(x_JD, at, rows), _slice(gates_J, at, rows)[:, None]
+    dy, gates = _slice(dy_JD, at, rows), _slice(gates_J, at, rows)[:, None]
     gate, up = _slice(gate_JF, at, rows), _slice(up_JF, at, rows)
-    dy = _slice(dy_JD, at, rows)
     sigmoid = jax.nn.sigmoid(gate)
     silu = gate * sigmoid
     hidden = silu * up
@@ -180,27 +229,40 @@ def _blocks_bwd(rows, residuals, dy_MD):
     dhidden = dgated * gates
     dup = dhidden * silu
     dgate = dhidden * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
-    grads = Experts(
+    dx = dgate @ experts.w_gate_EDF[e].T + dup @ experts.w_up_EDF[e].T
+    dgates = jnp.sum(dgated * hidden, axis=-1).astype(dgates_J.dtype)
+    dgates_J = jax.lax.dynamic_update_slice_in_dim(dgates_J, dgates, at, 0)
+    kept = (
+      _put(dgate_JF, dgate, at),
+      _put(dup_JF, dup, at),
+      _put(gated_JF, hidden * gates, at),
+    )
+    return _put(dx_JD, dx, at), dgates_J, kept
+
+  dtype, total_rows = dy_JD.dtype, layout.source_J.size
+  kept = (_buffer(total_rows, up_JF.shape[1], dtype),) * 3
+  dgates_J = jnp.zeros(total_rows, jnp.float32)
+  buffers = (_buffer(*dy_JD.shape, dtype), dgates_J, kept)
+  buffers = jax.lax.fori_loop(0, layout.num_blocks, body, buffers)
+  dx_JD, dgates_J, kept = buffers
+  return _filled(dx_JD, dtype), dgates_J, [_filled(k, dtype) for k in kept]
+
+
+def _weight_gradients(x_JD, dy_JD, kept, experts, layout, rows):
+  """Each block's product is added to its expert's gradient in place, in f32."""
+
+  def body(j, grads):
+    e, at = layout.expert_j[j], j * rows
+    x, dy = _slice(x_JD, at, rows), _slice(dy_JD, at, rows)
+    dgate, dup, gated = (_slice(k, at, rows) for k in kept)
+    return Experts(
       w_gate_EDF=_add_product(grads.w_gate_EDF, e, x, dgate),
       w_up_EDF=_add_product(grads.w_up_EDF, e, x, dup),
-      w_down_EFD=_add_product(grads.w_down_EFD, e, hidden * gates, dy),
+      w_down_EFD=_add_product(grads.w_down_EFD, e, gated, dy),
     )
-    dx = dgate @ experts.w_gate_EDF[e].T + dup @ experts.w_up_EDF[e].T
-    put = jax.lax.dynamic_update_slice_in_dim
-    dgates = jnp.sum(dgated * hidden, axis=-1).astype(dgates_J.dtype)
-    return put(dx_JD, dx, at, 0), put(dgates_J, dgates, at, 0), grads
 
-  grads = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), experts)
-  sums = (jnp.zeros_like(x_JD), jnp.zeros(gates_J.shape, jnp.float32), grads)
-  sums = jax.lax.fori_loop(0, layout.num_blocks, body, sums)
-  dx_JD, dgates_J, grads = sums
-  dgates_MK = dgates_J[layout.row_A].reshape(gates_MK.shape)
-  grads = jax.tree.map(lambda g, w: g.astype(w.dtype), grads, masters)
-  dx_MD = unpermute(dx_JD, layout, top_k)
-  return dx_MD, dgates_MK.astype(gates_MK.dtype), grads, None
-
-
-_blocks.defvjp(_blocks_fwd, _blocks_bwd)
+  zeros = jax.tree.map(lambda w: jnp.zeros(w.shape, jnp.float32), experts)
+  return jax.lax.fori_loop(0, layout.num_blocks, body, zeros)
 
 
 def _cast(experts, dtype):
@@ -212,6 +274,34 @@ def rows_of(values_MK, layout):
   return jnp.take(
     values_MK.reshape(-1), layout.source_J, mode='fill', fill_value=0
   )
+
+
+def gates_of(values_J, layout):
+  """The reverse: one value per assignment; 0 for those to no expert here."""
+  return jnp.take(values_J, layout.row_A, mode='fill', fill_value=0)
+
+
+def _buffer(rows, columns, dtype):
+  """Zeros for `_put`: BF16 as words, which XLA leaves alone.
+
+  On CPU it makes f32 of a BF16 buffer and back, all of it every turn.
+  """
+  dtype = jnp.uint16 if dtype == jnp.bfloat16 else dtype
+  return jnp.zeros((rows, columns), dtype)
+
+
+def _put(buffer, block, start):
+  """Writes rows of a `_buffer`."""
+  if buffer.dtype == jnp.uint16:
+    block = jax.lax.bitcast_convert_type(block, jnp.uint16)
+  return jax.lax.dynamic_update_slice_in_dim(buffer, block, start, 0)
+
+
+def _filled(buffer, dtype):
+  """What was put into a `_buffer`."""
+  if buffer.dtype == jnp.uint16:
+    return jax.lax.bitcast_convert_type(buffer, dtype)
+  return buffer
 
 
 def _slice(x, start, size):
@@ -241,15 +331,16 @@ def _ragged(x_MD, ids_MK, gates_MK, experts):
   """Grouped products over the sorted assignments, without padding."""
   num_experts, top_k = experts.w_up_EDF.shape[0], ids_MK.shape[1]
   layout = block_layout(ids_MK, num_experts, 1)
-  order_A = layout.source_J[: ids_MK.size]
+  used = len(ids_MK) * _most(top_k, num_experts)  # blocks of 1 have no padding
+  layout = layout._replace(source_J=layout.source_J[:used])
   sizes_E = jnp.bincount(ids_MK.reshape(-1), length=num_experts)
   sizes_E = sizes_E.astype(jnp.int32)
-  x_AD = x_MD[order_A // top_k]
-  gates_A = gates_MK.reshape(-1)[order_A].astype(x_MD.dtype)
+  x_AD = permute(x_MD, layout, top_k)
+  gates_A = rows_of(gates_MK, layout).astype(x_MD.dtype)
   gate_AF = jax.lax.ragged_dot(x_AD, experts.w_gate_EDF, sizes_E)
   up_AF = jax.lax.ragged_dot(x_AD, experts.w_up_EDF, sizes_E)
   gate_AF = checkpoint_name(gate_AF, 'swiglu_in')
   up_AF = checkpoint_name(up_AF, 'swiglu_in')
   hidden_AF = jax.nn.silu(gate_AF) * up_AF * gates_A[:, None]
   y_AD = jax.lax.ragged_dot(hidden_AF, experts.w_down_EFD, sizes_E)
-  return unpermute(y_AD, layout, top_k)
+  return unpermute(y_AD, layout, top_k, num_experts)

@@ -6,10 +6,11 @@ As `dispatch`, but a block always has 128 rows, so that a scale of 128 tokens x
 1 channel belongs to one expert. What is sent to the experts is FP8 with scales
 that are powers of two: tokens before gate and up projection, and the output's
 gradient before W_down's Dgrad (TR 3.3.3); what comes back, outputs and the
-tokens' gradients, is BF16. Kept for the backward pass: the FP8 tokens, gate and
-up projections in FP8, the layout.
+tokens' gradients, is BF16. Kept for the backward pass: the FP8 tokens as they
+were received, gate and up projections in FP8, the layouts.
 
-Letters: J padded rows of all blocks, j blocks; others as in the alphabet.
+Letters: I rows received from all devices (of one device: M), J padded rows of
+all blocks, j blocks; others as in the alphabet.
 """
 
 import functools
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import precision
-from dsv3_jax.ops import dispatch, fp8_linear
+from dsv3_jax.ops import dispatch, exchange, fp8_linear
 from pallas_kernels import quantized
 from pallas_kernels.fp8_matmul import quantizers
 from pallas_kernels.grouped_matmul import api
@@ -35,25 +36,32 @@ def expert_ffn(
   gates_MK: Float[Array, 'M K'],
   experts: dispatch.Experts,
   policy: Policy,
+  axes: exchange.Axes = (),
+  transport: str = 'auto',
 ) -> Float[Array, 'M D']:
   """Sum of each token's chosen experts, weighted by its gates (TR eq. 12).
 
   Args:
-    experts: `fp8_linear.Weight`s with a leading expert dim.
+    ids_MK: distinct in a row; of all experts, also where some are elsewhere.
+    experts: `fp8_linear.Weight`s with a leading expert dim; this device's part,
+      if they are spread over `axes`; so are their gradients.
+    axes, transport: as in `exchange`; for the body of a shard_map.
   """
+  num_local = experts.w_up_EDF.fprop.shape[0]
+  plan = exchange.make_plan(ids_MK, num_local, axes, transport)
   with jax.named_scope('experts'):
-    return _experts(x_MD, gates_MK, experts, ids_MK, policy)
+    return _experts(x_MD, gates_MK, experts, plan, policy)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _experts(x_MD, gates_MK, experts, ids_MK, policy):
-  return _experts_fwd(x_MD, gates_MK, experts, ids_MK, policy)[0]
+def _experts(x_MD, gates_MK, experts, plan, policy):
+  return _experts_fwd(x_MD, gates_MK, experts, plan, policy)[0]
 
 
-def _experts_fwd(x_MD, gates_MK, experts, ids_MK, policy):
-  top_k = ids_MK.shape[1]
+def _experts_fwd(x_MD, gates_MK, experts, plan, policy):
+  top_k = gates_MK.shape[1]
   num_experts = experts.w_up_EDF.fprop.shape[0]
-  layout = dispatch.block_layout(ids_MK, num_experts, api.ROWS)
+  layout = dispatch.block_layout(plan.ids_IK, num_experts, api.ROWS)
   products = _grouped(layout, num_experts, policy)
   sent = quantizers.rows(
     x_MD,
@@ -61,30 +69,33 @@ def _experts_fwd(x_MD, gates_MK, experts, ids_MK, policy):
     floor=precision.ACTIVATION_FLOOR,
     implementation=policy.implementation,
   )
-  rows = permute(sent, layout, top_k)
+  received = send(sent, plan)
+  gates_IK = exchange.dispatch(gates_MK, plan)
+  rows = permute(received, layout, top_k)
   with jax.named_scope('fprop'):
     gate_JF = products.forward(rows, experts.w_gate_EDF.fprop)
     up_JF = products.forward(rows, experts.w_up_EDF.fprop)
-  gates_J = dispatch.rows_of(gates_MK, layout)
+  gates_J = dispatch.rows_of(gates_IK, layout)
   down = experts.w_down_EFD
   y_JD, kept = fp8_linear.swiglu_forward(
     gate_JF, up_JF, gates_J, down.fprop, products, policy
   )
-  y_MD = dispatch.unpermute(y_JD, layout, top_k).astype(x_MD.dtype)
+  y_ID = dispatch.unpermute(y_JD, layout, top_k, num_experts)
+  y_MD = exchange.combine(y_ID.astype(x_MD.dtype), plan)
   transposes = [w.dgrad for w in experts]
-  return y_MD, (sent, gates_MK, kept, layout, transposes)
+  return y_MD, (received, gates_IK, kept, layout, plan, transposes)
 
 
 def _experts_bwd(policy, residuals, dy_MD):
-  sent, gates_MK, kept, layout, (gate, up, down) = residuals
-  top_k, dtype = gates_MK.shape[1], dy_MD.dtype
-  products = _grouped(layout, gate.shape[0], policy)
-  dy = _received_gradient(dy_MD, layout, top_k, policy)
-  gates_J = dispatch.rows_of(gates_MK, layout)
+  received, gates_IK, kept, layout, plan, (gate, up, down) = residuals
+  num_experts, top_k, dtype = gate.shape[0], gates_IK.shape[1], dy_MD.dtype
+  products = _grouped(layout, num_experts, policy)
+  dy = _received_gradient(dy_MD, plan, layout, top_k, policy)
+  gates_J = dispatch.rows_of(gates_IK, layout)
   dgate_JF, dup_JF, dgates_J, dw_down_EFD = fp8_linear.swiglu_backward(
     kept, gates_J, down, dy, products, policy, dtype
   )
-  rows = permute(sent, layout, top_k)
+  rows = permute(received, layout, top_k)
   x = fp8_linear.transposed(rows, policy, pow2=True)
   dgate = fp8_linear.quantize_gradient(dgate_JF, policy)
   dup = fp8_linear.quantize_gradient(dup_JF, policy)
@@ -93,34 +104,46 @@ def _experts_bwd(policy, residuals, dy_MD):
   with jax.named_scope('wgrad'):
     dw_gate_EDF = products.weight(x, dgate[1])
     dw_up_EDF = products.weight(x, dup[1])
-  dx_MD = dispatch.unpermute(dx_JD, layout, top_k).astype(dtype)
-  dgates_MK = dgates_J[layout.row_A].reshape(gates_MK.shape)
+  dx_ID = dispatch.unpermute(dx_JD, layout, top_k, num_experts).astype(dtype)
+  dgates_IK = dispatch.gates_of(dgates_J, layout).reshape(gates_IK.shape)
+  dgates_IK = dgates_IK.astype(gates_IK.dtype)
+  dx_MD, dgates_MK = (exchange.combine(d, plan) for d in (dx_ID, dgates_IK))
   grads = (dw_gate_EDF, dw_up_EDF, dw_down_EFD)
   grads = dispatch.Experts(*(fp8_linear.Weight(dw, None, None) for dw in grads))
-  return dx_MD, dgates_MK.astype(gates_MK.dtype), grads, None
+  return dx_MD, dgates_MK, grads, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
+def send(q: Quantized, plan: exchange.Plan) -> Quantized:
+  """Each token's values and scales to the devices of its experts."""
+  return _move(q, lambda x: exchange.dispatch(x, plan))
+
+
 def permute(q: Quantized, layout: dispatch.Layout, top_k: int) -> Quantized:
   """Copies each token's values and scales to the rows of its assignments."""
+  return _move(q, lambda x: dispatch.permute(x, layout, top_k))
+
+
+def _move(q, move):
   # Bytes are moved, not numbers: gathers of FP8 go through f32 on some devices.
-  codes = jax.lax.bitcast_convert_type(q.values, jnp.uint8)
-  codes = dispatch.permute(codes, layout, top_k)
+  codes = move(jax.lax.bitcast_convert_type(q.values, jnp.uint8))
   values = jax.lax.bitcast_convert_type(codes, q.values.dtype)
-  scales = dispatch.permute(q.scales, layout, top_k)
-  return Quantized(values, scales, q.tile)
+  return Quantized(values, move(q.scales), q.tile)
 
 
-def _received_gradient(dy_MD, layout, top_k, policy):
+def _received_gradient(dy_MD, plan, layout, top_k, policy):
   """Rows and columns of the output's gradient, as they reach the experts."""
   chosen = policy.implementation
   sent = quantizers.rows(dy_MD, pow2=True, implementation=chosen)
-  rows = permute(sent, layout, top_k)
-  columns = quantizers.transposed(rows, pow2=True, implementation=chosen)
+  # Two copies in place of one: Wgrad may wait, and K times less waits with it.
+  received = send(sent, plan)
+  rows, later = (permute(received, layout, top_k) for _ in range(2))
+  columns = quantizers.transposed(later, pow2=True, implementation=chosen)
   if policy.block_dgrad:
-    rows = fp8_linear.blockwise(dispatch.permute(dy_MD, layout, top_k))
+    dy_ID = exchange.dispatch(dy_MD, plan)
+    rows = fp8_linear.blockwise(dispatch.permute(dy_ID, layout, top_k))
   return rows, columns
 
 

@@ -140,6 +140,49 @@ def test_layout_places_every_assignment_once(ids, rows):
   assert used == set(range(int(layout.num_blocks)))  # blocks without gaps
 
 
+@hypothesis.settings(deadline=None, max_examples=40, derandomize=True)
+@hypothesis.given(
+  sets=st.lists(st.permutations(range(9)), min_size=5, max_size=5),
+  rows=st.sampled_from([1, 2, 3, 8]),
+)
+def test_layout_leaves_out_assignments_to_no_expert(sets, rows):
+  """Ids past the last expert: no row, no block, and no room kept for them."""
+  ids_A = np.minimum(np.array(sets)[:, :8], 6).reshape(-1)
+  layout = _layout(jnp.array(ids_A, jnp.int32).reshape(5, 8), rows)
+  source_J, row_A = np.asarray(layout.source_J), np.asarray(layout.row_A)
+  (used_A,) = np.nonzero(ids_A < 6)
+  np.testing.assert_array_equal(np.sort(source_J)[: len(used_A)], used_A)
+  assert np.sum(source_J < 40) == len(used_A)
+  np.testing.assert_array_equal(source_J[row_A[used_A]], used_A)
+  assert np.all(row_A[ids_A == 6] >= len(source_J))
+  blocks_E = -(-np.bincount(ids_A, minlength=7)[:6] // rows)
+  assert layout.num_blocks == blocks_E.sum()
+  assert len(source_J) == (5 * 6 // rows + 6) * rows
+
+
+@pytest.mark.parametrize('product', PRODUCTS)
+@pytest.mark.parametrize('top_k', [2, 4])
+def test_assignments_to_no_expert_take_part_in_nothing(product, top_k):
+  """As if their gates were 0, also where a token has more ids than experts."""
+  values, ids_MK = draw(9, tokens=13, top_k=top_k, experts=4)
+  values['experts'] = {k: w[:3] for k, w in values['experts'].items()}
+  ids_MK = np.where(np.arange(13)[:, None] % 5 == 0, 3, ids_MK)
+  here_MK = ids_MK < 3
+  dy_MD = np.random.default_rng(1).normal(size=(13, DIM))
+  args = (f32(values), jnp.asarray(ids_MK), jnp.float32(dy_MD))
+  got, grads = value_and_grads(*args, product, 2)
+
+  def wanted(v):
+    gates_MK = v['gates_MK'] * here_MK
+    v = v | {'gates_MK': gates_MK}
+    return oracle_apply(v, np.where(here_MK, ids_MK, 0))
+
+  tolerances.assert_close(got, wanted(values))
+  assert not np.any(np.asarray(grads['gates_MK'])[~here_MK])
+  assert not np.any(np.asarray(grads['x_MD'])[::5])
+  gradients.assert_matches(grads, lambda v: np.sum(wanted(v) * dy_MD), values)
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _layout(ids_MK, rows):
   return dispatch.block_layout(ids_MK, 6, rows)
@@ -153,7 +196,7 @@ def test_unpermute_undoes_permute_up_to_the_sum_over_experts(rows):
   there_JD = dispatch.permute(x_MD, layout, 3)
   padding = np.asarray(layout.source_J) == 33
   assert not np.any(np.asarray(there_JD)[padding])
-  back_MD = dispatch.unpermute(there_JD, layout, 3)
+  back_MD = dispatch.unpermute(there_JD, layout, 3, 6)
   np.testing.assert_array_equal(back_MD, 3 * x_MD)
 
 
