@@ -35,7 +35,8 @@ test: .venv/.tested
 
 test312: .venv312/.tested
 	.venv312/bin/python -m pytest -n 2 --dist worksteal -q tests/pallas \
-	  tests/ops tests/nn/test_model_oracle.py tests/nn/test_fp8_model.py
+	  tests/ops/test_fp8_linear.py tests/ops/test_exchange.py \
+	  tests/nn/test_model_oracle.py tests/nn/test_fp8_model.py
 
 lint: .venv/.tested
 	$(BIN)/ruff format --check .

@@ -13,8 +13,8 @@ with the report's decay of 0.9 and with 0.99, for each seed and for their mean.
 Two networks that differ at all soon answer the few hundred tokens of a step
 differently: how much of a gap that makes alone is told by `bf16_twin`, a second
 BF16 run whose initial matrices are larger by a thousandth. Beside them stands
-the spread between BF16 runs of different seeds. Writes a table, a figure and the
-losses themselves.
+the spread between BF16 runs of different seeds. Writes a table, a figure and
+the losses themselves.
 """
 
 import argparse

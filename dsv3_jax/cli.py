@@ -145,6 +145,8 @@ def train(values: flags.FlagValues) -> int:
 def _define_inspect(values: flags.FlagValues, argv: list[str]) -> None:
   _config_flag(values, argv)
   flags.DEFINE_boolean('json', False, 'One JSON object.', flag_values=values)
+  told = 'Where each array is on the mesh of config.parallel.'
+  flags.DEFINE_boolean('sharding', False, told, flag_values=values)
 
 
 def inspect(values: flags.FlagValues) -> None:
@@ -153,6 +155,11 @@ def inspect(values: flags.FlagValues) -> None:
   from dsv3_jax.planning import flops, memory
 
   cfg = _read_config(values)
+  if values.sharding:
+    from dsv3_jax.parallel import describe
+
+    print(describe.render(cfg, as_json=values.json))
+    return
   shape = (cfg.model, cfg.data.seq_len)
   kept = (cfg.model, precision.POLICIES[cfg.precision])
   if values.json:

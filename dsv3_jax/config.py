@@ -193,8 +193,8 @@ class TrainConfig:
 
 
 @_frozen
-class MeshConfig:
-  """Devices along each mesh axis; unused axes have size 1."""
+class ParallelConfig:
+  """Devices along each mesh axis (unused ones 1), and how a pipeline runs."""
 
   pipe: int
   data: int
@@ -202,6 +202,7 @@ class MeshConfig:
   node: int
   expert: int
   model: int
+  schedule: str
 
 
 @_frozen
@@ -245,7 +246,7 @@ class Config:
   data: DataConfig
   optim: OptimConfig
   train: TrainConfig
-  mesh: MeshConfig
+  parallel: ParallelConfig
   checkpoint: CheckpointConfig
   eval: EvalConfig
   sample: SampleConfig

@@ -22,6 +22,14 @@ _CHOICES = {
   'model.mtp.normalizer': ('T', 'valid'),
   'balance.kind': ('sequence', 'batch', 'v2', 'none'),
   'optim.moments_dtype': ('bfloat16', 'float32'),
+  'parallel.schedule': (
+    'gpipe',
+    '1f1b',
+    'interleaved',
+    'zb1p',
+    'dualpipe',
+    'dualpipev',
+  ),
 }
 # Numbers that may be 0; every other number must be positive.
 _MAY_BE_ZERO = {
@@ -68,8 +76,8 @@ _AT_MOST_ONE = ('data.fim_rate', 'data.split_rate', 'sample.top_p')
 def check(config: Any) -> None:
   """Raises InputError with the first rule of `config` that does not hold."""
   values = dict(_flatten(config, ''))
-  rules = (_ranges(values), _model(config), _run(config), _batch(config))
-  for group in rules:
+  each = (_model, _run, _batch, _parallel)
+  for group in (_ranges(values), *(rules(config) for rules in each)):
     for holds, message in group:
       if not holds:
         raise errors.InputError(message)
@@ -202,8 +210,8 @@ def _run(config: Any) -> Iterator[Rule]:
 
 
 def _batch(config: Any) -> Iterator[Rule]:
-  """Rules that tie batches to the mesh."""
-  train, mesh = config.train, config.mesh
+  """Rules of the batch ramp."""
+  train = config.train
   micro = train.microbatch_size
   for name in ('batch_size', 'batch_size_start'):
     size = getattr(train, name)
@@ -217,15 +225,58 @@ def _batch(config: Any) -> Iterator[Rule]:
     f'train.batch_size_start={train.batch_size_start} must be <= '
     f'train.batch_size={train.batch_size}',
   )
-  shards = mesh.data * mesh.node * mesh.expert
-  sizes = {'train.microbatch_size': micro}
-  sizes['eval.batch_size'] = config.eval.batch_size
-  for name, size in sizes.items():
-    yield (
-      size % shards == 0,
-      f'{name}={size} must be a multiple of {shards} = '
-      'mesh.data * mesh.node * mesh.expert',
-    )
-  for axis in ('pipe', 'context', 'node', 'expert', 'model'):
-    size = getattr(mesh, axis)
-    yield size == 1, f'mesh.{axis}={size} must be 1: only mesh.data is built'
+
+
+def _parallel(config: Any) -> Iterator[Rule]:
+  """Rules that tie the model and its batches to the mesh."""
+  p, moe = config.parallel, config.model.moe
+  for axis in ('context', 'model'):
+    size = getattr(p, axis)
+    yield size == 1, f'parallel.{axis}={size} must be 1: it is not built yet'
+  shards, holders = p.data * p.node * p.expert, p.node * p.expert
+  micro, windows = config.train.microbatch_size, config.eval.batch_size
+  yield (
+    micro % shards == 0,
+    f'train.microbatch_size={micro} must be a multiple of {shards} = '
+    'parallel.data * parallel.node * parallel.expert: '
+    f'{_multiples(micro, shards)}',
+  )
+  devices = shards * p.pipe
+  yield (
+    windows % devices == 0,
+    f'eval.batch_size={windows} must be a multiple of {devices} = '
+    'parallel.pipe * parallel.data * parallel.node * parallel.expert: '
+    f'{_multiples(windows, devices)}',
+  )
+  yield (
+    moe.num_experts % holders == 0,
+    f'parallel.node * parallel.expert = {holders} must divide '
+    f'model.moe.num_experts={moe.num_experts}: '
+    f'{_divisors(holders, moe.num_experts)}',
+  )
+  vocab = config.model.vocab_size
+  yield (
+    vocab % p.pipe == 0,
+    f'parallel.pipe={p.pipe} must divide model.vocab_size={vocab}, which it '
+    f'cuts: {_divisors(p.pipe, vocab)}',
+  )
+  yield (
+    moe.num_groups % p.node == 0,
+    f'parallel.node={p.node} must divide '
+    f'model.moe.num_groups={moe.num_groups}, so that a group is on one node: '
+    f'{_divisors(p.node, moe.num_groups)}',
+  )
+
+
+def _multiples(value: int, of: int) -> str:
+  """The legal choices next to `value`."""
+  below = value // of * of
+  return ' or '.join(str(n) for n in (below, below + of) if n)
+
+
+def _divisors(value: int, of: int) -> str:
+  """The legal choices next to `value`."""
+  legal = [n for n in range(1, of + 1) if of % n == 0]
+  near = [max((n for n in legal if n < value), default=0)]
+  near.append(min((n for n in legal if n > value), default=0))
+  return ' or '.join(str(n) for n in near if n)

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dsv3_jax import baselines, config, metrics
+from dsv3_jax import baselines, config, metrics, sharding
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import loader
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.nn import model
+from dsv3_jax.parallel import zero
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Evaluation:
   corpus: corpora.Corpus
   tokenizer: tokenizers.Tokenizer
   windows: dict  # of `open_windows`
+  mesh: jax.sharding.Mesh | None = None  # where the weights are
   beat: Callable[[], None] = lambda: None  # called now and then: all is well
 
 
@@ -34,7 +36,7 @@ def heldout(e: Evaluation) -> dict[str, float]:
   `eval.stride`; a token is scored once, by the window that sees most before it.
   """
   windows = e.windows
-  nats, tokens = score(e.cfg, e.params, e.router, windows, e.beat)
+  nats, tokens = score(e.cfg, e.params, e.router, windows, e.beat, e.mesh)
   return {
     'loss_nats_per_token': nats / tokens,
     'bits_per_byte': metrics.bits_per_byte(nats, windows['num_bytes']),
@@ -82,11 +84,16 @@ def score(
   router: model.Router,
   windows: dict,
   beat: Callable[[], None] = lambda: None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> tuple[float, int]:
-  """Sum of the scored tokens' losses [nats], and their number."""
+  """Sum of the scored tokens' losses [nats], and their number.
+
+  Args:
+    mesh: where parameters are, placed as in training; None is one device.
+  """
   count, size = len(windows['tokens_WT']), cfg.eval.batch_size
   fields = {name: windows[name[:-2] + 'WT'] for name in model.Batch._fields}
-  losses = _token_losses(cfg)
+  losses = _token_losses(cfg, mesh)
   nats, tokens = 0.0, 0
   for start in range(0, count, size):
     rows = {k: _fill(v[start : start + size], size) for k, v in fields.items()}
@@ -99,14 +106,24 @@ def score(
 
 
 @functools.lru_cache(maxsize=4)
-def _token_losses(cfg: config.Config):
+def _token_losses(cfg: config.Config, mesh: jax.sharding.Mesh | None):
   """The compiled evaluation step of an experiment."""
   net = model.build(cfg)
 
   def losses(params, router, batch):
     return net.apply({'params': params}, batch, router, method='token_losses')
 
-  return jax.jit(losses)
+  if mesh is None:
+    return jax.jit(losses)
+  placed = zero.model_placements(net, mesh.shape)
+  rows = sharding.to_spec(('batch', 'sequence'), sharding.RULES, 2)
+  spread = sharding.mapped(
+    lambda masters, *rest: losses(zero.gather(masters, placed), *rest),
+    mesh,
+    in_specs=(zero.masters(placed), sharding.Spec(), rows),
+    out_specs=rows,
+  )
+  return jax.jit(spread)
 
 
 def _fill(rows: np.ndarray, size: int) -> np.ndarray:

@@ -24,7 +24,6 @@ from dsv3_jax import (
   evaluate,
   metrics,
   optim,
-  precision,
   sharding,
   supervise,
 )
@@ -36,6 +35,7 @@ from dsv3_jax.data import loader as loaders
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
+from dsv3_jax.parallel import plan as plans
 from dsv3_jax.planning import flops
 
 
@@ -53,7 +53,7 @@ class Run:
 
   cfg: config.Config
   workdir: pathlib.Path
-  mesh: jax.sharding.Mesh
+  trainer: steps.Trainer
   corpus: corpora.Corpus
   tokenizer: tokenizers.Tokenizer
   windows: dict  # held-out text, cut
@@ -80,12 +80,11 @@ def run(cfg: config.Config, workdir: str | pathlib.Path) -> dict[str, float]:
   """
   with contextlib.ExitStack() as stack:
     r = _open(cfg, pathlib.Path(workdir), stack)
-    with jax.set_mesh(r.mesh):
-      with supervise.StopSignal() as stop:
-        _train(r, stop)
-      if stop.requested:
-        raise supervise.Stopped(r.step)
-      told = _evaluate(r)
+    with supervise.StopSignal() as stop:
+      _train(r, stop)
+    if stop.requested:
+      raise supervise.Stopped(r.step)
+    told = _evaluate(r)
     r.watchdog.beat()
     metrics.plot_loss(r.workdir)
     if cfg.sample.prompts:
@@ -99,8 +98,7 @@ def _open(
   """Data, mesh and state, fresh or restored; `stack` closes what was opened."""
   if jax.process_count() > 1:
     raise NotImplementedError('training by several processes is not built yet')
-  mesh = sharding.make_mesh(cfg.mesh)
-  _check_devices(cfg, mesh)
+  trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   corpus = corpora.open_corpus(cfg.data)
   tokenizer = workdirs.tokenizer(cfg.data, corpus, workdir)
   _check_tokens(cfg, tokenizer)
@@ -114,7 +112,7 @@ def _open(
   loader = loaders.Loader(corpus.train, tokenizer, cfg.data, **how)
   stack.callback(loader.close)
   resume = _step_to_resume(cfg, checkpoints, before)
-  state, ema, extras = _state(cfg, mesh, checkpoints, resume)
+  state, ema, extras = _state(trainer, checkpoints, resume)
   stack.callback(ema.close)
   progress = {'step': 0, 'tokens': 0}
   if resume is not None:
@@ -133,11 +131,11 @@ def _open(
   watchdog = supervise.Watchdog(cfg.train.watchdog_seconds)
   stack.enter_context(watchdog)
   flop = flops.flops_per_token(cfg.model, cfg.data.seq_len)
-  peak = metrics.peak_flops(cfg.train.peak_flops, mesh)
+  peak = metrics.peak_flops(cfg.train.peak_flops, trainer.mesh)
   return Run(
     cfg=cfg,
     workdir=workdir,
-    mesh=mesh,
+    trainer=trainer,
     corpus=corpus,
     tokenizer=tokenizer,
     windows=windows,
@@ -163,38 +161,24 @@ def _step_to_resume(
 
 
 def _state(
-  cfg: config.Config,
-  mesh: jax.sharding.Mesh,
-  checkpoints: store.Store,
-  resume: int | None,
+  trainer: steps.Trainer, checkpoints: store.Store, resume: int | None
 ) -> tuple[steps.State, optim.HostEma, dict]:
   """Fresh, or restored without making a fresh one first."""
-  init = functools.partial(steps.init_state, cfg)
-  decay = cfg.optim.ema_decay
-  with jax.set_mesh(mesh):
-    shardings = steps.state_shardings(cfg, mesh)
-    if resume is None:
-      key = jax.random.key(cfg.seed)
-      state = jax.jit(init, out_shardings=shardings)(key)
-      return state, optim.HostEma(decay, state['params']), {}
-    shapes = jax.eval_shape(init, jax.random.key(cfg.seed))
+  cfg = trainer.cfg
+  decay, key = cfg.optim.ema_decay, jax.random.key(cfg.seed)
+  if resume is None:
+    state = trainer.init(key)
+    return state, optim.HostEma(decay, state['params']), {}
+  shapes = jax.eval_shape(functools.partial(steps.init_state, cfg), key)
   place = lambda shape, sharding: jax.ShapeDtypeStruct(
     shape.shape, shape.dtype, sharding=sharding
   )
-  like = {'train': jax.tree.map(place, shapes, shardings)}
+  like = {'train': jax.tree.map(place, shapes, trainer.model_shardings())}
   like['ema'] = shapes['params'] if decay else {}
   arrays, extras = checkpoints.restore(resume, like)
-  return arrays['train'], optim.HostEma(decay, arrays['ema']), extras
-
-
-def _check_devices(cfg: config.Config, mesh: jax.sharding.Mesh) -> None:
-  """FP8 kernels of linears are not cut over devices yet; the reference is."""
-  fp8 = precision.POLICIES[cfg.precision].fp8
-  if fp8 and mesh.size > 1 and jax.default_backend() != 'cpu':
-    raise errors.InputError(
-      f'precision={cfg.precision!r} runs on one accelerator so far, the mesh '
-      f"has {mesh.size}: take precision='bf16', or a mesh of one"
-    )
+  state = trainer.from_model(arrays['train'])
+  average, _ = trainer.plan.from_model(arrays['ema'], {})
+  return state, optim.HostEma(decay, average), extras
 
 
 def _check_tokens(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> None:
@@ -222,9 +206,8 @@ def _prompts(
 def _train(r: Run, stop: supervise.StopSignal) -> None:
   """Steps until the tokens are seen or a signal comes; saves at the end."""
   cfg = r.cfg
-  step_fn = steps.make_train_step(cfg)
-  compiled = jax.jit(step_fn, donate_argnums=0)
-  probe = jax.jit(step_fn)
+  compiled = jax.jit(r.trainer.step, donate_argnums=0)
+  probe = jax.jit(r.trainer.step)
   pending = None  # metrics of the last step, read once the next is under way
   saved = r.step
   while r.tokens < cfg.train.total_tokens and not stop.requested:
@@ -267,14 +250,14 @@ def _train(r: Run, stop: supervise.StopSignal) -> None:
 def _inputs(r: Run) -> tuple[tuple, int]:
   """Arguments of the next step, and how many sequences it trains on."""
   cfg = r.cfg
-  rows = optim.batch_size_at(cfg.train, r.tokens)
+  rows = optim.batch_size_at(cfg.train, r.tokens, plans.microbatch_step(cfg))
   micro, most = cfg.train.microbatch_size, cfg.train.batch_size
   batches = [next(r.loader) for _ in range(rows // micro)]
   empty = jax.tree.map(np.zeros_like, batches[0])
   batches += [empty] * ((most - rows) // micro)
   stacked = {name: np.stack([b[name] for b in batches]) for name in empty}
   place = functools.partial(
-    jax.make_array_from_process_local_data, steps.batch_sharding(r.mesh)
+    jax.make_array_from_process_local_data, r.trainer.batch_sharding()
   )
   batch_nBT = model.Batch(**{name: place(x) for name, x in stacked.items()})
   hyper = {
@@ -283,7 +266,8 @@ def _inputs(r: Run) -> tuple[tuple, int]:
     'bias_rate': optim.value_at(cfg.optim.bias_rate, r.tokens),
   }
   hyper = {name: jnp.float32(value) for name, value in hyper.items()}
-  return (batch_nBT, jnp.int32(rows // micro), hyper), rows
+  amount = r.trainer.plan.amount(rows // micro)
+  return (batch_nBT, amount, hyper), rows
 
 
 def _run_twice(probe: Any, state: steps.State, args: tuple, step: int):
@@ -337,18 +321,21 @@ def _save(r: Run) -> None:
     'loader': r.loader.get_state(),
     'data': workdirs.fingerprint(r.corpus, r.tokenizer),
   }
-  arrays = {'train': r.state, 'ema': r.ema.tree()}
+  average, _ = r.trainer.plan.to_model(r.ema.tree(), {})
+  arrays = {'train': r.trainer.to_model(r.state), 'ema': average}
   r.checkpoints.save(r.step, arrays, extras)
 
 
 def _evaluation(r: Run) -> evaluate.Evaluation:
+  state = r.trainer.to_model(r.state)
   return evaluate.Evaluation(
     cfg=r.cfg,
-    params=r.state['params'],
-    router=r.state['router'],
+    params=state['params'],
+    router=state['router'],
     corpus=r.corpus,
     tokenizer=r.tokenizer,
     windows=r.windows,
+    mesh=r.trainer.model_mesh,
     beat=r.watchdog.beat,
   )
 
@@ -367,7 +354,8 @@ def _evaluate(r: Run) -> dict[str, float]:
 def _sample(r: Run) -> None:
   """Continues `sample.prompts`, on the first device."""
   cfg, device = r.cfg, jax.devices()[0]
-  params, router = r.state['params'], r.state['router']
+  state = r.trainer.to_model(r.state)
+  params, router = state['params'], state['router']
   generator = engine.Engine(cfg, *jax.device_put((params, router), device))
   made = generator.generate(
     _prompts(cfg, r.tokenizer),

@@ -16,15 +16,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dsv3_jax import config, optim, sharding
 from dsv3_jax.nn import model
 from dsv3_jax.ops import routing
+from dsv3_jax.parallel import pipeline, zero
+from dsv3_jax.parallel import plan as plans
 
+Spec = sharding.Spec
 State = dict
 Hyper = dict[str, float]
 
+_BATCH = sharding.to_spec((None, 'batch', 'sequence'), sharding.RULES, 3)
 _SPIKE_MEMORY = 0.98  # per step, of the loss' running mean and variance
 _SPIKE_WARMUP = 50  # steps before a spike can be called one
 _SPIKE_PATIENCE = 5  # skipped in a row; then the loss has moved for good
@@ -48,98 +51,186 @@ def init_state(cfg: config.Config, key: jax.Array) -> State:
   }
 
 
-def state_shardings(cfg: config.Config, mesh: jax.sharding.Mesh) -> State:
-  """Where each array of the state lives; all are replicated over the batch."""
-  state = jax.eval_shape(lambda: init_state(cfg, jax.random.key(0)))
-  specs = model.param_specs(model.build(cfg))
-  place = functools.partial(jax.sharding.NamedSharding, mesh)
-  whole = place(jax.sharding.PartitionSpec())
-  shardings = jax.tree.map(lambda _: whole, state)
-  return shardings | {'params': jax.tree.map(place, specs)}
+class Trainer:
+  """A step of an experiment on a mesh, and where everything is.
+
+  step: `(state, batch_nBT, amount, hyper) -> (state, metrics)`, to be compiled.
+  `batch_nBT` holds up to n micro-batches, of which `amount`, made by
+  `Plan.amount`, says how many count; the rest is padding. `hyper` holds this
+  step's 'lr', 'mtp_weight' and 'bias_rate'.
+  """
+
+  def __init__(self, cfg: config.Config, mesh: jax.sharding.Mesh):
+    self.cfg, self.mesh = cfg, mesh
+    # Where there are no stages, ranks take more of the batch.
+    self.model_mesh = sharding.without_pipe(mesh)
+    self.plan = plans.make(cfg, mesh.shape)
+    self._init = functools.partial(init_state, cfg)
+    self.step = sharding.mapped(
+      functools.partial(_step, cfg, self.plan),
+      mesh,
+      in_specs=(self.specs(), _BATCH, self.plan.amount_specs(), Spec()),
+      out_specs=(self.specs(), Spec()),
+    )
+
+  def specs(self) -> State:
+    """How each array of the state is cut: masters and moments exist once."""
+    state = jax.eval_shape(self._init, jax.random.key(0))
+    specs = jax.tree.map(lambda _: Spec(), state)
+    masters = zero.masters(self.plan.placed)
+    opt = specs['opt']._replace(mean=masters, square=masters)
+    router = self.plan.router_specs()
+    return specs | {'params': masters, 'opt': opt, 'router': router}
+
+  def shardings(self) -> State:
+    """Where each array of the state lives."""
+    return _place(self.specs(), self.mesh)
+
+  def model_shardings(self) -> State:
+    """Where each array of a state in the model's form lives, cut as much."""
+    state = jax.eval_shape(self._init, jax.random.key(0))
+    specs = jax.tree.map(lambda _: Spec(), state)
+    net = model.build(self.cfg)
+    placed = zero.model_placements(net, self.model_mesh.shape)
+    masters = zero.masters(placed)
+    opt = specs['opt']._replace(mean=masters, square=masters)
+    specs |= {'params': masters, 'opt': opt}
+    return _place(specs, self.model_mesh)
+
+  def batch_sharding(self) -> jax.sharding.NamedSharding:
+    """Of [micro-batch, B, T] arrays: rows are cut over the batch axes."""
+    return _place(_BATCH, self.mesh)
+
+  def init(self, key: jax.Array) -> State:
+    """A fresh state."""
+    init = lambda key: self._from_model(self._init(key))
+    return jax.jit(init, out_shardings=self.shardings())(key)
+
+  def from_model(self, state: State) -> State:
+    """A state in the model's form as this trainer needs it."""
+    if self.plan.pipe is None:
+      return state
+    return jax.jit(self._from_model, out_shardings=self.shardings())(state)
+
+  def to_model(self, state: State) -> State:
+    """The state in the model's form: for checkpoints, evaluation, export."""
+    if self.plan.pipe is None:
+      return state
+    convert = functools.partial(_convert, self.plan.to_model)
+    return jax.jit(convert, out_shardings=self.model_shardings())(state)
+
+  def _from_model(self, state: State) -> State:
+    return _convert(self.plan.from_model, state)
 
 
-def batch_sharding(mesh: jax.sharding.Mesh) -> jax.sharding.NamedSharding:
-  """Of [micro-batch, B, T] arrays: rows are cut over the batch axes."""
-  spec = sharding.to_spec((None, 'batch', 'sequence'), sharding.RULES, 3)
-  return jax.sharding.NamedSharding(mesh, spec)
+def _place(specs: Any, mesh: jax.sharding.Mesh) -> Any:
+  is_spec = lambda x: isinstance(x, Spec)
+  place = lambda spec: jax.sharding.NamedSharding(mesh, spec)
+  return jax.tree.map(place, specs, is_leaf=is_spec)
+
+
+def _convert(change: Callable, state: State) -> State:
+  """Changes the form of parameters, moments and biases."""
+  opt = state['opt']
+  params, router = change(state['params'], state['router'])
+  mean, _ = change(opt.mean, state['router'])
+  square, _ = change(opt.square, state['router'])
+  opt = opt._replace(mean=mean, square=square)
+  return state | {'params': params, 'router': router, 'opt': opt}
 
 
 def make_train_step(
   cfg: config.Config,
 ) -> Callable[[State, model.Batch, jax.Array, Hyper], tuple[State, dict]]:
-  """Returns `step(state, batch_nBT, num_micro, hyper) -> (state, metrics)`.
-
-  `batch_nBT` holds up to n micro-batches of which `num_micro` count; the rest
-  is padding. `hyper` holds this step's 'lr', 'mtp_weight' and 'bias_rate'.
-  """
-  net = model.build(cfg, training=True)
-  optimizer = optim.adamw(cfg.optim)
-
-  def step(state, batch_nBT, num_micro, hyper):
-    grads, parts = _accumulate(cfg, net, state, batch_nBT, num_micro, hyper)
-    with jax.named_scope('optimizer'):
-      grads, norm = _clip(grads, cfg.optim.clip_norm)
-      finite = jnp.isfinite(parts['total']) & jnp.isfinite(norm)
-      guard = state['guard']
-      spike = _is_spike(guard, parts['loss'], cfg.train.spike_sigmas)
-      moved = spike & (guard['skips'] >= _SPIKE_PATIENCE)
-      fresh = guard | {'count': jnp.where(moved, 0, guard['count'])}
-      skip = spike & ~moved
-      halted = guard['halted'] | ~finite
-      new = jax.lax.cond(
-        ~skip & ~halted,
-        lambda: _advance(
-          optimizer, state | {'guard': fresh}, grads, parts, hyper
-        ),
-        lambda: state,
-      )
-      skips = jnp.where(skip, guard['skips'] + 1, 0)
-      new = new | {'guard': new['guard'] | {'skips': skips, 'halted': halted}}
-    load_LE = jnp.concatenate([parts.pop('load'), parts.pop('mtp_load')])
-    told = parts | {'skipped': skip.astype(jnp.int32), 'halted': halted}
-    told |= {'grad_norm': norm}
-    return new, told | {'max_violation': routing.max_violation(load_LE)}
-
-  return step
+  """`Trainer.step` on one device without a mesh; `amount` is an int32."""
+  sizes = dict.fromkeys(sharding.AXES, 1)
+  return functools.partial(_step, cfg, plans.make(cfg, sizes))
 
 
-def _accumulate(cfg, net, state, batch_nBT, num_micro, hyper):
-  """Sums gradients and loss parts of the micro-batches in use."""
-  used = jnp.arange(batch_nBT.weights_BT.shape[0]) < num_micro
+def _step(cfg, plan, state, batch_nBT, amount, hyper):
+  """Gradients, clipping, AdamW and biases, on each device."""
+  with jax.named_scope('gather_weights'):
+    params = zero.gather(state['params'], plan.placed)
+  scales = _scales(cfg, plan, batch_nBT, amount, hyper)
+  args = (params, state['router'], batch_nBT, scales, amount)
+  if plan.pipe is None:
+    grads, parts = _accumulate(cfg, *args)
+  else:
+    grads, parts = pipeline.gradients(plan.pipe, *args)
+  parts = sharding.psum(parts, sharding.TOKEN_AXES)
+  with jax.named_scope('optimizer'):
+    grads = zero.reduce(grads, plan.placed)
+    norm = zero.norm(grads, plan.placed)
+    grads = _clip(grads, norm, cfg.optim.clip_norm)
+    finite = jnp.isfinite(parts['total']) & jnp.isfinite(norm)
+    guard = state['guard']
+    spike = _is_spike(guard, parts['loss'], cfg.train.spike_sigmas)
+    moved = spike & (guard['skips'] >= _SPIKE_PATIENCE)
+    fresh = guard | {'count': jnp.where(moved, 0, guard['count'])}
+    skip = spike & ~moved
+    halted = guard['halted'] | ~finite
+    optimizer = optim.adamw(cfg.optim)
+    new = jax.lax.cond(
+      ~skip & ~halted,
+      lambda: _advance(
+        optimizer, state | {'guard': fresh}, grads, parts, hyper
+      ),
+      lambda: state,
+    )
+    skips = jnp.where(skip, guard['skips'] + 1, 0)
+    new = new | {'guard': new['guard'] | {'skips': skips, 'halted': halted}}
+  told = {k: v for k, v in parts.items() if 'load' not in k}
+  told |= {'skipped': skip.astype(jnp.int32), 'halted': halted}
+  told |= {'grad_norm': norm, 'max_violation': _violation(plan, parts)}
+  return new, told
+
+
+def _violation(plan, parts):
+  """MaxVio, mean over all layers."""
+  load = parts['load']
+  if plan.pipe is not None:  # each rank has its layers: one array of all
+    load = jax.lax.all_gather(load, 'pipe', axis=0, tiled=True)
+    load = plan.pipe.layout.from_slots('moe', load)
+  load_LE = jnp.concatenate([load, parts['mtp_load']])
+  return routing.max_violation(load_LE)
+
+
+def _scales(cfg, plan, batch_nBT, amount, hyper):
+  """What the sums of each loss are multiplied by."""
+  used = plan.in_use(amount, batch_nBT.weights_BT.shape[0])
   weights = batch_nBT.weights_BT * used[:, None, None]
   segments = batch_nBT.segments_BT * used[:, None, None]
   scales = model.loss_scales(
     cfg.model.mtp, weights, segments, cfg.data.isolate_samples
   )
-  scales['mtp_weight'] = hyper['mtp_weight']
+  return scales | {'mtp_weight': hyper['mtp_weight']}
 
+
+def _accumulate(cfg, params, router, batch_nBT, scales, num_micro):
+  """Sums gradients and loss parts of the micro-batches in use."""
+  net = model.build(cfg, training=True)
   # Once a step: the micro-batches share the FP8 forms of the weights.
-  quantized = model.quantize(net.policy, state['params'])
+  quantized = model.quantize(net.policy, params)
 
   def loss(params, batch):
     variables = {'params': params} | quantized
-    total, parts = net.apply(
-      variables, batch, state['router'], scales, method='loss'
-    )
+    total, parts = net.apply(variables, batch, router, scales, method='loss')
     return total, parts | {'total': total}
 
   grad = jax.grad(loss, has_aux=True)
   micro = lambda i: jax.tree.map(lambda x: x[i], batch_nBT)
   if batch_nBT.weights_BT.shape[0] == 1:
-    return grad(state['params'], micro(0))
-  shapes = jax.eval_shape(grad, state['params'], micro(0))
+    return grad(params, micro(0))
+  shapes = jax.eval_shape(grad, params, micro(0))
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-  add = lambda i, sums: jax.tree.map(
-    jnp.add, sums, grad(state['params'], micro(i))
-  )
+  add = lambda i, sums: jax.tree.map(jnp.add, sums, grad(params, micro(i)))
   return jax.lax.fori_loop(0, num_micro, add, zeros)
 
 
-def _clip(grads, limit):
+def _clip(grads, norm, limit):
   """Scales the gradient to a global norm of at most `limit` (TR 4.2)."""
-  norm = optax.tree.norm(grads)
   scale = jnp.minimum(1.0, limit / jnp.maximum(norm, 1e-12))
-  return jax.tree.map(lambda g: g * scale, grads), norm
+  return jax.tree.map(lambda g: g * scale, grads)
 
 
 def _is_spike(guard, loss, sigmas):

@@ -22,7 +22,7 @@ _MAY_CHANGE = (
   'checkpoint.',
   'eval.',
   'sample.',
-  'mesh.',
+  'parallel.',
   # Their content is guarded by the fingerprint.
   'data.cache_dir',
   'data.source',

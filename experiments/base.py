@@ -18,13 +18,15 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
   config.data = _data()
   config.optim = _optim()
   config.train = _train()
-  config.mesh = {  # number of devices along each axis, TR 3.2
+  config.parallel = {  # devices along each axis, TR 3.2
     'pipe': 1,
     'data': 1,
     'context': 1,
-    'node': 1,
+    'node': 1,  # experts are cut over node x expert, groups over nodes
     'expert': 1,
     'model': 1,
+    # 'gpipe', '1f1b', 'interleaved', 'zb1p', 'dualpipe' or 'dualpipev'
+    'schedule': 'dualpipe',
   }
   config.checkpoint = {
     'every_steps': 1000,
@@ -205,4 +207,5 @@ def shrink(config: config_dict.ConfigDict) -> None:
     config.checkpoint.every_steps = 10
     config.eval.update(every_steps=0, max_bytes=4000, batch_size=8, stride=32)
     config.sample.max_new_tokens = 8
-    config.mesh.update(dict.fromkeys(config.mesh, 1))
+    axes = ('pipe', 'data', 'context', 'node', 'expert', 'model')
+    config.parallel.update(dict.fromkeys(axes, 1))

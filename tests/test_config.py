@@ -3,6 +3,7 @@
 import importlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -84,8 +85,12 @@ def changed(path, value):
     ('data.seq_len', 17, 'data.seq_len=17 must be <= model.max_seq_len=16'),
     ('train.batch_size', 6, 'multiple of train.microbatch_size=4'),
     ('train.batch_size_start', 16, 'must be <= train.batch_size=8'),
-    ('mesh.data', 3, 'must be a multiple of 3'),
-    ('mesh.expert', 4, 'mesh.expert=4 must be 1'),
+    ('parallel.data', 3, 'train.microbatch_size=4 must be a multiple of 3 = '
+     'parallel.data * parallel.node * parallel.expert: 3 or 6'),
+    ('parallel.pipe', 2, 'parallel.pipe=2 must divide model.vocab_size=23, '
+     'which it cuts: 1 or 23'),
+    ('parallel.context', 2, 'parallel.context=2 must be 1'),
+    ('parallel.schedule', 'zbv', 'must be one of: gpipe, 1f1b, inter'),
     ('eval.stride', 13, 'eval.stride=13 must be <= data.seq_len=12'),
     ('checkpoint.restore_step', -2, 'must be a step, or -1'),
     ('model.moe.topk', 2, 'model.moe.topk is unknown; did you mean '
@@ -104,6 +109,26 @@ def test_one_clear_line(path, value, said):
   message = str(caught.value)
   assert said in message
   assert '\n' not in message
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'said'),
+  [
+    ({'expert': 3}, 'parallel.node * parallel.expert = 3 must divide '
+     'model.moe.num_experts=8: 2 or 4'),
+    ({'expert': 16}, 'must divide model.moe.num_experts=8: 8'),
+    ({'node': 8}, 'parallel.node=8 must divide model.moe.num_groups=4, so '
+     'that a group is on one node: 4'),
+  ],
+)  # fmt: skip
+def test_experts_and_groups_align_with_the_mesh(sizes, said):
+  tree = changed('train.microbatch_size', 48)
+  tree['train'].update(batch_size=48, batch_size_start=48)
+  tree['eval']['batch_size'] = 48
+  config.from_config_dict(tree)
+  tree['parallel'].update(sizes)
+  with pytest.raises(errors.InputError, match=re.escape(said)):
+    config.from_config_dict(tree)
 
 
 def test_groups_of_one_expert_have_no_best_two():

@@ -48,7 +48,7 @@ def test_an_ended_run_tells_its_last_evaluation_once(tmp_path):
 
 @pytest.mark.parametrize('count', [1, 4])
 def test_peak_is_of_all_devices(count):
-  mesh = sharding.make_mesh(settings.small(mesh__data=count).mesh)
+  mesh = sharding.make_mesh(settings.small(parallel__data=count).parallel)
   assert metrics.peak_flops(2e12, mesh) == 2e12 * count
   # Devices of a CPU share its cores: more of them are not faster.
   assert 1e9 < metrics.peak_flops(0.0, mesh) < 1e13

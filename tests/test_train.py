@@ -184,17 +184,6 @@ def test_refused_before_a_workdir_is_made(folder, tmp_path, changes, said):
   assert not (tmp_path / 'run').exists()
 
 
-def test_fp8_on_several_accelerators_is_refused(monkeypatch):
-  cfg = settings.small(precision='fp8')
-  sizes = dict.fromkeys(sharding.AXES, 1) | {'data': 2}
-  mesh = sharding.make_mesh(config.MeshConfig(**sizes))
-  train._check_devices(cfg, mesh)  # the reference runs anywhere
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  with pytest.raises(errors.InputError, match="precision='fp8' runs on one"):
-    train._check_devices(cfg, mesh)
-  train._check_devices(settings.small(precision='bf16'), mesh)
-
-
 def chats(folder):
   """Conversations about files of the standard library; returns their path."""
   lines = []
@@ -213,7 +202,7 @@ def test_every_experiment_runs_locally(folder, name):
   source = importlib.import_module(f'experiments.{name}').get_config('runlocal')
   changes = tiny_run.overrides(folder, steps=3)
   if name == 'v3_671b':
-    changes |= {'mesh.data': 2}
+    changes |= {'parallel.data': 2}
   elif name == 'v3_16b':
     changes |= {'data.source': chats(folder), 'data.isolate_samples': True}
     changes |= {'model.mtp.depth': 0, 'precision': 'bf16'}
@@ -277,13 +266,12 @@ def test_two_devices_make_the_step_of_one():
   """Each on half of the rows: the same loss, state and router to rounding."""
   cfg, step, state, batch, hyper = tiny_step()
   one, told_one = step(state, batch, jnp.int32(2), hyper)
-  mesh = sharding.make_mesh(dataclasses.replace(cfg.mesh, data=2))
-  with jax.set_mesh(mesh):
-    place = steps.state_shardings(cfg, mesh)
-    batch = jax.device_put(batch, steps.batch_sharding(mesh))
-    spread = jax.jit(steps.make_train_step(cfg))
-    args = (jax.device_put(state, place), batch, jnp.int32(2), hyper)
-    two, told_two = spread(*args)
+  mesh = sharding.make_mesh(dataclasses.replace(cfg.parallel, data=2))
+  trainer = steps.Trainer(cfg, mesh)
+  batch = jax.device_put(batch, trainer.batch_sharding())
+  state = jax.device_put(state, trainer.shardings())
+  args = (state, batch, trainer.plan.amount(2), hyper)
+  two, told_two = jax.jit(trainer.step)(*args)
   assert len(two['params']['head']['w'].sharding.device_set) == 2
   for name in ('loss', 'mtp_loss', 'balance', 'grad_norm', 'max_violation'):
     np.testing.assert_allclose(told_two[name], told_one[name], rtol=1e-5)

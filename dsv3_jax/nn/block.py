@@ -13,13 +13,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax import config, precision, sharding
+from dsv3_jax import config, precision
 from dsv3_jax.nn import attention, layers, moe
 from dsv3_jax.ops import linear
 
 # 'report' (TR 3.2.3): RMSNorm, the MLA up-projections and the SwiGLU product
 # are made again in the backward pass from the values named here.
-_KEPT = ('q_latent', 'kv_latent', 'attention', 'swiglu_in', 'residual')
+_KEPT = (
+  'q_latent',
+  'kv_latent',
+  'attention',
+  'exchange',
+  'swiglu_in',
+  'residual',
+)
 
 
 class Block(nn.Module):
@@ -41,7 +48,6 @@ class Block(nn.Module):
   ) -> tuple[tuple[Array, attention.Cache | None], moe.MoeStats | None]:
     """(hidden, cache) -> the same after the block, and the MoE's statistics."""
     cfg, (x_BTD, cache) = self.cfg, carry
-    x_BTD = sharding.constrain(x_BTD, ('batch', 'sequence', None))
     attend = attention.LatentAttention(
       cfg, self.policy, self.absorbed, name='attention'
     )

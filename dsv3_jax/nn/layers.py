@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config, precision
+from dsv3_jax import config, precision, sharding
 from dsv3_jax.ops import fp8_linear, linear, norm
 
 
@@ -15,7 +15,12 @@ def weight(
   axes: tuple[str | None, ...],
   std: float,
 ) -> Array:
-  """Declares an f32 matrix, normal with `std` (TR 4.2); axes are logical."""
+  """Declares an f32 matrix, normal with `std` (TR 4.2); axes are logical.
+
+  Args:
+    shape: of the whole; what is given and returned is this device's part.
+  """
+  shape = sharding.local_shape(shape, axes)
   init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
   return module.param(name, init, shape, jnp.float32)
 

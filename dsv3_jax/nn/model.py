@@ -106,11 +106,8 @@ class Model(nn.Module):
     deeper, mtp_stats = self._mtp_chain(batch, router, h_BTD, raw_BTD)
     mtp_loss = jnp.zeros((), jnp.float32)
     for k, h_k in enumerate(deeper, start=1):
-      segments = (batch.weights_BT, batch.segments_BT)
-      weights_BT = losses.mtp_weights(*segments, k, self.isolated)
-      weights_BT *= scales['mtp'][k - 1] / len(deeper)
-      targets_BT = losses.mtp_shift(batch.targets_BT, k)
-      mtp_loss += losses.head_loss(h_k, head_DV, targets_BT, weights_BT)
+      targets = mtp_targets(batch, scales, k, self.isolated)
+      mtp_loss += losses.head_loss(h_k, head_DV, *targets)
     balance = jnp.sum(stats.balance) + jnp.sum(mtp_stats.balance)
     balance *= scales['balance']
     total = main + scales['mtp_weight'] * mtp_loss + balance
@@ -140,16 +137,9 @@ class Model(nn.Module):
 
   def _main(self, batch: Batch, router: Router):
     """Hidden states after and before the final norm, and MoE statistics."""
-    context = self._context(batch)
+    context = make_context(self.cfg, batch, self.isolated)
     raw_BTD, _, stats = self._stacks(batch.tokens_BT, router, context, None)
     return self.final_norm(raw_BTD), raw_BTD, stats
-
-  def _context(self, batch: Batch) -> attention.Context:
-    valid_BT = (batch.segments_BT > 0).astype(jnp.float32)
-    segments_BT = batch.segments_BT if self.isolated else None
-    return attention.make_context(
-      self.cfg, batch.positions_BT, valid_BT, segments_BT
-    )
 
   def _stacks(self, tokens_BT, router, context, caches):
     """Embedding and all layers."""
@@ -168,24 +158,33 @@ class Model(nn.Module):
 
   def _mtp_chain(self, batch: Batch, router: Router, h_BTD, raw_BTD):
     """Normed hidden states of each MTP depth, and their MoE statistics."""
-    context, post = self._context(batch), self.cfg.mtp.hidden == 'post_norm'
-    previous, normed, each = h_BTD if post else raw_BTD, [], []
-    for k, module in enumerate(self.mtp, start=1):
-      # Emb(t_{i+k}); zeros past the end, where no target counts.
-      ahead_BT = losses.mtp_shift(batch.targets_BT, k - 1)
-      # The last k positions have no target: they are no part of L_k or f_i.
-      valid_BT = losses.mtp_shift(context.valid_BT, k)
-      args = (self.embed(ahead_BT), router['mtp'][k - 1])
-      raw, h, stats = module(
-        previous, *args, context._replace(valid_BT=valid_BT)
-      )
-      previous = h if post else raw
-      normed.append(h)
-      each.append(stats)
-    if not each:
-      empty = jnp.zeros((0, self.cfg.moe.num_experts))
-      return [], moe.MoeStats(empty, jnp.zeros(0))
-    return normed, jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+    context = make_context(self.cfg, batch, self.isolated)
+    ahead = [self.embed(t) for t in tokens_ahead(batch, self.cfg.mtp.depth)]
+    return mtp.chain(self.cfg, self.mtp, h_BTD, raw_BTD, ahead, router, context)
+
+
+def make_context(
+  cfg: config.ModelConfig, batch: Batch, isolated: bool
+) -> attention.Context:
+  """What all layers share for a batch."""
+  valid_BT = (batch.segments_BT > 0).astype(jnp.float32)
+  segments_BT = batch.segments_BT if isolated else None
+  return attention.make_context(cfg, batch.positions_BT, valid_BT, segments_BT)
+
+
+def tokens_ahead(batch: Batch, depth: int) -> list[Int[Array, 'B T']]:
+  """t_{i+k} at i, for k = 1 to depth; 0 past the end, where nothing counts."""
+  return [losses.mtp_shift(batch.targets_BT, k) for k in range(depth)]
+
+
+def mtp_targets(
+  batch: Batch, scales: dict[str, Array], depth: int, isolated: bool
+) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
+  """Targets of one depth and what each counts in the mean over depths."""
+  segments = (batch.weights_BT, batch.segments_BT)
+  weights_BT = losses.mtp_weights(*segments, depth, isolated)
+  weights_BT *= scales['mtp'][depth - 1] / len(scales['mtp'])
+  return losses.mtp_shift(batch.targets_BT, depth), weights_BT
 
 
 def _logits(h_BTD: Float[Array, 'B T D'], head_DV) -> Float[Array, 'B T V']:
@@ -216,19 +215,21 @@ def loss_scales(
   The main loss is a mean over the targets that count; MTP's is divided by T of
   every sequence (eq. 24) or, with `normalizer='valid'`, by its own targets.
   A row of padding only is not a sequence: it fills a batch that the ramp has
-  not filled yet.
+  not filled yet. Counts are those of all devices; each adds its share.
   """
   rows, length = weights.shape[-2:]
   weights, segments = (x.reshape(-1, length) for x in (weights, segments))
   sequences = jnp.sum(jnp.any(segments > 0, axis=-1)).astype(jnp.float32)
+  sequences = sharding.psum(sequences, sharding.BATCH_AXES)
+  everywhere = lambda x: sharding.psum(jnp.sum(x), sharding.TOKEN_AXES)
   inverse = lambda count: 1.0 / jnp.maximum(count, 1.0)
   mtp_counts = []
   for k in range(1, cfg.depth + 1):
     counted = losses.mtp_weights(weights, segments, k, isolated)
     by_valid = cfg.normalizer == 'valid'
-    mtp_counts.append(jnp.sum(counted) if by_valid else sequences * length)
+    mtp_counts.append(everywhere(counted) if by_valid else sequences * length)
   return {
-    'main': inverse(jnp.sum(weights)),
+    'main': inverse(everywhere(weights)),
     'mtp': [inverse(count) for count in mtp_counts],
     'balance': rows * inverse(sequences),
   }
@@ -308,7 +309,7 @@ def param_specs(
 
 def _init_boxed(model: Model, key: Array) -> dict:
   """Parameters with their logical axes, declared by the least of batches."""
-  shape = (sharding.batch_shards(), model.cfg.mtp.depth + 1)
+  shape = (1, model.cfg.mtp.depth + 1)
   ints, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape)
   batch = Batch(ints, ints, ints, ints, ones)
   return model.init(key, batch, init_router(model.cfg))['params']

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from dsv3_jax import config, precision, sharding
@@ -36,7 +35,7 @@ class DeepSeekMoE(nn.Module):
     cfg, moe = self.cfg, self.cfg.moe
     std, count = cfg.init_std, moe.num_experts
     shape = (cfg.d_model, count)
-    w_DE = layers.weight(self, 'w_router', shape, ('embed', 'experts'), std)
+    w_DE = layers.weight(self, 'w_router', shape, ('embed', None), std)
     batch, length, dim = x_BTD.shape
     routing_M = routing.route(x_BTD.reshape(-1, dim), w_DE, bias_E, moe)
     unflat = lambda x: x.reshape(batch, length, -1)
@@ -69,25 +68,14 @@ class DeepSeekMoE(nn.Module):
 
 
 def _routed(x_BTD, ids_BTK, gates_BTK, experts, moe, policy):
-  """The routed product, each device on its own tokens."""
-
-  def local(x_BTD, ids_BTK, gates_BTK, experts):
-    flat = lambda x: x.reshape(-1, x.shape[-1])
-    tokens = (flat(x_BTD), flat(ids_BTK), flat(gates_BTK))
-    if policy.fp8:
-      y_MD = fp8_experts.expert_ffn(*tokens, experts, policy)
-    else:
-      how = (moe.product, moe.block_size)
-      y_MD = dispatch.expert_ffn(*tokens, experts, *how)
-    return y_MD.reshape(x_BTD.shape)
-
-  if sharding.batch_shards() == 1:
-    return local(x_BTD, ids_BTK, gates_BTK, experts)
-  # Sorting is local to a shard of the batch: a global sort would gather all
-  # tokens everywhere. Weights come in whole, and their gradients are summed.
-  batch, whole = PartitionSpec(sharding.BATCH_AXES), PartitionSpec()
-  specs = (batch, batch, batch, whole)
-  mapped = jax.shard_map(
-    local, in_specs=specs, out_specs=batch, check_vma=False
-  )
-  return mapped(x_BTD, ids_BTK, gates_BTK, experts)
+  """The routed product of this device's tokens, wherever the experts are."""
+  flat = lambda x: x.reshape(-1, x.shape[-1])
+  tokens = (flat(x_BTD), flat(ids_BTK), flat(gates_BTK))
+  # A hop over nodes, then one within the node (TR 3.2.2).
+  axes = tuple(axis for axis in sharding.EXPERT_AXES if sharding.size(axis) > 1)
+  if policy.fp8:
+    y_MD = fp8_experts.expert_ffn(*tokens, experts, policy, axes)
+  else:
+    how = (moe.product, moe.block_size, axes)
+    y_MD = dispatch.expert_ffn(*tokens, experts, *how)
+  return y_MD.reshape(x_BTD.shape)

@@ -8,6 +8,8 @@ eq. 21 writes the reverse, which is a permutation of M's columns. The output
 norm is the module's own; embedding and head are the main model's.
 """
 
+from collections.abc import Callable, Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,7 +17,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax import config, precision
 from dsv3_jax.nn import attention, block, layers, moe
-from dsv3_jax.ops import linear
+from dsv3_jax.ops import linear, losses
 
 
 class MtpModule(nn.Module):
@@ -55,3 +57,35 @@ class MtpModule(nn.Module):
       )
       (x_BTD, _), stats = body((x_BTD, None), bias_E, jnp.array(0), context)
       return x_BTD, layers.RMSNorm(cfg, name='final_norm')(x_BTD), stats
+
+
+def chain(
+  cfg: config.ModelConfig,
+  modules: Sequence[Callable],
+  h_BTD: Float[Array, 'B T D'],
+  raw_BTD: Float[Array, 'B T D'],
+  ahead: Sequence[Float[Array, 'B T D']],
+  router: dict[str, Array],
+  context: attention.Context,
+) -> tuple[list[Array], moe.MoeStats]:
+  """Normed hidden states of each depth, and their MoE statistics.
+
+  Args:
+    h_BTD, raw_BTD: the main model's, after and before its final norm.
+    ahead: Emb(t_{i+k}) for each depth k.
+  """
+  post = cfg.mtp.hidden == 'post_norm'
+  previous, normed, each = h_BTD if post else raw_BTD, [], []
+  pairs = zip(modules, ahead, strict=True)
+  for k, (module, embedded_BTD) in enumerate(pairs, start=1):
+    # The last k positions have no target: they are no part of L_k or f_i.
+    valid_BT = losses.mtp_shift(context.valid_BT, k)
+    args = (embedded_BTD, router['mtp'][k - 1])
+    raw, h, stats = module(previous, *args, context._replace(valid_BT=valid_BT))
+    previous = h if post else raw
+    normed.append(h)
+    each.append(stats)
+  if not each:
+    empty = jnp.zeros((0, cfg.moe.num_experts))
+    return [], moe.MoeStats(empty, jnp.zeros(0))
+  return normed, jax.tree.map(lambda *xs: jnp.stack(xs), *each)

@@ -12,9 +12,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config
+from dsv3_jax import config, sharding
 from dsv3_jax.ops import routing
 
+# Ranks of a pipeline share the vocabulary of the head.
+_VOCAB_AXIS = 'pipe'
+# Devices along these share each sequence.
+_SEQUENCE_AXES = ('context',)
 _TOKENS_AT_ONCE = 2048  # logits of so many tokens exist at a time
 
 
@@ -36,11 +40,22 @@ def head_loss(
 ) -> Float[Array, '']:
   """Weighted sum of the cross-entropies of softmax(h W_head), f32 [nats].
 
-  The head is multiplied in the dtype of h. Logits exist for a few tokens at a
-  time. Since the result is one number, the gradients are made in the forward
-  pass, while the logits are there, and scaled in the backward pass.
+  The head is multiplied in the dtype of h; where a pipeline cuts the vocabulary
+  over its ranks, each has its columns and all have the same h. Logits exist for
+  a few tokens at a time. Since the result is one number, the gradients are made
+  in the forward pass, while the logits are there, and scaled in the backward.
   """
   return _scan_head(h_BTD, head_DV, targets_BT, weights_BT, False)[0]
+
+
+def head_loss_and_grads(
+  h_BTD: Float[Array, 'B T D'],
+  head_DV: Float[Array, 'D V'],
+  targets_BT: Int[Array, 'B T'],
+  weights_BT: Float[Array, 'B T'],
+) -> tuple[Array, tuple[Array, Array]]:
+  """`head_loss` and its gradients of h and head, for who splits a backward."""
+  return _scan_head(h_BTD, head_DV, targets_BT, weights_BT, True)
 
 
 def head_token_losses(
@@ -87,12 +102,11 @@ def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
     total, dhead_DV = carry
     h_BtD, targets_Bt, weights_Bt = piece
     logits = _head_logits(h_BtD, cast_DV)
-    losses = token_losses(logits, targets_Bt)
+    losses, p, hot = _cross_entropy(logits, targets_Bt)
     total += jnp.sum(losses * weights_Bt)
     if not with_grads:
       return (total, dhead_DV), None
-    hot = targets_Bt[..., None] == jnp.arange(head_DV.shape[-1])
-    dlogits = (jax.nn.softmax(logits, axis=-1) - hot) * weights_Bt[..., None]
+    dlogits = (p - hot) * weights_Bt[..., None]
     dlogits = dlogits.astype(h_BtD.dtype)
     dhead_DV += jnp.einsum(
       'btd,btv->dv', h_BtD, dlogits, preferred_element_type=jnp.float32
@@ -107,7 +121,23 @@ def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
   if not with_grads:
     return total, None
   dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(h_BTD.shape)
+  dh_BTD = sharding.psum(dh_BTD, _VOCAB_AXIS)
   return total, (dh_BTD, dhead_DV.astype(head_DV.dtype))
+
+
+def _cross_entropy(logits_BtV, targets_Bt):
+  """Losses, probabilities and one-hot targets of this device's vocabulary."""
+  first = sharding.index(_VOCAB_AXIS) * logits_BtV.shape[-1]
+  hot_BtV = (targets_Bt - first)[..., None] == jnp.arange(logits_BtV.shape[-1])
+  most_Bt1 = jnp.max(logits_BtV, axis=-1, keepdims=True)
+  most_Bt1 = sharding.pmax(most_Bt1, _VOCAB_AXIS)
+  e_BtV = jnp.exp(logits_BtV - most_Bt1)
+  sums_Bt1 = jnp.sum(e_BtV, axis=-1, keepdims=True)
+  sums_Bt1 = sharding.psum(sums_Bt1, _VOCAB_AXIS)
+  chosen_Bt = jnp.sum(jnp.where(hot_BtV, logits_BtV - most_Bt1, 0.0), axis=-1)
+  chosen_Bt = sharding.psum(chosen_Bt, _VOCAB_AXIS)
+  losses_Bt = jnp.log(sums_Bt1[..., 0]) - chosen_Bt
+  return losses_Bt, e_BtV / sums_Bt1, hot_BtV
 
 
 def _head_logits(h_BtD, head_DV):
@@ -177,40 +207,52 @@ def balance_loss(
     if cfg.kind == 'v2':
       return _v2_losses(probs_BTE, ids_BTK, valid_BT, cfg, moe)
     _, top_BTK = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), moe.top_k)
+    axes = _SEQUENCE_AXES
     if cfg.kind == 'batch':
+      axes = sharding.TOKEN_AXES
       flat = lambda x: x.reshape(1, -1, *x.shape[2:])
       probs_BTE, top_BTK, valid_BT = map(flat, (probs_BTE, top_BTK, valid_BT))
-    f_BE = _frequency(top_BTK, valid_BT, moe)
-    p_BE = _mean_prob(probs_BTE, valid_BT)
-    return cfg.alpha * jnp.mean(jnp.sum(f_BE * p_BE, axis=-1))
+    tokens_B1 = _tokens(valid_BT, axes)
+    f_BE = _frequency(top_BTK, valid_BT, tokens_B1, moe, axes)
+    p_BE = _mean_prob(probs_BTE, valid_BT, tokens_B1, axes)
+    mean = jnp.mean(jnp.sum(f_BE * p_BE, axis=-1))
+    return cfg.alpha * mean / sharding.size(_SEQUENCE_AXES)
 
 
-def _frequency(ids_BTK, valid_BT, moe):
+def _tokens(valid_BT, axes):
+  """Tokens of each sequence, at least 1, over the devices that share it."""
+  tokens_B1 = sharding.psum(jnp.sum(valid_BT, axis=1, keepdims=True), axes)
+  return jnp.maximum(tokens_B1, 1.0)
+
+
+def _frequency(ids_BTK, valid_BT, tokens_B1, moe, axes):
   """f_i = E / (K T) * tokens of the sequence that chose i (eq. 18)."""
   count_BE = routing.count_per_sequence(ids_BTK, moe.num_experts, valid_BT)
-  tokens_B1 = jnp.maximum(jnp.sum(valid_BT, axis=1, keepdims=True), 1.0)
+  count_BE = sharding.psum(count_BE, axes)
   return count_BE * moe.num_experts / (moe.top_k * tokens_B1)
 
 
-def _mean_prob(probs_BTE, valid_BT):
+def _mean_prob(probs_BTE, valid_BT, tokens_B1, axes):
   """P_i = mean over the sequence's tokens of s'_i (eq. 20)."""
-  tokens_B1 = jnp.maximum(jnp.sum(valid_BT, axis=1, keepdims=True), 1.0)
-  return jnp.sum(probs_BTE * valid_BT[..., None], axis=1) / tokens_B1
+  sums_BE = jnp.sum(probs_BTE * valid_BT[..., None], axis=1)
+  return sharding.psum(sums_BE, axes) / tokens_B1
 
 
 def _v2_losses(probs_BTE, ids_BTK, valid_BT, cfg, moe):
   """V2's three losses: over experts, devices, and tokens sent to devices."""
-  f_BE = _frequency(ids_BTK, valid_BT, moe)
-  p_BE = _mean_prob(probs_BTE, valid_BT)
+  axes = _SEQUENCE_AXES
+  tokens_B1 = _tokens(valid_BT, axes)
+  f_BE = _frequency(ids_BTK, valid_BT, tokens_B1, moe, axes)
+  p_BE = _mean_prob(probs_BTE, valid_BT, tokens_B1, axes)
   groups = (f_BE.shape[0], moe.num_groups, -1)
   f_BG = jnp.mean(f_BE.reshape(groups), axis=-1)
   p_BG = jnp.sum(p_BE.reshape(groups), axis=-1)
   group_BTK = ids_BTK // (moe.num_experts // moe.num_groups)
   hot_BTG = jnp.max(jax.nn.one_hot(group_BTK, moe.num_groups), axis=2)
-  tokens_B1 = jnp.maximum(jnp.sum(valid_BT, axis=1, keepdims=True), 1.0)
   sent_BG = jnp.sum(hot_BTG * valid_BT[..., None], axis=1)
+  sent_BG = sharding.psum(sent_BG, axes)
   sent_BG *= moe.num_groups / (moe.top_groups * tokens_B1)
   total_B = cfg.v2_expert_alpha * jnp.sum(f_BE * p_BE, axis=-1)
   total_B += cfg.v2_device_alpha * jnp.sum(f_BG * p_BG, axis=-1)
   total_B += cfg.v2_comm_alpha * jnp.sum(sent_BG * p_BG, axis=-1)
-  return jnp.mean(total_B)
+  return jnp.mean(total_B) / sharding.size(axes)

@@ -1,0 +1,336 @@
+"""Runs a schedule's table as one SPMD program (TR 3.2.1).
+
+Every rank of `pipe` runs the same loop over ticks. In a tick it does what its
+row of the table says, with operands out of its buffers; then all ranks pass on
+what they made, and share the work of embedding and head: both are cut over the
+vocabulary, so that no rank has more of it than another. The table is an input:
+another number of micro-batches compiles nothing anew.
+
+A branch that is not taken is a loop of no turns rather than a conditional: what
+a loop carries stays in place, gradient sums above all, and what passes through
+a conditional may be copied.
+
+Letters: c chunks (stages) of a rank, n slots of a chunk, s slots of a buffer, d
+directions, k the main model and its MTP depths; T in `_TRf` and `_Tdg` ticks.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import config, precision
+from dsv3_jax.nn import model
+from dsv3_jax.nn import stage as stages
+from dsv3_jax.parallel import chunks, ends, split
+from dsv3_jax.parallel import layout as layouts
+from dsv3_jax.parallel import program as programs
+
+Tree = Any
+State = dict[str, Any]
+_AXIS = chunks.AXIS
+
+
+class Kind(NamedTuple):
+  """What tells the program of one stage from that of another."""
+
+  num_dense: int
+  num_moe: int
+  first: bool
+  last: bool
+
+
+class Table(NamedTuple):
+  """A program's arrays, padded to the longest step.
+
+  counts: how many ticks count, and how many micro-batches.
+  """
+
+  fields_TRf: jax.Array
+  globals_Tdg: jax.Array
+  counts: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pipeline:
+  """A model, its layout, and the program of its longest step."""
+
+  cfg: config.Config
+  layout: layouts.Layout
+  program: programs.Program
+
+
+def gradients(
+  pipe: Pipeline,
+  params: Tree,
+  router: Tree,
+  batch_nBT: model.Batch,
+  scales: dict[str, jax.Array],
+  table: Table,
+) -> tuple[Tree, dict[str, jax.Array]]:
+  """Gradients of a whole step and its loss parts, inside a mapped function.
+
+  Args:
+    params: of `Layout.from_model`, this rank's part, gathered over all axes but
+      `pipe`. router: likewise, `{'moe': [1, c, n, E], 'mtp': [depth, E]}`.
+    scales: of `model.loss_scales`, with 'mtp_weight'.
+  Returns:
+    Gradients like `params`, of this device's tokens, and parts as `Model.loss`
+    has them, of all ranks; 'load' is [1, c, n, E], of this one's masters.
+  """
+  run = _Run(pipe, params, router, batch_nBT, scales)
+
+  def tick(t, state):
+    return run.tick(state, table.fields_TRf[t, 0], table.globals_Tdg[t])
+
+  return run.finish(jax.lax.fori_loop(0, table.counts[0], tick, run.start()))
+
+
+class _Run:
+  """What does not change from tick to tick, and what happens in one."""
+
+  def __init__(self, pipe, params, router, batch_nBT, scales):
+    self.cfg, self.program, self.params = pipe.cfg, pipe.program, params
+    self.depth, self.batch_nBT, self.scales = (
+      pipe.cfg.model.mtp.depth,
+      batch_nBT,
+      scales,
+    )
+    self.compute = precision.POLICIES[pipe.cfg.precision].compute
+    self.router = router
+    schedule = pipe.program.schedule
+    self.ends = ends.Ends(pipe.cfg, schedule, params, batch_nBT, scales)
+    self.maker = chunks.Chunks(pipe.cfg, pipe.layout, schedule)
+    self.chunks = self.maker.from_masters(params, router)
+    tail = ['final_norm', *(f'mtp_{k}' for k in range(self.depth))]
+    self.tail = self.maker.weights({name: params[name] for name in tail})
+    self.shape = (*batch_nBT.tokens_BT.shape[1:], pipe.cfg.model.d_model)
+    # One half of each kind stands for all: weights have the same shapes.
+    branches = [half for branch in pipe.program.branches for half in branch]
+    halves = {half.kind: half for half in branches if half is not None}
+    self.parts = {kind: self._split(half) for kind, half in halves.items()}
+
+  # Stages.
+
+  def _weights(self, half: programs.Half) -> chunks.Weights:
+    """What the stage's module declares, out of its chunk."""
+    kind = self.program.kinds[half.kind]
+    names = [f'dense_{n}' for n in range(kind.num_dense)]
+    names += [f'moe_{n}' for n in range(kind.num_moe)]
+    pick = lambda tree: {name: tree[name] for name in names if name in tree}
+    found = chunks.Weights(*map(pick, self.chunks[half.chunk].layers))
+    if kind.last:
+      pairs = zip(found, self.tail, strict=True)
+      found = chunks.Weights(*(a | b for a, b in pairs))
+    return found
+
+  def _consts(self, half: programs.Half, microbatch) -> tuple:
+    """Batch and router biases that a stage reads."""
+    kind = self.program.kinds[half.kind]
+    batch = jax.tree.map(lambda x: x[microbatch], self.batch_nBT)
+    router = {'moe': self.chunks[half.chunk].bias_nE[: kind.num_moe]}
+    return batch, router | {k: v for k, v in self.router.items() if k == 'mtp'}
+
+  def _split(self, half: programs.Half) -> split.Split:
+    """The parts of a stage's function."""
+    cfg, kind = self.cfg, self.program.kinds[half.kind]
+    policy = precision.POLICIES[cfg.precision]
+    net = stages.Stage(
+      cfg.model,
+      cfg.balance,
+      policy,
+      cfg.data.isolate_samples,
+      kind.num_dense,
+      kind.num_moe,
+      kind.last,
+    )
+
+    def run(w, x, consts):
+      variables = {'params': w.weights}
+      if w.quantized:
+        variables['quantized'] = w.quantized
+      return net.apply(variables, *x, *consts)
+
+    x_BTD = jnp.zeros(self.shape, self.compute)
+    x = (x_BTD, [x_BTD] * self.depth if kind.last else [])
+    return split.split_stage(
+      run,
+      self._weights(half),
+      x,
+      self._consts(half, 0),
+      trained=lambda w: w.weights,
+    )
+
+  # One tick.
+
+  def start(self) -> State:
+    """Empty buffers and sums."""
+    slots = self.program.slots
+    wide = (1 + self.depth, *self.shape)
+    zeros = lambda *shape: jnp.zeros(shape, self.compute)
+    f32 = lambda tree: jax.tree.map(
+      lambda w: jnp.zeros(w.shape, jnp.float32), tree
+    )
+    held = lambda name, avals: [
+      jnp.zeros((slots.get(name, 0), *a.shape), a.dtype) for a in avals
+    ]
+    count = self.cfg.model.moe.num_experts
+    return {
+      'y': zeros(*self.shape),
+      'hidden': zeros(*wide),
+      'dx': zeros(*self.shape),
+      'dahead': zeros(self.depth, *self.shape),
+      'in': zeros(slots.get('in', 0) + 1, *self.shape),
+      'grad': zeros(slots.get('grad', 0) + 1, *self.shape),
+      'head': zeros(slots['head'] + 1, *wide),
+      'kept': {
+        k: held(f'kept_{k}', s.residuals) for k, s in self.parts.items()
+      },
+      'carry': {k: held(f'carry_{k}', s.carry) for k, s in self.parts.items()},
+      'grads': [f32(chunk.layers.weights) for chunk in self.chunks],
+      'tail': f32(self.tail.weights),
+      'ends': f32({name: self.params[name] for name in ('embed', 'head')}),
+      'load': [jnp.zeros_like(chunk.bias_nE) for chunk in self.chunks],
+      'mtp_load': jnp.zeros((self.depth, count), jnp.float32),
+      'loss': jnp.zeros(()),
+      'mtp_loss': jnp.zeros(()),
+      'balance': jnp.zeros(()),
+    }
+
+  def tick(self, state: State, row, now) -> State:
+    """An action, the exchange, the head, the gradient of the embedding."""
+    row = dict(zip(self._fields(), row, strict=True))
+    now = [dict(zip(programs.GLOBALS, way, strict=True)) for way in now]
+    embedded = [self.ends.embed(way) for way in now]
+    for number, branch in enumerate(self.program.branches):
+      if number:
+        act = functools.partial(self._act, branch, embedded, row)
+        state = ends.when(row['branch'] == number, act, state)
+    state = self._exchange(state, row)
+    for way, told in enumerate(now):
+      act = functools.partial(self.ends.head, way, told['last_f'], row)
+      state = ends.when(told['last_f'] >= 0, act, state)
+      act = functools.partial(self.ends.embed_gradient, way, told)
+      any_ = (told['first_b'] >= 0) | (told['last_b'] >= 0)
+      state = ends.when(any_, act, state)
+    return state
+
+  def _fields(self) -> list[Any]:
+    ways = range(len(self.program.schedule.homes))
+    return [
+      *programs.FIELDS,
+      *self.program.lanes,
+      *(f'head_{way}' for way in ways),
+    ]
+
+  def _act(self, branch: programs.Branch, embedded, row, state: State):
+    """The backward half first: it frees what the forward half may take."""
+    if branch.backward is not None:
+      state = self._backward(branch.backward, row, state)
+    if branch.forward is not None:
+      state = self._forward(branch.forward, embedded, row, state)
+    return state
+
+  def _forward(self, half, embedded, row, state: State) -> State:
+    kind = self.program.kinds[half.kind]
+    way = row['f_direction']
+    x = state['in'][row['f_in']]
+    if kind.first:
+      x = jnp.stack([x for x, _ in embedded])[way]
+    ahead = []
+    if kind.last and self.depth:
+      ahead = list(jnp.stack([jnp.stack(a) for _, a in embedded])[way])
+    consts = self._consts(half, row['f_microbatch'])
+    with jax.named_scope('forward'):
+      y, told, kept = self.parts[half.kind].forward(
+        self._weights(half), (x, ahead), consts
+      )
+    state = state | {'hidden' if kind.last else 'y': y}
+    state['kept'] = state['kept'] | {
+      half.kind: _put_all(state['kept'][half.kind], row['f_kept'], kept)
+    }
+    state['balance'] += told['balance'] * self.scales['balance']
+    state['mtp_load'] += 0 if not kind.last else told['mtp_load']
+    loads = list(state['load'])
+    if kind.num_moe:
+      at = loads[half.chunk].at[: kind.num_moe]
+      loads[half.chunk] = at.add(told['load'])
+    return state | {'load': loads}
+
+  def _backward(self, half, row, state: State) -> State:
+    kind, parts = self.program.kinds[half.kind], self.parts[half.kind]
+    weights, state = self._weights(half), dict(state)
+    take = lambda name, slot: [x[row[slot]] for x in state[name][half.kind]]
+    if half.part == 'W':
+      with jax.named_scope('backward_weight'):
+        grads = parts.backward_weight(weights, take('carry', 'b_carry'))
+      return self._add(half, state, grads)
+    dy = state['head' if kind.last else 'grad'][row['b_grad']]
+    count = self.cfg.model.moe.num_experts
+    zeros = lambda n: jnp.zeros((n, count), jnp.float32)
+    dtold = {
+      'balance': self.scales['balance'],
+      'load': zeros(kind.num_moe),
+      'mtp_load': zeros(self.depth if kind.last else 0),
+    }
+    kept = take('kept', 'b_kept')
+    if half.part == 'I':
+      with jax.named_scope('backward_input'):
+        dx, carry = parts.backward_input(weights, kept, dy, dtold)
+      state['carry'] = state['carry'] | {
+        half.kind: _put_all(state['carry'][half.kind], row['b_carry'], carry)
+      }
+    else:
+      with jax.named_scope('backward'):
+        dx, grads = parts.backward(weights, kept, dy, dtold)
+      state = self._add(half, state, grads)
+    state['dx'], dahead = dx
+    if kind.last and self.depth:
+      state['dahead'] = jnp.stack(dahead)
+    return state
+
+  def _add(self, half, state: State, grads: Tree) -> State:
+    """Adds a stage's weight gradients to its chunk's and the tail's sums."""
+    sums, tail = list(state['grads']), dict(state['tail'])
+    mine = dict(sums[half.chunk])
+    for name, grad in grads.items():
+      where = tail if name in tail else mine
+      where[name] = jax.tree.map(
+        lambda a, b: a + b.astype(jnp.float32), where[name], grad
+      )
+    sums[half.chunk] = mine
+    return state | {'grads': sums, 'tail': tail}
+
+  def _exchange(self, state: State, row) -> State:
+    """What was made goes on its ways; a table says what is taken of it."""
+    state, ranks = dict(state), self.program.schedule.ranks
+    with jax.named_scope('pipeline_exchange'):
+      for lane in self.program.lanes:
+        x = state[lane.what]
+        if lane.hop:
+          pairs = [(r, (r + lane.hop) % ranks) for r in range(ranks)]
+          x = jax.lax.ppermute(x, _AXIS, pairs)
+        buffer = {'y': 'in', 'dx': 'grad'}[lane.what]
+        state[buffer] = ends.put(state[buffer], row[lane], x)
+    return state
+
+  def finish(self, state: State) -> tuple[Tree, dict[str, jax.Array]]:
+    """Gradients of the masters, and the parts of the loss."""
+    grads = self.maker.to_masters(state['grads']) | state['tail']
+    grads |= state['ends']
+    balance = jax.lax.psum(state['balance'], _AXIS)
+    total = state['loss'] + self.scales['mtp_weight'] * state['mtp_loss']
+    parts = {name: state[name] for name in ('loss', 'mtp_loss')}
+    return grads, parts | {
+      'balance': balance,
+      'total': total + balance,
+      'load': self.maker.sums(state['load']),
+      'mtp_load': jax.lax.psum(state['mtp_load'], _AXIS),
+    }
+
+
+def _put_all(buffers, slot, values):
+  pairs = zip(buffers, values, strict=True)
+  return [ends.put(buffer, slot, x) for buffer, x in pairs]

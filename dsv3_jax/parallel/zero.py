@@ -1,0 +1,140 @@
+"""ZeRO-1: master weights and optimizer state exist once (TR 3.2).
+
+A parameter has two partitions. Its compute form is what the model multiplies:
+experts are cut over their axes, everything else is whole on every device. Its
+master, like the moments beside it, is cut further, over every axis along which
+the compute form is repeated. A step gathers the masters once, adds gradients of
+all micro-batches up locally, and brings each sum to where its master is.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax import sharding
+from dsv3_jax.nn import model
+
+Spec = sharding.Spec
+Tree = Any
+
+
+class Placement(NamedTuple):
+  """Where one parameter is.
+
+  compute, master: partitions. dim: the dim that the master is cut further in,
+  over `axes`; () where no dim can be divided. sums: axes along which gradients
+  are sums of other tokens.
+  """
+
+  compute: Spec
+  master: Spec
+  dim: int
+  axes: tuple[str, ...]
+  sums: tuple[str, ...]
+
+
+def placements(specs: Tree, shapes: Tree, sizes: Mapping[str, int]) -> Tree:
+  """A `Placement` for every parameter.
+
+  Args:
+    specs: partitions of the compute forms. shapes: of the whole parameters.
+    sizes: devices along each mesh axis.
+  """
+  is_spec = lambda x: isinstance(x, Spec)
+  place = lambda spec, like: _place(spec, like.shape, sizes)
+  return jax.tree.map(place, specs, shapes, is_leaf=is_spec)
+
+
+def model_placements(net: model.Model, sizes: Mapping[str, int]) -> Tree:
+  """Those of a model in its own form, on a mesh without a pipeline."""
+  shapes = jax.eval_shape(lambda: model.init_params(net, jax.random.key(0)))
+  return placements(model.param_specs(net), shapes, sizes)
+
+
+def _place(spec: Spec, shape: tuple[int, ...], sizes) -> Placement:
+  """Cuts the largest dim that divides over as many axes as divide it."""
+  used = {axis for axes in spec for axis in axes_of(axes)}
+  # Ranks of a pipeline add up what the layers of each make of a parameter.
+  repeated = (*sharding.TOKEN_AXES, 'pipe')
+  sums = tuple(axis for axis in repeated if axis not in used)
+  free = [axis for axis in sums if sizes[axis] > 1]
+  by_length = sorted(range(len(shape)), key=lambda dim: -shape[dim])
+  for axes, dim in itertools.product(_choices(free), by_length):
+    along = axes_of(spec[dim]) + axes
+    if shape[dim] % math.prod(sizes[axis] for axis in along) == 0:
+      parts = list(spec)
+      parts[dim] = along
+      return Placement(spec, Spec(*parts), dim, axes, sums)
+  return Placement(spec, spec, 0, (), sums)
+
+
+def _choices(free: list[str]) -> Iterator[tuple[str, ...]]:
+  """All the axes, then fewer."""
+  for count in range(len(free), 0, -1):
+    yield from itertools.combinations(free, count)
+
+
+def gather(masters: Tree, placed: Tree) -> Tree:
+  """Compute forms from masters, inside a mapped function."""
+
+  def one(w, place):
+    if not place.axes:
+      return w
+    return jax.lax.all_gather(w, place.axes, axis=place.dim, tiled=True)
+
+  return jax.tree.map(one, masters, placed)
+
+
+def reduce(grads: Tree, placed: Tree) -> Tree:
+  """Gradients of compute forms -> of masters, summed over all devices."""
+
+  def one(g, place):
+    whole = tuple(axis for axis in place.sums if axis not in place.axes)
+    g = sharding.psum(g, whole)
+    if not place.axes:
+      return g
+    return jax.lax.psum_scatter(
+      g, place.axes, scatter_dimension=place.dim, tiled=True
+    )
+
+  return jax.tree.map(one, grads, placed)
+
+
+def norm(grads: Tree, placed: Tree) -> jax.Array:
+  """Global L2 norm of masters' gradients, each entry counted once."""
+  sums = {}
+  pairs = zip(jax.tree.leaves(grads), leaves(placed), strict=True)
+  for g, place in pairs:
+    cut = tuple(sorted(axis for axes in place.master for axis in axes_of(axes)))
+    square = jnp.sum(jnp.square(g.astype(jnp.float32)))
+    sums[cut] = sums.get(cut, 0.0) + square
+  total = sum(sharding.psum(value, cut) for cut, value in sums.items())
+  return jnp.sqrt(total)
+
+
+def masters(placed: Tree) -> Tree:
+  """The masters' partitions."""
+  return _map(lambda place: place.master, placed)
+
+
+def computes(placed: Tree) -> Tree:
+  """The compute forms' partitions."""
+  return _map(lambda place: place.compute, placed)
+
+
+def _map(function, placed: Tree) -> Tree:
+  is_place = lambda x: isinstance(x, Placement)
+  return jax.tree.map(function, placed, is_leaf=is_place)
+
+
+def leaves(placed: Tree) -> list[Placement]:
+  is_place = lambda x: isinstance(x, Placement)
+  return jax.tree.leaves(placed, is_leaf=is_place)
+
+
+def axes_of(axes: sharding.MeshAxes) -> tuple[str, ...]:
+  return (axes,) if isinstance(axes, str) else axes or ()

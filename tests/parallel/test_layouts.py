@@ -1,0 +1,70 @@
+"""Layouts train as one device does; a subset that covers every feature.
+
+The whole table is `dsv3 bench layouts`.
+"""
+
+import pytest
+
+from benchmarks import layouts
+
+FOUR_LAYERS = {'model.num_layers': 4}
+CASES = {
+  'flat': layouts.Case('', {'data': 2, 'node': 2, 'expert': 2}),
+  'dualpipe': layouts.Case('', {'pipe': 4, 'data': 2, 'schedule': 'dualpipe'}),
+  'zb1p': layouts.Case(
+    '',
+    {'pipe': 2, 'expert': 2, 'data': 2, 'schedule': 'zb1p'},
+    FOUR_LAYERS | layouts.FEATURES['batch balance'],
+  ),
+  'dualpipev': layouts.Case(
+    '',
+    {'pipe': 2, 'node': 2, 'expert': 2, 'schedule': 'dualpipev'},
+    FOUR_LAYERS | layouts.FEATURES['V2 balance'],
+  ),
+  '1f1b': layouts.Case(
+    '',
+    {'pipe': 2, 'schedule': '1f1b'},
+    FOUR_LAYERS | layouts.FEATURES['isolated'] | layouts.FEATURES['unrolled'],
+  ),
+  'interleaved': layouts.Case(
+    '',
+    {'pipe': 2, 'schedule': 'interleaved'},
+    FOUR_LAYERS | layouts.FEATURES['no MTP'],
+  ),
+  'gpipe': layouts.Case(
+    '',
+    {'pipe': 2, 'expert': 2, 'schedule': 'gpipe'},
+    FOUR_LAYERS | layouts.FEATURES['MTP 2, pre-norm, valid'],
+  ),
+  'fp8': layouts.Case(
+    '',
+    {'pipe': 2, 'expert': 2, 'schedule': 'dualpipe'},
+    layouts.FEATURES['fp8'],
+  ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize('name', CASES)
+def test_layout_is_one_device(name):
+  cfg = layouts.make_config(*CASES[name][1:])
+  row = layouts.compare(cfg, num_steps=5 if cfg.precision == 'f32' else 1)
+  assert not layouts.is_wrong(row, cfg.precision), row
+
+
+def test_a_wrong_gradient_is_seen():
+  row = {'told': 0.0, 'gradients': 1e-7, 'weights': 3e-6, 'biases_equal': True}
+  assert layouts.is_wrong(row, 'f32')
+  row['weights'] = 1e-6
+  assert not layouts.is_wrong(row, 'f32')
+  assert layouts.is_wrong(row | {'biases_equal': False}, 'f32')
+  assert layouts.is_wrong(row | {'gradients': float('nan')}, 'f32')
+
+
+def test_the_table_covers_meshes_times_schedules():
+  names = [case.name for case in layouts.table()]
+  assert len(names) == len(set(names)) > 80
+  for kind in layouts.KINDS:
+    assert f'{kind} pipe4 data2' in names
+    assert f'{kind} pipe2 expert2 node2' in names

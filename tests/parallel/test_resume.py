@@ -1,0 +1,84 @@
+"""A checkpoint knows no mesh: it goes on under any other layout."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import layouts
+from dsv3_jax import errors, metrics, sharding, train
+from dsv3_jax import train_step as steps
+from dsv3_jax.parallel import plan
+from tests import tiny_run
+
+MESHES = (
+  {'pipe': 4, 'data': 2, 'schedule': 'dualpipe'},
+  {'data': 2, 'node': 2, 'expert': 2},
+  {'pipe': 2, 'expert': 4, 'schedule': 'dualpipev'},
+  {'pipe': 2, 'schedule': 'interleaved'},
+)
+
+
+@pytest.mark.parametrize('scan', [True, False])
+def test_states_go_from_layout_to_layout_to_the_bit(scan):
+  changes = {'model.scan_layers': scan}
+  want = state = layouts.start(layouts.make_config({}, changes))
+  for axes in MESHES:
+    cfg = layouts.make_config(axes, changes)
+    trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
+    placed = jax.device_put(jax.device_get(state), trainer.model_shardings())
+    spread = trainer.from_model(placed)
+    w_up = spread['params']['moe' if trainer.plan.pipe else 'moe_layers']
+    size = sum(x.addressable_shards[0].data.size for x in jax.tree.leaves(w_up))
+    whole = sum(x.size for x in jax.tree.leaves(w_up))
+    assert size * trainer.mesh.size <= 1.3 * whole  # masters exist once
+    state = trainer.to_model(spread)
+  assert steps.same_bits(jax.device_get(state), jax.device_get(want))
+
+
+def until(cfg, steps_, **axes):
+  tokens = tiny_run.tokens_after(steps_)
+  return dataclasses.replace(
+    cfg,
+    train=dataclasses.replace(cfg.train, total_tokens=tokens),
+    parallel=dataclasses.replace(cfg.parallel, **axes),
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+  """Pipeline with experts over devices, then data, then one device."""
+  cfg = tiny_run.make(tmp_path, optim__eps=1e-3)
+  train.run(until(cfg, 12), tmp_path / 'one')
+  path = tmp_path / 'many'
+  train.run(until(cfg, 8, pipe=2, expert=2, schedule='gpipe'), path)
+  train.run(until(cfg, 10, data=2), path)
+  train.run(until(cfg, 12), path)
+  lines = [
+    [x for x in metrics.read_metrics(folder) if x['kind'] == 'train']
+    for folder in (tmp_path / 'one', path)
+  ]
+  for want, got in zip(*lines, strict=True):
+    assert got['step'] == want['step'] and got['tokens'] == want['tokens']
+    for name in ('loss', 'mtp_loss', 'balance', 'grad_norm', 'max_violation'):
+      np.testing.assert_allclose(got[name], want[name], rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+  ('axes', 'said'),
+  [
+    (
+      {'pipe': 4, 'schedule': 'dualpipe'},
+      'parallel.pipe=4 with parallel.schedule=.dualpipe. and 4 micro-batches '
+      'of train.microbatch_size=16: .*microbatches=4 must be even and >= 2',
+    ),
+    ({'pipe': 16, 'schedule': '1f1b'}, 'stages=16 must be >= 1 and <= model.n'),
+  ],
+)
+def test_what_no_pipeline_can_do_is_one_line(axes, said):
+  cfg = layouts.make_config(axes, {'train.microbatch_size': 16})
+  with pytest.raises(errors.InputError, match=said) as caught:
+    plan.make(cfg, dataclasses.asdict(cfg.parallel))
+  assert '\n' not in str(caught.value)
