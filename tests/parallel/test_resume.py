@@ -78,7 +78,8 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
   ],
 )
 def test_what_no_pipeline_can_do_is_one_line(axes, said):
-  cfg = layouts.make_config(axes, {'train.microbatch_size': 16})
+  changes = {'train.microbatch_size': 16, 'eval.batch_size': 16}
+  cfg = layouts.make_config(axes, changes)
   with pytest.raises(errors.InputError, match=said) as caught:
     plan.make(cfg, dataclasses.asdict(cfg.parallel))
   assert '\n' not in str(caught.value)
