@@ -110,14 +110,23 @@ class Trainer:
     """A state in the model's form as this trainer needs it."""
     if self.plan.pipe is None:
       return state
-    return jax.jit(self._from_model, out_shardings=self.shardings())(state)
+    return self._from_model_jit(state)
 
   def to_model(self, state: State) -> State:
     """The state in the model's form: for checkpoints, evaluation, export."""
     if self.plan.pipe is None:
       return state
+    return self._to_model_jit(state)
+
+  # Compiled once: a save and an evaluation come again and again.
+  @functools.cached_property
+  def _from_model_jit(self) -> Callable:
+    return jax.jit(self._from_model, out_shardings=self.shardings())
+
+  @functools.cached_property
+  def _to_model_jit(self) -> Callable:
     convert = functools.partial(_convert, self.plan.to_model)
-    return jax.jit(convert, out_shardings=self.model_shardings())(state)
+    return jax.jit(convert, out_shardings=self.model_shardings())
 
   def _from_model(self, state: State) -> State:
     return _convert(self.plan.from_model, state)

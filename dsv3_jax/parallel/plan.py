@@ -164,7 +164,7 @@ def _table(pipe: pipeline.Pipeline, num_micro: int) -> pipeline.Table:
   made = program.compile_schedule(
     make_schedule(pipe.cfg, num_micro), _kinds(pipe.layout), full.branches
   )
-  assert made.lanes == full.lanes
+  assert made.branches == full.branches and made.lanes == full.lanes
   assert all(made.slots[k] <= full.slots[k] for k in made.slots)
   ticks, most = len(made.fields_TRf), len(full.fields_TRf)
   pad = lambda x: np.pad(x, [(0, most - ticks)] + [(0, 0)] * (x.ndim - 1))

@@ -121,11 +121,6 @@ def masters(placed: Tree) -> Tree:
   return _map(lambda place: place.master, placed)
 
 
-def computes(placed: Tree) -> Tree:
-  """The compute forms' partitions."""
-  return _map(lambda place: place.compute, placed)
-
-
 def _map(function, placed: Tree) -> Tree:
   is_place = lambda x: isinstance(x, Placement)
   return jax.tree.map(function, placed, is_leaf=is_place)
