@@ -13,13 +13,9 @@ eight devices: fake ones on a CPU. Gradients are read from AdamW's first moment.
 import dataclasses
 import functools
 import itertools
-import os
 import sys
 import time
 from typing import NamedTuple
-
-if __name__ == '__main__':  # before JAX looks for devices
-  os.environ.setdefault('JAX_NUM_CPU_DEVICES', '8')
 
 import jax
 import jax.numpy as jnp
@@ -245,11 +241,14 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--only', default='', help='part of a name')
   parser.add_argument('--steps', type=int, default=5)
   args = parser.parse_args(argv)
+  if args.steps < 1:
+    parser.error(f'--steps={args.steps} must be at least 1')
   cases = [case for case in table() if args.only in case.name]
   if not cases:
     parser.error(f'--only={args.only!r} leaves nothing')
+  jax.config.update('jax_num_cpu_devices', 8)  # nothing has run so far
   if len(jax.devices()) < 8:
-    parser.error('eight devices are needed: JAX_NUM_CPU_DEVICES=8')
+    parser.error(f'eight devices are needed, {len(jax.devices())} are here')
   rows = report.Rows(args)
   for case in cases:
     cfg, begun = make_config(case.axes, case.changes), time.monotonic()
