@@ -4,6 +4,7 @@ import pathlib
 
 import hypothesis
 import jax
+import pytest
 
 # Before anything touches a backend: afterwards both are fixed.
 jax.config.update('jax_platforms', 'cpu')
@@ -19,6 +20,17 @@ hypothesis.settings.load_profile('dsv3')
 _CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache'
 jax.config.update('jax_compilation_cache_dir', str(_CACHE / 'compiled'))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_compiled():
+  """What a module compiled goes with it.
+
+  Each program takes dozens of memory maps, of which Linux grants a process
+  65,530: a run of the whole suite would crash.
+  """
+  yield
+  jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):
