@@ -184,6 +184,7 @@ class TrainConfig:
   batch_size: int
   batch_size_start: int
   batch_ramp_tokens: int
+  batch_size_step: int
   microbatch_size: int
   log_every: int
   spike_sigmas: float

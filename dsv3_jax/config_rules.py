@@ -211,14 +211,31 @@ def _run(config: Any) -> Iterator[Rule]:
 
 def _batch(config: Any) -> Iterator[Rule]:
   """Rules of the batch ramp."""
-  train = config.train
-  micro = train.microbatch_size
+  train, p = config.train, config.parallel
+  micro, size = train.microbatch_size, train.batch_size
+  yield (
+    size % micro == 0,
+    f'train.batch_size={size} must be a multiple of '
+    f'train.microbatch_size={micro}: {_multiples(size, micro)}',
+  )
+  if not train.batch_ramp_tokens:
+    return
+  # Micro-batches that a schedule takes together: the batch grows by as many.
+  together = {'dualpipe': 2, 'interleaved': p.pipe}.get(p.schedule, 1)
+  together = micro * (together if p.pipe > 1 else 1)
+  step = train.batch_size_step
+  yield (
+    step % together == 0,
+    f'train.batch_size_step={step} must be a multiple of {together}, which '
+    f'parallel.schedule={p.schedule!r} takes of train.microbatch_size={micro}: '
+    f'{_multiples(step, together)}',
+  )
   for name in ('batch_size', 'batch_size_start'):
     size = getattr(train, name)
     yield (
-      size % micro == 0,
+      size % step == 0,
       f'train.{name}={size} must be a multiple of '
-      f'train.microbatch_size={micro}',
+      f'train.batch_size_step={step}: {_multiples(size, step)}',
     )
   yield (
     train.batch_size_start <= train.batch_size,
@@ -253,6 +270,14 @@ def _parallel(config: Any) -> Iterator[Rule]:
     f'parallel.node * parallel.expert = {holders} must divide '
     f'model.moe.num_experts={moe.num_experts}: '
     f'{_divisors(holders, moe.num_experts)}',
+  )
+  each = 2 if p.schedule in ('interleaved', 'dualpipev') else 1
+  stages, layers = p.pipe * each, config.model.num_layers
+  yield (
+    p.pipe == 1 or stages <= layers,
+    f'parallel.pipe={p.pipe} with parallel.schedule={p.schedule!r} makes '
+    f'{stages} stages, but model.num_layers={layers}: each has a layer at '
+    f'least, so at most parallel.pipe={layers // each}',
   )
   vocab = config.model.vocab_size
   yield (

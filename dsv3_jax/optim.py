@@ -50,17 +50,17 @@ def value_at(schedule: config.StepSchedule, tokens: int) -> float:
   return schedule.first if early else schedule.then
 
 
-def batch_size_at(cfg: config.TrainConfig, tokens: int, step: int = 1) -> int:
+def batch_size_at(cfg: config.TrainConfig, tokens: int) -> int:
   """Sequences of the step after `tokens` tokens (TR 4.2).
 
-  Grows linearly in tokens, by `step` micro-batches at a time, rounded down.
+  Grows linearly in tokens, by whole `train.batch_size_step`s, rounded down.
   """
   if tokens >= cfg.batch_ramp_tokens:
     return cfg.batch_size
-  # Whole numbers: a float would miss a multiple of the micro-batch by an ulp.
+  # Whole numbers: a float would miss a multiple of the step by an ulp.
   grown = (cfg.batch_size - cfg.batch_size_start) * tokens
   wanted = cfg.batch_size_start + grown // cfg.batch_ramp_tokens
-  return wanted // (step * cfg.microbatch_size) * step * cfg.microbatch_size
+  return wanted // cfg.batch_size_step * cfg.batch_size_step
 
 
 class AdamState(NamedTuple):

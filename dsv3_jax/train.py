@@ -35,7 +35,6 @@ from dsv3_jax.data import loader as loaders
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
-from dsv3_jax.parallel import plan as plans
 from dsv3_jax.planning import flops
 
 
@@ -250,7 +249,7 @@ def _train(r: Run, stop: supervise.StopSignal) -> None:
 def _inputs(r: Run) -> tuple[tuple, int]:
   """Arguments of the next step, and how many sequences it trains on."""
   cfg = r.cfg
-  rows = optim.batch_size_at(cfg.train, r.tokens, plans.microbatch_step(cfg))
+  rows = optim.batch_size_at(cfg.train, r.tokens)
   micro, most = cfg.train.microbatch_size, cfg.train.batch_size
   batches = [next(r.loader) for _ in range(rows // micro)]
   empty = jax.tree.map(np.zeros_like, batches[0])

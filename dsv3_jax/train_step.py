@@ -169,9 +169,8 @@ def _step(cfg, plan, state, batch_nBT, amount, hyper):
   parts = sharding.psum(parts, sharding.TOKEN_AXES)
   with jax.named_scope('optimizer'):
     grads = zero.reduce(grads, plan.placed)
-    norm = zero.norm(grads, plan.placed)
+    norm, parts, finite = _agreed(zero.norm(grads, plan.placed), parts)
     grads = _clip(grads, norm, cfg.optim.clip_norm)
-    finite = jnp.isfinite(parts['total']) & jnp.isfinite(norm)
     guard = state['guard']
     spike = _is_spike(guard, parts['loss'], cfg.train.spike_sigmas)
     moved = spike & (guard['skips'] >= _SPIKE_PATIENCE)
@@ -192,6 +191,22 @@ def _step(cfg, plan, state, batch_nBT, amount, hyper):
   told |= {'skipped': skip.astype(jnp.int32), 'halted': halted}
   told |= {'grad_norm': norm, 'max_violation': _violation(plan, parts)}
   return new, told
+
+
+def _agreed(norm, parts):
+  """Norm, loss parts, and whether both are finite: one answer everywhere.
+
+  Devices may add up in different orders, and what is there more than once must
+  not drift apart by a bit.
+  """
+  sums = {k: x for k, x in parts.items() if 'load' not in k}
+  told = {'norm': norm} | sums
+  bad = functools.reduce(
+    jnp.logical_or, [~jnp.isfinite(x) for x in told.values()]
+  )
+  bad = sharding.pmax(bad.astype(jnp.int32), sharding.AXES) > 0
+  told = {k: sharding.pmax(x, sharding.AXES) for k, x in told.items()}
+  return told.pop('norm'), parts | told, ~bad
 
 
 def _violation(plan, parts):

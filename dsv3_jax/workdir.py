@@ -70,8 +70,11 @@ def check(cfg: config.Config, workdir: pathlib.Path) -> int | None:
     old = flatten(config.read_json(path))
     before = old.get('checkpoint.restore_step')
     new = flatten(json.loads(config.to_json(cfg)))
+    may_change = _MAY_CHANGE
+    if cfg.balance.kind != 'batch':  # which is a loss of each micro-batch
+      may_change += ('train.microbatch_size',)
     for name, value in new.items():
-      if name.startswith(_MAY_CHANGE) or old.get(name) == value:
+      if name.startswith(may_change) or old.get(name) == value:
         continue
       raise errors.InputError(
         f'{name}={value!r} differs from {old.get(name)!r} in {path}: name '

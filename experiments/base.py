@@ -167,6 +167,7 @@ def _train():
     'batch_size': 15360,  # sequences a step
     'batch_size_start': 3072,
     'batch_ramp_tokens': 469_000_000_000,  # NP shape: linear in tokens
+    'batch_size_step': 256,  # NP: sequences by which the batch grows
     'microbatch_size': 128,  # sequences
     'log_every': 10,  # steps
     'spike_sigmas': 0.0,  # skip a step this far above the mean loss; 0: off

@@ -18,7 +18,8 @@ def get_config(arg: str = ''):
   tokens = 10_000_000
   with config.unlocked():
     config.train.update(total_tokens=tokens, batch_size=16)
-    config.train.update(batch_ramp_tokens=tokens // 3, log_every=50)
+    config.train.update(batch_ramp_tokens=tokens // 3, batch_size_step=4)
+    config.train.log_every = 50
     lr = config.optim.lr
     lr.update(warmup_steps=100, constant_tokens=tokens * 4 // 10)
     lr.update(decay_tokens=tokens * 6 // 10, decay_lr=1e-4, final_lr=1e-4)

@@ -84,7 +84,6 @@ def changed(path, value):
     ('data.fim_rate', 1.5, 'data.fim_rate=1.5 must be <= 1'),
     ('data.seq_len', 17, 'data.seq_len=17 must be <= model.max_seq_len=16'),
     ('train.batch_size', 6, 'multiple of train.microbatch_size=4'),
-    ('train.batch_size_start', 16, 'must be <= train.batch_size=8'),
     ('parallel.data', 3, 'train.microbatch_size=4 must be a multiple of 3 = '
      'parallel.data * parallel.node * parallel.expert: 3 or 6'),
     ('parallel.pipe', 2, 'parallel.pipe=2 must divide model.vocab_size=23, '
@@ -112,6 +111,37 @@ def test_one_clear_line(path, value, said):
 
 
 @pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({}, ''),
+    ({'train.batch_size_start': 24},
+     'train.batch_size_start=24 must be <= train.batch_size=16'),
+    ({'train.batch_size_start': 4}, 'train.batch_size_start=4 must be a '
+     'multiple of train.batch_size_step=8: 8'),
+    ({'train.batch_size_step': 2}, 'train.batch_size_step=2 must be a multiple '
+     "of 4, which parallel.schedule='dualpipe' takes of "
+     'train.microbatch_size=4: 4'),
+    ({'train.batch_size_step': 4, 'parallel.pipe': 2,
+      'model.vocab_size': 24}, 'multiple of 8, which parallel'),
+    ({'train.batch_size_step': 4, 'parallel.pipe': 3, 'model.vocab_size': 24,
+      'parallel.schedule': 'interleaved', 'eval.batch_size': 6},
+     "multiple of 12, which parallel.schedule='interleaved'"),
+  ],
+)  # fmt: skip
+def test_a_batch_grows_by_what_the_schedule_takes(changes, said):
+  tree = changed('train.batch_ramp_tokens', 1000)
+  tree['train'].update(batch_size=16, batch_size_start=8, batch_size_step=8)
+  for path, value in changes.items():
+    group, name = path.split('.')
+    tree[group][name] = value
+  if not said:
+    config.from_config_dict(tree)
+    return
+  with pytest.raises(errors.InputError, match=re.escape(said)):
+    config.from_config_dict(tree)
+
+
+@pytest.mark.parametrize(
   ('sizes', 'said'),
   [
     ({'expert': 3}, 'parallel.node * parallel.expert = 3 must divide '
@@ -123,7 +153,7 @@ def test_one_clear_line(path, value, said):
 )  # fmt: skip
 def test_experts_and_groups_align_with_the_mesh(sizes, said):
   tree = changed('train.microbatch_size', 48)
-  tree['train'].update(batch_size=48, batch_size_start=48)
+  tree['train'].update(batch_size=48)
   tree['eval']['batch_size'] = 48
   config.from_config_dict(tree)
   tree['parallel'].update(sizes)

@@ -50,7 +50,7 @@ def ramp(cfg):
 
 def test_the_report_s_run_takes_243_thousand_steps():
   # The ramp is linear in tokens; sequences come singly here.
-  fine = dataclasses.replace(RECIPE.train, microbatch_size=1)
+  fine = dataclasses.replace(RECIPE.train, batch_size_step=1)
   sizes, tokens = ramp(fine)
   rest = (fine.total_tokens - tokens) / FULL_STEP
   assert round(len(sizes) / 1000, 1) == 15.0
@@ -58,15 +58,15 @@ def test_the_report_s_run_takes_243_thousand_steps():
   assert round(sum(sizes[:2000]) * 4096 / 1e9) == 28  # seen by the warm-up
 
 
-def test_the_report_s_ramp_in_whole_micro_batches():
+def test_the_report_s_ramp_in_whole_steps():
   cfg, border = RECIPE.train, 469 * 10**9
   sizes, tokens = ramp(cfg)
   assert sizes[0] == 3072 and sorted(sizes) == sizes
-  assert optim.batch_size_at(cfg, border - 1) == 15360 - 128
+  assert optim.batch_size_at(cfg, border - 1) == 15360 - 256
   assert optim.batch_size_at(cfg, border) == 15360
   assert optim.batch_size_at(cfg, tokens) * 4096 == FULL_STEP == 62_914_560
-  fine = dataclasses.replace(cfg, microbatch_size=1)
-  assert 1.0 < len(sizes) / len(ramp(fine)[0]) < 1.015  # rounded down
+  fine = dataclasses.replace(cfg, batch_size_step=1)
+  assert 1.0 < len(sizes) / len(ramp(fine)[0]) < 1.025  # rounded down
 
 
 @st.composite
@@ -134,7 +134,7 @@ def ramps(draw):
   micro, start = draw(st.integers(1, 128)), draw(st.integers(1, 50))
   return dataclasses.replace(
     RECIPE.train,
-    microbatch_size=micro,
+    batch_size_step=micro,
     batch_size_start=start * micro,
     batch_size=(start + draw(st.integers(0, 100))) * micro,
     batch_ramp_tokens=draw(lengths),
@@ -142,23 +142,23 @@ def ramps(draw):
 
 
 @hypothesis.given(ramps(), lengths, lengths)
-def test_batches_grow_in_whole_micro_batches(cfg, a, b):
+def test_batches_grow_in_whole_steps(cfg, a, b):
   sizes = [optim.batch_size_at(cfg, tokens) for tokens in sorted((a, b))]
   assert cfg.batch_size_start <= sizes[0] <= sizes[1] <= cfg.batch_size
-  assert not any(size % cfg.microbatch_size for size in sizes)
+  assert not any(size % cfg.batch_size_step for size in sizes)
   line = (cfg.batch_size_start, cfg.batch_size, cfg.batch_ramp_tokens)
-  want = oracle.batch_size(a, *line, cfg.microbatch_size)
+  want = oracle.batch_size(a, *line, cfg.batch_size_step)
   assert optim.batch_size_at(cfg, a) == want
 
 
 @hypothesis.given(ramps(), st.floats(0.0, 1.0))
 def test_a_batch_grows_at_the_very_token(cfg, share):
-  # Where the exact line reaches a micro-batch more, and not a token before.
-  grows = (cfg.batch_size - cfg.batch_size_start) // cfg.microbatch_size
+  # Where the exact line reaches a step more, and not a token before.
+  grows = (cfg.batch_size - cfg.batch_size_start) // cfg.batch_size_step
   hypothesis.assume(grows and cfg.batch_ramp_tokens)
   number = 1 + int(share * (grows - 1))
   line = fractions.Fraction(cfg.batch_ramp_tokens * number, grows)
   at = -(-line.numerator // line.denominator)
-  want = cfg.batch_size_start + number * cfg.microbatch_size
+  want = cfg.batch_size_start + number * cfg.batch_size_step
   assert optim.batch_size_at(cfg, at) >= want
   assert optim.batch_size_at(cfg, at - 1) < want

@@ -26,6 +26,7 @@ def test_what_a_run_may_not_change(tmp_path):
   assert path.read_text() == body
   longer = tiny_run.make(tmp_path, train__total_tokens=6400)
   assert workdir.check(longer, tmp_path) == -1
+  workdir.check(tiny_run.make(tmp_path, train__microbatch_size=1), tmp_path)
   workdir.write_config(longer, tmp_path)
   assert json.loads(path.read_text())['train']['total_tokens'] == 6400
   assert workdir.read_config(tmp_path) == longer
@@ -34,6 +35,14 @@ def test_what_a_run_may_not_change(tmp_path):
                lambda: workdir.read_config(tmp_path)):  # fmt: skip
     with pytest.raises(errors.InputError, match=r'config\.json is not JSON'):
       read()
+
+
+def test_a_batch_wise_loss_keeps_its_micro_batches(tmp_path):
+  kind = {'balance__kind': 'batch'}
+  workdir.write_config(tiny_run.make(tmp_path, **kind), tmp_path)
+  other = tiny_run.make(tmp_path, train__microbatch_size=1, **kind)
+  with pytest.raises(errors.InputError, match=r'train\.microbatch_size=1 diff'):
+    workdir.check(other, tmp_path)
 
 
 def test_one_process_at_a_time(tmp_path):

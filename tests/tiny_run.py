@@ -39,6 +39,7 @@ def overrides(folder, steps=40):
     'train.batch_size': 4,
     'train.batch_size_start': 2,
     'train.batch_ramp_tokens': 10 * STEP_TOKENS,
+    'train.batch_size_step': 2,
     'train.microbatch_size': 2,
     'train.total_tokens': tokens_after(steps),
     'train.log_every': 1,

@@ -6,8 +6,6 @@ divided by T, or by the targets that count. Balance (TR 2.1.2, eqs. 17-20): per
 sequence, alpha sum_i f_i P_i with f_i from the unbiased, ungrouped top-K.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -67,7 +65,6 @@ def head_token_losses(
 
   As in `head_loss`, logits exist for a few tokens at a time.
   """
-  split = functools.partial(_split_sequence, chunk=_chunk(*targets_BT.shape))
   cast_DV = head_DV.astype(h_BTD.dtype)
 
   def piece(args):
@@ -75,8 +72,10 @@ def head_token_losses(
     return token_losses(_head_logits(h_BtD, cast_DV), targets_Bt)
 
   with jax.named_scope('head'):
-    losses = jax.lax.map(piece, (split(h_BTD), split(targets_BT)))
-  return jnp.moveaxis(losses, 0, 1).reshape(targets_BT.shape)
+    losses = jax.lax.map(
+      piece, tuple(map(_split_sequence, (h_BTD, targets_BT)))
+    )
+  return _join_sequence(losses, targets_BT.shape[1])
 
 
 def _head_loss_fwd(h_BTD, head_DV, targets_BT, weights_BT):
@@ -95,7 +94,6 @@ head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
 
 def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
   """The loss and, if asked, its gradients, over chunks of the sequence."""
-  split = functools.partial(_split_sequence, chunk=_chunk(*targets_BT.shape))
   cast_DV = head_DV.astype(h_BTD.dtype)
 
   def body(carry, piece):
@@ -111,17 +109,21 @@ def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
     dhead_DV += jnp.einsum(
       'btd,btv->dv', h_BtD, dlogits, preferred_element_type=jnp.float32
     )
-    return (total, dhead_DV), jnp.einsum('btv,dv->btd', dlogits, cast_DV)
+    dh_BtD = jnp.einsum(
+      'btv,dv->btd', dlogits, cast_DV, preferred_element_type=jnp.float32
+    )
+    # Every rank's part of the vocabulary, then rounded once.
+    dh_BtD = sharding.psum(dh_BtD, _VOCAB_AXIS).astype(h_BtD.dtype)
+    return (total, dhead_DV), dh_BtD
 
   with jax.named_scope('head'):
     shape = head_DV.shape if with_grads else (0, 0)
     start = (jnp.zeros((), jnp.float32), jnp.zeros(shape, jnp.float32))
-    pieces = (split(h_BTD), split(targets_BT), split(weights_BT))
+    pieces = tuple(map(_split_sequence, (h_BTD, targets_BT, weights_BT)))
     (total, dhead_DV), dh = jax.lax.scan(body, start, pieces)
   if not with_grads:
     return total, None
-  dh_BTD = jnp.moveaxis(dh, 0, 1).reshape(h_BTD.shape)
-  dh_BTD = sharding.psum(dh_BTD, _VOCAB_AXIS)
+  dh_BTD = _join_sequence(dh, h_BTD.shape[1])
   return total, (dh_BTD, dhead_DV.astype(head_DV.dtype))
 
 
@@ -146,18 +148,24 @@ def _head_logits(h_BtD, head_DV):
   )
 
 
-def _chunk(batch: int, length: int) -> int:
-  """Positions whose logits exist together: a divisor of `length`."""
-  chunk = max(1, min(length, _TOKENS_AT_ONCE // batch))
-  while length % chunk:
-    chunk -= 1
-  return chunk
+def _split_sequence(x_BT):
+  """[B, T, ...] -> [pieces, B, t, ...]: logits of t positions exist together.
+
+  The batch stays whole; zeros follow where the last piece is not full.
+  """
+  batch, length, *rest = x_BT.shape
+  pieces = -(-length // max(1, _TOKENS_AT_ONCE // batch))
+  size = -(-length // pieces)
+  missing = [(0, 0), (0, pieces * size - length)] + [(0, 0)] * len(rest)
+  x_BT = jnp.pad(x_BT, missing).reshape(batch, pieces, size, *rest)
+  return jnp.moveaxis(x_BT, 1, 0)
 
 
-def _split_sequence(x, chunk):
-  """[B, T, ...] -> [T / chunk, B, chunk, ...]; the batch stays whole."""
-  x = x.reshape(x.shape[0], -1, chunk, *x.shape[2:])
-  return jnp.moveaxis(x, 1, 0)
+def _join_sequence(pieces, length):
+  """The inverse."""
+  x_BT = jnp.moveaxis(pieces, 0, 1)
+  x_BT = x_BT.reshape(x_BT.shape[0], -1, *x_BT.shape[3:])
+  return x_BT[:, :length]
 
 
 def mtp_shift(x_BT: Array, depth: int) -> Array:

@@ -96,9 +96,11 @@ def make(cfg: config.Config, sizes: Mapping[str, int]) -> Plan:
 
 def make_pipeline(cfg: config.Config) -> pipeline.Pipeline:
   """Stages of about equal time, and the table of a full step."""
-  micro = cfg.train.microbatch_size
-  make_schedule(cfg, cfg.train.batch_size_start // micro)  # or raises
-  found = make_schedule(cfg, cfg.train.batch_size // micro)
+  train = cfg.train
+  if train.batch_ramp_tokens:
+    # or raises
+    make_schedule(cfg, train.batch_size_start // train.microbatch_size)
+  found = make_schedule(cfg, train.batch_size // train.microbatch_size)
   costs = dataclasses.replace(COSTS, mtp=COSTS.mtp * cfg.model.mtp.depth)
   cuts = stages.split_layers(cfg.model.num_layers, found.stages, costs)
   held = program.chunks(found)
@@ -126,13 +128,6 @@ def make_schedule(cfg: config.Config, num_micro: int) -> schedule.Schedule:
       f'parallel.schedule={kind!r} and {num_micro} micro-batches of '
       f'train.microbatch_size={cfg.train.microbatch_size}: {error}'
     ) from error
-
-
-def microbatch_step(cfg: config.Config) -> int:
-  """By how many micro-batches a batch may grow under the schedule."""
-  p = cfg.parallel
-  steps = {'dualpipe': 2, 'interleaved': p.pipe}
-  return 1 if p.pipe == 1 else steps.get(p.schedule, 1)
 
 
 def _kinds(layout: layouts.Layout) -> tuple[pipeline.Kind, ...]:
