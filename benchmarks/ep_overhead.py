@@ -124,7 +124,9 @@ class Layer:
     step = functools.partial(self._step, () if axes is None else axes)
     if axes is not None:
       ones = dict.fromkeys(sharding.AXES, 1)
-      ones = config.ParallelConfig(**ones, schedule='dualpipe')
+      ones = config.ParallelConfig(
+        **ones, schedule='dualpipe', fsdp=(), deterministic=False
+      )
       whole = jax.sharding.PartitionSpec()
       step = jax.shard_map(
         step,

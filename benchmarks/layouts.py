@@ -115,6 +115,10 @@ FEATURES = {
   'isolated': {'data.isolate_samples': True},
   'unrolled': {'model.scan_layers': False},
   'remat': {'model.remat': 'report'},
+  'FSDP': {
+    'model.remat': 'report',
+    'parallel.fsdp': ('data', 'node', 'expert'),
+  },
   'bf16': {'precision': 'bf16'},
   'fp8': {
     'precision': 'fp8',
@@ -138,7 +142,8 @@ def make_config(axes: dict, changes: dict) -> config.Config:
 def alone(cfg: config.Config) -> config.Config:
   """The same experiment on one device."""
   ones = dict.fromkeys(sharding.AXES, 1)
-  parallel = dataclasses.replace(cfg.parallel, **ones, schedule='dualpipe')
+  whole = {'schedule': 'dualpipe', 'fsdp': ()}
+  parallel = dataclasses.replace(cfg.parallel, **ones, **whole)
   return dataclasses.replace(cfg, parallel=parallel)
 
 

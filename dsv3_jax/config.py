@@ -195,7 +195,7 @@ class TrainConfig:
 
 @_frozen
 class ParallelConfig:
-  """Devices along each mesh axis (unused ones 1), and how a pipeline runs."""
+  """Devices along each mesh axis (unused ones 1), and how they are used."""
 
   pipe: int
   data: int
@@ -204,6 +204,8 @@ class ParallelConfig:
   expert: int
   model: int
   schedule: str
+  fsdp: tuple[str, ...]
+  deterministic: bool
 
 
 @_frozen

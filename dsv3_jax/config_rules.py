@@ -68,6 +68,7 @@ _MAY_BE_ZERO = {
   'eval.every_steps',
   'sample.temperature',
 }
+_FSDP_AXES = ('data', 'context', 'node', 'expert')
 _BELOW_ONE = ('data.valid_fraction', 'optim.beta1', 'optim.beta2')
 _BELOW_ONE += ('optim.ema_decay',)
 _AT_MOST_ONE = ('data.fim_rate', 'data.split_rate', 'sample.top_p')
@@ -250,6 +251,16 @@ def _parallel(config: Any) -> Iterator[Rule]:
   for axis in ('context', 'model'):
     size = getattr(p, axis)
     yield size == 1, f'parallel.{axis}={size} must be 1: it is not built yet'
+  for axis in p.fsdp:
+    yield (
+      axis in _FSDP_AXES,
+      f'parallel.fsdp={p.fsdp} must be of: {", ".join(_FSDP_AXES)}',
+    )
+  yield (
+    len(set(p.fsdp)) == len(p.fsdp),
+    f'parallel.fsdp={p.fsdp} must name each axis once',
+  )
+  yield from _deterministic(config)
   shards, holders = p.data * p.node * p.expert, p.node * p.expert
   micro, windows = config.train.microbatch_size, config.eval.batch_size
   yield (
@@ -290,6 +301,28 @@ def _parallel(config: Any) -> Iterator[Rule]:
     f'parallel.node={p.node} must divide '
     f'model.moe.num_groups={moe.num_groups}, so that a group is on one node: '
     f'{_divisors(p.node, moe.num_groups)}',
+  )
+
+
+def _deterministic(config: Any) -> Iterator[Rule]:
+  """Sums in one order need sequences that stand for themselves."""
+  p, micro = config.parallel, config.train.microbatch_size
+  if not p.deterministic:
+    return
+  for axis in ('pipe', 'context', 'model'):
+    size = getattr(p, axis)
+    yield size == 1, f'parallel.{axis}={size} must be 1 if deterministic'
+  yield not p.fsdp, f'parallel.fsdp={p.fsdp} must be () if deterministic'
+  kind = config.balance.kind
+  yield (
+    kind != 'batch',
+    f'balance.kind={kind!r} must be another with parallel.deterministic: it '
+    'ties the sequences of a micro-batch together',
+  )
+  yield (
+    micro & (micro - 1) == 0,
+    f'train.microbatch_size={micro} must be a power of 2 if '
+    'parallel.deterministic: its gradients are added up pairwise',
   )
 
 

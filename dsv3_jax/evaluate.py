@@ -115,11 +115,14 @@ def _token_losses(cfg: config.Config, mesh: jax.sharding.Mesh | None):
 
   if mesh is None:
     return jax.jit(losses)
-  placed = zero.model_placements(net, mesh.shape)
+  # Layer by layer: whole masters of all layers would not fit.
+  rules = dataclasses.replace(sharding.RULES, fsdp=sharding.TOKEN_AXES)
+  placed = zero.model_placements(net, mesh.shape, rules)
   rows = sharding.to_spec(('batch', 'sequence'), sharding.RULES, 2)
   spread = sharding.mapped(
     lambda masters, *rest: losses(zero.gather(masters, placed), *rest),
     mesh,
+    rules,
     in_specs=(zero.masters(placed), sharding.Spec(), rows),
     out_specs=rows,
   )

@@ -10,10 +10,12 @@ what it sends. The functions at the end are for such code; outside of it every
 axis has the size 1, so that one device runs the plain program.
 """
 
+import contextvars
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,7 +33,11 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-  """Mesh axes of each logical name; None is replicated."""
+  """Mesh axes of each logical name; None is replicated.
+
+  fsdp: axes that no name has, over which matrices lie cut all the same; a
+  module gathers its own when it multiplies them.
+  """
 
   batch: MeshAxes = BATCH_AXES
   sequence: MeshAxes = 'context'
@@ -44,9 +50,19 @@ class ShardingRules:
   kv_latent: MeshAxes = None
   ffn: MeshAxes = None
   experts: MeshAxes = EXPERT_AXES
+  fsdp: tuple[str, ...] = ()
 
 
 RULES = ShardingRules()
+_RULES = contextvars.ContextVar('rules', default=RULES)
+
+
+class Cut(NamedTuple):
+  """A partition, and which dim of it lies cut over which axes on top."""
+
+  spec: Spec
+  dim: int
+  axes: tuple[str, ...]
 
 
 def to_spec(
@@ -61,6 +77,7 @@ def to_spec(
   if len(names) != ndim:
     raise ValueError(f'{names} names {len(names)} dims of an array of {ndim}')
   known = [field.name for field in dataclasses.fields(rules)]
+  known.remove('fsdp')
   parts, used = [], set()
   for name in names:
     if name is None:
@@ -69,7 +86,7 @@ def to_spec(
     if name not in known:
       raise ValueError(f'logical axis {name!r} is unknown; known: {known}')
     axes = getattr(rules, name)
-    for axis in _tuple(axes):
+    for axis in axes_of(axes):
       if axis in used:
         raise ValueError(f'mesh axis {axis!r} would shard two dims of {names}')
       used.add(axis)
@@ -104,39 +121,95 @@ def without_pipe(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(grid, AXES, axis_types=mesh.axis_types)
 
 
-def mapped(function: Callable, mesh: jax.sharding.Mesh, **specs) -> Callable:
-  """`function` on every device of the mesh, each on its own shards."""
+def mapped(
+  function: Callable,
+  mesh: jax.sharding.Mesh,
+  rules: ShardingRules = RULES,
+  **specs,
+) -> Callable:
+  """`function` on every device of the mesh, each on its own shards.
+
+  Args:
+    rules: by which parameters are cut, inside of it.
+  """
+
+  def run(*args):
+    before = _RULES.set(rules)
+    try:
+      return function(*args)
+    finally:
+      _RULES.reset(before)
+
   # Losses are shares that add up over the devices, so the transpose of a sum
   # over devices is that sum again: what JAX does without tracking of replicas.
-  return jax.shard_map(function, mesh=mesh, check_vma=False, **specs)
+  return jax.shard_map(run, mesh=mesh, check_vma=False, **specs)
+
+
+def rules() -> ShardingRules:
+  """Those of the `mapped` function that is being traced."""
+  return _RULES.get()
 
 
 def size(axes: MeshAxes) -> int:
   """Devices along axes, inside a `mapped` function; 1 outside."""
+  return math.prod(sizes()[axis] for axis in axes_of(axes))
+
+
+def sizes() -> dict[str, int]:
+  """Devices along each axis, inside a `mapped` function; 1 outside."""
   mesh = jax.sharding.get_abstract_mesh()
   inside = () if mesh.empty else mesh.manual_axes
-  return math.prod(mesh.shape[axis] for axis in _tuple(axes) if axis in inside)
+  return {axis: mesh.shape[axis] if axis in inside else 1 for axis in AXES}
 
 
-def local_shape(
+def local_shape(shape: tuple[int, ...], spec: Spec) -> tuple[int, ...]:
+  """What of an array with this partition is on one device."""
+  return tuple(n // size(axes) for n, axes in zip(shape, spec, strict=True))
+
+
+def stored(
   shape: tuple[int, ...],
   names: tuple[str | None, ...],
-  rules: ShardingRules = RULES,
-) -> tuple[int, ...]:
-  """What of an array with the given logical axes is on one device."""
+  rules: ShardingRules,
+  sizes: Mapping[str, int],
+) -> Cut:
+  """How a parameter lies: by its names, a matrix over `rules.fsdp` on top."""
   spec = to_spec(names, rules, len(shape))
-  return tuple(n // size(axes) for n, axes in zip(shape, spec, strict=True))
+  used = {axis for axes in spec for axis in axes_of(axes)}
+  dims = [dim for dim, name in enumerate(names) if name != 'layers']
+  free = [a for a in rules.fsdp if a not in used and sizes[a] > 1]
+  return further(spec, shape, free if len(dims) > 1 else (), sizes, dims)
+
+
+def further(
+  spec: Spec,
+  shape: tuple[int, ...],
+  free: Sequence[str],
+  sizes: Mapping[str, int],
+  dims: Sequence[int],
+) -> Cut:
+  """Cuts the largest of `dims` that divides, over as many axes as divide it."""
+  by_length = sorted(dims, key=lambda dim: -shape[dim])
+  counts = range(len(free), 0, -1)
+  choices = [c for n in counts for c in itertools.combinations(free, n)]
+  for axes, dim in itertools.product(choices, by_length):
+    along = axes_of(spec[dim]) + axes
+    if shape[dim] % math.prod(sizes[axis] for axis in along) == 0:
+      parts = list(spec)
+      parts[dim] = along
+      return Cut(Spec(*parts), dim, axes)
+  return Cut(spec, 0, ())
 
 
 def psum(x: Any, axes: MeshAxes) -> Any:
   """Sum of a tree of arrays over the devices along axes."""
-  along = tuple(axis for axis in _tuple(axes) if size(axis) > 1)
+  along = tuple(axis for axis in axes_of(axes) if size(axis) > 1)
   return jax.lax.psum(x, along) if along else x
 
 
 def pmax(x: jax.Array, axes: MeshAxes) -> jax.Array:
   """Maximum over the devices along axes."""
-  along = tuple(axis for axis in _tuple(axes) if size(axis) > 1)
+  along = tuple(axis for axis in axes_of(axes) if size(axis) > 1)
   return jax.lax.pmax(x, along) if along else x
 
 
@@ -145,5 +218,6 @@ def index(axis: str) -> jax.Array | int:
   return jax.lax.axis_index(axis) if size(axis) > 1 else 0
 
 
-def _tuple(axes: MeshAxes) -> tuple[str, ...]:
+def axes_of(axes: MeshAxes) -> tuple[str, ...]:
+  """As a tuple."""
   return (axes,) if isinstance(axes, str) else axes or ()

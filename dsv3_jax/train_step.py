@@ -69,6 +69,7 @@ class Trainer:
     self.step = sharding.mapped(
       functools.partial(_step, cfg, self.plan),
       mesh,
+      self.plan.rules,
       in_specs=(self.specs(), _BATCH, self.plan.amount_specs(), Spec()),
       out_specs=(self.specs(), Spec()),
     )
@@ -88,6 +89,8 @@ class Trainer:
 
   def model_shardings(self) -> State:
     """Where each array of a state in the model's form lives, cut as much."""
+    if self.plan.pipe is None:
+      return self.shardings()
     state = jax.eval_shape(self._init, jax.random.key(0))
     specs = jax.tree.map(lambda _: Spec(), state)
     net = model.build(self.cfg)

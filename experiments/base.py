@@ -27,6 +27,11 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     'model': 1,
     # 'gpipe', '1f1b', 'interleaved', 'zb1p', 'dualpipe' or 'dualpipev'
     'schedule': 'dualpipe',
+    # Axes over which matrices lie cut, to be gathered layer by layer: of
+    # 'data', 'context', 'node', 'expert'.
+    'fsdp': (),
+    # Slow: the same bits on any number of devices (data, node, expert).
+    'deterministic': False,
   }
   config.checkpoint = {
     'every_steps': 1000,

@@ -14,7 +14,9 @@ Spec = jax.sharding.PartitionSpec
 
 def mesh_config(**sizes):
   ones = dict.fromkeys(sharding.AXES, 1)
-  return config.ParallelConfig(**(ones | sizes), schedule='dualpipe')
+  return config.ParallelConfig(
+    **(ones | sizes), schedule='dualpipe', fsdp=(), deterministic=False
+  )
 
 
 def test_names_become_mesh_axes():
@@ -43,6 +45,34 @@ def test_anything_else_is_an_error(names, ndim, message):
   rules = sharding.ShardingRules(experts='expert')
   with pytest.raises(ValueError, match=message):
     sharding.to_spec(names, rules, ndim)
+
+
+SIZES = dict.fromkeys(sharding.AXES, 1) | {'data': 2, 'node': 2, 'expert': 4}
+FSDP = sharding.ShardingRules(fsdp=('data', 'context', 'node', 'expert'))
+
+
+@pytest.mark.parametrize(
+  ('shape', 'names', 'want'),
+  [
+    # Over all of more than one device, in the longest dim that divides.
+    ((8, 64), ('embed', 'ffn'), Spec(None, ('data', 'node', 'expert'))),
+    ((16, 20), ('embed', 'ffn'), Spec(('data', 'node', 'expert'), None)),
+    ((6, 20), ('embed', 'ffn'), Spec(None, ('data', 'node'))),
+    ((3, 5), ('embed', 'ffn'), Spec(None, None)),
+    # Not over what cuts the experts already; never layers, never vectors.
+    (
+      (8, 6, 5),
+      ('experts', 'embed', 'ffn'),
+      Spec(('node', 'expert'), ('data',), None),
+    ),
+    ((64, 6, 2), ('layers', 'embed', None), Spec(None, ('data',), None)),
+    ((64, 16), ('layers', 'embed'), Spec(None, None)),
+  ],
+)
+def test_matrices_lie_cut_over_more_axes(shape, names, want):
+  got = sharding.stored(shape, names, FSDP, SIZES)
+  assert got.spec == want
+  assert bool(got.axes) == (want != sharding.to_spec(names, FSDP, len(shape)))
 
 
 def test_rules_name_real_mesh_axes_and_are_hashable():
@@ -75,7 +105,7 @@ def test_too_large_a_mesh_says_what_was_asked_for():
 
 def test_sizes_shapes_and_sums_are_those_of_one_device_outside_a_mesh():
   assert sharding.size(sharding.TOKEN_AXES) == 1
-  assert sharding.local_shape((8, 3), ('experts', None)) == (8, 3)
+  assert sharding.local_shape((8, 3), Spec('expert', None)) == (8, 3)
   x = {'x': jnp.ones(2)}
   assert sharding.psum(x, 'data') is x
   with jax.set_mesh(sharding.make_mesh(mesh_config(data=2, expert=4))):
@@ -89,7 +119,7 @@ def test_sizes_shapes_and_sums_inside_a_mapped_function():
     assert sharding.size(None) == 1
     assert sharding.size('expert') == 4
     assert sharding.size(sharding.BATCH_AXES) == 8
-    assert sharding.local_shape((8, 3), ('experts', None)) == (2, 3)
+    assert sharding.local_shape((8, 3), Spec('expert', None)) == (2, 3)
     return sharding.psum(x, ('expert', 'context'))
 
   run = sharding.mapped(

@@ -1,11 +1,16 @@
 """How every parameter is declared, and the shells that hold just one."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, precision, sharding
 from dsv3_jax.ops import fp8_linear, linear, norm
+from pallas_kernels.fp8_matmul import reference as formats
+
+GATHERED = 'gathered'  # what rematerialisation never keeps
 
 
 def weight(
@@ -18,11 +23,18 @@ def weight(
   """Declares an f32 matrix, normal with `std` (TR 4.2); axes are logical.
 
   Args:
-    shape: of the whole; what is given and returned is this device's part.
+    shape: of the whole; what is given and returned is this device's part, and
+      what it has of others' by `ShardingRules.fsdp` is gathered.
   """
-  shape = sharding.local_shape(shape, axes)
+  cut = sharding.stored(shape, axes, sharding.rules(), sharding.sizes())
+  shape = sharding.local_shape(shape, cut.spec)
   init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-  return module.param(name, init, shape, jnp.float32)
+  w = module.param(name, init, shape, jnp.float32)
+  if not cut.axes:
+    return w
+  with jax.named_scope('gather_weights'):
+    w = jax.lax.all_gather(w, cut.axes, axis=cut.dim, tiled=True)
+  return checkpoint_name(w, GATHERED)
 
 
 def matrix(
@@ -36,7 +48,8 @@ def matrix(
 
   Outside FP8 it stays as it is stored: products cast it, so that their weight
   gradient is f32. The FP8 forms come from outside, in the collection
-  'quantized': they are made once a step, and not once a micro-batch.
+  'quantized': they are made once a step, and not once a micro-batch; of what
+  `ShardingRules.fsdp` cuts they are made when it is gathered.
 
   Raises:
     ValueError: the variables lack the FP8 forms.
@@ -44,13 +57,16 @@ def matrix(
   w = weight(module, name, shape, axes, std)
   if module.policy.of(name) != 'fp8':
     return w
+  flat = fp8_linear.flat(w, precision.FP8_MATRICES[name])
+  if sharding.rules().fsdp:
+    forms = formats.quantize_weight(jax.lax.stop_gradient(flat))
+    return fp8_linear.Weight(flat, *forms)
   if not module.has_variable('quantized', name):
     where = '/'.join((*module.path, name))
     raise ValueError(
       f"variables['quantized'] lacks {where}: precision is FP8, so apply with "
       "{'params': params} | model.quantize(policy, params)"
     )
-  flat = fp8_linear.flat(w, precision.FP8_MATRICES[name])
   return fp8_linear.Weight(flat, *module.get_variable('quantized', name))
 
 

@@ -10,6 +10,7 @@ each is there only if there are such layers.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -262,7 +263,7 @@ def quantize(policy: precision.Policy, params: dict) -> dict:
 
   `{'quantized': tree}` with (Fprop's, Dgrad's) for every FP8 weight, or `{}`.
   """
-  if not policy.fp8:
+  if not policy.fp8 or sharding.rules().fsdp:  # there, modules make them
     return {}
 
   def subtree(node):
@@ -295,13 +296,20 @@ def init_params(model: Model, key: Array) -> dict:
 
 
 def param_specs(
-  model: Model, rules: sharding.ShardingRules = sharding.RULES
+  model: Model,
+  rules: sharding.ShardingRules = sharding.RULES,
+  sizes: Mapping[str, int] | None = None,
 ) -> dict:
-  """A PartitionSpec for every parameter, from its logical axes."""
+  """A PartitionSpec for every parameter, from its logical axes.
+
+  Args:
+    sizes: devices along each mesh axis, which `rules.fsdp` needs.
+  """
+  sizes = sizes or dict.fromkeys(sharding.AXES, 1)
   boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
   is_boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)
   return jax.tree.map(
-    lambda box: sharding.to_spec(box.names, rules, box.value.ndim),
+    lambda box: sharding.stored(box.value.shape, box.names, rules, sizes).spec,
     boxed,
     is_leaf=is_boxed,
   )

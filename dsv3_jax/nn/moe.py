@@ -72,7 +72,8 @@ def _routed(x_BTD, ids_BTK, gates_BTK, experts, moe, policy):
   flat = lambda x: x.reshape(-1, x.shape[-1])
   tokens = (flat(x_BTD), flat(ids_BTK), flat(gates_BTK))
   # A hop over nodes, then one within the node (TR 3.2.2).
-  axes = tuple(axis for axis in sharding.EXPERT_AXES if sharding.size(axis) > 1)
+  spread = sharding.axes_of(sharding.rules().experts)
+  axes = tuple(axis for axis in spread if sharding.size(axis) > 1)
   if policy.fp8:
     y_MD = fp8_experts.expert_ffn(*tokens, experts, policy, axes)
   else:

@@ -75,12 +75,12 @@ def totals(found: list[Row]) -> Row:
 
 
 def _spec(spec: sharding.Spec) -> str:
-  each = ['+'.join(zero.axes_of(axes)) or '-' for axes in spec]
+  each = ['+'.join(sharding.axes_of(axes)) or '-' for axes in spec]
   return ' '.join(each) or '-'
 
 
 def _local(shape, spec: sharding.Spec, sizes: Mapping[str, int]) -> int:
-  parts = [sizes[a] for axes in spec for a in zero.axes_of(axes)]
+  parts = [sizes[a] for axes in spec for a in sharding.axes_of(axes)]
   return int(math.prod(shape) // np.prod(parts, dtype=np.int64))
 
 

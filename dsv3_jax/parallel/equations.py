@@ -3,7 +3,8 @@
 What an early part makes and a late part reads crosses the cut and is stored in
 between. `cut` stores the fewest bytes, under the rule that no equation runs
 twice, except where that costs nothing: those of `_LAYOUT`, which only copy or
-cast, and what follows from `given` alone (parameters) by `_LIGHT` equations.
+cast, and what follows from `given` alone (parameters) by `_LIGHT` equations or
+by gathering it from other devices.
 An early part may also do `_LIGHT` equations of the late one: a sum over tokens
 or a cast to FP8 is smaller than what it is made from.
 """
@@ -45,6 +46,7 @@ stack stop_gradient sub tan tanh unstack xor
 """
 _LAYOUT = frozenset(_LAYOUT.split())
 _LIGHT = _LAYOUT.union(_LIGHT.split())
+_GATHERS = _LIGHT.union(['all_gather'])
 
 
 class Program(NamedTuple):
@@ -149,10 +151,10 @@ def needed(
 def derivable(
   equations: Sequence[Equation], given: Iterable[core.Var]
 ) -> set[core.Var]:
-  """`given`, and what light equations make of it alone."""
+  """`given`, and what light equations and gathers make of it alone."""
   known = set(given)
   for eqn in equations:
-    if _is(eqn, _LIGHT) and known.issuperset(variables(eqn.invars)):
+    if _is(eqn, _GATHERS) and known.issuperset(variables(eqn.invars)):
       known.update(eqn.outvars)
   return known
 

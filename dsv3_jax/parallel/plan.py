@@ -30,12 +30,14 @@ COSTS = stages.Costs(head=0, mtp=1.1)
 class Plan:
   """The placement of a model; `pipe` is None without a pipeline.
 
-  placed: a `zero.Placement` for every parameter, in the state's form.
+  placed: a `zero.Placement` for every parameter, in the state's form. rules:
+  by which these were made.
   """
 
   cfg: config.Config
   pipe: pipeline.Pipeline | None
   placed: Tree
+  rules: sharding.ShardingRules
 
   def from_model(self, params: Tree, router: Tree) -> tuple[Tree, Tree]:
     """Parameters and router biases in the state's form."""
@@ -83,15 +85,22 @@ class Plan:
 
 def make(cfg: config.Config, sizes: Mapping[str, int]) -> Plan:
   """The plan of an experiment on a mesh with these sizes."""
-  net = model.build(cfg)
+  net, rules = model.build(cfg), sharding.RULES
+  rules = dataclasses.replace(rules, fsdp=cfg.parallel.fsdp)
+  if cfg.parallel.deterministic:  # whole experts see whole sequences
+    rules = dataclasses.replace(rules, experts=None)
   if sizes['pipe'] == 1:
-    return Plan(cfg, None, zero.model_placements(net, sizes))
+    return Plan(cfg, None, zero.model_placements(net, sizes, rules), rules)
   pipe = make_pipeline(cfg)
   shapes = jax.eval_shape(
     lambda: pipe.layout.from_model(model.init_params(net, jax.random.key(0)))
   )
-  specs = _slot_specs(pipe.layout, model.param_specs(net))
-  return Plan(cfg, pipe, zero.placements(specs, shapes, sizes))
+  specs = model.param_specs(net, rules, sizes)
+  # All ranks share the work of both ends, which no module does.
+  whole = model.param_specs(net)
+  specs |= {name: whole[name] for name in ('embed', 'head')}
+  specs = _slot_specs(pipe.layout, specs)
+  return Plan(cfg, pipe, zero.placements(specs, shapes, sizes), rules)
 
 
 def make_pipeline(cfg: config.Config) -> pipeline.Pipeline:

@@ -7,9 +7,7 @@ the compute form is repeated. A step gathers the masters once, adds gradients of
 all micro-batches up locally, and brings each sum to where its master is.
 """
 
-import itertools
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -49,33 +47,27 @@ def placements(specs: Tree, shapes: Tree, sizes: Mapping[str, int]) -> Tree:
   return jax.tree.map(place, specs, shapes, is_leaf=is_spec)
 
 
-def model_placements(net: model.Model, sizes: Mapping[str, int]) -> Tree:
+def model_placements(
+  net: model.Model,
+  sizes: Mapping[str, int],
+  rules: sharding.ShardingRules = sharding.RULES,
+) -> Tree:
   """Those of a model in its own form, on a mesh without a pipeline."""
   shapes = jax.eval_shape(lambda: model.init_params(net, jax.random.key(0)))
-  return placements(model.param_specs(net), shapes, sizes)
+  return placements(model.param_specs(net, rules, sizes), shapes, sizes)
 
 
 def _place(spec: Spec, shape: tuple[int, ...], sizes) -> Placement:
-  """Cuts the largest dim that divides over as many axes as divide it."""
-  used = {axis for axes in spec for axis in axes_of(axes)}
+  """The master is cut over all axes that the compute form has not."""
+  used = {axis for axes in spec for axis in sharding.axes_of(axes)}
   # Ranks of a pipeline add up what the layers of each make of a parameter.
   repeated = (*sharding.TOKEN_AXES, 'pipe')
   sums = tuple(axis for axis in repeated if axis not in used)
   free = [axis for axis in sums if sizes[axis] > 1]
-  by_length = sorted(range(len(shape)), key=lambda dim: -shape[dim])
-  for axes, dim in itertools.product(_choices(free), by_length):
-    along = axes_of(spec[dim]) + axes
-    if shape[dim] % math.prod(sizes[axis] for axis in along) == 0:
-      parts = list(spec)
-      parts[dim] = along
-      return Placement(spec, Spec(*parts), dim, axes, sums)
-  return Placement(spec, spec, 0, (), sums)
-
-
-def _choices(free: list[str]) -> Iterator[tuple[str, ...]]:
-  """All the axes, then fewer."""
-  for count in range(len(free), 0, -1):
-    yield from itertools.combinations(free, count)
+  dims = range(len(shape))
+  return Placement(
+    spec, *sharding.further(spec, shape, free, sizes, dims), sums
+  )
 
 
 def gather(masters: Tree, placed: Tree) -> Tree:
@@ -109,7 +101,9 @@ def norm(grads: Tree, placed: Tree) -> jax.Array:
   sums = {}
   pairs = zip(jax.tree.leaves(grads), leaves(placed), strict=True)
   for g, place in pairs:
-    cut = tuple(sorted(axis for axes in place.master for axis in axes_of(axes)))
+    cut = tuple(
+      sorted(axis for axes in place.master for axis in sharding.axes_of(axes))
+    )
     square = jnp.sum(jnp.square(g.astype(jnp.float32)))
     sums[cut] = sums.get(cut, 0.0) + square
   total = sum(sharding.psum(value, cut) for cut, value in sums.items())
@@ -129,7 +123,3 @@ def _map(function, placed: Tree) -> Tree:
 def leaves(placed: Tree) -> list[Placement]:
   is_place = lambda x: isinstance(x, Placement)
   return jax.tree.leaves(placed, is_leaf=is_place)
-
-
-def axes_of(axes: sharding.MeshAxes) -> tuple[str, ...]:
-  return (axes,) if isinstance(axes, str) else axes or ()

@@ -29,7 +29,11 @@ def over(shape, body, data=1):
   sizes = dict.fromkeys(sharding.AXES, 1)
   sizes |= dict(zip(AXES, shape, strict=True), data=data)
   return on(
-    sharding.make_mesh(config.ParallelConfig(**sizes, schedule='dualpipe')),
+    sharding.make_mesh(
+      config.ParallelConfig(
+        **sizes, schedule='dualpipe', fsdp=(), deterministic=False
+      )
+    ),
     body,
   )
 

@@ -10,11 +10,16 @@ from benchmarks import layouts
 FOUR_LAYERS = {'model.num_layers': 4}
 CASES = {
   'flat': layouts.Case('', {'data': 2, 'node': 2, 'expert': 2}),
+  'FSDP': layouts.Case(
+    '',
+    {'data': 2, 'node': 2, 'expert': 2},
+    FOUR_LAYERS | {'parallel.fsdp': ('data', 'node', 'expert')},
+  ),
   'dualpipe': layouts.Case('', {'pipe': 4, 'data': 2, 'schedule': 'dualpipe'}),
   'zb1p': layouts.Case(
     '',
     {'pipe': 2, 'expert': 2, 'data': 2, 'schedule': 'zb1p'},
-    FOUR_LAYERS | layouts.FEATURES['batch balance'],
+    FOUR_LAYERS | layouts.FEATURES['batch balance'] | layouts.FEATURES['FSDP'],
   ),
   'dualpipev': layouts.Case(
     '',
