@@ -260,6 +260,12 @@ def _parallel(config: Any) -> Iterator[Rule]:
     len(set(p.fsdp)) == len(p.fsdp),
     f'parallel.fsdp={p.fsdp} must name each axis once',
   )
+  remat = config.model.remat
+  yield (
+    not p.fsdp or remat != 'none',
+    f'model.remat={remat!r} must be report or full with parallel.fsdp='
+    f'{p.fsdp}, or every layer would keep what it gathered',
+  )
   yield from _deterministic(config)
   shards, holders = p.data * p.node * p.expert, p.node * p.expert
   micro, windows = config.train.microbatch_size, config.eval.batch_size

@@ -205,8 +205,7 @@ def _prompts(
 def _train(r: Run, stop: supervise.StopSignal) -> None:
   """Steps until the tokens are seen or a signal comes; saves at the end."""
   cfg = r.cfg
-  compiled = jax.jit(r.trainer.step, donate_argnums=0)
-  probe = jax.jit(r.trainer.step)
+  compiled, probe = r.trainer.jit(donate_argnums=0), r.trainer.jit()
   pending = None  # metrics of the last step, read once the next is under way
   saved = r.step
   while r.tokens < cfg.train.total_tokens and not stop.requested:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from dsv3_jax import config, optim, sharding
 from dsv3_jax.nn import model
 from dsv3_jax.ops import routing
-from dsv3_jax.parallel import pipeline, zero
+from dsv3_jax.parallel import fixed_order, pipeline, zero
 from dsv3_jax.parallel import plan as plans
 
 Spec = sharding.Spec
@@ -73,6 +73,13 @@ class Trainer:
       in_specs=(self.specs(), _BATCH, self.plan.amount_specs(), Spec()),
       out_specs=(self.specs(), Spec()),
     )
+
+  def jit(self, **how) -> Callable:
+    """`step` as it is to be compiled; `how` as of `jax.jit`."""
+    options = None
+    if self.cfg.parallel.deterministic:
+      options = fixed_order.COMPILER_OPTIONS
+    return jax.jit(self.step, compiler_options=options, **how)
 
   def specs(self) -> State:
     """How each array of the state is cut: masters and moments exist once."""
@@ -165,14 +172,9 @@ def _step(cfg, plan, state, batch_nBT, amount, hyper):
     params = zero.gather(state['params'], plan.placed)
   scales = _scales(cfg, plan, batch_nBT, amount, hyper)
   args = (params, state['router'], batch_nBT, scales, amount)
-  if plan.pipe is None:
-    grads, parts = _accumulate(cfg, *args)
-  else:
-    grads, parts = pipeline.gradients(plan.pipe, *args)
-  parts = sharding.psum(parts, sharding.TOKEN_AXES)
+  grads, norm, parts = _gradients(cfg, plan, *args)
   with jax.named_scope('optimizer'):
-    grads = zero.reduce(grads, plan.placed)
-    norm, parts, finite = _agreed(zero.norm(grads, plan.placed), parts)
+    norm, parts, finite = _agreed(norm, parts)
     grads = _clip(grads, norm, cfg.optim.clip_norm)
     guard = state['guard']
     spike = _is_spike(guard, parts['loss'], cfg.train.spike_sigmas)
@@ -194,6 +196,22 @@ def _step(cfg, plan, state, batch_nBT, amount, hyper):
   told |= {'skipped': skip.astype(jnp.int32), 'halted': halted}
   told |= {'grad_norm': norm, 'max_violation': _violation(plan, parts)}
   return new, told
+
+
+def _gradients(cfg, plan, *args):
+  """Gradients of masters, their norm, and loss parts, of all devices."""
+  if cfg.parallel.deterministic:
+    grads, parts = _accumulate_in_order(cfg, *args)
+    norm = fixed_order.norm(grads)
+    return zero.shard(grads, plan.placed), norm, parts
+  if plan.pipe is None:
+    grads, parts = _accumulate(cfg, *args)
+  else:
+    grads, parts = pipeline.gradients(plan.pipe, *args)
+  with jax.named_scope('reduce_gradients'):
+    grads = zero.reduce(grads, plan.placed)
+    parts = sharding.psum(parts, sharding.TOKEN_AXES)
+    return grads, zero.norm(grads, plan.placed), parts
 
 
 def _agreed(norm, parts):
@@ -233,8 +251,8 @@ def _scales(cfg, plan, batch_nBT, amount, hyper):
   return scales | {'mtp_weight': hyper['mtp_weight']}
 
 
-def _accumulate(cfg, params, router, batch_nBT, scales, num_micro):
-  """Sums gradients and loss parts of the micro-batches in use."""
+def _grad(cfg, params, router, scales):
+  """Gradients and loss parts of a micro-batch, `(params, batch) -> ...`."""
   net = model.build(cfg, training=True)
   # Once a step: the micro-batches share the FP8 forms of the weights.
   quantized = model.quantize(net.policy, params)
@@ -244,7 +262,20 @@ def _accumulate(cfg, params, router, batch_nBT, scales, num_micro):
     total, parts = net.apply(variables, batch, router, scales, method='loss')
     return total, parts | {'total': total}
 
-  grad = jax.grad(loss, has_aux=True)
+  return jax.grad(loss, has_aux=True)
+
+
+def _accumulate_in_order(cfg, params, router, batch_nBT, scales, num_micro):
+  """Sums over sequences of all devices, to the same bits on any of them."""
+  rows = batch_nBT.weights_BT.shape[1]  # of whose balance losses the mean was
+  scales = scales | {'balance': scales['balance'] / rows}
+  grad = _grad(cfg, params, router, scales)
+  return fixed_order.accumulate(grad, params, batch_nBT, num_micro)
+
+
+def _accumulate(cfg, params, router, batch_nBT, scales, num_micro):
+  """Sums gradients and loss parts of the micro-batches in use."""
+  grad = _grad(cfg, params, router, scales)
   micro = lambda i: jax.tree.map(lambda x: x[i], batch_nBT)
   if batch_nBT.weights_BT.shape[0] == 1:
     return grad(params, micro(0))

@@ -89,6 +89,8 @@ def changed(path, value):
     ('parallel.pipe', 2, 'parallel.pipe=2 must divide model.vocab_size=23, '
      'which it cuts: 1 or 23'),
     ('parallel.context', 2, 'parallel.context=2 must be 1'),
+    ('parallel.fsdp', ('pipe',), "parallel.fsdp=('pipe',) must be of: data"),
+    ('parallel.fsdp', ('data', 'data'), 'must name each axis once'),
     ('parallel.schedule', 'zbv', 'must be one of: gpipe, 1f1b, inter'),
     ('eval.stride', 13, 'eval.stride=13 must be <= data.seq_len=12'),
     ('checkpoint.restore_step', -2, 'must be a step, or -1'),
@@ -137,6 +139,25 @@ def test_a_batch_grows_by_what_the_schedule_takes(changes, said):
   if not said:
     config.from_config_dict(tree)
     return
+  with pytest.raises(errors.InputError, match=re.escape(said)):
+    config.from_config_dict(tree)
+
+
+@pytest.mark.parametrize(
+  ('path', 'value', 'said'),
+  [
+    ('parallel.pipe', 2, 'parallel.pipe=2 must be 1 if deterministic'),
+    ('parallel.fsdp', ('data',), "parallel.fsdp=('data',) must be ()"),
+    ('balance.kind', 'batch', "balance.kind='batch' must be another"),
+    ('train.microbatch_size', 3, 'microbatch_size=3 must be a power of 2'),
+  ],
+)
+def test_what_would_tie_bits_to_the_mesh_is_refused(path, value, said):
+  tree = changed('parallel.deterministic', True)
+  tree['train']['batch_size'] = 24
+  config.from_config_dict(tree)
+  group, name = path.split('.')
+  tree[group][name] = value
   with pytest.raises(errors.InputError, match=re.escape(said)):
     config.from_config_dict(tree)
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax import config, precision, sharding
+from dsv3_jax import config, precision
 from dsv3_jax.nn import attention, layers, moe
 from dsv3_jax.ops import linear
 
@@ -110,13 +110,10 @@ class Stack(nn.Module):
 
 def rematerialised(cfg: config.ModelConfig, *, scanned: bool) -> Any:
   """`Block` under the policy named by `model.remat`."""
-  policies = jax.checkpoint_policies
-  if cfg.remat == 'none' and not sharding.rules().fsdp:
+  if cfg.remat == 'none':
     return Block
-  policy = {
-    'none': policies.save_anything_except_these_names(layers.GATHERED),
-    'report': policies.save_only_these_names(*_KEPT),
-    'full': policies.nothing_saveable,
-  }[cfg.remat]
+  policies = jax.checkpoint_policies
+  kept = policies.save_only_these_names(*_KEPT)
+  policy = policies.nothing_saveable if cfg.remat == 'full' else kept
   # Inside a scan, JAX cannot merge the second forward pass with the first.
   return nn.remat(Block, prevent_cse=not scanned, policy=policy)

@@ -3,14 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, precision, sharding
 from dsv3_jax.ops import fp8_linear, linear, norm
 from pallas_kernels.fp8_matmul import reference as formats
-
-GATHERED = 'gathered'  # what rematerialisation never keeps
 
 
 def weight(
@@ -33,8 +30,7 @@ def weight(
   if not cut.axes:
     return w
   with jax.named_scope('gather_weights'):
-    w = jax.lax.all_gather(w, cut.axes, axis=cut.dim, tiled=True)
-  return checkpoint_name(w, GATHERED)
+    return jax.lax.all_gather(w, cut.axes, axis=cut.dim, tiled=True)
 
 
 def matrix(

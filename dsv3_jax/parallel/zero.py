@@ -96,6 +96,19 @@ def reduce(grads: Tree, placed: Tree) -> Tree:
   return jax.tree.map(one, grads, placed)
 
 
+def shard(whole: Tree, placed: Tree) -> Tree:
+  """This device's part of what every device has: the inverse of `gather`."""
+
+  def one(g, place):
+    if not place.axes:
+      return g
+    size = g.shape[place.dim] // sharding.size(place.axes)
+    at = jax.lax.axis_index(place.axes) * size
+    return jax.lax.dynamic_slice_in_dim(g, at, size, place.dim)
+
+  return jax.tree.map(one, whole, placed)
+
+
 def norm(grads: Tree, placed: Tree) -> jax.Array:
   """Global L2 norm of masters' gradients, each entry counted once."""
   sums = {}

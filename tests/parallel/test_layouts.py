@@ -13,7 +13,7 @@ CASES = {
   'FSDP': layouts.Case(
     '',
     {'data': 2, 'node': 2, 'expert': 2},
-    FOUR_LAYERS | {'parallel.fsdp': ('data', 'node', 'expert')},
+    FOUR_LAYERS | layouts.FEATURES['FSDP'],
   ),
   'dualpipe': layouts.Case('', {'pipe': 4, 'data': 2, 'schedule': 'dualpipe'}),
   'zb1p': layouts.Case(
