@@ -25,9 +25,9 @@ def test_matrices_are_cut_as_far_as_their_masters():
   rows = {row['array']: row for row in describe.rows(make(parallel__fsdp=AXES))}
   plain = {row['array']: row for row in describe.rows(make())}
   for name, row in rows.items():
-    assert row['master_per_device'] <= plain[name]['master_per_device'], name
     if name.endswith('norm') or name.startswith('router'):
       continue
+    assert row['master_per_device'] <= plain[name]['master_per_device'], name
     if row['master_per_device'] < row['elements']:
       # An axis that no dim takes beside the others is left to the master.
       assert row['compute_per_device'] <= 2 * row['master_per_device'], name
