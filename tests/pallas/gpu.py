@@ -12,25 +12,9 @@ from typing import NamedTuple
 
 import jax
 import pytest
-from jax.experimental import topologies
 
+from benchmarks.common import targets
 from pallas_kernels import compat
-
-H100 = 'NVIDIA H100 80GB HBM3'
-TARGET = f"""
-gpu_device_info {{
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132
-  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
-  cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
-}}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }}
-runtime_version {{ major: 13 }} device_description_str: "{H100}"
-"""
 
 interpreted = pytest.mark.skipif(
   compat.RELEASE < (0, 11),
@@ -59,7 +43,7 @@ def no_races(capfd):
 def lower(function, *args) -> str:
   """The module for an H100, its kernels inside."""
   device = jax.sharding.AbstractDevice(
-    device_kind=H100, num_cores=132, platform='cuda'
+    device_kind=targets.H100, num_cores=132, platform='cuda'
   )
   auto = (jax.sharding.AxisType.Auto,)
   mesh = jax.sharding.AbstractMesh(
@@ -91,10 +75,7 @@ def compile_kernel(monkeypatch, folder: pathlib.Path, function, *args):
     monkeypatch.setenv(f'MOSAIC_GPU_DUMP_{name}', '1')
   monkeypatch.setenv('MOSAIC_GPU_DUMP_TO', str(folder))
   monkeypatch.setenv('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-  topology = topologies.get_topology_desc(
-    platform='cuda', target_config=TARGET, topology='1x1x1'
-  )
-  mesh = jax.sharding.Mesh(topology.devices[:1], ('x',))
+  mesh = jax.sharding.Mesh(targets.h100(1, 1), ('x',))
   whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   args = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args
