@@ -193,7 +193,7 @@ def run(cfg: config.Config, num_steps: int) -> list[tuple[dict, dict]]:
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   state = jax.device_put(start(cfg), trainer.model_shardings())
   state = trainer.from_model(state)
-  step, found = jax.jit(trainer.step), []
+  step, found = trainer.jit(), []
   hyper = {name: jnp.float32(x) for name, x in HYPER.items()}
   count = cfg.train.batch_size // cfg.train.microbatch_size
   for number in range(num_steps):
