@@ -248,9 +248,14 @@ def _batch(config: Any) -> Iterator[Rule]:
 def _parallel(config: Any) -> Iterator[Rule]:
   """Rules that tie the model and its batches to the mesh."""
   p, moe = config.parallel, config.model.moe
-  for axis in ('context', 'model'):
-    size = getattr(p, axis)
-    yield size == 1, f'parallel.{axis}={size} must be 1: it is not built yet'
+  yield p.model == 1, f'parallel.model={p.model} must be 1: it is not built yet'
+  length, pieces = config.data.seq_len, 2 * p.context
+  yield (
+    p.context == 1 or length % pieces == 0,
+    f'data.seq_len={length} must be a multiple of {pieces} = '
+    '2 * parallel.context, whose devices have two pieces of a row each: '
+    f'{_multiples(length, pieces)}',
+  )
   for axis in p.fsdp:
     yield (
       axis in _FSDP_AXES,

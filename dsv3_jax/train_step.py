@@ -27,7 +27,8 @@ Spec = sharding.Spec
 State = dict
 Hyper = dict[str, float]
 
-_BATCH = sharding.to_spec((None, 'batch', 'sequence'), sharding.RULES, 3)
+# Whole rows: a token's integers are few, and each looks at its neighbours.
+_BATCH = sharding.to_spec((None, 'batch', None), sharding.RULES, 3)
 _SPIKE_MEMORY = 0.98  # per step, of the loss' running mean and variance
 _SPIKE_WARMUP = 50  # steps before a spike can be called one
 _SPIKE_PATIENCE = 5  # skipped in a row; then the loss has moved for good

@@ -41,6 +41,19 @@ CASES = {
     {'pipe': 2, 'expert': 2, 'schedule': 'gpipe'},
     FOUR_LAYERS | layouts.FEATURES['MTP 2, pre-norm, valid'],
   ),
+  'context': layouts.Case(
+    '',
+    {'context': 2, 'expert': 2, 'data': 2},
+    FOUR_LAYERS
+    | layouts.FEATURES['isolated']
+    | layouts.FEATURES['MTP 2, pre-norm, valid']
+    | layouts.FEATURES['remat'],
+  ),
+  'context dualpipev': layouts.Case(
+    '',
+    {'pipe': 2, 'context': 2, 'expert': 2, 'schedule': 'dualpipev'},
+    FOUR_LAYERS,
+  ),
   'fp8': layouts.Case(
     '',
     {'pipe': 2, 'expert': 2, 'schedule': 'dualpipe'},
@@ -73,3 +86,4 @@ def test_the_table_covers_meshes_times_schedules():
   for kind in layouts.KINDS:
     assert f'{kind} pipe4 data2' in names
     assert f'{kind} pipe2 expert2 node2' in names
+    assert f'{kind} pipe2 expert2 context2' in names
