@@ -43,7 +43,7 @@ class _Turn(NamedTuple):
   key: Array
 
 
-class _Loop:
+class Loop:
   """The products of a device: blocks of queries times pieces of keys."""
 
   def __init__(self, queries: int):
@@ -107,7 +107,7 @@ def forward(
   scale: float,
 ) -> tuple[Float[Array, 'B T N U'], Float[Array, 'B N T']]:
   """Output, f32, and log-sum-exp of this device's queries."""
-  loop = _Loop(q_BTNX.shape[1])
+  loop = Loop(q_BTNX.shape[1])
 
   def body(number, sums):
     o_BTNU, most_BNT, total_BNT = sums
@@ -147,7 +147,7 @@ def backward(
   do_BTNU: Float[Array, 'B T N U'],
 ) -> tuple[Float[Array, 'B T N X'], Keys]:
   """Gradients, f32: of its queries, and its part of those of all keys."""
-  loop, dtype = _Loop(q_BTNX.shape[1]), q_BTNX.dtype
+  loop, dtype = Loop(q_BTNX.shape[1]), q_BTNX.dtype
   width = keys.k_nope_BSNH.shape[-1]
 
   def body(number, sums):
