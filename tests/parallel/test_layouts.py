@@ -44,15 +44,15 @@ CASES = {
   'context': layouts.Case(
     '',
     {'context': 2, 'expert': 2, 'data': 2},
-    FOUR_LAYERS
-    | layouts.FEATURES['isolated']
-    | layouts.FEATURES['MTP 2, pre-norm, valid']
-    | layouts.FEATURES['remat'],
+    {'model.num_layers': 2} | layouts.FEATURES['V2 balance'],
   ),
   'context dualpipev': layouts.Case(
     '',
     {'pipe': 2, 'context': 2, 'expert': 2, 'schedule': 'dualpipev'},
-    FOUR_LAYERS,
+    FOUR_LAYERS
+    | layouts.FEATURES['isolated']
+    | layouts.FEATURES['MTP 2, pre-norm, valid']
+    | layouts.FEATURES['remat'],
   ),
   'fp8': layouts.Case(
     '',
