@@ -44,6 +44,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TOKENS = 4096  # of a step
 FIRST_KEY, FIRST_VALUE, SYMBOLS = 256, 384, 128  # bytes come before them
 PAIRS = 16  # of a test row
+_TEXT_WEIGHT = 0.1  # of a byte's loss beside that of a value
 _PEAK, _EXTENSION_LR, _WARMUP = 4e-3, 1e-3, 50
 _FACTOR = 10.0  # YaRN's s: as far beyond the length used as the report's 40
 
@@ -106,19 +107,22 @@ def weave(text: np.ndarray, pairs: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def training_row(rng, text: np.ndarray, length: int):
-  """Tokens [length + 1] and weights [length]: 0 on values nobody can know."""
+  """Tokens [length + 1] and the weights of those behind the first.
+
+  Weights are 1 on values that were there before, little on text, and 0 on what
+  nobody can know: keys, and values that come for the first time.
+  """
   inserted = int(length * rng.uniform(0.1, 0.3))
-  distinct = inserted * int(rng.integers(4, 9)) // 16
-  pool = draw_pairs(rng, min(SYMBOLS, distinct))
+  pool = draw_pairs(rng, int(rng.integers(4, min(SYMBOLS, length // 8) + 1)))
   pairs = pool[rng.integers(len(pool), size=inserted)]
   filler = draw_text(rng, text, length + 1 - 2 * inserted)
   at = np.sort(rng.integers(len(filler) + 1, size=inserted))
   tokens = weave(filler, pairs, at)
-  _, first = np.unique(tokens, return_index=True)
-  is_key = (tokens >= FIRST_KEY) & (tokens < FIRST_VALUE)
-  unknown = np.zeros(length + 1, bool)
-  unknown[first] = True
-  return tokens, ~(unknown & is_key)[:-1]
+  seen = np.ones(len(tokens), bool)
+  seen[np.unique(tokens, return_index=True)[1]] = False
+  answers = np.append(False, seen[:-1]) & (tokens >= FIRST_VALUE)
+  weights = answers + _TEXT_WEIGHT * (tokens < FIRST_KEY)
+  return tokens, weights[1:]
 
 
 def training_batch(rng, text, cfg: config.Config) -> model.Batch:
@@ -130,13 +134,14 @@ def training_batch(rng, text, cfg: config.Config) -> model.Batch:
 
 
 def _batch(tokens_BT, targets_BT, weights_BT) -> model.Batch:
-  ints = lambda x: np.broadcast_to(x, (1, *tokens_BT.shape)).astype(np.int32)
+  one = lambda x: np.broadcast_to(x, (1, *tokens_BT.shape))
+  ints = lambda x: one(x).astype(np.int32)
   return model.Batch(
     tokens_BT=ints(tokens_BT),
     targets_BT=ints(targets_BT),
     positions_BT=ints(np.arange(tokens_BT.shape[1])),
     segments_BT=ints(1),
-    weights_BT=ints(weights_BT).astype(np.float32),
+    weights_BT=one(weights_BT).astype(np.float32),
   )
 
 

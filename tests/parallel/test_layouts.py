@@ -23,12 +23,12 @@ CASES = {
   ),
   'dualpipev': layouts.Case(
     '',
-    {'pipe': 2, 'node': 2, 'expert': 2, 'schedule': 'dualpipev'},
+    {'pipe': 2, 'context': 2, 'expert': 2, 'schedule': 'dualpipev'},
     FOUR_LAYERS | layouts.FEATURES['V2 balance'],
   ),
   '1f1b': layouts.Case(
     '',
-    {'pipe': 2, 'schedule': '1f1b'},
+    {'pipe': 2, 'context': 2, 'schedule': '1f1b'},
     FOUR_LAYERS | layouts.FEATURES['isolated'] | layouts.FEATURES['unrolled'],
   ),
   'interleaved': layouts.Case(
@@ -38,21 +38,13 @@ CASES = {
   ),
   'gpipe': layouts.Case(
     '',
-    {'pipe': 2, 'expert': 2, 'schedule': 'gpipe'},
+    {'pipe': 2, 'context': 2, 'schedule': 'gpipe'},
     FOUR_LAYERS | layouts.FEATURES['MTP 2, pre-norm, valid'],
   ),
   'context': layouts.Case(
     '',
     {'context': 2, 'expert': 2, 'data': 2},
-    {'model.num_layers': 2} | layouts.FEATURES['V2 balance'],
-  ),
-  'context dualpipev': layouts.Case(
-    '',
-    {'pipe': 2, 'context': 2, 'expert': 2, 'schedule': 'dualpipev'},
-    FOUR_LAYERS
-    | layouts.FEATURES['isolated']
-    | layouts.FEATURES['MTP 2, pre-norm, valid']
-    | layouts.FEATURES['remat'],
+    {'model.num_layers': 2} | layouts.FEATURES['remat'],
   ),
   'fp8': layouts.Case(
     '',
