@@ -44,7 +44,11 @@ CASES = {
   'context': layouts.Case(
     '',
     {'context': 2, 'expert': 2, 'data': 2},
-    {'model.num_layers': 2} | layouts.FEATURES['remat'],
+    {
+      'model.num_layers': 2,
+      'model.remat': 'report',
+      'parallel.fsdp': ('data', 'context'),
+    },
   ),
   'fp8': layouts.Case(
     '',
