@@ -46,6 +46,7 @@ FIRST_KEY, FIRST_VALUE, SYMBOLS = 256, 384, 128  # bytes come before them
 PAIRS = 16  # of a test row
 _TEXT_WEIGHT = 0.1  # of a byte's loss beside that of a value
 _PEAK, _EXTENSION_LR, _WARMUP = 4e-3, 1e-3, 50
+_PIECES = ((0.4, 32), (0.55, 64), (0.7, 128), (1.0, SHORT))  # until when
 _FACTOR = 10.0  # YaRN's s: as far beyond the length used as the report's 40
 
 
@@ -62,6 +63,7 @@ def make_config(length: int, *, yarn: bool, context: int = 1) -> config.Config:
   with source.unlocked():
     net = source.model
     net.update(vocab_size=512, d_model=128, d_ff=256, num_layers=3)
+    net.update(num_dense_layers=2, init_std=0.08)
     net.update(max_seq_len=length, scan_layers=False)
     net.rope.original_seq_len = SHORT if yarn else length
     net.rope.factor = _FACTOR
@@ -69,7 +71,8 @@ def make_config(length: int, *, yarn: bool, context: int = 1) -> config.Config:
     net.moe.update(top_groups=2, block_size=64)
     net.mtp.depth = 0
     rows = TOKENS // length
-    source.data.update(seq_len=length, tokenizer='none.json')
+    source.data.update(seq_len=length, isolate_samples=True)
+    source.data.tokenizer = 'none.json'
     source.train.update(batch_size=rows, batch_size_start=rows)
     source.train.microbatch_size = rows
     source.eval.stride = length
@@ -125,23 +128,31 @@ def training_row(rng, text: np.ndarray, length: int):
   return tokens, weights[1:]
 
 
-def training_batch(rng, text, cfg: config.Config) -> model.Batch:
-  """One micro-batch of one step."""
-  length, rows = cfg.data.seq_len, cfg.train.batch_size
-  drawn = [training_row(rng, text, length) for _ in range(rows)]
-  tokens, weights = map(np.stack, zip(*drawn, strict=True))
-  return _batch(tokens[:, :-1], tokens[:, 1:], weights)
+def piece_at(done: float, cfg: config.Config) -> int:
+  """Tokens of a sample: heads that look up form sooner in short ones."""
+  if cfg.model.yarn:
+    return cfg.data.seq_len
+  return next(piece for until, piece in _PIECES if done < until)
 
 
-def _batch(tokens_BT, targets_BT, weights_BT) -> model.Batch:
-  one = lambda x: np.broadcast_to(x, (1, *tokens_BT.shape))
-  ints = lambda x: one(x).astype(np.int32)
+def training_batch(rng, text, cfg: config.Config, piece: int) -> model.Batch:
+  """One micro-batch of one step; rows hold samples of `piece` tokens."""
+  samples = [training_row(rng, text, piece) for _ in range(TOKENS // piece)]
+  tokens, weights = map(np.stack, zip(*samples, strict=True))
+  return _batch(tokens[:, :-1], tokens[:, 1:], weights, cfg.data.seq_len)
+
+
+def _batch(tokens_ST, targets_ST, weights_ST, length: int) -> model.Batch:
+  """Samples that do not see each other, some in a row of `length`."""
+  count, piece = tokens_ST.shape
+  whole = lambda x: np.broadcast_to(x, (count, piece)).reshape(1, -1, length)
+  ints = lambda x: whole(x).astype(np.int32)
   return model.Batch(
-    tokens_BT=ints(tokens_BT),
-    targets_BT=ints(targets_BT),
-    positions_BT=ints(np.arange(tokens_BT.shape[1])),
-    segments_BT=ints(1),
-    weights_BT=one(weights_BT).astype(np.float32),
+    tokens_BT=ints(tokens_ST),
+    targets_BT=ints(targets_ST),
+    positions_BT=ints(np.arange(piece)),
+    segments_BT=ints(1 + np.arange(count)[:, None]),
+    weights_BT=whole(weights_ST).astype(np.float32),
   )
 
 
@@ -175,9 +186,8 @@ def train(cfg, start: Weights | None, text, num_steps, lr, seed) -> Weights:
     rate *= min(1.0, (number + 1) / warmup)
     hyper = {'lr': rate, 'mtp_weight': 0.0, 'bias_rate': 1e-3}
     hyper = {name: jnp.float32(value) for name, value in hyper.items()}
-    rows = jax.device_put(
-      training_batch(rng, text, cfg), trainer.batch_sharding()
-    )
+    drawn = training_batch(rng, text, cfg, piece_at(number / num_steps, cfg))
+    rows = jax.device_put(drawn, trainer.batch_sharding())
     state, told = step(state, rows, trainer.plan.amount(1), hyper)
     if (number + 1) % 50 == 0:
       seconds = time.monotonic() - begun
@@ -212,7 +222,7 @@ def accuracy(weights, text, length, depth, *, yarn, count, seed) -> float:
   for start in range(0, count, at_once):
     rows = [test_row(rng, text, length, depth) for _ in range(at_once)]
     tokens, values = map(np.stack, zip(*rows, strict=True))
-    batch = jax.tree.map(lambda x: x[0], _batch(tokens, tokens, tokens))
+    batch = jax.tree.map(lambda x: x[0], _batch(tokens, tokens, tokens, length))
     found = np.asarray(answer(weights, batch))[: count - start]
     right += int(np.sum(found == values[: len(found)]))
   return right / count
