@@ -249,13 +249,7 @@ def _parallel(config: Any) -> Iterator[Rule]:
   """Rules that tie the model and its batches to the mesh."""
   p, moe = config.parallel, config.model.moe
   yield p.model == 1, f'parallel.model={p.model} must be 1: it is not built yet'
-  length, pieces = config.data.seq_len, 2 * p.context
-  yield (
-    p.context == 1 or length % pieces == 0,
-    f'data.seq_len={length} must be a multiple of {pieces} = '
-    '2 * parallel.context, whose devices have two pieces of a row each: '
-    f'{_multiples(length, pieces)}',
-  )
+  yield from _context(config)
   for axis in p.fsdp:
     yield (
       axis in _FSDP_AXES,
@@ -312,6 +306,17 @@ def _parallel(config: Any) -> Iterator[Rule]:
     f'parallel.node={p.node} must divide '
     f'model.moe.num_groups={moe.num_groups}, so that a group is on one node: '
     f'{_divisors(p.node, moe.num_groups)}',
+  )
+
+
+def _context(config: Any) -> Iterator[Rule]:
+  """Rows, of training and of evaluation, are cut into equal pieces."""
+  length, pieces = config.data.seq_len, 2 * config.parallel.context
+  yield (
+    pieces == 2 or length % pieces == 0,
+    f'data.seq_len={length} must be a multiple of {pieces} = '
+    '2 * parallel.context, whose devices have two pieces of a row each: '
+    f'{_multiples(length, pieces)}',
   )
 
 

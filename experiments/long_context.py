@@ -11,12 +11,13 @@ Hardware: 2,048 H800 in the report.
 Expected: needles found at all depths to 128K (TR figure 8); not re-run by
           us at this size. At a laptop's: benchmarks/results/needle.md.
 
-The layout is ours (NP). On the 128 data ranks of pre-training a step would
-have 15 and 3.75 micro-batches, fewer than the 32 of DualPipe with 16 stages,
-and a micro-batch would be 8 and 32 times as large. So the rows are cut over
-`context`, and experts are spread over 32 devices. At 32K, 60 micro-batches go
-through DualPipeV, which has no second copy of the weights; at 128K the 480
-rows give 15, too few for either, so ZB1P runs them and layers are made again.
+The layouts are ours (NP) and have not run. On the 128 data ranks of
+pre-training a step would have 15 and 3.75 micro-batches, fewer than the 32 of
+DualPipe with 16 stages, and a micro-batch would be 8 and 32 times as large. So
+rows are cut over `context`, experts over 32 devices, and layers are made again
+in the backward pass. At 32K, 60 micro-batches go through DualPipeV, without a
+second copy of the weights; at 128K the 480 rows give 15, too few for either,
+which ZB1P runs on 8 stages, their weights cut over `context` as well (FSDP).
 
 `32k,runlocal` and `128k,runlocal` are the same at a size for a laptop, on two
 devices: JAX_NUM_CPU_DEVICES=2, from a run of experiments/v3_671b.py:runlocal.
@@ -52,11 +53,12 @@ def get_config(arg: str = ''):
     else:
       _take(config, length=length, rows=rows, steps=_STEPS, lr=_LR)
       config.train.microbatch_size = 32
-      config.parallel.update(pipe=8, node=4, expert=8, context=8)
-      config.parallel.schedule = 'dualpipev' if phase == '32k' else 'zb1p'
-      config.eval.batch_size = 256
-    if phase == '128k':
       config.model.remat = 'full'
+      config.eval.batch_size = 512
+      mesh = config.parallel
+      mesh.update(node=4, expert=8, pipe=16, context=4, schedule='dualpipev')
+      if phase == '128k':
+        mesh.update(pipe=8, context=8, schedule='zb1p', fsdp=('context',))
   return config.lock()
 
 
