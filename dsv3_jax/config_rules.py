@@ -250,21 +250,7 @@ def _parallel(config: Any) -> Iterator[Rule]:
   p, moe = config.parallel, config.model.moe
   yield p.model == 1, f'parallel.model={p.model} must be 1: it is not built yet'
   yield from _context(config)
-  for axis in p.fsdp:
-    yield (
-      axis in _FSDP_AXES,
-      f'parallel.fsdp={p.fsdp} must be of: {", ".join(_FSDP_AXES)}',
-    )
-  yield (
-    len(set(p.fsdp)) == len(p.fsdp),
-    f'parallel.fsdp={p.fsdp} must name each axis once',
-  )
-  remat = config.model.remat
-  yield (
-    not p.fsdp or remat != 'none',
-    f'model.remat={remat!r} must be report or full with parallel.fsdp='
-    f'{p.fsdp}, or every layer would keep what it gathered',
-  )
+  yield from _fsdp(config)
   yield from _deterministic(config)
   shards, holders = p.data * p.node * p.expert, p.node * p.expert
   micro, windows = config.train.microbatch_size, config.eval.batch_size
@@ -317,6 +303,26 @@ def _context(config: Any) -> Iterator[Rule]:
     f'data.seq_len={length} must be a multiple of {pieces} = '
     '2 * parallel.context, whose devices have two pieces of a row each: '
     f'{_multiples(length, pieces)}',
+  )
+
+
+def _fsdp(config: Any) -> Iterator[Rule]:
+  """Which axes weights may lie cut over, and when that helps."""
+  p = config.parallel
+  for axis in p.fsdp:
+    yield (
+      axis in _FSDP_AXES,
+      f'parallel.fsdp={p.fsdp} must be of: {", ".join(_FSDP_AXES)}',
+    )
+  yield (
+    len(set(p.fsdp)) == len(p.fsdp),
+    f'parallel.fsdp={p.fsdp} must name each axis once',
+  )
+  remat = config.model.remat
+  yield (
+    not p.fsdp or remat != 'none',
+    f'model.remat={remat!r} must be report or full with parallel.fsdp='
+    f'{p.fsdp}, or every layer would keep what it gathered',
   )
 
 
