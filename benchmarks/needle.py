@@ -46,7 +46,7 @@ FIRST_KEY, FIRST_VALUE, SYMBOLS = 256, 384, 128  # bytes come before them
 PAIRS = 16  # of a test row
 _TEXT_WEIGHT = 0.1  # of a byte's loss beside that of a value
 _PEAK, _EXTENSION_LR, _WARMUP = 4e-3, 1e-3, 50
-_PIECES = ((0.4, 32), (0.55, 64), (0.7, 128), (1.0, SHORT))  # until when
+_PIECES = ((0.12, 32), (0.25, 64), (0.45, 128), (1.0, SHORT))  # until when
 _FACTOR = 10.0  # YaRN's s: as far beyond the length used as the report's 40
 
 

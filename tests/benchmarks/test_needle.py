@@ -49,7 +49,7 @@ def test_samples_in_a_row_stand_alone():
   each, counts = np.unique(batch.segments_BT, return_counts=True)
   assert len(each) == needle.TOKENS // 64 and set(counts) == {64}
   assert batch.weights_BT.dtype == np.float32
-  assert [needle.piece_at(x, cfg) for x in (0.0, 0.5, 0.99)] == [32, 64, 256]
+  assert [needle.piece_at(x, cfg) for x in (0.0, 0.2, 0.5)] == [32, 64, 256]
 
 
 @pytest.mark.slow
