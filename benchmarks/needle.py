@@ -3,13 +3,14 @@
 Question: after pre-training on rows of 256 tokens and a short YaRN phase at
 2,048 (TR 4.3), is a value found by its key over all of the longer context?
 
-  dsv3 bench needle [--steps=1500] [--extension=150] [--context=1] [--json]
+  dsv3 bench needle [--steps=400] [--extension=50] [--context=1] [--json]
 
-Rows are the standard library's text as bytes, with pairs (key, value) of random
-symbols in between; from the second time on that a key comes, its value can be
-known. A test row has 16 pairs in its text, one at the depth asked for, and ends
-with the key of that one: right is the exact value as the likeliest of all 512
-tokens. Guessing among the row's values gives 1 in 16.
+Rows are the standard library's text as bytes, with symbols in between. A
+needle is one symbol of 256 that stands for a key and a value, of 16 each; a
+question is a key, and behind it comes the value of the needle with that key. A
+test row has a needle of every key in its text, one at the depth asked for, and
+ends with the question for that one: right is its value as the likeliest of all
+tokens. Guessing among the values gives 1 in 16.
 
 Told for three models: `before`, plain RoPE as trained; `yarn`, the same weights
 with YaRN's frequencies and softmax scale, untrained; `after`, with the phase.
@@ -42,8 +43,10 @@ SHORT, LONG = 256, 2048  # tokens of a row before and in the extension
 LENGTHS = (128, 256, 512, 1024, 2048)
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TOKENS = 4096  # of a step
-FIRST_KEY, FIRST_VALUE, SYMBOLS = 256, 384, 128  # bytes come before them
-PAIRS = 16  # of a test row
+KINDS = 16  # of keys, and of values
+# Bytes come first, then needles by key and value, questions, answers.
+NEEDLE, QUESTION = 256, 256 + KINDS**2
+ANSWER = QUESTION + KINDS
 _TEXT_WEIGHT = 0.1  # of a byte's loss beside that of a value
 _PEAK, _EXTENSION_LR, _WARMUP = 4e-3, 1e-3, 50
 _PIECES = ((0.12, 32), (0.25, 64), (0.45, 128), (1.0, SHORT))  # until when
@@ -62,7 +65,7 @@ def make_config(length: int, *, yarn: bool, context: int = 1) -> config.Config:
   source = quickstart.get_config()
   with source.unlocked():
     net = source.model
-    net.update(vocab_size=512, d_model=128, d_ff=256, num_layers=3)
+    net.update(vocab_size=ANSWER + KINDS, d_model=128, d_ff=256, num_layers=3)
     net.update(num_dense_layers=2, init_std=0.08)
     net.update(max_seq_len=length, scan_layers=False)
     net.rope.original_seq_len = SHORT if yarn else length
@@ -93,38 +96,44 @@ def read_text(cfg: config.Config) -> np.ndarray:
   return np.frombuffer(bytes(found), np.uint8).astype(np.int32)
 
 
-def draw_pairs(rng, count: int) -> np.ndarray:
-  """[count, 2]: distinct keys with random values."""
-  keys = FIRST_KEY + rng.choice(SYMBOLS, count, replace=False)
-  return np.stack([keys, FIRST_VALUE + rng.integers(SYMBOLS, size=count)], 1)
-
-
 def draw_text(rng, text: np.ndarray, length: int) -> np.ndarray:
   start = rng.integers(len(text) - length)
   return text[start : start + length]
 
 
-def weave(text: np.ndarray, pairs: np.ndarray, at: np.ndarray) -> np.ndarray:
-  """Text with a pair before each of its places `at` (sorted)."""
-  return np.insert(text, np.repeat(at, 2), pairs.ravel())
+def draw_needles(rng, count: int) -> np.ndarray:
+  """[count, 2]: distinct keys with random values."""
+  keys = rng.choice(KINDS, count, replace=False)
+  return np.stack([keys, rng.integers(KINDS, size=count)], 1)
+
+
+def spell(needles: np.ndarray) -> np.ndarray:
+  return NEEDLE + needles @ [KINDS, 1]
 
 
 def training_row(rng, text: np.ndarray, length: int):
   """Tokens [length + 1] and the weights of those behind the first.
 
-  Weights are 1 on values that were there before, little on text, and 0 on what
-  nobody can know: keys, and values that come for the first time.
+  Weights are 1 on answers whose needle was before, little on text, and 0 on
+  what nobody can know: needles, questions, answers before their needle.
   """
-  inserted = int(length * rng.uniform(0.1, 0.3))
-  pool = draw_pairs(rng, int(rng.integers(4, min(SYMBOLS, length // 8) + 1)))
-  pairs = pool[rng.integers(len(pool), size=inserted)]
-  filler = draw_text(rng, text, length + 1 - 2 * inserted)
-  at = np.sort(rng.integers(len(filler) + 1, size=inserted))
-  tokens = weave(filler, pairs, at)
-  seen = np.ones(len(tokens), bool)
-  seen[np.unique(tokens, return_index=True)[1]] = False
-  answers = np.append(False, seen[:-1]) & (tokens >= FIRST_VALUE)
-  weights = answers + _TEXT_WEIGHT * (tokens < FIRST_KEY)
+  needles = draw_needles(rng, int(rng.integers(4, min(KINDS, length // 4) + 1)))
+  asked = needles[rng.integers(len(needles), size=length // 8)]
+  filler = draw_text(rng, text, length + 1 - len(needles) - 2 * len(asked))
+  events = [[n] for n in spell(needles)]
+  events += [[QUESTION + key, ANSWER + value] for key, value in asked]
+  at = rng.integers(len(filler) + 1, size=len(events))
+  order = np.argsort(at)
+  sizes = [len(events[i]) for i in order]
+  inserted = np.concatenate([events[i] for i in order])
+  tokens = np.insert(filler, np.repeat(at[order], sizes), inserted)
+  seen = np.zeros(KINDS, bool)
+  weights = np.where(tokens < NEEDLE, _TEXT_WEIGHT, 0.0)
+  for i in np.flatnonzero(tokens >= NEEDLE):
+    if tokens[i] < QUESTION:
+      seen[(tokens[i] - NEEDLE) // KINDS] = True
+    elif tokens[i] >= ANSWER:
+      weights[i] = seen[tokens[i - 1] - QUESTION]
   return tokens, weights[1:]
 
 
@@ -157,14 +166,14 @@ def _batch(tokens_ST, targets_ST, weights_ST, length: int) -> model.Batch:
 
 
 def test_row(rng, text: np.ndarray, length: int, depth: float):
-  """Tokens [length], the last a key, and the value that was with it."""
-  pairs = draw_pairs(rng, PAIRS)
-  filler = draw_text(rng, text, length - 1 - 2 * PAIRS)
-  others = np.sort(rng.integers(len(filler) + 1, size=PAIRS - 1))
-  at = round(depth * len(filler))
-  rank = int(np.searchsorted(others, at))
-  tokens = weave(filler, pairs, np.insert(others, rank, at))
-  return np.append(tokens, pairs[rank, 0]), pairs[rank, 1]
+  """Tokens [length], the last a question, and the answer."""
+  needles = draw_needles(rng, KINDS)
+  filler = draw_text(rng, text, length - 1 - KINDS)
+  at = rng.integers(len(filler) + 1, size=KINDS)
+  at[0] = round(depth * len(filler))
+  order = np.argsort(at)
+  tokens = np.insert(filler, at[order], spell(needles)[order])
+  return np.append(tokens, QUESTION + needles[0, 0]), ANSWER + needles[0, 1]
 
 
 def train(cfg, start: Weights | None, text, num_steps, lr, seed) -> Weights:
@@ -306,8 +315,8 @@ def table(rows: list[report.Row]) -> list[report.Row]:
 
 def main(argv: list[str] | None = None) -> int:
   parser = report.parser('needle', __doc__)
-  parser.add_argument('--steps', type=int, default=1500, help='at 256 tokens')
-  parser.add_argument('--extension', type=int, default=150, help='at 2,048')
+  parser.add_argument('--steps', type=int, default=400, help='at 256 tokens')
+  parser.add_argument('--extension', type=int, default=50, help='at 2,048')
   parser.add_argument('--context', type=int, default=1, help='of the phase')
   parser.add_argument('--count', type=int, default=64, help='rows of a cell')
   args = parser.parse_args(argv)

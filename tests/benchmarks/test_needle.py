@@ -13,32 +13,36 @@ TEXT = np.arange(4000, dtype=np.int32) % 256
 
 
 @pytest.mark.parametrize('length', [32, 256, 2048])
-def test_a_weight_of_one_is_on_values_that_can_be_known(length):
+def test_a_weight_of_one_is_on_answers_that_can_be_known(length):
   tokens, weights = needle.training_row(np.random.default_rng(0), TEXT, length)
   assert len(tokens) == length + 1 and len(weights) == length
   value_of, counted = {}, 0
-  for at in range(1, length + 1):
-    key, token = int(tokens[at - 1]), int(tokens[at])
-    weight = weights[at - 1]
-    if token >= needle.FIRST_VALUE:  # behind its key, always the same
-      assert weight == (key in value_of), at
-      assert value_of.setdefault(key, token) == token
+  for token, before, weight in zip(tokens[1:], tokens, weights, strict=True):
+    if before >= needle.NEEDLE and before < needle.QUESTION:
+      key, value = divmod(before - needle.NEEDLE, needle.KINDS)
+      value_of[key] = value
+    if token >= needle.ANSWER:
+      key, value = before - needle.QUESTION, token - needle.ANSWER
+      assert 0 <= key < needle.KINDS
+      assert weight == (key in value_of)
+      assert value_of.get(key, value) == value
       counted += weight
     else:
-      assert weight == (0.1 if token < needle.FIRST_KEY else 0.0)
-  assert counted > length // 32
+      assert weight == (0.1 if token < needle.NEEDLE else 0.0)
+  assert counted >= length // 32
 
 
 @pytest.mark.parametrize('depth', needle.DEPTHS)
 def test_the_needle_is_where_it_should_be(depth):
   length = 512
   rng = np.random.default_rng(1)
-  tokens, value = needle.test_row(rng, TEXT, length, depth)
+  tokens, answer = needle.test_row(rng, TEXT, length, depth)
   assert len(tokens) == length
-  assert np.sum(tokens >= needle.FIRST_VALUE) == needle.PAIRS
-  first, last = np.flatnonzero(tokens == tokens[-1])
-  assert last == length - 1 and tokens[first + 1] == value
-  assert abs(first / length - depth) < 0.08
+  is_needle = (tokens >= needle.NEEDLE) & (tokens < needle.QUESTION)
+  assert np.sum(is_needle) == needle.KINDS
+  key, value = tokens[-1] - needle.QUESTION, answer - needle.ANSWER
+  at = np.flatnonzero(tokens == needle.spell(np.array([[key, value]])))
+  assert len(at) == 1 and abs(at[0] / length - depth) < 0.05
 
 
 def test_samples_in_a_row_stand_alone():
