@@ -13,6 +13,7 @@ eight devices: fake ones on a CPU. Gradients are read from AdamW's first moment.
 import dataclasses
 import functools
 import itertools
+import math
 import sys
 import time
 from typing import NamedTuple
@@ -80,25 +81,25 @@ class Case(NamedTuple):
 def table() -> list[Case]:
   """Meshes of at most eight devices times schedules, then features."""
   found = []
-  sizes = itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2))
-  for pipe, expert, node, data in sizes:
-    devices = pipe * expert * node * data
-    if not 1 < devices <= 8:
+  for sizes in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2), (1, 2)):
+    if not 1 < math.prod(sizes) <= 8:
       continue
-    mesh = {'pipe': pipe, 'expert': expert, 'node': node, 'data': data}
+    names = ('pipe', 'expert', 'node', 'data', 'context')
+    mesh = dict(zip(names, sizes, strict=True))
     axes = {k: v for k, v in mesh.items() if v > 1}
+    pipe = mesh['pipe']
     for kind in KINDS if pipe > 1 else ('',):
       more = {'schedule': kind} if kind else {}
       name = ' '.join([kind, *(f'{k}{v}' for k, v in axes.items())]).strip()
       found.append(Case(name, axes | more))
   dual = {'pipe': 2, 'schedule': 'dualpipe', 'expert': 2, 'data': 2}
   flat = {'data': 2, 'node': 2, 'expert': 2}
-  for axes, (word, changes) in itertools.product(
-    (dual, flat), FEATURES.items()
+  context = {'pipe': 2, 'schedule': 'dualpipe', 'expert': 2, 'context': 2}
+  meshes = {'dualpipe': dual, 'flat': flat, 'context': context}
+  for (name, axes), (word, changes) in itertools.product(
+    meshes.items(), FEATURES.items()
   ):
-    found.append(
-      Case(f'{word} {"dualpipe" if axes is dual else "flat"}', axes, changes)
-    )
+    found.append(Case(f'{word} {name}', axes, changes))
   return found
 
 

@@ -210,11 +210,12 @@ class ParallelConfig:
 
 @_frozen
 class CheckpointConfig:
-  """When to save, what to keep, where to resume."""
+  """When to save, what to keep, where to start and resume."""
 
   every_steps: int
   keep: int
   restore_step: int
+  init_from: str
 
 
 @_frozen

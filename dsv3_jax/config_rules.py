@@ -248,24 +248,9 @@ def _batch(config: Any) -> Iterator[Rule]:
 def _parallel(config: Any) -> Iterator[Rule]:
   """Rules that tie the model and its batches to the mesh."""
   p, moe = config.parallel, config.model.moe
-  for axis in ('context', 'model'):
-    size = getattr(p, axis)
-    yield size == 1, f'parallel.{axis}={size} must be 1: it is not built yet'
-  for axis in p.fsdp:
-    yield (
-      axis in _FSDP_AXES,
-      f'parallel.fsdp={p.fsdp} must be of: {", ".join(_FSDP_AXES)}',
-    )
-  yield (
-    len(set(p.fsdp)) == len(p.fsdp),
-    f'parallel.fsdp={p.fsdp} must name each axis once',
-  )
-  remat = config.model.remat
-  yield (
-    not p.fsdp or remat != 'none',
-    f'model.remat={remat!r} must be report or full with parallel.fsdp='
-    f'{p.fsdp}, or every layer would keep what it gathered',
-  )
+  yield p.model == 1, f'parallel.model={p.model} must be 1: it is not built yet'
+  yield from _context(config)
+  yield from _fsdp(config)
   yield from _deterministic(config)
   shards, holders = p.data * p.node * p.expert, p.node * p.expert
   micro, windows = config.train.microbatch_size, config.eval.batch_size
@@ -307,6 +292,37 @@ def _parallel(config: Any) -> Iterator[Rule]:
     f'parallel.node={p.node} must divide '
     f'model.moe.num_groups={moe.num_groups}, so that a group is on one node: '
     f'{_divisors(p.node, moe.num_groups)}',
+  )
+
+
+def _context(config: Any) -> Iterator[Rule]:
+  """Rows, of training and of evaluation, are cut into equal pieces."""
+  length, pieces = config.data.seq_len, 2 * config.parallel.context
+  yield (
+    pieces == 2 or length % pieces == 0,
+    f'data.seq_len={length} must be a multiple of {pieces} = '
+    '2 * parallel.context, whose devices have two pieces of a row each: '
+    f'{_multiples(length, pieces)}',
+  )
+
+
+def _fsdp(config: Any) -> Iterator[Rule]:
+  """Which axes weights may lie cut over, and when that helps."""
+  p = config.parallel
+  for axis in p.fsdp:
+    yield (
+      axis in _FSDP_AXES,
+      f'parallel.fsdp={p.fsdp} must be of: {", ".join(_FSDP_AXES)}',
+    )
+  yield (
+    len(set(p.fsdp)) == len(p.fsdp),
+    f'parallel.fsdp={p.fsdp} must name each axis once',
+  )
+  remat = config.model.remat
+  yield (
+    not p.fsdp or remat != 'none',
+    f'model.remat={remat!r} must be report or full with parallel.fsdp='
+    f'{p.fsdp}, or every layer would keep what it gathered',
   )
 
 

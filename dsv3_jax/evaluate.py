@@ -118,7 +118,7 @@ def _token_losses(cfg: config.Config, mesh: jax.sharding.Mesh | None):
   # Layer by layer: whole masters of all layers would not fit.
   rules = dataclasses.replace(sharding.RULES, fsdp=sharding.TOKEN_AXES)
   placed = zero.model_placements(net, mesh.shape, rules)
-  rows = sharding.to_spec(('batch', 'sequence'), sharding.RULES, 2)
+  rows = sharding.to_spec(('batch', None), sharding.RULES, 2)
   spread = sharding.mapped(
     lambda masters, *rest: losses(zero.gather(masters, placed), *rest),
     mesh,

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config, errors
@@ -40,7 +41,6 @@ class ShardingRules:
   """
 
   batch: MeshAxes = BATCH_AXES
-  sequence: MeshAxes = 'context'
   layers: MeshAxes = None
   vocab: MeshAxes = 'pipe'
   embed: MeshAxes = None
@@ -216,6 +216,30 @@ def pmax(x: jax.Array, axes: MeshAxes) -> jax.Array:
 def index(axis: str) -> jax.Array | int:
   """This device's number along an axis."""
   return jax.lax.axis_index(axis) if size(axis) > 1 else 0
+
+
+def own_tokens(x_BS: jax.Array) -> jax.Array:
+  """This device's tokens [B, T, ...] of whole rows.
+
+  `context` cuts a row into twice as many pieces as it has devices; device i has
+  pieces i and, of those from the end, i again. So all have as much before them.
+  """
+  parts = size('context')
+  if parts == 1:
+    return x_BS
+  pieces = jnp.stack(jnp.split(x_BS, 2 * parts, axis=1))
+  here = index('context')
+  return jnp.concatenate([pieces[here], pieces[-1 - here]], axis=1)
+
+
+def whole_rows(x_BT: jax.Array) -> jax.Array:
+  """The inverse: rows of all tokens, in their order, on every device."""
+  parts = size('context')
+  if parts == 1:
+    return x_BT
+  early, late = jnp.split(jax.lax.all_gather(x_BT, 'context'), 2, axis=2)
+  pieces = jnp.moveaxis(jnp.concatenate([early, late[::-1]]), 0, 1)
+  return pieces.reshape(x_BT.shape[0], -1, *x_BT.shape[2:])
 
 
 def axes_of(axes: MeshAxes) -> tuple[str, ...]:

@@ -26,10 +26,11 @@ from dsv3_jax import (
   optim,
   sharding,
   supervise,
+  warm_start,
 )
 from dsv3_jax import train_step as steps
 from dsv3_jax import workdir as workdirs
-from dsv3_jax.checkpoint import store
+from dsv3_jax.checkpoint import importing, store
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import loader as loaders
 from dsv3_jax.data import tokenizer as tokenizers
@@ -99,7 +100,9 @@ def _open(
     raise NotImplementedError('training by several processes is not built yet')
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   corpus = corpora.open_corpus(cfg.data)
-  tokenizer = workdirs.tokenizer(cfg.data, corpus, workdir)
+  source = warm_start.source(cfg, workdir)
+  leaves = None if source is None else warm_start.read(cfg, source)
+  tokenizer = workdirs.tokenizer(cfg.data, corpus, source or workdir)
   _check_tokens(cfg, tokenizer)
   windows = evaluate.open_windows(cfg, corpus, tokenizer)
   stack.enter_context(workdirs.held(workdir))
@@ -111,7 +114,7 @@ def _open(
   loader = loaders.Loader(corpus.train, tokenizer, cfg.data, **how)
   stack.callback(loader.close)
   resume = _step_to_resume(cfg, checkpoints, before)
-  state, ema, extras = _state(trainer, checkpoints, resume)
+  state, ema, extras = _state(trainer, checkpoints, resume, leaves)
   stack.callback(ema.close)
   progress = {'step': 0, 'tokens': 0}
   if resume is not None:
@@ -160,13 +163,18 @@ def _step_to_resume(
 
 
 def _state(
-  trainer: steps.Trainer, checkpoints: store.Store, resume: int | None
+  trainer: steps.Trainer,
+  checkpoints: store.Store,
+  resume: int | None,
+  leaves: importing.Leaves | None,
 ) -> tuple[steps.State, optim.HostEma, dict]:
-  """Fresh, or restored without making a fresh one first."""
+  """Fresh, with given weights or without; or restored, with nothing made."""
   cfg = trainer.cfg
   decay, key = cfg.optim.ema_decay, jax.random.key(cfg.seed)
   if resume is None:
     state = trainer.init(key)
+    if leaves is not None:
+      state = warm_start.start(trainer, state, leaves)
     return state, optim.HostEma(decay, state['params']), {}
   shapes = jax.eval_shape(functools.partial(steps.init_state, cfg), key)
   place = lambda shape, sharding: jax.ShapeDtypeStruct(

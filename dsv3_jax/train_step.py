@@ -27,7 +27,8 @@ Spec = sharding.Spec
 State = dict
 Hyper = dict[str, float]
 
-_BATCH = sharding.to_spec((None, 'batch', 'sequence'), sharding.RULES, 3)
+# Whole rows: a token's integers are few, and each looks at its neighbours.
+_BATCH = sharding.to_spec((None, 'batch', None), sharding.RULES, 3)
 # All-to-alls travel while products run: `benchmarks/results/overlap_h100.md`.
 _COMPILER_OPTIONS = {'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True}}
 _SPIKE_MEMORY = 0.98  # per step, of the loss' running mean and variance

@@ -37,6 +37,7 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     'every_steps': 1000,
     'keep': 3,  # newest committed steps that are kept
     'restore_step': -1,  # -1: the newest; else exactly this step
+    'init_from': '',  # workdir whose newest weights a fresh run starts from
   }
   config.eval = {
     'every_steps': 1000,  # 0: only at the end

@@ -88,7 +88,10 @@ def changed(path, value):
      'parallel.data * parallel.node * parallel.expert: 3 or 6'),
     ('parallel.pipe', 2, 'parallel.pipe=2 must divide model.vocab_size=23, '
      'which it cuts: 1 or 23'),
-    ('parallel.context', 2, 'parallel.context=2 must be 1'),
+    ('parallel.model', 2, 'parallel.model=2 must be 1'),
+    ('parallel.context', 4, 'data.seq_len=12 must be a multiple of 8 = '
+     '2 * parallel.context, whose devices have two pieces of a row each: '
+     '8 or 16'),
     ('parallel.fsdp', ('pipe',), "parallel.fsdp=('pipe',) must be of: data"),
     ('parallel.fsdp', ('data', 'data'), 'must name each axis once'),
     ('parallel.schedule', 'zbv', 'must be one of: gpipe, 1f1b, inter'),

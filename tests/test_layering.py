@@ -30,6 +30,7 @@ LAYERS = {
   'dsv3_jax.posttrain': 5,
   'dsv3_jax.evaluate': 5,
   'dsv3_jax.train': 5,
+  'dsv3_jax.warm_start': 5,
   'dsv3_jax.workdir': 5,
   'dsv3_jax': 6,  # `load`
   'dsv3_jax.cli': 6,

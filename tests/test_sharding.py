@@ -23,8 +23,8 @@ def test_names_become_mesh_axes():
   rules = sharding.ShardingRules(heads='model', experts=('node', 'expert'))
   to_spec = sharding.to_spec
   batch = ('data', 'node', 'expert')
-  got = to_spec(('batch', 'sequence', None), rules, 3)
-  assert got == Spec(batch, 'context', None)
+  got = to_spec(('batch', 'heads', None), rules, 3)
+  assert got == Spec(batch, 'model', None)
   assert to_spec(('experts', 'embed', 'ffn'), rules, 3) == Spec(
     ('node', 'expert'), None, None
   )
@@ -36,7 +36,7 @@ def test_names_become_mesh_axes():
   [
     (('batch', 'colour'), 2, "logical axis 'colour' is unknown"),
     (('batch',), 2, 'names 1 dims of an array of 2'),
-    (('batch', 'sequence', None), 2, 'names 3 dims of an array of 2'),
+    (('batch', 'embed', None), 2, 'names 3 dims of an array of 2'),
     (('batch', 'experts'), 2, "mesh axis 'expert' would shard two dims"),
     (('batch', 'batch'), 2, "mesh axis 'data' would shard two dims"),
   ],

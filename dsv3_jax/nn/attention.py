@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config, precision
+from dsv3_jax import config, precision, sharding
 from dsv3_jax.nn import layers
 from dsv3_jax.ops import attention, fp8_linear, linear, mla, norm, rope
 
@@ -16,29 +16,29 @@ from dsv3_jax.ops import attention, fp8_linear, linear, mla, norm, rope
 class Context(NamedTuple):
   """What all layers share for one batch.
 
-  cos_BTr, sin_BTr: rotations of the tokens' positions.
-  valid_BT: f32, 0 on padding. segments_BT: int32, or None when tokens may
-  attend across samples. index_BT: int32, where each token lies in the cache, or
-  None without a cache.
+  cos_BTr, sin_BTr: rotations of the positions of this device's tokens.
+  valid_BS: f32, 0 on padding. segments_BS: int32, or None when tokens may
+  attend across samples; both of whole rows, of which a device on `context` has
+  a part. index_BT: int32, where each token lies in the cache, or None without.
   """
 
   cos_BTr: Array
   sin_BTr: Array
-  valid_BT: Array
-  segments_BT: Array | None
+  valid_BS: Array
+  segments_BS: Array | None
   index_BT: Array | None
 
 
 def make_context(
   cfg: config.ModelConfig,
-  positions_BT: Int[Array, 'B T'],
-  valid_BT: Float[Array, 'B T'],
-  segments_BT: Int[Array, 'B T'] | None = None,
+  positions_BS: Int[Array, 'B S'],
+  valid_BS: Float[Array, 'B S'],
+  segments_BS: Int[Array, 'B S'] | None = None,
   index_BT: Int[Array, 'B T'] | None = None,
 ) -> Context:
-  """Context of a batch whose tokens have the given rotary positions."""
-  cos_BTr, sin_BTr = rope.tables(cfg, positions_BT)
-  return Context(cos_BTr, sin_BTr, valid_BT, segments_BT, index_BT)
+  """Context of whole rows whose tokens have the given rotary positions."""
+  cos_BTr, sin_BTr = rope.tables(cfg, sharding.own_tokens(positions_BS))
+  return Context(cos_BTr, sin_BTr, valid_BS, segments_BS, index_BT)
 
 
 class Cache(NamedTuple):
@@ -64,7 +64,8 @@ class LatentAttention(nn.Module):
   """MLA (TR 2.1.1).
 
   With `absorbed`, queries attend to the cache up to their own index; without,
-  to the batch's own tokens, whose latents a cache, if given, receives.
+  to the batch's own tokens, whose latents a cache, if given, receives. Where
+  `context` cuts the rows, the latents of the others are gathered.
   """
 
   cfg: config.ModelConfig
@@ -108,14 +109,15 @@ class LatentAttention(nn.Module):
       )
     else:
       q_BTNX = jnp.concatenate(mla.split_query(q_BTNX, cos, sin), axis=-1)
+      latents = mla.Latents(*map(sharding.whole_rows, latents))
       c = linear.operand(flat(latents.c_BSC), policy)
       with jax.named_scope('kv_up'):
-        heads = (*tokens, m.num_heads, -1)
+        heads = (*latents.c_BSC.shape[:2], m.num_heads, -1)
         k_nope_BSNH = linear.project(c, w_uk_CNH, policy).reshape(heads)
         v_BSNU = linear.project(c, w_uv_CNU, policy).reshape(heads)
       keys = (k_nope_BSNH, latents.k_rope_BSR, v_BSNU)
       o_BTNU, packed = attention.causal(
-        q_BTNX, *keys, context.segments_BT, scale, pack=policy.fp8
+        q_BTNX, *keys, context.segments_BS, scale, pack=policy.fp8
       )
     shape = (m.num_heads, m.v_head_dim, cfg.d_model)
     w_o_NUD = self._weight('w_o', shape, 'heads', 'head_dim', 'embed')

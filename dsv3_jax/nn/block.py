@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax import config, precision
+from dsv3_jax import config, precision, sharding
 from dsv3_jax.nn import attention, layers, moe
 from dsv3_jax.ops import linear
 
@@ -57,7 +57,8 @@ class Block(nn.Module):
     normed = layers.RMSNorm(cfg, name='ffn_norm')(x_BTD)
     if self.is_moe:
       ffn = moe.DeepSeekMoE(cfg, self.balance, self.policy, name='moe')
-      y_BTD, stats = ffn(normed, bias_E, context.valid_BT)
+      valid_BT = sharding.own_tokens(context.valid_BS)
+      y_BTD, stats = ffn(normed, bias_E, valid_BT)
     else:
       ffn = layers.SwiGLU(cfg, cfg.d_ff, self.policy, name='ffn')
       normed_MD = normed.reshape(-1, cfg.d_model)

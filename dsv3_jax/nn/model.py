@@ -27,11 +27,13 @@ Router = dict[str, Array]
 
 
 class Batch(NamedTuple):
-  """One micro-batch, as the loader makes it.
+  """One micro-batch of whole rows, as the loader makes it.
 
   tokens_BT, targets_BT int32; positions_BT int32 rotary positions; segments_BT
   int32, the sample of each token, 0 on padding; weights_BT f32, 1 where the
-  target counts.
+  target counts. Every device on `context` has the whole rows and works on its
+  own part (`sharding.own_tokens`): what a token needs of its neighbours, as
+  MTP's targets, is at hand.
   """
 
   tokens_BT: Array
@@ -86,7 +88,9 @@ class Model(nn.Module):
   def token_losses(self, batch: Batch, router: Router) -> Float[Array, 'B T']:
     """Cross-entropy of every main target, f32 [nats]."""
     h_BTD, _, _ = self._main(batch, router)
-    return losses.head_token_losses(h_BTD, self.head(), batch.targets_BT)
+    targets_BT = sharding.own_tokens(batch.targets_BT)
+    losses_BT = losses.head_token_losses(h_BTD, self.head(), targets_BT)
+    return sharding.whole_rows(losses_BT)
 
   def loss(
     self, batch: Batch, router: Router, scales: dict[str, Array]
@@ -102,8 +106,7 @@ class Model(nn.Module):
     """
     h_BTD, raw_BTD, stats = self._main(batch, router)
     head_DV = self.head()
-    weights_BT = batch.weights_BT * scales['main']
-    main = losses.head_loss(h_BTD, head_DV, batch.targets_BT, weights_BT)
+    main = losses.head_loss(h_BTD, head_DV, *main_targets(batch, scales))
     deeper, mtp_stats = self._mtp_chain(batch, router, h_BTD, raw_BTD)
     mtp_loss = jnp.zeros((), jnp.float32)
     for k, h_k in enumerate(deeper, start=1):
@@ -139,7 +142,8 @@ class Model(nn.Module):
   def _main(self, batch: Batch, router: Router):
     """Hidden states after and before the final norm, and MoE statistics."""
     context = make_context(self.cfg, batch, self.isolated)
-    raw_BTD, _, stats = self._stacks(batch.tokens_BT, router, context, None)
+    tokens_BT = sharding.own_tokens(batch.tokens_BT)
+    raw_BTD, _, stats = self._stacks(tokens_BT, router, context, None)
     return self.final_norm(raw_BTD), raw_BTD, stats
 
   def _stacks(self, tokens_BT, router, context, caches):
@@ -175,7 +179,16 @@ def make_context(
 
 def tokens_ahead(batch: Batch, depth: int) -> list[Int[Array, 'B T']]:
   """t_{i+k} at i, for k = 1 to depth; 0 past the end, where nothing counts."""
-  return [losses.mtp_shift(batch.targets_BT, k) for k in range(depth)]
+  shifted = [losses.mtp_shift(batch.targets_BT, k) for k in range(depth)]
+  return [sharding.own_tokens(x_BS) for x_BS in shifted]
+
+
+def main_targets(
+  batch: Batch, scales: dict[str, Array]
+) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
+  """Targets of the main model and what each counts in the mean."""
+  weights_BS = batch.weights_BT * scales['main']
+  return tuple(map(sharding.own_tokens, (batch.targets_BT, weights_BS)))
 
 
 def mtp_targets(
@@ -183,9 +196,10 @@ def mtp_targets(
 ) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
   """Targets of one depth and what each counts in the mean over depths."""
   segments = (batch.weights_BT, batch.segments_BT)
-  weights_BT = losses.mtp_weights(*segments, depth, isolated)
-  weights_BT *= scales['mtp'][depth - 1] / len(scales['mtp'])
-  return losses.mtp_shift(batch.targets_BT, depth), weights_BT
+  weights_BS = losses.mtp_weights(*segments, depth, isolated)
+  weights_BS *= scales['mtp'][depth - 1] / len(scales['mtp'])
+  targets_BS = losses.mtp_shift(batch.targets_BT, depth)
+  return tuple(map(sharding.own_tokens, (targets_BS, weights_BS)))
 
 
 def _logits(h_BTD: Float[Array, 'B T D'], head_DV) -> Float[Array, 'B T V']:
@@ -222,7 +236,7 @@ def loss_scales(
   weights, segments = (x.reshape(-1, length) for x in (weights, segments))
   sequences = jnp.sum(jnp.any(segments > 0, axis=-1)).astype(jnp.float32)
   sequences = sharding.psum(sequences, sharding.BATCH_AXES)
-  everywhere = lambda x: sharding.psum(jnp.sum(x), sharding.TOKEN_AXES)
+  everywhere = lambda x: sharding.psum(jnp.sum(x), sharding.BATCH_AXES)
   inverse = lambda count: 1.0 / jnp.maximum(count, 1.0)
   mtp_counts = []
   for k in range(1, cfg.depth + 1):

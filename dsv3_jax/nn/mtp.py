@@ -79,9 +79,9 @@ def chain(
   pairs = zip(modules, ahead, strict=True)
   for k, (module, embedded_BTD) in enumerate(pairs, start=1):
     # The last k positions have no target: they are no part of L_k or f_i.
-    valid_BT = losses.mtp_shift(context.valid_BT, k)
+    valid_BS = losses.mtp_shift(context.valid_BS, k)
     args = (embedded_BTD, router['mtp'][k - 1])
-    raw, h, stats = module(previous, *args, context._replace(valid_BT=valid_BT))
+    raw, h, stats = module(previous, *args, context._replace(valid_BS=valid_BS))
     previous = h if post else raw
     normed.append(h)
     each.append(stats)

@@ -20,9 +20,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax import sharding
+from dsv3_jax.ops import context_attention
 from pallas_kernels import quantized
 from pallas_kernels.fp8_matmul import e5m6
 
+_product = context_attention.product
 _QUERY_BLOCK = 128  # rows of one causal block
 
 
@@ -31,43 +34,39 @@ def causal(
   k_nope_BSNH: Float[Array, 'B S N H'],
   k_rope_BSR: Float[Array, 'B S R'],
   v_BSNU: Float[Array, 'B S N U'],
-  segments_BT: Int[Array, 'B T'] | None,
+  segments_BS: Int[Array, 'B S'] | None,
   scale: float,
   pack: bool = False,
 ) -> tuple[Float[Array, 'B T N U'], quantized.Packed | None]:
   """Causal attention of a sequence on itself (TR eqs. 2, 5, 10).
 
+  Where `context` cuts it, queries are this device's and keys all.
+
   Args:
-    segments_BT: tokens attend within their segment only; None: to all before.
+    segments_BS: tokens attend within their segment only; None: to all before.
     scale: factor on the logits; softmax in f32.
     pack: keep the output as E5M6, [B * T, N * U].
   Returns:
     The output, and with `pack` what the backward pass has instead of it.
   """
-  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
+  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS)
   return _causal(*args, scale, pack)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _causal(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, pack):
-  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
+def _causal(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS, scale, pack):
+  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS)
   return _causal_fwd(*args, scale, pack)[0]
 
 
 def _causal_fwd(
-  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, pack
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS, scale, pack
 ):
-  k_BSNX = _join(k_nope_BSNH, k_rope_BSR)
-  outputs, sums = [], []
+  keys = context_attention.Keys(k_nope_BSNH, k_rope_BSR, v_BSNU)
+  forward, _ = _ways()
   with jax.named_scope('attention'):
-    for start, end in _blocks(q_BTNX.shape[1]):
-      s_BNTS = _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale)
-      lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1)
-      p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., None]).astype(v_BSNU.dtype)
-      outputs.append(_product('bnts,bsnu->btnu', p_BNTS, v_BSNU[:, :end]))
-      sums.append(lse_BNT)
-    o_BTNU = jnp.concatenate(outputs, axis=1).astype(v_BSNU.dtype)
-    lse_BNT = jnp.concatenate(sums, axis=-1)
+    o_BTNU, lse_BNT = forward(q_BTNX, keys, segments_BS, scale)
+    o_BTNU = o_BTNU.astype(v_BSNU.dtype)
   kept = o_BTNU
   if pack:
     tokens = o_BTNU.shape[0] * o_BTNU.shape[1]
@@ -75,7 +74,7 @@ def _causal_fwd(
   kept, lse_BNT = jax.tree.map(
     lambda x: checkpoint_name(x, 'attention'), (kept, lse_BNT)
   )
-  inputs = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
+  inputs = (q_BTNX, keys, segments_BS)
   if pack:
     return (o_BTNU, kept), (inputs, lse_BNT, kept)
   # The caller goes on with the kept array: one more would be a second copy.
@@ -84,33 +83,59 @@ def _causal_fwd(
 
 def _causal_bwd(scale, pack, residuals, cotangents):
   inputs, lse_BNT, kept = residuals
-  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT = inputs
-  do_BTNU, dtype = cotangents[0], q_BTNX.dtype
+  do_BTNU, dtype, f32 = cotangents[0], inputs[0].dtype, jnp.float32
   o_BTNU = e5m6.unpack(kept).reshape(do_BTNU.shape) if pack else kept
-  k_BSNX = _join(k_nope_BSNH, k_rope_BSR)
-  length, f32 = q_BTNX.shape[1], jnp.float32
+  _, backward = _ways()
   with jax.named_scope('attention'):
     delta_BNT = jnp.einsum(
       'btnu,btnu->bnt', o_BTNU.astype(f32), do_BTNU.astype(f32)
     )
-    dq, dk_BSNX, dv_BSNU = [], 0.0, 0.0
-    for start, end in _blocks(length):
-      q, k, v = q_BTNX[:, start:end], k_BSNX[:, :end], v_BSNU[:, :end]
-      do, rest = do_BTNU[:, start:end], (0, length - end)
-      s_BNTS = _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale)
-      p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., start:end, None])
-      dp_BNTS = _product('btnu,bsnu->bnts', do, v)
-      ds_BNTS = p_BNTS * (dp_BNTS - delta_BNT[..., start:end, None]) * scale
-      p_BNTS, ds_BNTS = p_BNTS.astype(dtype), ds_BNTS.astype(dtype)
-      dq.append(_product('bnts,bsnx->btnx', ds_BNTS, k).astype(dtype))
-      grow = lambda x, rest=rest: jnp.pad(x, ((0, 0), rest, (0, 0), (0, 0)))
-      dk_BSNX += grow(_product('bnts,btnx->bsnx', ds_BNTS, q))
-      dv_BSNU += grow(_product('bnts,btnu->bsnu', p_BNTS, do))
-    width = k_nope_BSNH.shape[-1]
-    dk_rope_BSR = jnp.sum(dk_BSNX[..., width:], axis=2)
-    keys = (dk_BSNX[..., :width], dk_rope_BSR, dv_BSNU)
-    dq_BTNX = jnp.concatenate(dq, axis=1)
-    return (dq_BTNX, *(x.astype(dtype) for x in keys), None)
+    grads = backward(*inputs, scale, lse_BNT, delta_BNT, do_BTNU)
+    dq_BTNX, keys = jax.tree.map(lambda x: x.astype(dtype), grads)
+    return dq_BTNX, *keys, None
+
+
+def _ways():
+  """Forward and backward: of a sequence on itself, or of a device's part."""
+  if sharding.size('context') > 1:
+    return context_attention.forward, context_attention.backward
+  return _forward, _backward
+
+
+def _forward(q_BTNX, keys, segments_BT, scale):
+  """Output, f32, and log-sum-exp."""
+  k_BSNX = context_attention.join(keys.k_nope_BSNH, keys.k_rope_BSR)
+  v_BSNU, outputs, sums = keys.v_BSNU, [], []
+  for start, end in _blocks(q_BTNX.shape[1]):
+    s_BNTS = _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale)
+    lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1)
+    p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., None]).astype(v_BSNU.dtype)
+    outputs.append(_product('bnts,bsnu->btnu', p_BNTS, v_BSNU[:, :end]))
+    sums.append(lse_BNT)
+  return jnp.concatenate(outputs, axis=1), jnp.concatenate(sums, axis=-1)
+
+
+def _backward(q_BTNX, keys, segments_BT, scale, lse_BNT, delta_BNT, do_BTNU):
+  """Gradients of queries and keys."""
+  k_BSNX = context_attention.join(keys.k_nope_BSNH, keys.k_rope_BSR)
+  length, dtype = q_BTNX.shape[1], q_BTNX.dtype
+  dq, dk_BSNX, dv_BSNU = [], 0.0, 0.0
+  for start, end in _blocks(length):
+    q, k, v = q_BTNX[:, start:end], k_BSNX[:, :end], keys.v_BSNU[:, :end]
+    do, rest = do_BTNU[:, start:end], (0, length - end)
+    s_BNTS = _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale)
+    p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., start:end, None])
+    dp_BNTS = _product('btnu,bsnu->bnts', do, v)
+    ds_BNTS = p_BNTS * (dp_BNTS - delta_BNT[..., start:end, None]) * scale
+    p_BNTS, ds_BNTS = p_BNTS.astype(dtype), ds_BNTS.astype(dtype)
+    dq.append(_product('bnts,bsnx->btnx', ds_BNTS, k).astype(dtype))
+    grow = lambda x, rest=rest: jnp.pad(x, ((0, 0), rest, (0, 0), (0, 0)))
+    dk_BSNX += grow(_product('bnts,btnx->bsnx', ds_BNTS, q))
+    dv_BSNU += grow(_product('bnts,btnu->bsnu', p_BNTS, do))
+  width = keys.k_nope_BSNH.shape[-1]
+  dk_rope_BSR = jnp.sum(dk_BSNX[..., width:], axis=2)
+  dkeys = (dk_BSNX[..., :width], dk_rope_BSR, dv_BSNU)
+  return jnp.concatenate(dq, axis=1), context_attention.Keys(*dkeys)
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)
@@ -120,13 +145,6 @@ def _blocks(length: int) -> list[tuple[int, int]]:
   """First and last query of every block."""
   starts = range(0, length, _QUERY_BLOCK)
   return [(start, min(start + _QUERY_BLOCK, length)) for start in starts]
-
-
-def _join(k_nope_BSNH, k_rope_BSR):
-  """Keys of all heads, the shared rotary key behind each."""
-  shape = (*k_nope_BSNH.shape[:3], k_rope_BSR.shape[-1])
-  k_rope_BSNR = jnp.broadcast_to(k_rope_BSR[:, :, None], shape)
-  return jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
 
 
 def _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale):
@@ -139,8 +157,3 @@ def _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale):
   q, k = q_BTNX[:, start:end], k_BSNX[:, :end]
   s_BNTS = _product('btnx,bsnx->bnts', q, k) * scale
   return jnp.where(mask_BTS[:, None], s_BNTS, jnp.finfo(jnp.float32).min)
-
-
-def _product(subscripts: str, a: Array, b: Array) -> Float[Array, '...']:
-  """A product of heads with f32 sums and an f32 result."""
-  return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)

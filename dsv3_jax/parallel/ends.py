@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config, precision
+from dsv3_jax import config, precision, sharding
 from dsv3_jax.nn import model
 from dsv3_jax.ops import losses
 from dsv3_jax.parallel import actions, chunks
@@ -43,19 +43,22 @@ class Ends:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    return (*self.batch_nBT.tokens_BT.shape[1:], self.cfg.model.d_model)
+    _, rows, length = self.batch_nBT.tokens_BT.shape
+    own = length // sharding.size('context')
+    return (rows, own, self.cfg.model.d_model)
 
   def embed(self, told) -> tuple[jax.Array, list[jax.Array]]:
     """Inputs of the first stage and, for MTP, of the last, on every rank."""
     with jax.named_scope('embed'):
-      first = self._lookup(
-        told['first_f'], lambda m: [self.batch_nBT.tokens_BT[m]], 1
-      )
+      first = self._lookup(told['first_f'], lambda m: [self._tokens(m)], 1)
       if not self.depth:
         return first[0], []
       micro = lambda m: jax.tree.map(lambda x: x[m], self.batch_nBT)
       ahead = lambda m: model.tokens_ahead(micro(m), self.depth)
       return first[0], self._lookup(told['last_f'], ahead, self.depth)
+
+  def _tokens(self, microbatch) -> jax.Array:
+    return sharding.own_tokens(self.batch_nBT.tokens_BT[microbatch])
 
   def _lookup(self, microbatch, tokens_of: Callable, count: int):
     """Rows of the table for some tokens, if there is such a micro-batch."""
@@ -85,7 +88,7 @@ class Ends:
     dw_VD = state['ends']['embed']['w']
     micro = lambda m: jax.tree.map(lambda x: x[m], self.batch_nBT)
     first, last = told['first_b'], told['last_b']
-    pairs = [(first, home[0], micro(first).tokens_BT, state['dx'])]
+    pairs = [(first, home[0], self._tokens(first), state['dx'])]
     ahead = model.tokens_ahead(micro(last), self.depth)
     for tokens_BT, dx_BTD in zip(ahead, state['dahead'], strict=True):
       pairs.append((last, home[-1], tokens_BT, dx_BTD))
@@ -110,8 +113,8 @@ class Ends:
         targets = model.mtp_targets(batch, self.scales, k, isolated)
         factor, name = self.scales['mtp_weight'], 'mtp_loss'
       else:
-        weights_BT = batch.weights_BT * self.scales['main']
-        targets, factor, name = (batch.targets_BT, weights_BT), 1.0, 'loss'
+        targets = model.main_targets(batch, self.scales)
+        factor, name = 1.0, 'loss'
       loss, (dh_BTD, dw_DV) = losses.head_loss_and_grads(
         hidden_kBTD[k], head_DV, *targets
       )

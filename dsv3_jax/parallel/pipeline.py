@@ -106,7 +106,7 @@ class _Run:
     self.chunks = self.maker.from_masters(params, router)
     tail = ['final_norm', *(f'mtp_{k}' for k in range(self.depth))]
     self.tail = self.maker.weights({name: params[name] for name in tail})
-    self.shape = (*batch_nBT.tokens_BT.shape[1:], pipe.cfg.model.d_model)
+    self.shape = self.ends.shape
     # One half of each kind stands for all: weights have the same shapes.
     branches = [half for branch in pipe.program.branches for half in branch]
     halves = {half.kind: half for half in branches if half is not None}

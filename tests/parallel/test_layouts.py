@@ -23,12 +23,12 @@ CASES = {
   ),
   'dualpipev': layouts.Case(
     '',
-    {'pipe': 2, 'node': 2, 'expert': 2, 'schedule': 'dualpipev'},
+    {'pipe': 2, 'context': 2, 'expert': 2, 'schedule': 'dualpipev'},
     FOUR_LAYERS | layouts.FEATURES['V2 balance'],
   ),
   '1f1b': layouts.Case(
     '',
-    {'pipe': 2, 'schedule': '1f1b'},
+    {'pipe': 2, 'context': 2, 'schedule': '1f1b'},
     FOUR_LAYERS | layouts.FEATURES['isolated'] | layouts.FEATURES['unrolled'],
   ),
   'interleaved': layouts.Case(
@@ -38,8 +38,17 @@ CASES = {
   ),
   'gpipe': layouts.Case(
     '',
-    {'pipe': 2, 'expert': 2, 'schedule': 'gpipe'},
+    {'pipe': 2, 'context': 2, 'schedule': 'gpipe'},
     FOUR_LAYERS | layouts.FEATURES['MTP 2, pre-norm, valid'],
+  ),
+  'context': layouts.Case(
+    '',
+    {'context': 2, 'expert': 2, 'data': 2},
+    {
+      'model.num_layers': 2,
+      'model.remat': 'report',
+      'parallel.fsdp': ('data', 'context'),
+    },
   ),
   'fp8': layouts.Case(
     '',
@@ -73,3 +82,4 @@ def test_the_table_covers_meshes_times_schedules():
   for kind in layouts.KINDS:
     assert f'{kind} pipe4 data2' in names
     assert f'{kind} pipe2 expert2 node2' in names
+    assert f'{kind} pipe2 expert2 context2' in names

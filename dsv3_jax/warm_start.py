@@ -1,0 +1,71 @@
+"""A fresh run that starts from another run's weights (TR 4.3).
+
+It takes over the parameters and router biases of the other's newest step;
+moments, average, place in the data and step begin anew. Once it has a step of
+its own it goes on from that, and the other may be gone.
+"""
+
+import contextlib
+import pathlib
+
+import jax
+
+from dsv3_jax import config, errors
+from dsv3_jax import train_step as steps
+from dsv3_jax.checkpoint import hf, importing, lazy, store
+from dsv3_jax.inference import loaded
+
+
+def source(cfg: config.Config, workdir: pathlib.Path) -> pathlib.Path | None:
+  """The workdir to start from; None if there is none, or no start."""
+  checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
+  with contextlib.closing(checkpoints):
+    if not cfg.checkpoint.init_from or checkpoints.steps():
+      return None
+  return pathlib.Path(cfg.checkpoint.init_from)
+
+
+def read(cfg: config.Config, directory: pathlib.Path) -> importing.Leaves:
+  """Parameters and biases, hashed and of the right shapes, yet unread.
+
+  Raises:
+    InputError: no workdir with a whole step, or one of another model.
+  """
+  said = f'checkpoint.init_from={str(directory)!r}'
+  try:
+    with loaded.opened(directory, {}) as (_, leaves):
+      pass
+  except errors.InputError as error:
+    raise errors.InputError(f'{said}: {error}') from error
+  wanted = hf.leaf_shapes(cfg)
+  for path in dict.fromkeys([*wanted, *leaves]):
+    shape = tuple(leaves[path].shape) if path in leaves else None
+    if shape != wanted.get(path):
+      raise errors.InputError(
+        f'{said}: its {".".join(path)} is {_spell(shape)}, wanted '
+        f'{_spell(wanted.get(path))}: model must be as there'
+      )
+  return leaves
+
+
+def start(
+  trainer: steps.Trainer, state: steps.State, leaves: importing.Leaves
+) -> steps.State:
+  """A fresh state with these weights, each read where its master is."""
+  places, tree = trainer.model_shardings(), {'params': {}, 'router': {}}
+  for path, leaf in hf.dequantised(leaves, trainer.cfg).items():
+    node = tree
+    for key in path[:-1]:
+      node = node.setdefault(key, {})
+    leaf = leaf.astype('float32')
+    node[path[-1]] = lazy.to_device(leaf, hf.get(places, path))
+  to = trainer.shardings()
+  change = jax.jit(
+    trainer.plan.from_model, out_shardings=(to['params'], to['router'])
+  )
+  params, router = change(tree['params'], tree['router'])
+  return state | {'params': params, 'router': router}
+
+
+def _spell(shape: tuple[int, ...] | None) -> str:
+  return 'none' if shape is None else str(list(shape))

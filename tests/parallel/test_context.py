@@ -1,0 +1,43 @@
+"""Rows cut over `context` in evaluation, and where masters are then."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import layouts
+from dsv3_jax import evaluate, sharding
+from dsv3_jax import train_step as steps
+from dsv3_jax.nn import model
+from dsv3_jax.parallel import describe
+
+
+@pytest.mark.slow
+def test_evaluation_is_that_of_one_device():
+  changes = {'model.num_layers': 2, 'data.isolate_samples': True}
+  changes |= {'model.mtp.depth': 0}
+  cfg = layouts.make_config({'context': 2, 'expert': 2}, changes)
+  state = layouts.start(cfg)
+  rows = jax.tree.map(lambda x: np.asarray(x[0]), layouts.batch(cfg, 3))
+  windows = {f'{k[:-2]}WT': x for k, x in rows._asdict().items()}
+  assert isinstance(rows, model.Batch)
+  trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
+  want = evaluate.score(
+    layouts.alone(cfg), state['params'], state['router'], windows
+  )
+  places = trainer.model_shardings()
+  args = [jax.device_put(state[k], places[k]) for k in ('params', 'router')]
+  got = evaluate.score(cfg, *args, windows, mesh=trainer.model_mesh)
+  assert got[1] == want[1] > 0
+  assert got[0] == pytest.approx(want[0], rel=2e-6)
+
+
+def test_masters_are_cut_over_context():
+  """Nothing of the compute form is: `context` holds tokens, not weights."""
+  cfg = layouts.make_config({'context': 2, 'expert': 2}, {})
+  told = json.loads(describe.render(cfg, as_json=True))
+  assert not any('context' in row['compute'] for row in told['arrays'])
+  cut = [row for row in told['arrays'] if 'context' in row['master']]
+  elements = sum(row['elements'] for row in cut)
+  assert elements > 0.9 * told['total']['elements']
