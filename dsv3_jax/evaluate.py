@@ -126,7 +126,9 @@ def _token_losses(cfg: config.Config, mesh: jax.sharding.Mesh | None):
     in_specs=(zero.masters(placed), sharding.Spec(), rows),
     out_specs=rows,
   )
-  return jax.jit(spread)
+  # Whole on every device: each process reads it.
+  whole = jax.sharding.NamedSharding(mesh, sharding.Spec())
+  return jax.jit(spread, out_shardings=whole)
 
 
 def _fill(rows: np.ndarray, size: int) -> np.ndarray:

@@ -128,6 +128,18 @@ class Trainer:
       return state
     return self._to_model_jit(state)
 
+  def params_from_model(self, params: Any) -> Any:
+    """The parameters alone, or their average, as this trainer needs them."""
+    if self.plan.pipe is None or not params:
+      return params
+    return self._params_from_model_jit(params)
+
+  def params_to_model(self, params: Any) -> Any:
+    """The parameters alone, or their average, in the model's form."""
+    if self.plan.pipe is None or not params:
+      return params
+    return self._params_to_model_jit(params)
+
   # Compiled once: a save and an evaluation come again and again.
   @functools.cached_property
   def _from_model_jit(self) -> Callable:
@@ -137,6 +149,16 @@ class Trainer:
   def _to_model_jit(self) -> Callable:
     convert = functools.partial(_convert, self.plan.to_model)
     return jax.jit(convert, out_shardings=self.model_shardings())
+
+  @functools.cached_property
+  def _params_from_model_jit(self) -> Callable:
+    convert = lambda params: self.plan.from_model(params, {})[0]
+    return jax.jit(convert, out_shardings=self.shardings()['params'])
+
+  @functools.cached_property
+  def _params_to_model_jit(self) -> Callable:
+    convert = lambda params: self.plan.to_model(params, {})[0]
+    return jax.jit(convert, out_shardings=self.model_shardings()['params'])
 
   def _from_model(self, state: State) -> State:
     return _convert(self.plan.from_model, state)

@@ -15,6 +15,7 @@ LAYERS = {
   'dsv3_jax.config_rules': 1,
   'dsv3_jax.precision': 1,
   'dsv3_jax.sharding': 1,
+  'dsv3_jax.processes': 1,
   'dsv3_jax.ops': 2,
   'dsv3_jax.nn': 3,
   'dsv3_jax.parallel': 4,
@@ -29,6 +30,7 @@ LAYERS = {
   'dsv3_jax.inference': 5,
   'dsv3_jax.posttrain': 5,
   'dsv3_jax.evaluate': 5,
+  'dsv3_jax.samples': 5,
   'dsv3_jax.train': 5,
   'dsv3_jax.workdir': 5,
   'dsv3_jax': 6,  # `load`
