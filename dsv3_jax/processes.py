@@ -16,6 +16,7 @@ or, where JAX knows the cluster (SLURM, TPU pods), by `cluster=True`.
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -125,7 +126,7 @@ def joined(cluster: bool = False) -> Iterator[None]:
   try:
     with quiet:
       yield
-    tell('end', gather('end', None))  # the first may have more to do
+    meet('end')  # the first may have more to do
   except errors.InputError:
     _leave()
     raise
@@ -209,6 +210,35 @@ def first_of(name: str, value: Any) -> Any:
   return tell(name, next(found, None))
 
 
+def meet(name: str) -> None:
+  """Waits until all processes are here."""
+  tell(name, gather(name, None) and None)
+
+
+def in_step(function: Any) -> Callable:
+  """A jitted function that none begins to run before all have compiled it.
+
+  Compiling may take one process longer than another, which has it in a cache,
+  but at the first exchange of a group Gloo waits 30 seconds for its members.
+  """
+  if _job is None:
+    return function
+  import jax
+
+  ready = set()
+
+  def call(*args):
+    leaves, form = jax.tree.flatten(args)
+    shapes = (form, *((x.shape, x.dtype) for x in leaves))
+    if shapes not in ready:
+      function.lower(*args).compile()
+      meet('compiled')
+      ready.add(shapes)
+    return function(*args)
+
+  return call
+
+
 @contextlib.contextmanager
 def together(name: str) -> Iterator[None]:
   """What fails in one process fails in all; ends when all are through.
@@ -250,12 +280,19 @@ def ask(question: Callable[[], bool], mesh: Any) -> Callable[[], bool]:
   if _job is None:
     return question
   import jax
-  import jax.numpy as jnp
   import numpy as np
 
   here = np.array([question()])
   each = jax.sharding.PartitionSpec(mesh.axis_names)
   cut = jax.sharding.NamedSharding(mesh, each)
   votes = jax.make_array_from_callback((mesh.size,), cut, lambda at: here)
-  answer = jax.jit(jnp.any)(votes)
+  answer = _any_jit()(votes)
   return lambda: bool(answer)
+
+
+@functools.cache
+def _any_jit() -> Callable:
+  import jax
+  import jax.numpy as jnp
+
+  return in_step(jax.jit(jnp.any))

@@ -66,7 +66,8 @@ def _on_first_device(tree: Any) -> Any:
   def move(x):
     if not x.is_fully_addressable:
       whole = jax.sharding.NamedSharding(x.sharding.mesh, sharding.Spec())
-      x = jax.jit(lambda x: x, out_shardings=whole)(x).addressable_data(0)
+      gather = jax.jit(lambda x: x, out_shardings=whole)
+      x = processes.in_step(gather)(x).addressable_data(0)
     return jax.block_until_ready(jax.device_put(x, device))
 
   return jax.tree.map(move, tree)

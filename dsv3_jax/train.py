@@ -284,7 +284,7 @@ def _place(sharding: jax.sharding.Sharding, x: np.ndarray) -> jax.Array:
 def _run_twice(probe: Any, state: steps.State, args: tuple, step: int):
   """Silent-corruption probe: the same step twice must agree in every bit."""
   first, second = probe(state, *args), probe(state, *args)
-  if not jax.jit(steps.same_bits)(first, second):
+  if not processes.in_step(jax.jit(steps.same_bits))(first, second):
     raise CorruptionError(
       f'step {step} gave different bits when run twice: suspect the hardware; '
       'the last checkpoint stands'
@@ -369,6 +369,7 @@ def _evaluate(r: Run) -> dict[str, float]:
 
 def _sample(r: Run) -> None:
   """Writes and prints what `sample.prompts` go on with."""
+  processes.meet('sample')  # the first had more to do
   state = r.trainer.to_model(r.state)
   text = samples.make(r.cfg, state, r.tokenizer)
   if processes.index() == 0:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config, optim, sharding
+from dsv3_jax import config, optim, processes, sharding
 from dsv3_jax.nn import model
 from dsv3_jax.ops import routing
 from dsv3_jax.parallel import fixed_order, pipeline, zero
@@ -114,7 +114,7 @@ class Trainer:
   def init(self, key: jax.Array) -> State:
     """A fresh state."""
     init = lambda key: self._from_model(self._init(key))
-    return jax.jit(init, out_shardings=self.shardings())(key)
+    return _jit(init, self.shardings())(key)
 
   def from_model(self, state: State) -> State:
     """A state in the model's form as this trainer needs it."""
@@ -143,25 +143,29 @@ class Trainer:
   # Compiled once: a save and an evaluation come again and again.
   @functools.cached_property
   def _from_model_jit(self) -> Callable:
-    return jax.jit(self._from_model, out_shardings=self.shardings())
+    return _jit(self._from_model, self.shardings())
 
   @functools.cached_property
   def _to_model_jit(self) -> Callable:
     convert = functools.partial(_convert, self.plan.to_model)
-    return jax.jit(convert, out_shardings=self.model_shardings())
+    return _jit(convert, self.model_shardings())
 
   @functools.cached_property
   def _params_from_model_jit(self) -> Callable:
     convert = lambda params: self.plan.from_model(params, {})[0]
-    return jax.jit(convert, out_shardings=self.shardings()['params'])
+    return _jit(convert, self.shardings()['params'])
 
   @functools.cached_property
   def _params_to_model_jit(self) -> Callable:
     convert = lambda params: self.plan.to_model(params, {})[0]
-    return jax.jit(convert, out_shardings=self.model_shardings()['params'])
+    return _jit(convert, self.model_shardings()['params'])
 
   def _from_model(self, state: State) -> State:
     return _convert(self.plan.from_model, state)
+
+
+def _jit(function: Callable, shardings: Any) -> Callable:
+  return processes.in_step(jax.jit(function, out_shardings=shardings))
 
 
 def _place(specs: Any, mesh: jax.sharding.Mesh) -> Any:

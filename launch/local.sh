@@ -50,38 +50,34 @@ stop() {
   kill -s "$1" -- "${pids[@]/#/-}" 2> /dev/null || true
 }
 
-# wait_any: the exit code of whichever ends next; a signal is passed on.
-wait_any() {
-  local code
-  while :; do
-    signal=''
-    code=0
-    wait -n "${pids[@]}" || code=$?
-    [[ -n $signal ]] || return "$code"
-  done
-}
-
 # run_job ARGUMENTS: all processes, until they have ended.
 run_job() {
-  local port=${PORT:-$(free_port)} code=0 index
+  local port=${PORT:-$(free_port)} code=0 index pid running left
   pids=()
   for ((index = 0; index < PROCESSES; index++)); do
     start "$index" "$port" "$@" &
     pids+=($!)
     echo "local.sh: process $index has pid $!" >&2
   done
-  for ((index = 0; index < PROCESSES; index++)); do
-    wait_any || code=$?
-    ((code == 0)) || break
-  done
-  if ((code != 0)); then
-    for ((index = 0; index < 10 * GRACE_SECONDS; index++)); do
-      kill -0 -- "${pids[@]/#/-}" 2> /dev/null || break
-      sleep 0.1
+  running=("${pids[@]}")
+  while ((code == 0 && ${#running[@]})); do
+    sleep 0.2
+    left=()
+    for pid in "${running[@]}"; do
+      if kill -0 "$pid" 2> /dev/null; then
+        left+=("$pid")
+      elif ((code == 0)); then
+        wait "$pid" || code=$?
+      fi
     done
-    stop KILL
-    wait "${pids[@]}" 2> /dev/null || true
-  fi
+    running=("${left[@]}")
+  done
+  for ((index = 0; code && index < 5 * GRACE_SECONDS; index++)); do
+    kill -0 "${pids[@]}" 2> /dev/null || break
+    sleep 0.2
+  done
+  stop KILL
+  wait "${pids[@]}" 2> /dev/null || true
   return "$code"
 }
 
@@ -92,8 +88,8 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit
 fi
 
-trap 'signal=TERM; stop TERM' TERM
-trap 'signal=INT; stop INT' INT
+trap 'stop TERM' TERM
+trap 'stop INT' INT
 trap 'stop KILL' EXIT
 
 for ((attempt = 1; ; attempt++)); do
