@@ -102,11 +102,7 @@ def _open(
   assert jax.process_count() == processes.count(), 'see processes.joined'
   _check_same({'config': json.loads(config.to_json(cfg))})
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
-  with processes.together('data'):
-    corpus = corpora.open_corpus(cfg.data)
-    tokenizer = workdirs.tokenizer(cfg.data, corpus, workdir)
-    _check_tokens(cfg, tokenizer)
-    windows = evaluate.open_windows(cfg, corpus, tokenizer)
+  corpus, tokenizer, windows = _data(cfg, workdir)
   data = workdirs.fingerprint(corpus, tokenizer)
   _check_same({'data': data})
   before = None
@@ -160,6 +156,18 @@ def _open(
     state=state,
     **progress,
   )
+
+
+def _data(
+  cfg: config.Config, workdir: pathlib.Path
+) -> tuple[corpora.Corpus, tokenizers.Tokenizer, dict]:
+  """Text, how it is cut into tokens, and the held-out windows."""
+  with processes.together('data'):
+    corpus = corpora.open_corpus(cfg.data)
+    tokenizer = workdirs.tokenizer(cfg.data, corpus, workdir)
+    _check_tokens(cfg, tokenizer)
+    windows = evaluate.open_windows(cfg, corpus, tokenizer)
+    return corpus, tokenizer, windows
 
 
 def _check_same(mine: dict) -> None:

@@ -17,8 +17,8 @@ set -euo pipefail
 set -m # a Ctrl-C reaches this script alone, which passes it on
 
 PROCESSES=${PROCESSES:-1} DEVICES=${DEVICES:-1} RESTARTS=${RESTARTS:-0}
-DSV3=${DSV3:-dsv3}
-GRACE_SECONDS=15 # for the others to end by themselves
+read -r -a dsv3 <<< "${DSV3:-dsv3}"
+GRACE_SECONDS=5 # for the others to end by themselves
 pids=()
 
 free_port() {
@@ -39,11 +39,11 @@ start() {
     "JAX_LOCAL_DEVICE_IDS=$ids"
   )
   if [[ -n ${DRY_RUN:-} ]]; then
-    echo "${environment[*]} $DSV3 train $*"
+    printf '%q ' "${environment[@]}" "${dsv3[@]}" train "$@"
+    echo
     return
   fi
-  # shellcheck disable=SC2086  # DSV3 may be several words
-  exec env "${environment[@]}" $DSV3 train "$@"
+  exec env "${environment[@]}" "${dsv3[@]}" train "$@"
 }
 
 stop() {
