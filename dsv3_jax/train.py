@@ -103,8 +103,6 @@ def _open(
   _check_same({'config': json.loads(config.to_json(cfg))})
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   corpus, tokenizer, windows = _data(cfg, workdir)
-  data = workdirs.fingerprint(corpus, tokenizer)
-  _check_same({'data': data})
   before = None
   with processes.together('workdir'):
     if processes.index() == 0:
@@ -121,6 +119,7 @@ def _open(
   stack.callback(ema.close)
   progress = {'step': 0, 'tokens': 0}
   if resume is not None:
+    data = workdirs.fingerprint(corpus, tokenizer)
     workdirs.check_fingerprint(data, extras['data'], workdir)
     progress = extras['progress']
     loader.set_state(extras['loader'])
@@ -167,7 +166,8 @@ def _data(
     tokenizer = workdirs.tokenizer(cfg.data, corpus, workdir)
     _check_tokens(cfg, tokenizer)
     windows = evaluate.open_windows(cfg, corpus, tokenizer)
-    return corpus, tokenizer, windows
+  _check_same({'data': workdirs.fingerprint(corpus, tokenizer)})
+  return corpus, tokenizer, windows
 
 
 def _check_same(mine: dict) -> None:
