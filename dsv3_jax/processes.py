@@ -35,6 +35,7 @@ _ADDRESS, _COUNT, _INDEX = ENVIRONMENT = (
 # by its own watchdog; so nobody has to guess how long work may take.
 _HEARTBEAT_SECONDS = 60
 _SHUTDOWN_SECONDS = 30
+_MEET_SECONDS = 10
 _EVER_MS = 7 * 24 * 3600 * 1000
 
 
@@ -105,9 +106,9 @@ def _is_int(text: str) -> bool:
 def joined(cluster: bool = False) -> Iterator[None]:
   """Makes this process one of its job, if it is one of several.
 
-  Only the first process prints to stdout. An InputError is taken for one that
-  all processes met, and they end together; after any other exception the
-  process ends at once, so that the others, which may wait for it, notice.
+  Only the first process prints to stdout. After an InputError that all
+  processes meet they end together; after one that this process meets alone, or
+  any other exception, it ends at once: others may wait for it, and notice.
 
   Raises:
     InputError: the environment is wrong, or `cluster` and there is none.
@@ -127,14 +128,24 @@ def joined(cluster: bool = False) -> Iterator[None]:
     with quiet:
       yield
     meet('end')  # the first may have more to do
-  except errors.InputError:
-    _leave()
+  except errors.InputError as error:
+    _end_together(error)
     raise
   except BaseException as error:  # noqa: BLE001 - the others may wait for us
     traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
+  _leave()
+
+
+def _end_together(error: errors.InputError) -> None:
+  """Leaves if all processes met the error; else ends this one."""
+  try:
+    _job.client.wait_at_barrier('dsv3/failed', 1000 * _MEET_SECONDS)
+  except RuntimeError:  # they do not come
+    print(f'dsv3: process {_job.index}: {error}', file=sys.stderr, flush=True)
+    os._exit(2)
   _leave()
 
 

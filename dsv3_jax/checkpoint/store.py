@@ -234,8 +234,6 @@ class Store:
     path = scratch / _MANIFEST
     path.write_text(json.dumps(manifest, indent=1), encoding='utf-8')
     _flush(path)
-    for folder in (p for p in scratch.rglob('*') if p.is_dir()):
-      _flush(folder)
     _flush(scratch)
     scratch.rename(self._path(step))
     _flush(self.directory)
