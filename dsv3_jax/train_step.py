@@ -79,7 +79,8 @@ class Trainer:
     options = None
     if self.cfg.parallel.deterministic:
       options = fixed_order.COMPILER_OPTIONS
-    return jax.jit(self.step, compiler_options=options, **how)
+    step = jax.jit(self.step, compiler_options=options, **how)
+    return processes.in_step(step)
 
   def specs(self) -> State:
     """How each array of the state is cut: masters and moments exist once."""
