@@ -17,7 +17,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dsv3_jax import cli_schedule, config, errors, supervise
+from dsv3_jax import cli_schedule, config, errors, processes, supervise
 
 _EXPORT_DTYPES = ['float32', 'bfloat16', 'fp8']
 
@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-  print('dsv3: ' + ' '.join(message.split()), file=sys.stderr)
+  if processes.index() == 0:  # of a job: what ends one ends all
+    print('dsv3: ' + ' '.join(message.split()), file=sys.stderr)
   return supervise.EXIT_BAD_INPUT
 
 
@@ -115,18 +116,27 @@ def _read_config(values: flags.FlagValues) -> config.Config:
 
 def _define_train(values: flags.FlagValues, argv: list[str]) -> None:
   _config_flag(values, argv)
-  flags.DEFINE_string('workdir', None, 'Where all goes.', flag_values=values)
+  add = {'flag_values': values}
+  flags.DEFINE_string('workdir', None, 'Where all goes.', **add)
+  about = 'One of several processes, of the SLURM job or TPU pod around it.'
+  flags.DEFINE_boolean('cluster', False, about, **add)
 
 
 def train(values: flags.FlagValues) -> int:
   """Trains an experiment; run again, it resumes."""
-  cfg = _read_config(values)
-  if not values.workdir:
-    raise errors.InputError('--workdir=DIR is missing')
+  with processes.joined(values.cluster):
+    with processes.together('config'):
+      cfg = _read_config(values)
+      if not values.workdir:
+        raise errors.InputError('--workdir=DIR is missing')
+    return _train(cfg, values.workdir)
+
+
+def _train(cfg: config.Config, workdir: str) -> int:
   from dsv3_jax import train as loop
 
   try:
-    loop.run(cfg, values.workdir)
+    loop.run(cfg, workdir)
   except supervise.Stopped as stopped:
     print(
       f'dsv3: stopped by a signal; step {stopped.step} is saved', flush=True

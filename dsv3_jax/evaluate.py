@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from dsv3_jax import baselines, config, metrics, sharding
+from dsv3_jax import baselines, config, metrics, processes, sharding
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import loader
 from dsv3_jax.data import tokenizer as tokenizers
@@ -126,7 +126,9 @@ def _token_losses(cfg: config.Config, mesh: jax.sharding.Mesh | None):
     in_specs=(zero.masters(placed), sharding.Spec(), rows),
     out_specs=rows,
   )
-  return jax.jit(spread)
+  # Whole on every device: each process reads it.
+  whole = jax.sharding.NamedSharding(mesh, sharding.Spec())
+  return processes.in_step(jax.jit(spread, out_shardings=whole))
 
 
 def _fill(rows: np.ndarray, size: int) -> np.ndarray:

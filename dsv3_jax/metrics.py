@@ -151,7 +151,7 @@ def plot_loss(workdir: str | os.PathLike) -> None:
 
 def peak_flops(per_device: float, mesh: jax.sharding.Mesh) -> float:
   """FLOP/s of all devices: given, published, or measured with matmuls."""
-  device = jax.devices()[0]
+  device = jax.local_devices()[0]
   per_device = per_device or hardware.BF16_FLOPS.get(device.device_kind, 0.0)
   if per_device:
     return per_device * mesh.size
@@ -165,5 +165,7 @@ def peak_flops(per_device: float, mesh: jax.sharding.Mesh) -> float:
     start = time.perf_counter()
     product(x, x).block_until_ready()
     times.append(time.perf_counter() - start)
-  # CPU devices share the cores, which one product uses already.
-  return 2.0 * size**3 / min(times) * (1 if on_cpu else mesh.size)
+  # CPU devices share the cores, which one product uses already; so do
+  # processes, each of which measures its part.
+  count = jax.process_count() if on_cpu else mesh.size
+  return 2.0 * size**3 / min(times) * count

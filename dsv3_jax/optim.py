@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import config
 
 Tree = Any  # a nested dict of arrays
+Parts = dict[tuple, Any]  # of one array, by where they begin and end
 
 
 def lr_at(cfg: config.LrConfig, step: int, tokens: int) -> float:
@@ -133,12 +134,21 @@ class HostEma:
     average = decay * average + (1 - decay) * params
 
   in f32, one update a step, in order, by one thread: the result is the same to
-  the bit in every run. `decay` 0 switches it off: `tree()` is then empty.
+  the bit in every run. Each process holds the parts that its devices do, once.
+  `decay` 0 switches it off: `tree()` is then empty.
+
+  Args:
+    params: where the average begins; arrays on devices.
   """
 
   def __init__(self, decay: float, params: Tree):
     self._decay = np.float32(decay)
-    self._average = jax.tree.map(_own_copy, params) if decay else {}
+    params = params if decay else {}
+    self._like = jax.tree.map(_like, params)
+    self._average = [
+      {at: np.array(part, np.float32) for at, part in _parts(w).items()}
+      for w in jax.tree.leaves(params)
+    ]
     # Two waiting copies at most: a host that cannot keep up slows training
     # down instead of filling its memory.
     self._queue: queue.Queue[Tree | None] = queue.Queue(maxsize=2)
@@ -165,21 +175,18 @@ class HostEma:
     self._check()
 
   def tree(self) -> Tree:
-    """The average now, f32 NumPy; a copy. `{}` if switched off."""
+    """The average now, f32, where the parameters are; `{}` if switched off."""
     self.flush()
-    return jax.tree.map(np.copy, self._average)
-
-  def load(self, tree: Tree) -> None:
-    """Goes on from a `tree()` of an earlier run.
-
-    Raises:
-      ValueError: the tree is not shaped like the parameters.
-    """
-    self.flush()
-    shapes = [jax.tree.map(np.shape, t) for t in (tree, self._average)]
-    if shapes[0] != shapes[1]:
-      raise ValueError('the loaded EMA must have the shapes of the parameters')
-    self._average = jax.tree.map(_own_copy, tree)
+    leaves, form = jax.tree.flatten(self._like)
+    made = [
+      jax.make_array_from_callback(
+        like.shape,
+        like.sharding,
+        lambda at, parts=parts: np.copy(parts[_key(at)]),
+      )
+      for like, parts in zip(leaves, self._average, strict=True)
+    ]
+    return jax.tree.unflatten(form, made)
 
   def close(self) -> None:
     """Finishes what waits and ends the thread."""
@@ -196,16 +203,22 @@ class HostEma:
     while (params := self._queue.get()) is not None:
       try:
         if self._error is None:
-          jax.tree.map(self._blend, self._average, params)
+          leaves = jax.tree.leaves(params)
+          for pair in zip(self._average, leaves, strict=True):
+            self._blend(*pair)
       except BaseException as error:  # noqa: BLE001 - raised again by _check
         self._error = error
       finally:
         self._queue.task_done()
     self._queue.task_done()
 
-  def _blend(self, average: np.ndarray, w: jax.Array) -> None:
-    average *= self._decay
-    average += (np.float32(1.0) - self._decay) * np.asarray(w, np.float32)
+  def _blend(self, average: Parts, w: jax.Array) -> None:
+    parts = _parts(w)
+    for at, part in average.items():
+      part *= self._decay
+      part += (np.float32(1.0) - self._decay) * np.asarray(
+        parts[at], np.float32
+      )
 
 
 @jax.jit
@@ -214,5 +227,14 @@ def _device_copy(params: Tree) -> Tree:
   return jax.tree.map(jnp.copy, params)
 
 
-def _own_copy(w: Any) -> np.ndarray:
-  return np.array(w, np.float32)
+def _like(w: jax.Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=w.sharding)
+
+
+def _parts(w: jax.Array) -> Parts:
+  """What this process has of an array, by its place; each part once."""
+  return {_key(shard.index): shard.data for shard in w.addressable_shards}
+
+
+def _key(at: tuple[slice, ...]) -> tuple:
+  return tuple((part.start, part.stop) for part in at)

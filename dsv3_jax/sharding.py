@@ -98,16 +98,22 @@ def make_mesh(cfg: config.ParallelConfig) -> jax.sharding.Mesh:
   """The mesh over the first devices, axes in the order of `AXES`.
 
   Raises:
-    InputError: the axes ask for more devices than there are.
+    InputError: the axes ask for more devices than there are or, in a job of
+      several processes, for fewer.
   """
   shape = tuple(getattr(cfg, axis) for axis in AXES)
   count, devices = math.prod(shape), jax.devices()
+  asked = ', '.join(
+    f'parallel.{a}={n}' for a, n in zip(AXES, shape, strict=True)
+  )
   if count > len(devices):
-    asked = ', '.join(
-      f'parallel.{a}={n}' for a, n in zip(AXES, shape, strict=True)
-    )
     raise errors.InputError(
       f'{asked} need {count} devices, {len(devices)} are here'
+    )
+  if count < len(devices) and jax.process_count() > 1:
+    raise errors.InputError(
+      f'{asked} use {count} of the {len(devices)} devices of '
+      f'{jax.process_count()} processes: they must use all'
     )
   grid = np.asarray(devices[:count]).reshape(shape)
   types = (jax.sharding.AxisType.Auto,) * len(AXES)

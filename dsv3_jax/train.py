@@ -2,7 +2,8 @@
 
 `run(cfg, workdir)` trains until `train.total_tokens` have been seen or goes on
 where `workdir` stopped. All that it needs for that is in one committed step of
-`checkpoints/`: arrays, EMA, loader position, tokens seen. What it writes:
+`checkpoints/`: arrays, EMA, loader position, tokens seen. Of several processes
+all run this line; the first alone writes, but for arrays. What it writes:
 
   config.json  tokenizer.json  metrics.jsonl  TensorBoard events  checkpoints/
   and, at the end, loss.png and samples.txt
@@ -11,6 +12,7 @@ where `workdir` stopped. All that it needs for that is in one committed step of
 import contextlib
 import dataclasses
 import functools
+import json
 import pathlib
 from typing import Any
 
@@ -24,6 +26,8 @@ from dsv3_jax import (
   evaluate,
   metrics,
   optim,
+  processes,
+  samples,
   sharding,
   supervise,
   warm_start,
@@ -34,7 +38,6 @@ from dsv3_jax.checkpoint import importing, store
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import loader as loaders
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
 from dsv3_jax.planning import flops
 
@@ -59,7 +62,7 @@ class Run:
   windows: dict  # held-out text, cut
   loader: loaders.Loader
   checkpoints: store.Store
-  writer: metrics.MetricWriter
+  writer: metrics.MetricWriter | None  # in the first process
   meter: metrics.Throughput
   watchdog: supervise.Watchdog
   ema: optim.HostEma
@@ -81,12 +84,13 @@ def run(cfg: config.Config, workdir: str | pathlib.Path) -> dict[str, float]:
   with contextlib.ExitStack() as stack:
     r = _open(cfg, pathlib.Path(workdir), stack)
     with supervise.StopSignal() as stop:
-      _train(r, stop)
-    if stop.requested:
+      stopped = _train(r, stop)
+    if stopped:
       raise supervise.Stopped(r.step)
     told = _evaluate(r)
     r.watchdog.beat()
-    metrics.plot_loss(r.workdir)
+    if processes.index() == 0:
+      metrics.plot_loss(r.workdir)
     if cfg.sample.prompts:
       _sample(r)
     return told
@@ -96,20 +100,21 @@ def _open(
   cfg: config.Config, workdir: pathlib.Path, stack: contextlib.ExitStack
 ) -> Run:
   """Data, mesh and state, fresh or restored; `stack` closes what was opened."""
-  if jax.process_count() > 1:
-    raise NotImplementedError('training by several processes is not built yet')
+  assert jax.process_count() == processes.count(), 'see processes.joined'
+  _check_same({'config': json.loads(config.to_json(cfg))})
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
-  corpus = corpora.open_corpus(cfg.data)
-  source = warm_start.source(cfg, workdir)
-  leaves = None if source is None else warm_start.read(cfg, source)
-  tokenizer = workdirs.tokenizer(cfg.data, corpus, source or workdir)
-  _check_tokens(cfg, tokenizer)
-  windows = evaluate.open_windows(cfg, corpus, tokenizer)
-  stack.enter_context(workdirs.held(workdir))
+  with processes.together('init_from'):
+    source = warm_start.source(cfg, workdir)
+    leaves = None if source is None else warm_start.read(cfg, source)
+  corpus, tokenizer, windows = _data(cfg, source or workdir)
+  before = None
+  with processes.together('workdir'):
+    if processes.index() == 0:
+      stack.enter_context(workdirs.held(workdir))
+      before = workdirs.check(cfg, workdir)
+      tokenizer.save(workdir / 'tokenizer.json')
   checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
   stack.callback(checkpoints.close)
-  before = workdirs.check(cfg, workdir)
-  tokenizer.save(workdir / 'tokenizer.json')
   how = {'seed': cfg.seed, 'rows': cfg.train.microbatch_size}
   loader = loaders.Loader(corpus.train, tokenizer, cfg.data, **how)
   stack.callback(loader.close)
@@ -123,13 +128,17 @@ def _open(
     progress = extras['progress']
     loader.set_state(extras['loader'])
     print(f'goes on after step {resume}', flush=True)
-    for path in checkpoints.roll_back(resume):
-      print(f'  moved aside: {path}', flush=True)
-  # Not before: a start that ends above must find its request unanswered.
-  workdirs.write_config(cfg, workdir)
-  ended = progress['tokens'] >= cfg.train.total_tokens
-  writer = metrics.MetricWriter(workdir, progress['step'], again=ended)
-  stack.callback(writer.close)
+  writer = None
+  with processes.together('begin'):
+    if processes.index() == 0:
+      if resume is not None:
+        for path in checkpoints.roll_back(resume):
+          print(f'  moved aside: {path}', flush=True)
+      # Not before: a start that ends above must find its request unanswered.
+      workdirs.write_config(cfg, workdir)
+      ended = progress['tokens'] >= cfg.train.total_tokens
+      writer = metrics.MetricWriter(workdir, progress['step'], again=ended)
+      stack.callback(writer.close)
   watchdog = supervise.Watchdog(cfg.train.watchdog_seconds)
   stack.enter_context(watchdog)
   flop = flops.flops_per_token(cfg.model, cfg.data.seq_len)
@@ -152,14 +161,33 @@ def _open(
   )
 
 
+def _data(
+  cfg: config.Config, workdir: pathlib.Path
+) -> tuple[corpora.Corpus, tokenizers.Tokenizer, dict]:
+  """Text, how it is cut into tokens, and the held-out windows."""
+  with processes.together('data'):
+    corpus = corpora.open_corpus(cfg.data)
+    tokenizer = workdirs.tokenizer(cfg.data, corpus, workdir)
+    _check_tokens(cfg, tokenizer)
+    windows = evaluate.open_windows(cfg, corpus, tokenizer)
+  _check_same({'data': workdirs.fingerprint(corpus, tokenizer)})
+  return corpus, tokenizer, windows
+
+
+def _check_same(mine: dict) -> None:
+  firsts = processes.tell('same', mine)
+  with processes.together('same'):
+    workdirs.check_same(mine, firsts)
+
+
 def _step_to_resume(
   cfg: config.Config, checkpoints: store.Store, before: int | None
 ) -> int | None:
   """The newest step, or the one asked for: once, not at every start."""
   wanted, newest = cfg.checkpoint.restore_step, checkpoints.latest()
   if wanted < 0 or (wanted == before and newest is not None):
-    return newest
-  return wanted
+    wanted = newest
+  return processes.tell('resume', wanted)
 
 
 def _state(
@@ -181,10 +209,10 @@ def _state(
     shape.shape, shape.dtype, sharding=sharding
   )
   like = {'train': jax.tree.map(place, shapes, trainer.model_shardings())}
-  like['ema'] = shapes['params'] if decay else {}
+  like['ema'] = like['train']['params'] if decay else {}
   arrays, extras = checkpoints.restore(resume, like)
   state = trainer.from_model(arrays['train'])
-  average, _ = trainer.plan.from_model(arrays['ema'], {})
+  average = trainer.params_from_model(arrays['ema'])
   return state, optim.HostEma(decay, average), extras
 
 
@@ -195,29 +223,18 @@ def _check_tokens(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> None:
       f'model.vocab_size={cfg.model.vocab_size} must be >= '
       f'{tokenizer.vocab_size}, the entries of the tokenizer'
     )
-  if cfg.sample.prompts:
-    prompts, count = _prompts(cfg, tokenizer), cfg.sample.max_new_tokens
-    try:
-      engine.check_prompts(cfg.model, prompts, count)
-    except errors.InputError as error:
-      raise errors.InputError(f'sample.prompts: {error}') from error
+  samples.check(cfg, tokenizer)
 
 
-def _prompts(
-  cfg: config.Config, tokenizer: tokenizers.Tokenizer
-) -> list[list[int]]:
-  encode = functools.partial(tokenizer.encode, add_bos=True)
-  return [encode(prompt).tolist() for prompt in cfg.sample.prompts]
-
-
-def _train(r: Run, stop: supervise.StopSignal) -> None:
-  """Steps until the tokens are seen or a signal comes; saves at the end."""
+def _train(r: Run, stop: supervise.StopSignal) -> bool:
+  """Steps until the tokens are seen or, then true, a signal comes; saves."""
   cfg = r.cfg
   compiled, probe = r.trainer.jit(donate_argnums=0), r.trainer.jit()
   pending = None  # metrics of the last step, read once the next is under way
-  saved = r.step
-  while r.tokens < cfg.train.total_tokens and not stop.requested:
+  saved, stopped = r.step, stop.requested and processes.count() == 1
+  while r.tokens < cfg.train.total_tokens and not stopped:
     args, rows = _inputs(r)
+    asked = processes.ask(lambda: stop.requested, r.trainer.mesh)
     every = cfg.train.probe_every
     if every and r.step % every == 0:
       r.state, told = _run_twice(probe, r.state, args, r.step)
@@ -237,13 +254,14 @@ def _train(r: Run, stop: supervise.StopSignal) -> None:
       # Before the save: what is told of a saved step is all written.
       if due(cfg.eval.every_steps) and r.tokens < cfg.train.total_tokens:
         told = evaluate.heldout(_evaluation(r))
-        r.writer.write('eval', r.step, r.tokens, told)
+        _write(r, 'eval', r.step, r.tokens, told)
         print(f'  held out: {told["bits_per_byte"]:.4f} bits per byte')
       if due(cfg.checkpoint.every_steps):
         _save(r)
         saved = r.step
       r.meter.restart()
       r.watchdog.beat()
+    stopped = asked()
   if pending is not None:
     _report(r, *pending)
   if saved != r.step:
@@ -251,6 +269,7 @@ def _train(r: Run, stop: supervise.StopSignal) -> None:
   r.watchdog.beat()
   r.checkpoints.wait()
   r.watchdog.beat()
+  return stopped
 
 
 def _inputs(r: Run) -> tuple[tuple, int]:
@@ -262,9 +281,8 @@ def _inputs(r: Run) -> tuple[tuple, int]:
   empty = jax.tree.map(np.zeros_like, batches[0])
   batches += [empty] * ((most - rows) // micro)
   stacked = {name: np.stack([b[name] for b in batches]) for name in empty}
-  place = functools.partial(
-    jax.make_array_from_process_local_data, r.trainer.batch_sharding()
-  )
+  # Every process has all rows, and gives its devices theirs.
+  place = functools.partial(_place, r.trainer.batch_sharding())
   batch_nBT = model.Batch(**{name: place(x) for name, x in stacked.items()})
   hyper = {
     'lr': optim.lr_at(cfg.optim.lr, r.step, r.tokens),
@@ -276,10 +294,14 @@ def _inputs(r: Run) -> tuple[tuple, int]:
   return (batch_nBT, amount, hyper), rows
 
 
+def _place(sharding: jax.sharding.Sharding, x: np.ndarray) -> jax.Array:
+  return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
+
+
 def _run_twice(probe: Any, state: steps.State, args: tuple, step: int):
   """Silent-corruption probe: the same step twice must agree in every bit."""
   first, second = probe(state, *args), probe(state, *args)
-  if not jax.jit(steps.same_bits)(first, second):
+  if not processes.in_step(jax.jit(steps.same_bits))(first, second):
     raise CorruptionError(
       f'step {step} gave different bits when run twice: suspect the hardware; '
       'the last checkpoint stands'
@@ -300,7 +322,7 @@ def _report(r: Run, step: int, tokens: int, rows: int, told: dict) -> None:
     return
   speed = r.meter.read()
   r.meter.restart()
-  r.writer.write('train', step, tokens, told | speed)
+  _write(r, 'train', step, tokens, told | speed)
   line = (
     f'step {step}  loss {told["loss"]:.4f}  mtp {told["mtp_loss"]:.4f}  '
     f'maxvio {told["max_violation"]:.2f}'
@@ -312,6 +334,11 @@ def _report(r: Run, step: int, tokens: int, rows: int, told: dict) -> None:
       f'  eta {_duration(left)}'
     )
   print(line, flush=True)
+
+
+def _write(r: Run, kind: str, step: int, tokens: int, told: dict) -> None:
+  if r.writer is not None:
+    r.writer.write(kind, step, tokens, told)
 
 
 def _duration(seconds: float) -> str:
@@ -327,7 +354,7 @@ def _save(r: Run) -> None:
     'loader': r.loader.get_state(),
     'data': workdirs.fingerprint(r.corpus, r.tokenizer),
   }
-  average, _ = r.trainer.plan.to_model(r.ema.tree(), {})
+  average = r.trainer.params_to_model(r.ema.tree())
   arrays = {'train': r.trainer.to_model(r.state), 'ema': average}
   r.checkpoints.save(r.step, arrays, extras)
 
@@ -349,32 +376,19 @@ def _evaluation(r: Run) -> evaluate.Evaluation:
 def _evaluate(r: Run) -> dict[str, float]:
   """Held-out figures, baselines if asked."""
   told = evaluate.heldout(_evaluation(r))
-  if r.cfg.eval.baselines:
+  if r.cfg.eval.baselines and processes.index() == 0:  # needs no device
     told |= evaluate.compare(_evaluation(r))
-  r.writer.write('eval', r.step, r.tokens, told)
+  _write(r, 'eval', r.step, r.tokens, told)
   for name, value in told.items():
     print(f'{name:28} {value:12,.4f}')
   return told
 
 
 def _sample(r: Run) -> None:
-  """Continues `sample.prompts`, on the first device."""
-  cfg, device = r.cfg, jax.devices()[0]
+  """Writes and prints what `sample.prompts` go on with."""
+  processes.meet('sample')  # the first had more to do
   state = r.trainer.to_model(r.state)
-  params, router = state['params'], state['router']
-  generator = engine.Engine(cfg, *jax.device_put((params, router), device))
-  made = generator.generate(
-    _prompts(cfg, r.tokenizer),
-    cfg.sample.max_new_tokens,
-    temperature=cfg.sample.temperature,
-    top_p=cfg.sample.top_p,
-    seed=cfg.seed,
-    stop_id=r.tokenizer.eos_id,
-  )
-  texts = [
-    prompt + r.tokenizer.decode(row, skip_special=True)
-    for prompt, row in zip(cfg.sample.prompts, made.tokens, strict=True)
-  ]
-  rule = '\n' + '-' * 72 + '\n'
-  (r.workdir / 'samples.txt').write_text(rule.join(texts), encoding='utf-8')
-  print(rule + rule.join(texts) + rule)
+  text = samples.make(r.cfg, state, r.tokenizer)
+  if processes.index() == 0:
+    (r.workdir / 'samples.txt').write_text(text, encoding='utf-8')
+    print(samples.RULE + text + samples.RULE)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import config, optim, sharding
+from dsv3_jax import config, optim, processes, sharding
 from dsv3_jax.nn import model
 from dsv3_jax.ops import routing
 from dsv3_jax.parallel import fixed_order, pipeline, zero
@@ -83,7 +83,8 @@ class Trainer:
     options = dict(_COMPILER_OPTIONS.get(platform, {}))
     if self.cfg.parallel.deterministic:
       options |= fixed_order.COMPILER_OPTIONS
-    return jax.jit(self.step, compiler_options=options, **how)
+    step = jax.jit(self.step, compiler_options=options, **how)
+    return processes.in_step(step)
 
   def specs(self) -> State:
     """How each array of the state is cut: masters and moments exist once."""
@@ -118,7 +119,7 @@ class Trainer:
   def init(self, key: jax.Array) -> State:
     """A fresh state."""
     init = lambda key: self._from_model(self._init(key))
-    return jax.jit(init, out_shardings=self.shardings())(key)
+    return _jit(init, self.shardings())(key)
 
   def from_model(self, state: State) -> State:
     """A state in the model's form as this trainer needs it."""
@@ -132,18 +133,44 @@ class Trainer:
       return state
     return self._to_model_jit(state)
 
+  def params_from_model(self, params: Any) -> Any:
+    """The parameters alone, or their average, as this trainer needs them."""
+    if self.plan.pipe is None or not params:
+      return params
+    return self._params_from_model_jit(params)
+
+  def params_to_model(self, params: Any) -> Any:
+    """The parameters alone, or their average, in the model's form."""
+    if self.plan.pipe is None or not params:
+      return params
+    return self._params_to_model_jit(params)
+
   # Compiled once: a save and an evaluation come again and again.
   @functools.cached_property
   def _from_model_jit(self) -> Callable:
-    return jax.jit(self._from_model, out_shardings=self.shardings())
+    return _jit(self._from_model, self.shardings())
 
   @functools.cached_property
   def _to_model_jit(self) -> Callable:
     convert = functools.partial(_convert, self.plan.to_model)
-    return jax.jit(convert, out_shardings=self.model_shardings())
+    return _jit(convert, self.model_shardings())
+
+  @functools.cached_property
+  def _params_from_model_jit(self) -> Callable:
+    convert = lambda params: self.plan.from_model(params, {})[0]
+    return _jit(convert, self.shardings()['params'])
+
+  @functools.cached_property
+  def _params_to_model_jit(self) -> Callable:
+    convert = lambda params: self.plan.to_model(params, {})[0]
+    return _jit(convert, self.model_shardings()['params'])
 
   def _from_model(self, state: State) -> State:
     return _convert(self.plan.from_model, state)
+
+
+def _jit(function: Callable, shardings: Any) -> Callable:
+  return processes.in_step(jax.jit(function, out_shardings=shardings))
 
 
 def _place(specs: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -83,6 +83,24 @@ def check(cfg: config.Config, workdir: pathlib.Path) -> int | None:
   return before
 
 
+def check_same(mine: dict[str, Any], firsts: dict[str, Any]) -> None:
+  """Checks that all processes of a job train the same on the same.
+
+  Args:
+    mine, firsts: nested settings of this process and of the first.
+
+  Raises:
+    InputError: they differ; names the first setting that does.
+  """
+  theirs = flatten(firsts)
+  for name, value in flatten(mine).items():
+    if theirs[name] != value:
+      raise errors.InputError(
+        f'{name}={value!r} differs from {theirs[name]!r} in process 0: all '
+        'processes of a job need the same'
+      )
+
+
 def write_config(cfg: config.Config, workdir: pathlib.Path) -> None:
   """Writes `config.json`, which the next start is checked against."""
   path = workdir / 'config.json'

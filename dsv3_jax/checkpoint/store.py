@@ -4,7 +4,8 @@ A step is written into a hidden folder: arrays by Orbax, documents as JSON, then
 `manifest.json` with the SHA-256 of every file. One rename makes it visible, so
 what is visible is complete, whenever the process dies. On restore every file is
 hashed again: a flipped, cut, missing, surplus or swapped file is refused by
-name. Nothing is unpickled.
+name. Nothing is unpickled. Several processes write their parts into one folder,
+which all of them see, and share the hashing; the first commits.
 
   checkpoints/000000040/manifest.json  progress.json  arrays/...
 """
@@ -20,9 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from dsv3_jax import errors
+from dsv3_jax import errors, processes
 from dsv3_jax.checkpoint import lazy, shards
 
 Tree = Any
@@ -56,40 +56,31 @@ class Store:
     self._commit: concurrent.futures.Future | None = None
 
   def steps(self) -> list[int]:
-    """Committed steps, ascending."""
+    """Committed steps, ascending; as this process sees them."""
     if not self.directory.is_dir():
       return []
     names = (path.name for path in self.directory.iterdir() if path.is_dir())
     return sorted(int(name) for name in names if name.isdigit())
 
   def latest(self) -> int | None:
-    """The newest committed step."""
-    return max(self.steps(), default=None)
+    """The newest committed step, the same for all processes."""
+    return processes.tell('latest', max(self.steps(), default=None))
 
   def save(self, step: int, state: Tree, extras: dict[str, Any]) -> None:
     """Starts to save `state` (arrays) and `extras` (name -> JSON document).
 
-    The arrays may be changed or donated as soon as this returns. In a run of
-    several processes each passes its own extras, under names of its own.
+    The arrays may be changed or donated as soon as this returns. The extras
+    are the same in all processes.
 
     Raises:
       ValueError: the step is committed already.
       OSError: the folder cannot be written.
     """
     self.wait()
-    if step in self.steps():
-      raise ValueError(f'{self._path(step)} is committed already')
     scratch = self.directory / f'.tmp-{step:09d}'
-    if jax.process_index() == 0:
-      self.directory.mkdir(parents=True, exist_ok=True)
-      for old in self.directory.iterdir():  # of a process that was killed
-        if old.name.startswith(_UNFINISHED):
-          shutil.rmtree(old)
-      scratch.mkdir()
-    _sync(f'save-{step}')
-    for name, document in extras.items():
-      text = json.dumps(document, sort_keys=True)
-      (scratch / f'{name}.json').write_text(text, encoding='utf-8')
+    with processes.together('save'):
+      if processes.index() == 0:
+        self._begin(step, scratch, extras)
     # Orbax copies device arrays before it returns; host arrays we copy.
     copy = lambda x: np.array(x) if isinstance(x, np.ndarray) else x
     state = jax.tree.map(copy, state)
@@ -121,7 +112,8 @@ class Store:
     damage = self._damage(step)
     if damage is None:
       return
-    earlier = [s for s in reversed(self.steps()) if s < step]
+    steps = processes.tell('steps', self.steps())
+    earlier = [s for s in reversed(steps) if s < step]
     good = next((s for s in earlier if self._damage(s) is None), None)
     advice = 'no earlier step is whole'
     if good is not None:
@@ -202,32 +194,60 @@ class Store:
   def _path(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:09d}'
 
+  def _begin(
+    self, step: int, scratch: pathlib.Path, extras: dict[str, Any]
+  ) -> None:
+    """Makes the hidden folder, with the documents."""
+    if step in self.steps():
+      raise ValueError(f'{self._path(step)} is committed already')
+    self.directory.mkdir(parents=True, exist_ok=True)
+    for old in self.directory.iterdir():  # of a process that was killed
+      if old.name.startswith(_UNFINISHED):
+        shutil.rmtree(old)
+    scratch.mkdir()
+    for name, document in extras.items():
+      text = json.dumps(document, sort_keys=True)
+      (scratch / f'{name}.json').write_text(text, encoding='utf-8')
+
   def _finish(self, step: int, scratch: pathlib.Path) -> None:
     """The second half of a save, on its own thread."""
-    self._writer.wait_until_finished()
-    _sync(f'written-{step}')
-    if jax.process_index() == 0:
-      names = _files(scratch)
-      with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        digests = pool.map(_digest, (scratch / name for name in names))
-        files = dict(zip(names, digests, strict=True))
-      body = {'step': step, 'files': files}
-      manifest = {'body': body, 'sha256': _digest_json(body)}
-      path = scratch / _MANIFEST
-      path.write_text(json.dumps(manifest, indent=1), encoding='utf-8')
-      for name in [*files, _MANIFEST]:
+    with processes.together('written'):
+      self._writer.wait_until_finished()
+    names = processes.tell('files', _files(scratch))
+    with processes.together('hashed'):
+      hashed = _digests(scratch, names)
+      for name in hashed:
         _flush(scratch / name)
-      _flush(scratch)
-      scratch.rename(self._path(step))
-      _flush(self.directory)
-      for old in self.steps()[: -self._keep]:
-        hidden = self.directory / f'.old-{old:09d}'
-        self._path(old).rename(hidden)  # gone at once, not file by file
-        shutil.rmtree(hidden)
-    _sync(f'committed-{step}')
+    files = {}
+    for part in processes.gather('hashes', hashed):
+      files |= part
+    with processes.together('committed'):
+      if processes.index() == 0:
+        self._publish(step, scratch, files)
+
+  def _publish(
+    self, step: int, scratch: pathlib.Path, files: dict[str, Any]
+  ) -> None:
+    """Makes the step visible, and lets the oldest go."""
+    body = {'step': step, 'files': dict(sorted(files.items()))}
+    manifest = {'body': body, 'sha256': _digest_json(body)}
+    path = scratch / _MANIFEST
+    path.write_text(json.dumps(manifest, indent=1), encoding='utf-8')
+    _flush(path)
+    _flush(scratch)
+    scratch.rename(self._path(step))
+    _flush(self.directory)
+    for old in self.steps()[: -self._keep]:
+      hidden = self.directory / f'.old-{old:09d}'
+      self._path(old).rename(hidden)  # gone at once, not file by file
+      shutil.rmtree(hidden)
 
   def _damage(self, step: int) -> tuple[str, str] | None:
     """The first file that is not as it was committed, and what is wrong."""
+    return processes.first_of('damage', self._damage_here(step))
+
+  def _damage_here(self, step: int) -> tuple[str, str] | None:
+    """The same, of the files that this process hashes."""
     folder = self._path(step)
     if not folder.is_dir():
       return '', 'does not exist'
@@ -253,11 +273,9 @@ class Store:
       size = (folder / name).stat().st_size
       if size != wanted[name]['bytes']:
         return name, f'has {size} bytes in place of {wanted[name]["bytes"]}'
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      digests = pool.map(_digest, (folder / name for name in names))
-      for name, digest in zip(names, digests, strict=True):
-        if digest != wanted[name]:
-          return name, 'does not match its sha256'
+    for name, digest in _digests(folder, names).items():
+      if digest != wanted[name]:
+        return name, 'does not match its sha256'
     return None
 
 
@@ -306,6 +324,14 @@ def _files(folder: pathlib.Path) -> list[str]:
   )
 
 
+def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, Any]:
+  """Of this process's share of the files."""
+  names = names[processes.index() :: processes.count()]
+  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    found = pool.map(_digest, (folder / name for name in names))
+    return dict(zip(names, found, strict=True))
+
+
 def _digest(path: pathlib.Path) -> dict[str, Any]:
   return {'sha256': shards.digest(path), 'bytes': path.stat().st_size}
 
@@ -321,9 +347,3 @@ def _flush(path: pathlib.Path) -> None:
     os.fsync(handle)
   finally:
     os.close(handle)
-
-
-def _sync(name: str) -> None:
-  """A barrier of all processes."""
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)

@@ -248,7 +248,10 @@ def _open_tfds(cfg: config.DataConfig) -> Corpus:
   home = cache_dir(cfg) / 'tfds'
   try:
     builder = tfds.builder(title, data_dir=home, file_format='array_record')
-    builder.download_and_prepare()
+    with _alone(home / '.lock'):
+      builder.download_and_prepare()
+  except errors.InputError:
+    raise
   except Exception as error:  # a dataset is code of its own
     why = f'{type(error).__name__}: {error}'.splitlines()[0]
     raise errors.InputError(

@@ -1,9 +1,10 @@
 """Batches for training and windows for evaluation.
 
-Training data is an endless Grain pipeline: shuffle, cut to this process, encode
-on the fly, pack, shuffle rows, batch. All randomness comes from the seed and a
-document's index, so the stream depends on nothing else, and a position in it is
-a small dict that goes into the checkpoint.
+Training data is an endless Grain pipeline: shuffle, encode on the fly, pack,
+shuffle rows, batch. All randomness comes from the seed and a document's index,
+so the stream depends on nothing else, not even on the number of processes, each
+of which reads all of it. A position in it is a small dict that goes into the
+checkpoint.
 """
 
 import dataclasses
@@ -25,14 +26,14 @@ _BATCHES_AHEAD = 4
 
 
 class Loader:
-  """Endless iterator of batches; deterministic, resumable, one a process.
+  """Endless iterator of batches; deterministic, resumable.
 
   A batch is a dict of arrays [rows, T]: `tokens_BT`, `targets_BT`,
   `positions_BT`, `segments_BT` (int32), `weights_BT` (f32).
 
   Args:
     documents: records with 'text' or 'messages', by index.
-    rows: of a batch of this process.
+    rows: of a batch.
   """
 
   def __init__(
@@ -43,14 +44,11 @@ class Loader:
     *,
     seed: int,
     rows: int,
-    process_index: int = 0,
-    process_count: int = 1,
   ):
     length = cfg.seq_len + 1
     encode = functools.partial(_encode, tokenizer=tokenizer, cfg=cfg)
     data = grain.MapDataset.source(documents).seed(seed).shuffle()
     data = data.repeat().random_map(encode)
-    data = data[process_index::process_count]
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
     data = data.to_iter_dataset(options)
     data = experimental.FlatMapIterDataset(

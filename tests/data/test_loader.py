@@ -1,6 +1,5 @@
-"""The endless stream: deterministic, resumable, cut cleanly by process."""
+"""The endless stream: deterministic and resumable."""
 
-import collections
 import dataclasses
 import itertools
 import json
@@ -105,32 +104,6 @@ def test_shapes_and_dtypes(bpe):
   kinds = {name: x.dtype for name, x in batch.items()}
   assert kinds.pop('weights_BT') == np.float32
   assert set(kinds.values()) == {np.dtype(np.int32)}
-
-
-def starts(batches, bpe):
-  """How often each document begins in the batches, by its number."""
-  found = collections.Counter()
-  for batch in batches:
-    for row in batch['tokens_BT']:
-      text = bpe.decode(row.tolist())
-      found.update(part.split(':')[0] for part in text.split('document ')[1:])
-  return found
-
-
-def test_processes_share_the_documents(bpe):
-  """Each document of an epoch is read by exactly one of the processes."""
-  cfg = data_config(fim_rate=0.0, split_rate=0.0, seq_len=16,
-                    shuffle_window=1)  # fmt: skip
-  cfg = dataclasses.replace(cfg, seq_len=16)
-  seen = []
-  for index in range(2):
-    stream = open_loader(bpe, cfg, rows=1, process_index=index, process_count=2)
-    seen.append(starts(take(stream, 12), bpe))
-    stream.close()
-  assert seen[0]
-  assert seen[1]
-  numbers = [{n for n in s if n.isdigit()} for s in seen]
-  assert not numbers[0] & numbers[1]
 
 
 def test_rows_of_a_long_document_are_spread(bpe):

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Trains on GPU nodes of a SLURM cluster, one process a GPU. Options of sbatch
+# come first, then those of `dsv3 train`:
+#
+#   sbatch --nodes=4 --time=1-0 launch/slurm.sh --config=FILE --workdir=DIR
+#
+# RESTARTS   how often the job may be queued again, to go on from its last step
+#            after its time was up or a process was killed, crashed or hung (9)
+# DSV3       the command (dsv3)
+# DRY_RUN=1  prints what would be run: DRY_RUN=1 launch/slurm.sh ...
+#
+# DIR is on a file system that all nodes see.
+#SBATCH --job-name=dsv3
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -euo pipefail
+
+RESTARTS=${RESTARTS:-9}
+read -r -a dsv3 <<< "${DSV3:-dsv3}"
+command=(srun --kill-on-bad-exit=1 "${dsv3[@]}" train --cluster "$@")
+if [[ -n ${DRY_RUN:-} ]]; then
+  printf '%q ' "${command[@]}"
+  exit
+fi
+code=0
+"${command[@]}" || code=$?
+case $code in
+  0 | 2 | 76 | 77) exit "$code" ;; # see README: not mended by a restart
+esac
+if ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,95 @@
+"""What the launchers would run, as `DRY_RUN=1` prints it."""
+
+import os
+import pathlib
+import shlex
+import subprocess
+
+import pytest
+import yaml
+
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'launch'
+ARGS = ['--config=some where/a.py:x', '--workdir=/runs/a']
+
+
+def dry(name, **extra):
+  """(exit code, stdout, stderr) of a dry run."""
+  done = subprocess.run(
+    [FOLDER / name, *ARGS],
+    env={'PATH': os.environ['PATH'], 'DRY_RUN': '1'} | extra,
+    capture_output=True,
+    text=True,
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_local_starts_one_process_a_line():
+  how = {'PROCESSES': '2', 'DEVICES': '3', 'PORT': '123'}
+  code, said, _ = dry('local.sh', **how)
+  assert code == 0
+  for index, line in enumerate(said.splitlines()):
+    *environment, command, train, config, workdir = shlex.split(line)
+    assert dict(pair.split('=') for pair in environment) == {
+      'JAX_COORDINATOR_ADDRESS': '127.0.0.1:123',
+      'JAX_COORDINATOR_BIND_ADDRESS': '127.0.0.1:123',
+      'JAX_NUM_PROCESSES': '2',
+      'JAX_PROCESS_ID': str(index),
+      'JAX_NUM_CPU_DEVICES': '3',
+      'JAX_LOCAL_DEVICE_IDS': ('0,1,2', '3,4,5')[index],
+    }
+    assert [command, train, config, workdir] == ['dsv3', 'train', *ARGS]
+  assert index == 1
+
+
+def test_slurm_runs_one_step_that_ends_with_its_first_failure():
+  code, said, _ = dry('slurm.sh')
+  train = ['dsv3', 'train', '--cluster', *ARGS]
+  assert code == 0
+  assert shlex.split(said) == ['srun', '--kill-on-bad-exit=1', *train]
+
+
+def test_tpu_pod_runs_the_line_on_all_hosts():
+  code, said, _ = dry('tpu_pod.sh', TPU='slice', ZONE='zone', FOLDER='here')
+  *how, line = shlex.split(said)
+  assert code == 0
+  assert how[:5] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh']
+  assert how[5:] == ['slice', '--zone=zone', '--worker=all']
+  _, line = line.split('=', 1)
+  train = ['.venv/bin/dsv3', 'train', '--cluster', *ARGS]
+  assert shlex.split(line) == ['cd', 'here', '&&', *train]
+
+
+def test_gke_jobset_has_a_pod_for_each_process():
+  how = {'NAME': 'run', 'IMAGE': 'image', 'CLAIM': 'disk', 'PROCESSES': '4'}
+  code, said, _ = dry('gke_jobset.sh', **how)
+  assert code == 0
+  jobset = yaml.safe_load(said)
+  (job,) = jobset['spec']['replicatedJobs']
+  spec = job['template']['spec']
+  assert (spec['completions'], spec['parallelism']) == (4, 4)
+  pod = spec['template']['spec']
+  (container,) = pod['containers']
+  assert container['command'] + container['args'] == ['dsv3', 'train', *ARGS]
+  given = {each['name']: each.get('value') for each in container['env']}
+  assert given == {
+    'JAX_COORDINATOR_ADDRESS': 'run-workers-0-0.run:8476',
+    'JAX_NUM_PROCESSES': '4',
+    'JAX_PROCESS_ID': None,  # the pod's index
+  }
+
+
+@pytest.mark.parametrize('name', ['tpu_pod.sh', 'gke_jobset.sh'])
+def test_what_a_launcher_needs_it_asks_for(name):
+  code, said, why = dry(name)
+  assert (code, said) == (1, '')
+  assert len(why.splitlines()) == 1
+
+
+@pytest.mark.parametrize('path', sorted(FOLDER.iterdir()), ids=lambda p: p.name)
+def test_launchers_name_no_host_and_no_account(path):
+  text = path.read_text(encoding='utf-8')
+  assert os.access(path, os.X_OK)
+  assert '@' not in text.replace('"$@"', '').replace('[@]', '').replace(
+    'TERM@300', ''
+  )
+  assert subprocess.run(['bash', '-n', path]).returncode == 0
