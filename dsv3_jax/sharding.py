@@ -12,6 +12,7 @@ axis has the size 1, so that one device runs the plain program.
 
 import contextvars
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -139,13 +140,17 @@ def mapped(
     rules: by which parameters are cut, inside of it.
   """
 
-  def run(*args):
+  def run(*args):  # named as what it runs, for profiles
     before = _RULES.set(rules)
     try:
       return function(*args)
     finally:
       _RULES.reset(before)
 
+  inner = function
+  while isinstance(inner, functools.partial):
+    inner = inner.func
+  run.__name__ = inner.__name__
   # Losses are shares that add up over the devices, so the transpose of a sum
   # over devices is that sum again: what JAX does without tracking of replicas.
   return jax.shard_map(run, mesh=mesh, check_vma=False, **specs)

@@ -131,13 +131,7 @@ def _open(
   writer = None
   with processes.together('begin'):
     if processes.index() == 0:
-      if resume is not None:
-        for path in checkpoints.roll_back(resume):
-          print(f'  moved aside: {path}', flush=True)
-      # Not before: a start that ends above must find its request unanswered.
-      workdirs.write_config(cfg, workdir)
-      ended = progress['tokens'] >= cfg.train.total_tokens
-      writer = metrics.MetricWriter(workdir, progress['step'], again=ended)
+      writer = _begin(cfg, workdir, checkpoints, resume, progress)
       stack.callback(writer.close)
   watchdog = supervise.Watchdog(cfg.train.watchdog_seconds)
   stack.enter_context(watchdog)
@@ -159,6 +153,17 @@ def _open(
     state=state,
     **progress,
   )
+
+
+def _begin(cfg, workdir, checkpoints, resume, progress) -> metrics.MetricWriter:
+  """What only the first process does once nothing can be refused any more."""
+  if resume is not None:
+    for path in checkpoints.roll_back(resume):
+      print(f'  moved aside: {path}', flush=True)
+  # Not before: a start that ends above must find its request unanswered.
+  workdirs.write_config(cfg, workdir)
+  ended = progress['tokens'] >= cfg.train.total_tokens
+  return metrics.MetricWriter(workdir, progress['step'], again=ended)
 
 
 def _data(
