@@ -17,7 +17,9 @@ def test_a_weight_of_one_is_on_answers_that_can_be_known(length):
   tokens, weights = needle.training_row(np.random.default_rng(0), TEXT, length)
   assert len(tokens) == length + 1 and len(weights) == length
   value_of, counted = {}, 0
-  for token, before, weight in zip(tokens[1:], tokens, weights, strict=True):
+  for token, before, weight in zip(
+    tokens[1:], tokens[:-1], weights, strict=True
+  ):
     if before >= needle.NEEDLE and before < needle.QUESTION:
       key, value = divmod(before - needle.NEEDLE, needle.KINDS)
       value_of[key] = value

@@ -19,7 +19,11 @@ Spec = jax.sharding.PartitionSpec
 def over(parts, body):
   """`body` on each device of `context`, with whole arrays in and out."""
   sizes = dict.fromkeys(sharding.AXES, 1) | {'context': parts}
-  mesh = sharding.make_mesh(config.ParallelConfig(**sizes, schedule='dualpipe'))
+  mesh = sharding.make_mesh(
+    config.ParallelConfig(
+      **sizes, schedule='dualpipe', fsdp=(), deterministic=False
+    )
+  )
   how = {'in_specs': Spec(), 'out_specs': Spec()}
   return jax.jit(sharding.mapped(body, mesh, **how))
 
