@@ -80,7 +80,7 @@ def gradients(
     Gradients like `params`, of this device's tokens, and parts as `Model.loss`
     has them, of all ranks; 'load' is [1, c, n, E], of this one's masters.
   """
-  run = _Run(pipe, params, router, batch_nBT, scales)
+  run = Run(pipe, params, router, batch_nBT, scales)
 
   def tick(t, state):
     return run.tick(state, table.fields_TRf[t, 0], table.globals_Tdg[t])
@@ -88,7 +88,7 @@ def gradients(
   return run.finish(jax.lax.fori_loop(0, table.counts[0], tick, run.start()))
 
 
-class _Run:
+class Run:
   """What does not change from tick to tick, and what happens in one."""
 
   def __init__(self, pipe, params, router, batch_nBT, scales):
