@@ -178,6 +178,7 @@ class Run:
     ]
     count = self.cfg.model.moe.num_experts
     return {
+      'acted': jnp.int32(0),
       'y': zeros(*self.shape),
       'hidden': zeros(*wide),
       'dx': zeros(*self.shape),
@@ -227,6 +228,7 @@ class Run:
 
   def _act(self, branch: programs.Branch, embedded, row, state: State):
     """The backward half first: it frees what the forward half may take."""
+    state = state | {'acted': state['acted'] + 1}
     if branch.backward is not None:
       state = self._backward(branch.backward, row, state)
     if branch.forward is not None:
@@ -306,9 +308,13 @@ class Run:
   def _exchange(self, state: State, row) -> State:
     """What was made goes on its ways; a table says what is taken of it."""
     state, ranks = dict(state), self.program.schedule.ranks
+    # No rank is to send before its action is done, though the action may make
+    # nothing that is sent: where an exchange blocks, it would wait for others'
+    # actions first, and they for its own afterwards.
+    done = state['acted'] >= 0
     with jax.named_scope('pipeline_exchange'):
       for lane in self.program.lanes:
-        x = state[lane.what]
+        x = jnp.where(done, state[lane.what], 0)
         if lane.hop:
           pairs = [(r, (r + lane.hop) % ranks) for r in range(ranks)]
           x = jax.lax.ppermute(x, _AXIS, pairs)
