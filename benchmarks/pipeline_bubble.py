@@ -5,18 +5,19 @@ that only sleep, beside what the simulator says? (Wanted: one program for all
 ranks within 0.08 of its simulation in ticks.)
 
   dsv3 bench pipeline_bubble [--ranks=4,8] [--microbatches=16,32]
-    [--kinds=NAME,...] [--milliseconds=30] [--runs=3] [--png=FILE] [--json]
+    [--kinds=NAME,...] [--milliseconds=100] [--runs=2] [--png=FILE] [--json]
     [--output=FILE]
 
 Forward, input half and weight half sleep equally long, a pair as long as its
 parts. `spmd` is the loop over ticks that training runs (`parallel.pipeline.Run`
 with its table, branches, buffers and exchange; embedding and head do nothing),
 `mpmd` a thread a rank (`parallel.mpmd`), both on fake CPU devices. The bubble
-is 1 - (work of a rank) / (whole time), the best of three runs; what starting an
+is 1 - (work of a rank) / (whole time), the best of the runs; what starting an
 action or exchanging its result costs is in it. `ideal` has no common clock,
 `lockstep` waits in every tick for the longest action.
 """
 
+import dataclasses
 import itertools
 import pathlib
 import sys
@@ -48,17 +49,24 @@ TIMES = simulate.Times(f=1, b=2, w=1)  # in units of what a half sleeps
 _SHAPE = (1, 1, 1)  # of an activation
 
 
+@dataclasses.dataclass
+class Pace:
+  """How long a half sleeps; not part of what is compiled."""
+
+  seconds: float = 0.0
+
+
 class Sleeping:
   """Parts of a stage, as `split.Split` has them; all that they do is sleep."""
 
   residuals = carry = (jax.ShapeDtypeStruct((), jnp.float32),)
 
-  def __init__(self, seconds: float, shape: tuple[int, ...], told: dict):
-    self._seconds, self._shape, self._told = seconds, shape, told
+  def __init__(self, pace: Pace, shape: tuple[int, ...], told: dict):
+    self._pace, self._shape, self._told = pace, shape, told
 
   def _sleep(self, units: int, value: jax.Array) -> jax.Array:
     def rest(_):  # a look at the value may have to wait for a thread
-      time.sleep(units * self._seconds)
+      time.sleep(units * self._pace.seconds)
       return np.float32(1.0)
 
     # A pure one would be moved out of the loops that stand for branches.
@@ -101,7 +109,7 @@ class Ends:
 class Run(pipeline.Run):
   """The loop over ticks of training, with stages that sleep."""
 
-  def __init__(self, program: programs.Program, seconds: float):
+  def __init__(self, program: programs.Program, pace: Pace):
     source = base.get_config('runlocal')
     with source.unlocked():
       source.model.mtp.depth = 0
@@ -117,7 +125,7 @@ class Run(pipeline.Run):
     told = {'balance': jnp.zeros(()), 'load': none_nE, 'mtp_load': none_nE}
     wide = lambda kind: (1, *_SHAPE) if kind.last else _SHAPE
     self.parts = {
-      number: Sleeping(seconds, wide(kind), told)
+      number: Sleeping(pace, wide(kind), told)
       for number, kind in enumerate(program.kinds)
     }
 
@@ -128,7 +136,7 @@ class Run(pipeline.Run):
     return ()
 
 
-def spmd(schedule: actions.Schedule, seconds: float) -> Callable[[], float]:
+def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
   """Runs the schedule's table; returns how long it took [s]."""
   last = schedule.stages - 1
   kinds = tuple(
@@ -139,7 +147,7 @@ def spmd(schedule: actions.Schedule, seconds: float) -> Callable[[], float]:
   mesh = jax.make_mesh((schedule.ranks,), (chunks.AXIS,), axis_types=auto)
 
   def run(fields_TRf, globals_Tdg):
-    it = Run(program, seconds)
+    it = Run(program, pace)
 
     def tick(t, state):
       return it.tick(state, fields_TRf[t, 0], globals_Tdg[t])
@@ -164,15 +172,23 @@ def spmd(schedule: actions.Schedule, seconds: float) -> Callable[[], float]:
   return measure
 
 
-def threads(schedule: actions.Schedule, seconds: float) -> Callable[[], float]:
+def threads(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
   """Likewise, with a thread a rank."""
   one = jnp.ones(())
   stage = mpmd.Stage(
-    Sleeping(seconds, _SHAPE, {}), {}, [one] * schedule.microbatches, {}
+    Sleeping(pace, _SHAPE, {}), {}, [one] * schedule.microbatches, {}
   )
   devices = jax.devices()[: schedule.ranks]
   executor = mpmd.Executor(schedule, [stage] * schedule.stages, devices)
   return lambda: executor.run().timeline.total
+
+
+def simulated(schedule: actions.Schedule) -> tuple[float, float]:
+  """Bubbles without a common clock and in ticks, as parts of the whole."""
+  table = lockstep.lockstep(schedule)
+  free = simulate.simulate(schedule, TIMES)
+  ticks = lockstep.timeline(schedule, table, TIMES)
+  return tuple(float(each.bubble / each.total) for each in (free, ticks))
 
 
 def measure(
@@ -186,17 +202,14 @@ def measure(
     microbatches=microbatches,
     split_backward=kind in schedules.ONE_WAY,
   )
-  table = lockstep.lockstep(made)
-  part = lambda timeline: float(timeline.bubble / timeline.total)
   row = {'schedule': kind, 'ranks': ranks, 'micro-batches': microbatches}
-  row |= {
-    'ideal': part(simulate.simulate(made, TIMES)),
-    'lockstep': part(lockstep.timeline(made, table, TIMES)),
-  }
+  row['ideal'], row['lockstep'] = simulated(made)
   work = microbatches * each * (TIMES.f + TIMES.b) * seconds
   for name, start in (('spmd', spmd), ('mpmd', threads)):
-    run = start(made, seconds)
+    pace = Pace()
+    run = start(made, pace)
     run()  # compiles
+    pace.seconds = seconds
     row[name] = 1.0 - work / min(run() for _ in range(runs))
   return row | {'wrong': abs(row['spmd'] - row['lockstep']) > BAR}
 
@@ -229,8 +242,8 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument('--ranks', type=numbers, default=[4, 8])
   parser.add_argument('--microbatches', type=numbers, default=[16, 32])
   parser.add_argument('--kinds', default=','.join(schedules.KINDS))
-  parser.add_argument('--milliseconds', type=float, default=30.0)
-  parser.add_argument('--runs', type=int, default=3)
+  parser.add_argument('--milliseconds', type=float, default=100.0)
+  parser.add_argument('--runs', type=int, default=2)
   parser.add_argument('--png', type=pathlib.Path)
   args = parser.parse_args(argv)
   if args.milliseconds <= 0 or args.runs < 1:
