@@ -115,7 +115,7 @@ class Run(pipeline.Run):
       source.model.mtp.depth = 0
     self.cfg, self.program = config.from_config_dict(source), program
     self.depth, self.compute, self.shape = 0, jnp.float32, _SHAPE
-    self.ends, self.scales = Ends(), {'balance': 0.0}
+    self.ends, self.scales = Ends(), {'balance': jnp.zeros(())}
     self.params = {'embed': jnp.zeros(()), 'head': jnp.zeros(())}
     none_nE = jnp.zeros((0, self.cfg.model.moe.num_experts))
     layers = chunks.Weights({'w': jnp.zeros(())}, {})

@@ -177,6 +177,8 @@ class Run:
       jnp.zeros((slots.get(name, 0), *a.shape), a.dtype) for a in avals
     ]
     count = self.cfg.model.moe.num_experts
+    branches = self.program.branches
+    twins = {b.forward.kind for b in branches if _is_twin(b)}
     return {
       'acted': jnp.int32(0),
       'y': zeros(*self.shape),
@@ -188,6 +190,10 @@ class Run:
       'head': zeros(slots['head'] + 1, *wide),
       'kept': {
         k: held(f'kept_{k}', s.residuals) for k, s in self.parts.items()
+      },
+      'fresh': {
+        k: [jnp.zeros((1, *a.shape), a.dtype) for a in self.parts[k].residuals]
+        for k in sorted(twins)
       },
       'carry': {k: held(f'carry_{k}', s.carry) for k, s in self.parts.items()},
       'grads': [f32(chunk.layers.weights) for chunk in self.chunks],
@@ -209,7 +215,7 @@ class Run:
       if number:
         act = functools.partial(self._act, branch, embedded, row)
         state = ends.when(row['branch'] == number, act, state)
-    state = self._exchange(state, row)
+    state = self._exchange(self._keep(state, row), row)
     for way, told in enumerate(now):
       act = functools.partial(self.ends.head, way, told['last_f'], row)
       state = ends.when(told['last_f'] >= 0, act, state)
@@ -232,10 +238,33 @@ class Run:
     if branch.backward is not None:
       state = self._backward(branch.backward, row, state)
     if branch.forward is not None:
-      state = self._forward(branch.forward, embedded, row, state)
+      where = 'fresh' if _is_twin(branch) else 'kept'
+      state = self._forward(branch.forward, embedded, row, where, state)
     return state
 
-  def _forward(self, half, embedded, row, state: State) -> State:
+  def _keep(self, state: State, row) -> State:
+    """Puts what the forward half of a pair of one kind left in its slot.
+
+    In the pair's own branch the buffers would be copied as a whole, since its
+    backward half reads them.
+    """
+    for kind in state['fresh']:
+      twins = [
+        number
+        for number, branch in enumerate(self.program.branches)
+        if _is_twin(branch) and branch.forward.kind == kind
+      ]
+
+      def put(state, kind=kind):
+        fresh = [x[0] for x in state['fresh'][kind]]
+        made = _put_all(state['kept'][kind], row['f_kept'], fresh)
+        return state | {'kept': state['kept'] | {kind: made}}
+
+      any_ = jnp.any(row['branch'] == jnp.array(twins))
+      state = ends.when(any_, put, state)
+    return state
+
+  def _forward(self, half, embedded, row, where, state: State) -> State:
     kind = self.program.kinds[half.kind]
     way = row['f_direction']
     x = state['in'][row['f_in']]
@@ -250,8 +279,9 @@ class Run:
         self._weights(half), (x, ahead), consts
       )
     state = state | {'hidden' if kind.last else 'y': y}
-    state['kept'] = state['kept'] | {
-      half.kind: _put_all(state['kept'][half.kind], row['f_kept'], kept)
+    slot = row['f_kept'] if where == 'kept' else 0
+    state[where] = state[where] | {
+      half.kind: _put_all(state[where][half.kind], slot, kept)
     }
     state['balance'] += told['balance'] * self.scales['balance']
     state['mtp_load'] += 0 if not kind.last else told['mtp_load']
@@ -335,6 +365,12 @@ class Run:
       'load': self.maker.sums(state['load']),
       'mtp_load': jax.lax.psum(state['mtp_load'], _AXIS),
     }
+
+
+def _is_twin(branch: programs.Branch) -> bool:
+  """Both halves have the same kind, so that they share buffers."""
+  forward, backward = branch
+  return bool(forward and backward) and forward.kind == backward.kind
 
 
 def _put_all(buffers, slot, values):
