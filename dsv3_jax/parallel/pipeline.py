@@ -213,8 +213,9 @@ class Run:
     embedded = [self.ends.embed(way) for way in now]
     for number, branch in enumerate(self.program.branches):
       if number:
-        act = functools.partial(self._act, branch, embedded, row)
-        state = ends.when(row['branch'] == number, act, state)
+        turns = (row['branch'] == number).astype(jnp.int32)
+        act = functools.partial(self._turn, branch, embedded, row)
+        state = jax.lax.fori_loop(0, turns, act, state)
     state = self._exchange(self._keep(state, row), row)
     for way, told in enumerate(now):
       act = functools.partial(self.ends.head, way, told['last_f'], row)
@@ -231,6 +232,16 @@ class Run:
       *self.program.lanes,
       *(f'head_{way}' for way in ways),
     ]
+
+  def _turn(self, branch: programs.Branch, embedded, row, turn, state: State):
+    """The only turn of a branch's loop.
+
+    What does not depend on the turn the compiler does ahead of the loop, so in
+    every tick, whichever branch is taken: operands must seem to.
+    """
+    late = lambda x: jnp.where(turn < 0, jnp.zeros_like(x), x)
+    row = {name: late(value) for name, value in row.items()}
+    return self._act(branch, jax.tree.map(late, embedded), row, state)
 
   def _act(self, branch: programs.Branch, embedded, row, state: State):
     """The backward half first: it frees what the forward half may take."""
