@@ -213,9 +213,9 @@ class Run:
     embedded = [self.ends.embed(way) for way in now]
     for number, branch in enumerate(self.program.branches):
       if number:
-        turns = (row['branch'] == number).astype(jnp.int32)
+        ours = (row['branch'] == number) & _in_order(state)
         act = functools.partial(self._turn, branch, embedded, row)
-        state = jax.lax.fori_loop(0, turns, act, state)
+        state = jax.lax.fori_loop(0, ours.astype(jnp.int32), act, state)
     state = self._exchange(self._keep(state, row), row)
     for way, told in enumerate(now):
       act = functools.partial(self.ends.head, way, told['last_f'], row)
@@ -239,9 +239,9 @@ class Run:
     What does not depend on the turn the compiler does ahead of the loop, so in
     every tick, whichever branch is taken: operands must seem to.
     """
-    late = lambda x: jnp.where(turn < 0, jnp.zeros_like(x), x)
-    row = {name: late(value) for name, value in row.items()}
-    return self._act(branch, jax.tree.map(late, embedded), row, state)
+    row = {name: _late(value, turn) for name, value in row.items()}
+    embedded = jax.tree.map(lambda x: _late(x, turn), embedded)
+    return self._act(branch, embedded, row | {'turn': turn}, state)
 
   def _act(self, branch: programs.Branch, embedded, row, state: State):
     """The backward half first: it frees what the forward half may take."""
@@ -271,7 +271,7 @@ class Run:
         made = _put_all(state['kept'][kind], row['f_kept'], fresh)
         return state | {'kept': state['kept'] | {kind: made}}
 
-      any_ = jnp.any(row['branch'] == jnp.array(twins))
+      any_ = jnp.any(row['branch'] == jnp.array(twins)) & _in_order(state)
       state = ends.when(any_, put, state)
     return state
 
@@ -305,7 +305,9 @@ class Run:
   def _backward(self, half, row, state: State) -> State:
     kind, parts = self.program.kinds[half.kind], self.parts[half.kind]
     weights, state = self._weights(half), dict(state)
-    take = lambda name, slot: [x[row[slot]] for x in state[name][half.kind]]
+    take = lambda name, slot: [  # of one slot there is no choice to depend on
+      _late(x[row[slot]], row['turn']) for x in state[name][half.kind]
+    ]
     if half.part == 'W':
       with jax.named_scope('backward_weight'):
         grads = parts.backward_weight(weights, take('carry', 'b_carry'))
@@ -349,13 +351,10 @@ class Run:
   def _exchange(self, state: State, row) -> State:
     """What was made goes on its ways; a table says what is taken of it."""
     state, ranks = dict(state), self.program.schedule.ranks
-    # No rank is to send before its action is done, though the action may make
-    # nothing that is sent: where an exchange blocks, it would wait for others'
-    # actions first, and they for its own afterwards.
-    done = state['acted'] >= 0
+    ordered = _in_order(state)
     with jax.named_scope('pipeline_exchange'):
       for lane in self.program.lanes:
-        x = jnp.where(done, state[lane.what], 0)
+        x = jnp.where(ordered, state[lane.what], 0)
         if lane.hop:
           pairs = [(r, (r + lane.hop) % ranks) for r in range(ranks)]
           x = jax.lax.ppermute(x, _AXIS, pairs)
@@ -376,6 +375,21 @@ class Run:
       'load': self.maker.sums(state['load']),
       'mtp_load': jax.lax.psum(state['mtp_load'], _AXIS),
     }
+
+
+def _late(x: jax.Array, turn: jax.Array) -> jax.Array:
+  """The same, but not known before a loop's turn."""
+  return jnp.where(turn < 0, jnp.zeros_like(x), x)
+
+
+def _in_order(state: State) -> jax.Array:
+  """True, but only known when the loops before have run.
+
+  Loops of branches that share no result may change places. Then a buffer that
+  one reads and a later one writes would be copied, and where an exchange blocks
+  a rank might wait in it before its own action, while others wait for that.
+  """
+  return state['acted'] >= 0
 
 
 def _is_twin(branch: programs.Branch) -> bool:

@@ -8,7 +8,7 @@ import re
 
 import jax
 import jax.numpy as jnp
-
+import pytest
 
 from benchmarks import pipeline_bubble
 from dsv3_jax import sharding
@@ -94,29 +94,90 @@ def compiled(kind, microbatches, shape):
   return found, 4 * width**2 * LAYERS * held
 
 
-if __name__ == '__main__':
-  for kind in schedule.KINDS:
-    for shape in ((1, 4, 256), (4, 512, 16)):
-      for m in (8, 16):
-        c, sums = compiled(kind, m, shape)
-        ma = c.memory_analysis()
-        txt = c.as_text()
-        w = shape[-1]
-        copies = len(re.findall(rf'f32\[{w},{w}\]\S* copy\(', txt))
-        print(
-          kind,
-          shape,
-          m,
-          'sums',
-          sums,
-          'temp',
-          ma.temp_size_in_bytes,
-          'out',
-          ma.output_size_in_bytes,
-          round((ma.temp_size_in_bytes) / sums, 2),
-          'act',
-          4 * shape[0] * shape[1] * shape[2],
-          'copies',
-          copies,
-          flush=True,
-        )
+def copies(compiled, shape):
+  """How many arrays the loops copy that end in this shape."""
+  inside = compiled.as_text().split('\nENTRY ')[0]
+  text = ','.join(map(str, shape))
+  return len(re.findall(rf'f32\[(?:\d+,)?{text}\]\S* copy\(', inside))
+
+
+@functools.cache
+def wide(kind, microbatches=8):
+  """Gradient sums are nearly all there is."""
+  return compiled(kind, microbatches, (1, 4, 256))
+
+
+@functools.cache
+def long(kind, microbatches=8):
+  """Activations are nearly all there is."""
+  return compiled(kind, microbatches, (4, 512, 16))
+
+
+def temporary(made):
+  return made[0].memory_analysis().temp_size_in_bytes
+
+
+def products(made):
+  """Products of each computation of the compiled step."""
+  found, name = {}, ''
+  for line in made[0].as_text().splitlines():
+    if line[:1] in ('%', 'E'):
+      name = line.split(' (')[0]
+      found[name] = 0
+    found[name] = found.get(name, 0) + (' dot(' in line)
+  return found
+
+
+def loop_of_ticks(made):
+  """Products in the body of the loop over ticks, outside of all branches."""
+  # It alone exchanges activations.
+  text, name, bodies = made[0].as_text(), '', set()
+  for line in text.splitlines():
+    if line[:1] in ('%', 'E'):
+      name = line.split(' (')[0]
+    if 'collective-permute(' in line:
+      bodies.add(name)
+  return sum(products(made)[body] for body in bodies)
+
+
+@pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
+def test_a_tick_does_only_what_its_branch_does(kind):
+  made = wide(kind)
+  assert sum(products(made).values()) > 4 * LAYERS
+  assert loop_of_ticks(made) == 0
+
+
+@pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
+def test_gradient_sums_stay_in_place(kind):
+  made = wide(kind)
+  _, sums = made
+  one = sums if kind in ('1f1b', 'zb1p') else sums / 2  # of a stage
+  assert copies(made[0], (256, 256)) == 0
+  # They are the step's result; besides there are one stage's new gradients and
+  # small activations, and no room for the sums once more.
+  slack = temporary(made) - one
+  assert 0 < slack < 0.9 * one
+
+
+def test_memory_does_not_grow_with_ticks():
+  assert temporary(wide('1f1b', 16)) == temporary(wide('1f1b', 8))
+  assert temporary(long('1f1b', 16)) == temporary(long('1f1b', 8))
+  # But where every micro-batch is kept.
+  assert temporary(long('gpipe', 16)) > 1.8 * temporary(long('gpipe', 8))
+
+
+@pytest.mark.parametrize('kind', ['gpipe', '1f1b', 'zb1p', 'dualpipe'])
+def test_activations_are_as_many_as_the_schedule_keeps(kind):
+  made = long(kind)
+  assert copies(made[0], (4, 512, 16)) == 0
+  activation = 4 * 4 * 512 * 16
+  each = 2 * LAYERS * activation  # input and cosine of every product
+  # Of the first, the middle and the last stage: kept, then carried to W.
+  slots = {
+    'gpipe': (8 + 8 + 8) + 3,
+    '1f1b': (4 + 3 + 1) + 3,
+    'zb1p': (4 + 3 + 1) + (1 + 3 + 4),
+    # R + 1 for a middle stage, one of them until its pair is over.
+    'dualpipe': (4 + 5 + 1) + 1 + (1 + 2 + 1),
+  }[kind]
+  assert slots * each < temporary(made) < (slots + 2.5) * each
