@@ -290,7 +290,7 @@ class Run:
         self._weights(half), (x, ahead), consts
       )
     state = state | {'hidden' if kind.last else 'y': y}
-    slot = row['f_kept'] if where == 'kept' else 0
+    slot = row['f_kept'] if where == 'kept' else jnp.int32(0)
     state[where] = state[where] | {
       half.kind: _put_all(state[where][half.kind], slot, kept)
     }
