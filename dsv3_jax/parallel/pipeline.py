@@ -80,7 +80,7 @@ def gradients(
     Gradients like `params`, of this device's tokens, and parts as `Model.loss`
     has them, of all ranks; 'load' is [1, c, n, E], of this one's masters.
   """
-  run = _Run(pipe, params, router, batch_nBT, scales)
+  run = Run(pipe, params, router, batch_nBT, scales)
 
   def tick(t, state):
     return run.tick(state, table.fields_TRf[t, 0], table.globals_Tdg[t])
@@ -88,7 +88,7 @@ def gradients(
   return run.finish(jax.lax.fori_loop(0, table.counts[0], tick, run.start()))
 
 
-class _Run:
+class Run:
   """What does not change from tick to tick, and what happens in one."""
 
   def __init__(self, pipe, params, router, batch_nBT, scales):
@@ -177,7 +177,10 @@ class _Run:
       jnp.zeros((slots.get(name, 0), *a.shape), a.dtype) for a in avals
     ]
     count = self.cfg.model.moe.num_experts
+    branches = self.program.branches
+    twins = {b.forward.kind for b in branches if _is_twin(b)}
     return {
+      'acted': jnp.int32(0),
       'y': zeros(*self.shape),
       'hidden': zeros(*wide),
       'dx': zeros(*self.shape),
@@ -187,6 +190,10 @@ class _Run:
       'head': zeros(slots['head'] + 1, *wide),
       'kept': {
         k: held(f'kept_{k}', s.residuals) for k, s in self.parts.items()
+      },
+      'fresh': {
+        k: [jnp.zeros((1, *a.shape), a.dtype) for a in self.parts[k].residuals]
+        for k in sorted(twins)
       },
       'carry': {k: held(f'carry_{k}', s.carry) for k, s in self.parts.items()},
       'grads': [f32(chunk.layers.weights) for chunk in self.chunks],
@@ -206,9 +213,10 @@ class _Run:
     embedded = [self.ends.embed(way) for way in now]
     for number, branch in enumerate(self.program.branches):
       if number:
-        act = functools.partial(self._act, branch, embedded, row)
-        state = ends.when(row['branch'] == number, act, state)
-    state = self._exchange(state, row)
+        ours = (row['branch'] == number) & _in_order(state)
+        act = functools.partial(self._turn, branch, embedded, row)
+        state = jax.lax.fori_loop(0, ours.astype(jnp.int32), act, state)
+    state = self._exchange(self._keep(state, row), row)
     for way, told in enumerate(now):
       act = functools.partial(self.ends.head, way, told['last_f'], row)
       state = ends.when(told['last_f'] >= 0, act, state)
@@ -225,15 +233,49 @@ class _Run:
       *(f'head_{way}' for way in ways),
     ]
 
+  def _turn(self, branch: programs.Branch, embedded, row, turn, state: State):
+    """The only turn of a branch's loop.
+
+    What does not depend on the turn the compiler does ahead of the loop, so in
+    every tick, whichever branch is taken: operands must seem to.
+    """
+    row = {name: _late(value, turn) for name, value in row.items()}
+    embedded = jax.tree.map(lambda x: _late(x, turn), embedded)
+    return self._act(branch, embedded, row | {'turn': turn}, state)
+
   def _act(self, branch: programs.Branch, embedded, row, state: State):
     """The backward half first: it frees what the forward half may take."""
+    state = state | {'acted': state['acted'] + 1}
     if branch.backward is not None:
       state = self._backward(branch.backward, row, state)
     if branch.forward is not None:
-      state = self._forward(branch.forward, embedded, row, state)
+      where = 'fresh' if _is_twin(branch) else 'kept'
+      state = self._forward(branch.forward, embedded, row, where, state)
     return state
 
-  def _forward(self, half, embedded, row, state: State) -> State:
+  def _keep(self, state: State, row) -> State:
+    """Puts what the forward half of a pair of one kind left in its slot.
+
+    In the pair's own branch the buffers would be copied as a whole, since its
+    backward half reads them.
+    """
+    for kind in state['fresh']:
+      twins = [
+        number
+        for number, branch in enumerate(self.program.branches)
+        if _is_twin(branch) and branch.forward.kind == kind
+      ]
+
+      def put(state, kind=kind):
+        fresh = [x[0] for x in state['fresh'][kind]]
+        made = _put_all(state['kept'][kind], row['f_kept'], fresh)
+        return state | {'kept': state['kept'] | {kind: made}}
+
+      any_ = jnp.any(row['branch'] == jnp.array(twins)) & _in_order(state)
+      state = ends.when(any_, put, state)
+    return state
+
+  def _forward(self, half, embedded, row, where, state: State) -> State:
     kind = self.program.kinds[half.kind]
     way = row['f_direction']
     x = state['in'][row['f_in']]
@@ -248,8 +290,9 @@ class _Run:
         self._weights(half), (x, ahead), consts
       )
     state = state | {'hidden' if kind.last else 'y': y}
-    state['kept'] = state['kept'] | {
-      half.kind: _put_all(state['kept'][half.kind], row['f_kept'], kept)
+    slot = row['f_kept'] if where == 'kept' else jnp.int32(0)
+    state[where] = state[where] | {
+      half.kind: _put_all(state[where][half.kind], slot, kept)
     }
     state['balance'] += told['balance'] * self.scales['balance']
     state['mtp_load'] += 0 if not kind.last else told['mtp_load']
@@ -262,7 +305,9 @@ class _Run:
   def _backward(self, half, row, state: State) -> State:
     kind, parts = self.program.kinds[half.kind], self.parts[half.kind]
     weights, state = self._weights(half), dict(state)
-    take = lambda name, slot: [x[row[slot]] for x in state[name][half.kind]]
+    take = lambda name, slot: [  # of one slot there is no choice to depend on
+      _late(x[row[slot]], row['turn']) for x in state[name][half.kind]
+    ]
     if half.part == 'W':
       with jax.named_scope('backward_weight'):
         grads = parts.backward_weight(weights, take('carry', 'b_carry'))
@@ -306,9 +351,10 @@ class _Run:
   def _exchange(self, state: State, row) -> State:
     """What was made goes on its ways; a table says what is taken of it."""
     state, ranks = dict(state), self.program.schedule.ranks
+    ordered = _in_order(state)
     with jax.named_scope('pipeline_exchange'):
       for lane in self.program.lanes:
-        x = state[lane.what]
+        x = jnp.where(ordered, state[lane.what], 0)
         if lane.hop:
           pairs = [(r, (r + lane.hop) % ranks) for r in range(ranks)]
           x = jax.lax.ppermute(x, _AXIS, pairs)
@@ -329,6 +375,27 @@ class _Run:
       'load': self.maker.sums(state['load']),
       'mtp_load': jax.lax.psum(state['mtp_load'], _AXIS),
     }
+
+
+def _late(x: jax.Array, turn: jax.Array) -> jax.Array:
+  """The same, but not known before a loop's turn."""
+  return jnp.where(turn < 0, jnp.zeros_like(x), x)
+
+
+def _in_order(state: State) -> jax.Array:
+  """True, but only known when the loops before have run.
+
+  Loops of branches that share no result may change places. Then a buffer that
+  one reads and a later one writes would be copied, and where an exchange blocks
+  a rank might wait in it before its own action, while others wait for that.
+  """
+  return state['acted'] >= 0
+
+
+def _is_twin(branch: programs.Branch) -> bool:
+  """Both halves have the same kind, so that they share buffers."""
+  forward, backward = branch
+  return bool(forward and backward) and forward.kind == backward.kind
 
 
 def _put_all(buffers, slot, values):

@@ -129,8 +129,10 @@ def make_schedule(cfg: config.Config, num_micro: int) -> schedule.Schedule:
   kind = cfg.parallel.schedule
   each = 2 if kind in ('interleaved', 'dualpipev') else 1
   sizes = {'stages': each * cfg.parallel.pipe, 'microbatches': num_micro}
+  # In ticks a forward beside a whole backward would wait for half of it.
+  halves = kind in schedule.ONE_WAY
   try:
-    return schedule.make(kind, **sizes)
+    return schedule.make(kind, **sizes, split_backward=halves)
   except errors.InputError as error:
     raise errors.InputError(
       f'parallel.pipe={cfg.parallel.pipe} with '

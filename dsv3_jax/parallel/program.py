@@ -219,7 +219,7 @@ class _Slots:
 
     for task, tick in events.forward.items():
       back, kind = events.backward[task], numbers[task.stage]
-      live(f'kept_{kind}', task, tick, back + 1)
+      live(f'kept_{kind}', task, tick, back)  # backward halves run first
       if task.stage < last:
         after = actions.task(task.stage + 1, task.microbatch)
         live('in', after, tick, events.forward[after])

@@ -1,0 +1,275 @@
+"""How long do ranks of a pipeline wait? Sleeping stages under six schedules.
+
+Question: the part of a step in which a rank does nothing, measured with stages
+that only sleep, beside what the simulator says? (Wanted: one program for all
+ranks within 0.08 of its simulation in ticks.)
+
+  dsv3 bench pipeline_bubble [--ranks=4,8] [--microbatches=16,32]
+    [--kinds=NAME,...] [--milliseconds=100] [--runs=2] [--png=FILE] [--json]
+    [--output=FILE]
+
+Forward, input half and weight half sleep equally long, a pair as long as its
+parts. `spmd` is the loop over ticks that training runs (`parallel.pipeline.Run`
+with its table, branches, buffers and exchange; embedding and head do nothing),
+`mpmd` a thread a rank (`parallel.mpmd`), both on fake CPU devices. The bubble
+is 1 - (work of a rank) / (whole time), the best of the runs; what starting an
+action or exchanging its result costs is in it. `ideal` has no common clock,
+`lockstep` waits in every tick for the longest action.
+"""
+
+import dataclasses
+import itertools
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.experimental
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.common import report
+from dsv3_jax import config, errors, sharding
+from dsv3_jax.parallel import (
+  actions,
+  chunks,
+  ends,
+  lockstep,
+  mpmd,
+  pipeline,
+  simulate,
+)
+from dsv3_jax.parallel import program as programs
+from dsv3_jax.parallel import schedule as schedules
+from experiments import base
+
+BAR = 0.08
+TIMES = simulate.Times(f=1, b=2, w=1)  # in units of what a half sleeps
+_SHAPE = (1, 1, 1)  # of an activation
+
+
+@dataclasses.dataclass
+class Pace:
+  """How long a half sleeps; not part of what is compiled."""
+
+  seconds: float = 0.0
+
+
+class Sleeping:
+  """Parts of a stage, as `split.Split` has them; all that they do is sleep."""
+
+  residuals = carry = (jax.ShapeDtypeStruct((), jnp.float32),)
+
+  def __init__(self, pace: Pace, shape: tuple[int, ...], told: dict):
+    self._pace, self._shape, self._told = pace, shape, told
+
+  def _sleep(self, units: int, value: jax.Array) -> jax.Array:
+    def rest(_):  # a look at the value may have to wait for a thread
+      time.sleep(units * self._pace.seconds)
+      return np.float32(1.0)
+
+    # A pure one would be moved out of the loops that stand for branches.
+    shape = jax.ShapeDtypeStruct((), np.float32)
+    return jax.experimental.io_callback(rest, shape, value)
+
+  def _dx(self, value: jax.Array) -> tuple:
+    return jnp.full(_SHAPE, value), []
+
+  def forward(self, params, x, consts):
+    y = self._sleep(1, jnp.sum(jax.tree.leaves((x, consts))[0]))
+    return jnp.full(self._shape, y), self._told, (y,)
+
+  def backward(self, params, kept, dy, daux):
+    done = self._sleep(2, kept[0])
+    return self._dx(done), {'w': done}
+
+  def backward_input(self, params, kept, dy, daux):
+    done = self._sleep(1, kept[0])
+    return self._dx(done), (done,)
+
+  def backward_weight(self, params, carry):
+    return {'w': self._sleep(1, carry[0])}
+
+
+class Ends:
+  """An embedding and a head that cost nothing."""
+
+  def embed(self, told):
+    return jnp.ones(_SHAPE), []
+
+  def head(self, way, microbatch, row, state):
+    head = ends.put(state['head'], row[f'head_{way}'], state['hidden'])
+    return state | {'head': head}
+
+  def embed_gradient(self, way, told, state):
+    return state
+
+
+class Run(pipeline.Run):
+  """The loop over ticks of training, with stages that sleep."""
+
+  def __init__(self, program: programs.Program, pace: Pace):
+    source = base.get_config('runlocal')
+    with source.unlocked():
+      source.model.mtp.depth = 0
+    self.cfg, self.program = config.from_config_dict(source), program
+    self.depth, self.compute, self.shape = 0, jnp.float32, _SHAPE
+    self.ends, self.scales = Ends(), {'balance': jnp.zeros(())}
+    self.params = {'embed': jnp.zeros(()), 'head': jnp.zeros(())}
+    none_nE = jnp.zeros((0, self.cfg.model.moe.num_experts))
+    layers = chunks.Weights({'w': jnp.zeros(())}, {})
+    count = len(programs.chunks(program.schedule)[0])
+    self.chunks = [chunks.Chunk(layers, none_nE)] * count
+    self.tail = chunks.Weights({}, {})
+    told = {'balance': jnp.zeros(()), 'load': none_nE, 'mtp_load': none_nE}
+    wide = lambda kind: (1, *_SHAPE) if kind.last else _SHAPE
+    self.parts = {
+      number: Sleeping(pace, wide(kind), told)
+      for number, kind in enumerate(program.kinds)
+    }
+
+  def _weights(self, half):
+    return self.chunks[half.chunk].layers
+
+  def _consts(self, half, microbatch):
+    return ()
+
+
+def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
+  """Runs the schedule's table; returns how long it took [s]."""
+  last = schedule.stages - 1
+  kinds = tuple(
+    pipeline.Kind(0, 0, at == 0, at == last) for at in range(last + 1)
+  )
+  program = programs.compile_schedule(schedule, kinds)
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((schedule.ranks,), (chunks.AXIS,), axis_types=auto)
+
+  def run(fields_TRf, globals_Tdg):
+    it = Run(program, pace)
+
+    def tick(t, state):
+      return it.tick(state, fields_TRf[t, 0], globals_Tdg[t])
+
+    state = jax.lax.fori_loop(0, len(globals_Tdg), tick, it.start())
+    # All of it is wanted, or the compiler would leave out what is not.
+    return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))[None]
+
+  spec = jax.sharding.PartitionSpec
+  specs = {
+    'in_specs': (spec(None, chunks.AXIS), spec()),
+    'out_specs': spec(chunks.AXIS),
+  }
+  step = jax.jit(sharding.mapped(run, mesh, **specs))
+  args = program.fields_TRf, program.globals_Tdg
+
+  def measure():
+    begun = time.perf_counter()
+    jax.block_until_ready(step(*args))
+    return time.perf_counter() - begun
+
+  return measure
+
+
+def threads(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
+  """Likewise, with a thread a rank."""
+  one = jnp.ones(())
+  stage = mpmd.Stage(
+    Sleeping(pace, _SHAPE, {}), {}, [one] * schedule.microbatches, {}
+  )
+  devices = jax.devices()[: schedule.ranks]
+  executor = mpmd.Executor(schedule, [stage] * schedule.stages, devices)
+  return lambda: executor.run().timeline.total
+
+
+def simulated(schedule: actions.Schedule) -> tuple[float, float]:
+  """Bubbles without a common clock and in ticks, as parts of the whole."""
+  table = lockstep.lockstep(schedule)
+  free = simulate.simulate(schedule, TIMES)
+  ticks = lockstep.timeline(schedule, table, TIMES)
+  return tuple(float(each.bubble / each.total) for each in (free, ticks))
+
+
+def measure(
+  kind: str, ranks: int, microbatches: int, seconds: float, runs: int
+) -> report.Row:
+  """Bubbles of a schedule, as parts of the whole time."""
+  each = 2 if kind in ('interleaved', 'dualpipev') else 1
+  made = schedules.make(
+    kind,
+    stages=each * ranks,
+    microbatches=microbatches,
+    split_backward=kind in schedules.ONE_WAY,
+  )
+  row = {'schedule': kind, 'ranks': ranks, 'micro-batches': microbatches}
+  row['ideal'], row['lockstep'] = simulated(made)
+  work = microbatches * each * (TIMES.f + TIMES.b) * seconds
+  for name, start in (('spmd', spmd), ('mpmd', threads)):
+    pace = Pace()
+    run = start(made, pace)
+    run()  # compiles
+    pace.seconds = seconds
+    row[name] = 1.0 - work / min(run() for _ in range(runs))
+  return row | {'wrong': abs(row['spmd'] - row['lockstep']) > BAR}
+
+
+def draw(rows: Sequence[report.Row], path: pathlib.Path) -> None:
+  """Bars of all four figures, a panel for each number of ranks and batches."""
+  from matplotlib import pyplot
+
+  panels = list(dict.fromkeys((r['ranks'], r['micro-batches']) for r in rows))
+  figure, axes = pyplot.subplots(
+    len(panels), figsize=(9, 2.4 * len(panels)), sharex=True, squeeze=False
+  )
+  for axis, panel in zip(axes[:, 0], panels, strict=True):
+    mine = [r for r in rows if (r['ranks'], r['micro-batches']) == panel]
+    for i, name in enumerate(('ideal', 'lockstep', 'spmd', 'mpmd')):
+      at = np.arange(len(mine)) + 0.2 * (i - 1.5)
+      axis.bar(at, [row[name] for row in mine], 0.18, label=name)
+    axis.set_xticks(range(len(mine)), [row['schedule'] for row in mine])
+    axis.set_title(f'{panel[0]} ranks, {panel[1]} micro-batches', fontsize=9)
+    axis.set_ylabel('bubble')
+  axes[0, 0].legend(ncols=4, fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path, dpi=120)
+  pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+  numbers = lambda text: [int(each) for each in text.split(',')]
+  parser = report.parser('pipeline_bubble', __doc__)
+  parser.add_argument('--ranks', type=numbers, default=[4, 8])
+  parser.add_argument('--microbatches', type=numbers, default=[16, 32])
+  parser.add_argument('--kinds', default=','.join(schedules.KINDS))
+  parser.add_argument('--milliseconds', type=float, default=100.0)
+  parser.add_argument('--runs', type=int, default=2)
+  parser.add_argument('--png', type=pathlib.Path)
+  args = parser.parse_args(argv)
+  if args.milliseconds <= 0 or args.runs < 1:
+    parser.error('--milliseconds must be above 0 and --runs at least 1')
+  cases = list(
+    itertools.product(args.ranks, args.microbatches, args.kinds.split(','))
+  )
+  try:  # before anything runs
+    for ranks, microbatches, kind in cases:
+      each = 2 if kind in ('interleaved', 'dualpipev') else 1
+      schedules.check_sizes(kind, each * ranks, microbatches)
+  except errors.InputError as error:
+    parser.error(str(error))
+  most = max(args.ranks)
+  jax.config.update('jax_num_cpu_devices', most)  # nothing has run so far
+  if len(jax.devices()) < most:
+    parser.error(f'{most} devices are needed, {len(jax.devices())} are here')
+  rows = report.Rows(args)
+  for ranks, microbatches, kind in cases:
+    seconds = args.milliseconds / 1000
+    rows.append(measure(kind, ranks, microbatches, seconds, args.runs))
+  if args.png:
+    draw(rows, args.png)
+  report.publish('pipeline_bubble', __doc__.split('\n\n')[1], rows, args)
+  return int(any(row['wrong'] for row in rows))
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,37 @@
+"""Sleeping stages: bars and ranks at work at the same time."""
+
+import pytest
+
+from benchmarks import pipeline_bubble
+from dsv3_jax.parallel import schedule
+
+
+@pytest.mark.parametrize('kind', ['1f1b', 'dualpipe'])
+def test_ranks_sleep_at_the_same_time(kind):
+  row = pipeline_bubble.measure(kind, 2, 4, seconds=0.04, runs=2)
+  assert 0.0 <= row['ideal'] <= row['lockstep'] < 0.2
+  # Far below 1/2, where one rank at a time would be; this one is no bar.
+  for name in ('spmd', 'mpmd'):
+    assert row['ideal'] - 0.01 < row[name] < 0.4, row
+
+
+def test_halves_cost_one_way_schedules_nothing_in_ticks():
+  for kind in schedule.ONE_WAY:
+    stages = 16 if kind == 'interleaved' else 8
+    sizes = {'stages': stages, 'microbatches': 32, 'split_backward': True}
+    ideal, ticks = pipeline_bubble.simulated(schedule.make(kind, **sizes))
+    assert ideal == ticks
+
+
+@pytest.mark.parametrize(
+  ('flags', 'told'),
+  [
+    (['--kinds=zb2p'], 'zb2p'),
+    (['--ranks=3', '--kinds=dualpipe'], 'multiple of 2'),
+    (['--milliseconds=0'], 'must be above 0'),
+  ],
+)
+def test_wrong_flags_are_one_line(flags, told, capsys):
+  with pytest.raises(SystemExit, match='2'):
+    pipeline_bubble.main(flags)
+  assert told in capsys.readouterr().err

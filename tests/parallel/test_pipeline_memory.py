@@ -1,0 +1,183 @@
+"""What the loop over ticks holds: sums once, activations as the schedule says.
+
+The loop is that of training, its stages are small: matrices, or many tokens.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import pipeline_bubble
+from dsv3_jax import sharding
+from dsv3_jax.parallel import chunks, pipeline, schedule, split
+from dsv3_jax.parallel import program as programs
+
+RANKS, LAYERS = 4, 6
+
+
+class Run(pipeline_bubble.Run):
+  """Stages of several matrices, embedding and head of nothing."""
+
+  def __init__(self, program, weights, shape):
+    super().__init__(program, pipeline_bubble.Pace())
+    self.shape = shape
+    none = self.chunks[0].bias_nE
+    self.chunks = [
+      chunks.Chunk(chunks.Weights(each, {}), none) for each in weights
+    ]
+    self.ends.embed = lambda told: (jnp.ones(shape), [])
+    parts = {}
+    for number, kind in enumerate(program.kinds):
+      function = functools.partial(stage, none, kind)
+      x = (jnp.zeros(shape), [])
+      layers = self.chunks[0].layers
+      parts[number] = split.split_stage(
+        function, layers, x, (), trained=lambda w: w.weights
+      )
+    self.parts = parts
+
+
+def stage(none_nE, kind, w, x, consts):
+  h = x[0]
+  for name in sorted(w.weights):
+    h = jnp.sin(h @ w.weights[name])
+  told = {'balance': jnp.zeros(()), 'load': none_nE, 'mtp_load': none_nE}
+  return h[None] if kind.last else h, told
+
+
+def compiled(kind, microbatches, shape):
+  """The step, and the bytes of a device's gradient sums and activation."""
+  count = 2 if kind in ('interleaved', 'dualpipev') else 1
+  made = schedule.make(
+    kind,
+    stages=count * RANKS,
+    microbatches=microbatches,
+    split_backward=kind in schedule.ONE_WAY,
+  )
+  kinds = tuple(
+    pipeline.Kind(0, 0, at == 0, at == made.stages - 1)
+    for at in range(made.stages)
+  )
+  program = programs.compile_schedule(made, kinds)
+  width, held = shape[-1], len(programs.chunks(made)[0])
+  one = jax.ShapeDtypeStruct((width, width), jnp.float32)
+  weights = [{f'w{i}': one for i in range(LAYERS)} for _ in range(held)]
+
+  def run(weights, ticks, fields_TRf, globals_Tdg):
+    it = Run(program, weights, shape)
+
+    def tick(t, state):
+      return it.tick(state, fields_TRf[t, 0], globals_Tdg[t])
+
+    state = jax.lax.fori_loop(0, ticks, tick, it.start())
+    rest = {k: v for k, v in state.items() if k != 'grads'}
+    told = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rest))
+    return state['grads'], told[None]
+
+  spec = jax.sharding.PartitionSpec
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((RANKS,), (chunks.AXIS,), axis_types=auto)
+  specs = {
+    'in_specs': (spec(), spec(), spec(None, chunks.AXIS), spec()),
+    'out_specs': spec(chunks.AXIS),
+  }
+  step = jax.jit(sharding.mapped(run, mesh, **specs))
+  table = [
+    jax.ShapeDtypeStruct(each.shape, each.dtype)
+    for each in (program.fields_TRf, program.globals_Tdg)
+  ]
+  ticks = jax.ShapeDtypeStruct((), jnp.int32)
+  found = step.lower(weights, ticks, *table).compile()
+  return found, 4 * width**2 * LAYERS * held
+
+
+def copies(compiled, shape):
+  """How many arrays the loops copy that end in this shape."""
+  inside = compiled.as_text().split('\nENTRY ')[0]
+  text = ','.join(map(str, shape))
+  return len(re.findall(rf'f32\[(?:\d+,)?{text}\]\S* copy\(', inside))
+
+
+@functools.cache
+def wide(kind, microbatches=8):
+  """Gradient sums are nearly all there is."""
+  return compiled(kind, microbatches, (1, 4, 256))
+
+
+@functools.cache
+def long(kind, microbatches=8):
+  """Activations are nearly all there is."""
+  return compiled(kind, microbatches, (4, 512, 16))
+
+
+def temporary(made):
+  return made[0].memory_analysis().temp_size_in_bytes
+
+
+def products(made):
+  """Products of each computation of the compiled step."""
+  found, name = {}, ''
+  for line in made[0].as_text().splitlines():
+    if line[:1] in ('%', 'E'):
+      name = line.split(' (')[0]
+      found[name] = 0
+    found[name] = found.get(name, 0) + (' dot(' in line)
+  return found
+
+
+def loop_of_ticks(made):
+  """Products in the body of the loop over ticks, outside of all branches."""
+  # It alone exchanges activations.
+  text, name, bodies = made[0].as_text(), '', set()
+  for line in text.splitlines():
+    if line[:1] in ('%', 'E'):
+      name = line.split(' (')[0]
+    if 'collective-permute(' in line:
+      bodies.add(name)
+  return sum(products(made)[body] for body in bodies)
+
+
+@pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
+def test_a_tick_does_only_what_its_branch_does(kind):
+  made = wide(kind)
+  assert sum(products(made).values()) > 4 * LAYERS
+  assert loop_of_ticks(made) == 0
+
+
+@pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
+def test_gradient_sums_stay_in_place(kind):
+  made = wide(kind)
+  _, sums = made
+  one = sums if kind in ('1f1b', 'zb1p') else sums / 2  # of a stage
+  assert copies(made[0], (256, 256)) == 0
+  # They are the step's result; besides there are one stage's new gradients and
+  # small activations, and no room for the sums once more.
+  slack = temporary(made) - one
+  assert 0 < slack < 0.9 * one
+
+
+def test_memory_does_not_grow_with_ticks():
+  assert temporary(wide('1f1b', 16)) == temporary(wide('1f1b', 8))
+  assert temporary(long('1f1b', 16)) == temporary(long('1f1b', 8))
+  # But where every micro-batch is kept.
+  assert temporary(long('gpipe', 16)) > 1.8 * temporary(long('gpipe', 8))
+
+
+@pytest.mark.parametrize('kind', ['gpipe', '1f1b', 'zb1p', 'dualpipe'])
+def test_activations_are_as_many_as_the_schedule_keeps(kind):
+  made = long(kind)
+  assert copies(made[0], (4, 512, 16)) == 0
+  activation = 4 * 4 * 512 * 16
+  each = 2 * LAYERS * activation  # input and cosine of every product
+  # Of the first, the middle and the last stage: kept, then carried to W.
+  slots = {
+    'gpipe': (8 + 8 + 8) + 3,
+    '1f1b': (4 + 3 + 1) + 3,
+    'zb1p': (4 + 3 + 1) + (1 + 3 + 4),
+    # R + 1 for a middle stage, one of them until its pair is over.
+    'dualpipe': (4 + 5 + 1) + 1 + (1 + 2 + 1),
+  }[kind]
+  assert slots * each < temporary(made) < (slots + 2.5) * each
