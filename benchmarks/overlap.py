@@ -126,7 +126,7 @@ def lower(
   def body(params, router, batch_nBT):
     one = jnp.float32(1.0)
     scales = {'main': one, 'balance': one, 'mtp': [], 'mtp_weight': one}
-    run = pipeline._Run(pipe, params, router, batch_nBT, scales)
+    run = pipeline.Run(pipe, params, router, batch_nBT, scales)
     # Numbers that XLA does not know, or it would compute with zeros.
     some = batch_nBT.weights_BT[0, 0, 0]
     state = jax.tree.map(
@@ -134,7 +134,7 @@ def lower(
       run.start(),
     )
     x_BTD = jnp.zeros(run.shape, run.compute) + some.astype(run.compute)
-    row = dict.fromkeys(run._fields(), jnp.int32(0))
+    row = dict.fromkeys((*run._fields(), 'turn'), some.astype(jnp.int32))
     embedded = [(x_BTD, [])] * len(pipe.program.schedule.homes)
     state = run._act(branch, embedded, row, state)
     return jax.tree.map(lambda x: x[None], state)
