@@ -272,7 +272,9 @@ def draw(rows: list[report.Row], path) -> None:
     grid = [[share[name, depth, n] for n in lengths] for depth in DEPTHS]
     image = axis.imshow(grid, vmin=0, vmax=1, cmap='RdYlGn', aspect='auto')
     for (y, x), value in np.ndenumerate(np.array(grid)):
-      axis.text(x, y, f'{value:.0%}', ha='center', va='center', fontsize=8)
+      style = {'ha': 'center', 'va': 'center', 'fontsize': 8}
+      style['color'] = 'white' if not 0.1 < value < 0.9 else 'black'
+      axis.text(x, y, f'{value:.0%}', **style)
     axis.set_xticks(range(len(lengths)), [f'{n:,}' for n in lengths])
     axis.set_yticks(range(len(DEPTHS)), [f'{d:.0%}' for d in DEPTHS])
     axis.set_title(titles[name], fontsize=9)
