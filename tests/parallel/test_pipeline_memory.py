@@ -159,6 +159,7 @@ def test_gradient_sums_stay_in_place(kind):
   assert 0 < slack < 0.9 * one
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_ticks():
   assert temporary(wide('1f1b', 16)) == temporary(wide('1f1b', 8))
   assert temporary(long('1f1b', 16)) == temporary(long('1f1b', 8))
