@@ -254,6 +254,8 @@ def in_step(function: Any) -> Callable:
 def together(name: str) -> Iterator[None]:
   """What fails in one process fails in all; ends when all are through.
 
+  Nothing inside may itself talk to the others.
+
   Raises:
     InputError: of this process or, with its number, of another.
     PeerError: another process failed otherwise.

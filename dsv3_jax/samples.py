@@ -68,6 +68,8 @@ def _on_first_device(tree: Any) -> Any:
       whole = jax.sharding.NamedSharding(x.sharding.mesh, sharding.Spec())
       gather = jax.jit(lambda x: x, out_shardings=whole)
       x = processes.in_step(gather)(x).addressable_data(0)
+    if processes.index():
+      return None
     return jax.block_until_ready(jax.device_put(x, device))
 
   return jax.tree.map(move, tree)

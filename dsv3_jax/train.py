@@ -103,9 +103,8 @@ def _open(
   assert jax.process_count() == processes.count(), 'see processes.joined'
   _check_same({'config': json.loads(config.to_json(cfg))})
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
-  with processes.together('init_from'):
-    source = warm_start.source(cfg, workdir)
-    leaves = None if source is None else warm_start.read(cfg, source)
+  source = warm_start.source(cfg, workdir)
+  leaves = None if source is None else warm_start.read(cfg, source)
   corpus, tokenizer, windows = _data(cfg, source or workdir)
   before = None
   with processes.together('workdir'):
@@ -381,7 +380,7 @@ def _evaluation(r: Run) -> evaluate.Evaluation:
 def _evaluate(r: Run) -> dict[str, float]:
   """Held-out figures, baselines if asked."""
   told = evaluate.heldout(_evaluation(r))
-  if r.cfg.eval.baselines and processes.index() == 0:  # needs no device
+  if r.cfg.eval.baselines:  # in every process, so that none waits for it
     told |= evaluate.compare(_evaluation(r))
   _write(r, 'eval', r.step, r.tokens, told)
   for name, value in told.items():

@@ -10,7 +10,7 @@ import pathlib
 
 import jax
 
-from dsv3_jax import config, errors
+from dsv3_jax import config, errors, processes
 from dsv3_jax import train_step as steps
 from dsv3_jax.checkpoint import hf, importing, lazy, store
 from dsv3_jax.inference import loaded
@@ -20,9 +20,15 @@ def source(cfg: config.Config, workdir: pathlib.Path) -> pathlib.Path | None:
   """The workdir to start from; None if there is none, or no start."""
   checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
   with contextlib.closing(checkpoints):
-    if not cfg.checkpoint.init_from or checkpoints.steps():
+    if not cfg.checkpoint.init_from or checkpoints.latest() is not None:
       return None
-  return pathlib.Path(cfg.checkpoint.init_from)
+  directory = pathlib.Path(cfg.checkpoint.init_from)
+  with processes.together('init_from'):
+    if not directory.is_dir():
+      raise errors.InputError(
+        f'checkpoint.init_from={str(directory)!r} is no folder: name a workdir'
+      )
+  return directory
 
 
 def read(cfg: config.Config, directory: pathlib.Path) -> importing.Leaves:
@@ -60,8 +66,8 @@ def start(
     leaf = leaf.astype('float32')
     node[path[-1]] = lazy.to_device(leaf, hf.get(places, path))
   to = trainer.shardings()
-  change = jax.jit(
-    trainer.plan.from_model, out_shardings=(to['params'], to['router'])
+  change = processes.in_step(
+    jax.jit(trainer.plan.from_model, out_shardings=(to['params'], to['router']))
   )
   params, router = change(tree['params'], tree['router'])
   return state | {'params': params, 'router': router}

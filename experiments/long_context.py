@@ -55,6 +55,7 @@ def get_config(arg: str = ''):
       config.train.microbatch_size = 32
       config.model.remat = 'full'
       config.eval.batch_size = 512
+      config.sample.prompts = ()  # one device cannot hold the model
       mesh = config.parallel
       mesh.update(node=4, expert=8, pipe=16, context=4, schedule='dualpipev')
       if phase == '128k':

@@ -22,4 +22,5 @@ def get_config(arg: str = ''):
     # NP: DualPipe wants 2 x 16 micro-batches; 3,072 sequences are but 24.
     config.train.batch_size_start = 4096
     config.eval.batch_size = 2048  # windows: one for each GPU
+    config.sample.prompts = ()  # one device cannot hold the model
   return config.lock()

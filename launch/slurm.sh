@@ -20,7 +20,7 @@ set -euo pipefail
 
 RESTARTS=${RESTARTS:-9}
 read -r -a dsv3 <<< "${DSV3:-dsv3}"
-command=(srun --kill-on-bad-exit=1 "${dsv3[@]}" train --cluster "$@")
+command=(srun "${dsv3[@]}" train --cluster "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
   printf '%q ' "${command[@]}"
   exit

@@ -45,7 +45,7 @@ def test_slurm_runs_one_step_that_ends_with_its_first_failure():
   code, said, _ = dry('slurm.sh')
   train = ['dsv3', 'train', '--cluster', *ARGS]
   assert code == 0
-  assert shlex.split(said) == ['srun', '--kill-on-bad-exit=1', *train]
+  assert shlex.split(said) == ['srun', *train]
 
 
 def test_tpu_pod_runs_the_line_on_all_hosts():

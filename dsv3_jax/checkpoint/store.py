@@ -213,7 +213,9 @@ class Store:
     """The second half of a save, on its own thread."""
     with processes.together('written'):
       self._writer.wait_until_finished()
-    names = processes.tell('files', _files(scratch))
+    # Of all: a folder over a network may show each its own files first.
+    seen = processes.gather('seen', _files(scratch))
+    names = processes.tell('files', sorted(set().union(*seen)))
     with processes.together('hashed'):
       hashed = _digests(scratch, names)
       for name in hashed:

@@ -52,10 +52,8 @@ class Loop:
     while self.piece % self.block:
       self.block -= 1
     self.blocks = self.piece // self.block
-    self.devices, self.device = (
-      sharding.size('context'),
-      sharding.index('context'),
-    )
+    self.devices = sharding.size('context')
+    self.device = sharding.index('context')
     self.turns = (2 * self.devices + 1) * self.blocks
 
   def turn(self, number: Array) -> _Turn:

@@ -203,10 +203,9 @@ def balance_loss(
 ) -> Float[Array, '']:
   """The auxiliary loss of one layer, mean over the batch's sequences.
 
-  'sequence' is eqs. 17-20, 'batch' the same over all tokens of the
-  micro-batch (TR 4.5.3), 'v2'
-  the expert, device and communication losses of the V2 report 2.2.3, with
-  groups as devices. Gradients flow through P only.
+  'sequence' is eqs. 17-20, 'batch' the same over all tokens of the micro-batch
+  (TR 4.5.3), 'v2' the expert, device and communication losses of the V2 report
+  2.2.3, with groups as devices. Gradients flow through P only.
   """
   if cfg.kind == 'none':
     return jnp.zeros((), jnp.float32)

@@ -73,8 +73,8 @@ def gradients(
   """Gradients of a whole step and its loss parts, inside a mapped function.
 
   Args:
-    params: of `Layout.from_model`, this rank's part, gathered over all axes but
-      `pipe`. router: likewise, `{'moe': [1, c, n, E], 'mtp': [depth, E]}`.
+    params: of `Layout.from_model`, compute forms of this rank's part. router:
+      likewise, `{'moe': [1, c, n, E], 'mtp': [depth, E]}`.
     scales: of `model.loss_scales`, with 'mtp_weight'.
   Returns:
     Gradients like `params`, of this device's tokens, and parts as `Model.loss`
@@ -93,11 +93,8 @@ class Run:
 
   def __init__(self, pipe, params, router, batch_nBT, scales):
     self.cfg, self.program, self.params = pipe.cfg, pipe.program, params
-    self.depth, self.batch_nBT, self.scales = (
-      pipe.cfg.model.mtp.depth,
-      batch_nBT,
-      scales,
-    )
+    self.depth = pipe.cfg.model.mtp.depth
+    self.batch_nBT, self.scales = batch_nBT, scales
     self.compute = precision.POLICIES[pipe.cfg.precision].compute
     self.router = router
     schedule = pipe.program.schedule

@@ -86,7 +86,8 @@ class Plan:
 def make(cfg: config.Config, sizes: Mapping[str, int]) -> Plan:
   """The plan of an experiment on a mesh with these sizes."""
   net, rules = model.build(cfg), sharding.RULES
-  rules = dataclasses.replace(rules, fsdp=cfg.parallel.fsdp)
+  fsdp = tuple(axis for axis in cfg.parallel.fsdp if sizes[axis] > 1)
+  rules = dataclasses.replace(rules, fsdp=fsdp)
   if cfg.parallel.deterministic:  # whole experts see whole sequences
     rules = dataclasses.replace(rules, experts=None)
   if sizes['pipe'] == 1:

@@ -1,9 +1,10 @@
 """ZeRO-1: master weights and optimizer state exist once (TR 3.2).
 
-A parameter has two partitions. Its compute form is what the model multiplies:
-experts are cut over their axes, everything else is whole on every device. Its
-master, like the moments beside it, is cut further, over every axis along which
-the compute form is repeated. A step gathers the masters once, adds gradients of
+A parameter has two partitions. Its compute form is what a module is given:
+experts are cut over their axes, everything else is whole on every device, or
+cut over `parallel.fsdp` and gathered by the module. Its master, like the
+moments beside it, is cut further, over every axis along which the compute form
+is repeated. A step gathers compute forms from masters once, adds gradients of
 all micro-batches up locally, and brings each sum to where its master is.
 """
 

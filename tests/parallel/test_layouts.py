@@ -52,8 +52,9 @@ CASES = {
   ),
   'fp8': layouts.Case(
     '',
-    {'pipe': 2, 'expert': 2, 'schedule': 'dualpipe'},
-    layouts.FEATURES['fp8'],
+    {'pipe': 2, 'expert': 2, 'schedule': 'zb1p'},
+    layouts.FEATURES['fp8']
+    | {'model.remat': 'full', 'parallel.fsdp': ('expert',)},
   ),
 }
 
