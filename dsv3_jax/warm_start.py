@@ -26,7 +26,8 @@ def source(cfg: config.Config, workdir: pathlib.Path) -> pathlib.Path | None:
   with processes.together('init_from'):
     if not directory.is_dir():
       raise errors.InputError(
-        f'checkpoint.init_from={str(directory)!r} cannot be read: name a workdir'
+        f'checkpoint.init_from={str(directory)!r} cannot be read: '
+        'name a workdir'
       )
   return directory
 
