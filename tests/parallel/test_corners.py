@@ -41,16 +41,15 @@ def trained(**axes):
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   state = jax.device_put(layouts.start(cfg), trainer.model_shardings())
   state = trainer.from_model(state)
-  guard = state['guard'] | {'count': jnp.int32(60), 'mean': jnp.float32(3.0)}
+  guard = state['guard'] | {'count': jnp.int32(60), 'mean': jnp.float32(3.5)}
   state['guard'] = guard | {'variance': jnp.float32(0.01)}
   state = jax.device_put(state, trainer.shardings())
-  step, told = trainer.jit(), []
+  step, told, compiled = trainer.jit(), [], []
   hyper = {name: jnp.float32(x) for name, x in layouts.HYPER.items()}
   for number, count in enumerate((4, 8, 6, 8, 8)):
     batch = layouts.batch(cfg, number)
     if number == 1:  # half of the rows of half of the micro-batches
-      empty = jax.tree.map(lambda x: x.at[::2, :4].set(0), batch)
-      batch = empty
+      batch = jax.tree.map(lambda x: x.at[::2, :4].set(0), batch)
     if number == 3:  # targets that no model would guess: a spike
       weights = batch.weights_BT * 1.0
       batch = batch._replace(weights_BT=weights.at[:, :, 1:].set(0.0))
@@ -62,7 +61,8 @@ def trained(**axes):
     batch = jax.device_put(batch, trainer.batch_sharding())
     state, out = step(state, batch, trainer.plan.amount(count), hyper)
     told.append(jax.device_get(out))
-  return told, step._cache_size()
+    compiled.append(step._cache_size())
+  return told, compiled
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def trained(**axes):
 def test_ramp_padding_spike_and_nan_are_as_on_one_device(quick_compile):
   told, compiled = trained(**AXES)
   want, _ = trained()
-  assert compiled == 1  # the table is an input
+  assert compiled[2] == compiled[1], compiled  # the table is an input
   for got, one in zip(told[:4], want[:4], strict=True):
     assert max(layouts.error(got[name], one[name]) for name in one) < 2e-6
   assert [bool(x['skipped']) for x in want] == [0, 0, 0, 1, 0]
