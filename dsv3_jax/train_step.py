@@ -175,7 +175,17 @@ def _jit(function: Callable, shardings: Any) -> Callable:
 
 def _place(specs: Any, mesh: jax.sharding.Mesh) -> Any:
   is_spec = lambda x: isinstance(x, Spec)
-  place = lambda spec: jax.sharding.NamedSharding(mesh, spec)
+
+  def place(spec):
+    # Spelt as JAX spells what a step returns, or the second would compile anew.
+    real = lambda axes: tuple(
+      axis for axis in sharding.axes_of(axes) if mesh.shape[axis] > 1
+    )
+    parts = [real(axes) or None for axes in spec]
+    while parts and parts[-1] is None:
+      parts.pop()
+    return jax.sharding.NamedSharding(mesh, Spec(*parts))
+
   return jax.tree.map(place, specs, is_leaf=is_spec)
 
 

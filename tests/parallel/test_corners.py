@@ -70,7 +70,7 @@ def trained(**axes):
 def test_ramp_padding_spike_and_nan_are_as_on_one_device(quick_compile):
   told, compiled = trained(**AXES)
   want, _ = trained()
-  assert compiled[2] == compiled[1], compiled  # the table is an input
+  assert compiled == [1] * 5  # the table is an input
   for got, one in zip(told[:4], want[:4], strict=True):
     assert max(layouts.error(got[name], one[name]) for name in one) < 2e-6
   assert [bool(x['skipped']) for x in want] == [0, 0, 0, 1, 0]
