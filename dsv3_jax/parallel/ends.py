@@ -138,6 +138,15 @@ def _from(rank: int, x: jax.Array) -> jax.Array:
   return jax.lax.psum(jnp.where(here, x, 0), chunks.AXIS)
 
 
+def take(buffer: jax.Array, slot: jax.Array) -> jax.Array:
+  """What is in a slot; slots count from the front, so nothing need wrap."""
+  return jax.lax.dynamic_index_in_dim(
+    buffer, slot, keepdims=False, allow_negative_indices=False
+  )
+
+
 def put(buffer: jax.Array, slot: jax.Array, x: jax.Array) -> jax.Array:
   """The buffer with x in a slot."""
-  return jax.lax.dynamic_update_index_in_dim(buffer, x, slot, 0)
+  return jax.lax.dynamic_update_index_in_dim(
+    buffer, x, slot, 0, allow_negative_indices=False
+  )

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from dsv3_jax import config, precision
 from dsv3_jax.nn import model
 from dsv3_jax.nn import stage as stages
-from dsv3_jax.parallel import chunks, ends, split
+from dsv3_jax.parallel import chunks, ends, pool, split
 from dsv3_jax.parallel import layout as layouts
 from dsv3_jax.parallel import program as programs
 
@@ -109,6 +109,16 @@ class Run:
     halves = {half.kind: half for half in branches if half is not None}
     self.parts = {kind: self._split(half) for kind, half in halves.items()}
 
+  @functools.cached_property
+  def kept(self) -> pool.Pool:
+    """What F leaves to B or I."""
+    return pool.Pool({k: part.residuals for k, part in self.parts.items()})
+
+  @functools.cached_property
+  def carry(self) -> pool.Pool:
+    """What I leaves to W."""
+    return pool.Pool({k: part.carry for k, part in self.parts.items()})
+
   # Stages.
 
   def _weights(self, half: programs.Half) -> chunks.Weights:
@@ -126,7 +136,7 @@ class Run:
   def _consts(self, half: programs.Half, microbatch) -> tuple:
     """Batch and router biases that a stage reads."""
     kind = self.program.kinds[half.kind]
-    batch = jax.tree.map(lambda x: x[microbatch], self.batch_nBT)
+    batch = jax.tree.map(lambda x: ends.take(x, microbatch), self.batch_nBT)
     router = {'moe': self.chunks[half.chunk].bias_nE[: kind.num_moe]}
     return batch, router | {k: v for k, v in self.router.items() if k == 'mtp'}
 
@@ -156,7 +166,7 @@ class Run:
       run,
       self._weights(half),
       x,
-      self._consts(half, 0),
+      self._consts(half, jnp.int32(0)),
       trained=lambda w: w.weights,
     )
 
@@ -170,12 +180,8 @@ class Run:
     f32 = lambda tree: jax.tree.map(
       lambda w: jnp.zeros(w.shape, jnp.float32), tree
     )
-    held = lambda name, avals: [
-      jnp.zeros((slots.get(name, 0), *a.shape), a.dtype) for a in avals
-    ]
+    pairs = any(map(_is_pair, self.program.branches))
     count = self.cfg.model.moe.num_experts
-    branches = self.program.branches
-    twins = {b.forward.kind for b in branches if _is_twin(b)}
     return {
       'acted': jnp.int32(0),
       'y': zeros(*self.shape),
@@ -185,14 +191,9 @@ class Run:
       'in': zeros(slots.get('in', 0) + 1, *self.shape),
       'grad': zeros(slots.get('grad', 0) + 1, *self.shape),
       'head': zeros(slots['head'] + 1, *wide),
-      'kept': {
-        k: held(f'kept_{k}', s.residuals) for k, s in self.parts.items()
-      },
-      'fresh': {
-        k: [jnp.zeros((1, *a.shape), a.dtype) for a in self.parts[k].residuals]
-        for k in sorted(twins)
-      },
-      'carry': {k: held(f'carry_{k}', s.carry) for k, s in self.parts.items()},
+      'kept': self.kept.empty(slots['kept']),
+      'fresh': self.kept.empty(int(pairs)),
+      'carry': self.carry.empty(slots.get('carry', 0)),
       'grads': [f32(chunk.layers.weights) for chunk in self.chunks],
       'tail': f32(self.tail.weights),
       'ends': f32({name: self.params[name] for name in ('embed', 'head')}),
@@ -216,7 +217,7 @@ class Run:
     state = self._exchange(self._keep(state, row), row)
     for way, told in enumerate(now):
       act = functools.partial(self.ends.head, way, told['last_f'], row)
-      state = ends.when(told['last_f'] >= 0, act, state)
+      state = ends.when((told['last_f'] >= 0) & _in_order(state), act, state)
       act = functools.partial(self.ends.embed_gradient, way, told)
       any_ = (told['first_b'] >= 0) | (told['last_b'] >= 0)
       state = ends.when(any_, act, state)
@@ -246,36 +247,35 @@ class Run:
     if branch.backward is not None:
       state = self._backward(branch.backward, row, state)
     if branch.forward is not None:
-      where = 'fresh' if _is_twin(branch) else 'kept'
+      where = 'fresh' if _is_pair(branch) else 'kept'
       state = self._forward(branch.forward, embedded, row, where, state)
     return state
 
   def _keep(self, state: State, row) -> State:
-    """Puts what the forward half of a pair of one kind left in its slot.
+    """Puts what the forward half of a pair left in its slot.
 
     In the pair's own branch the buffers would be copied as a whole, since its
     backward half reads them.
     """
-    for kind in state['fresh']:
-      twins = [
-        number
-        for number, branch in enumerate(self.program.branches)
-        if _is_twin(branch) and branch.forward.kind == kind
-      ]
+    pairs = list(map(_is_pair, self.program.branches))
+    if not any(pairs):
+      return state
 
-      def put(state, kind=kind):
-        fresh = [x[0] for x in state['fresh'][kind]]
-        made = _put_all(state['kept'][kind], row['f_kept'], fresh)
-        return state | {'kept': state['kept'] | {kind: made}}
+    def keep(state):
+      kept = {
+        name: ends.put(buffer, row['f_kept'], state['fresh'][name][0])
+        for name, buffer in state['kept'].items()
+      }
+      return state | {'kept': kept}
 
-      any_ = jnp.any(row['branch'] == jnp.array(twins)) & _in_order(state)
-      state = ends.when(any_, put, state)
-    return state
+    return ends.when(
+      jnp.array(pairs)[row['branch']] & _in_order(state), keep, state
+    )
 
   def _forward(self, half, embedded, row, where, state: State) -> State:
     kind = self.program.kinds[half.kind]
     way = row['f_direction']
-    x = state['in'][row['f_in']]
+    x = ends.take(state['in'], row['f_in'])
     if kind.first:
       x = jnp.stack([x for x, _ in embedded])[way]
     ahead = []
@@ -288,9 +288,7 @@ class Run:
       )
     state = state | {'hidden' if kind.last else 'y': y}
     slot = row['f_kept'] if where == 'kept' else jnp.int32(0)
-    state[where] = state[where] | {
-      half.kind: _put_all(state[where][half.kind], slot, kept)
-    }
+    state[where] = self.kept.put(state[where], half.kind, slot, kept)
     state['balance'] += told['balance'] * self.scales['balance']
     state['mtp_load'] += 0 if not kind.last else told['mtp_load']
     loads = list(state['load'])
@@ -302,14 +300,13 @@ class Run:
   def _backward(self, half, row, state: State) -> State:
     kind, parts = self.program.kinds[half.kind], self.parts[half.kind]
     weights, state = self._weights(half), dict(state)
-    take = lambda name, slot: [  # of one slot there is no choice to depend on
-      _late(x[row[slot]], row['turn']) for x in state[name][half.kind]
-    ]
+    late = lambda xs: [_late(x, row['turn']) for x in xs]
     if half.part == 'W':
       with jax.named_scope('backward_weight'):
-        grads = parts.backward_weight(weights, take('carry', 'b_carry'))
+        carry = self.carry.take(state['carry'], half.kind, row['b_carry'])
+        grads = parts.backward_weight(weights, late(carry))
       return self._add(half, state, grads)
-    dy = state['head' if kind.last else 'grad'][row['b_grad']]
+    dy = ends.take(state['head' if kind.last else 'grad'], row['b_grad'])
     count = self.cfg.model.moe.num_experts
     zeros = lambda n: jnp.zeros((n, count), jnp.float32)
     dtold = {
@@ -317,13 +314,13 @@ class Run:
       'load': zeros(kind.num_moe),
       'mtp_load': zeros(self.depth if kind.last else 0),
     }
-    kept = take('kept', 'b_kept')
+    kept = late(self.kept.take(state['kept'], half.kind, row['b_kept']))
     if half.part == 'I':
       with jax.named_scope('backward_input'):
         dx, carry = parts.backward_input(weights, kept, dy, dtold)
-      state['carry'] = state['carry'] | {
-        half.kind: _put_all(state['carry'][half.kind], row['b_carry'], carry)
-      }
+      state['carry'] = self.carry.put(
+        state['carry'], half.kind, row['b_carry'], carry
+      )
     else:
       with jax.named_scope('backward'):
         dx, grads = parts.backward(weights, kept, dy, dtold)
@@ -389,12 +386,6 @@ def _in_order(state: State) -> jax.Array:
   return state['acted'] >= 0
 
 
-def _is_twin(branch: programs.Branch) -> bool:
-  """Both halves have the same kind, so that they share buffers."""
-  forward, backward = branch
-  return bool(forward and backward) and forward.kind == backward.kind
-
-
-def _put_all(buffers, slot, values):
-  pairs = zip(buffers, values, strict=True)
-  return [ends.put(buffer, slot, x) for buffer, x in pairs]
+def _is_pair(branch: programs.Branch) -> bool:
+  """Both halves use the same buffers."""
+  return branch.forward is not None and branch.backward is not None

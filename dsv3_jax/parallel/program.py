@@ -106,7 +106,7 @@ def compile_schedule(
   shape = (events.ticks, schedule.ranks, len(FIELDS))
   fields = np.zeros(shape, np.int32)
   lanes = _lanes(schedule)
-  slots = _Slots(events, numbers, lanes)
+  slots = _Slots(events, lanes)
   for tick, rank, action in events.all():
     row = fields[tick, rank]
     branch = _branch(events, action, numbers)
@@ -208,8 +208,8 @@ def _lanes(schedule: Schedule) -> tuple[Lane, ...]:
 class _Slots:
   """Which slot of which buffer each value is in, from when to when."""
 
-  def __init__(self, events: _Events, numbers: list[int], lanes):
-    self._events, self._lanes, self._numbers = events, lanes, numbers
+  def __init__(self, events: _Events, lanes: tuple[Lane, ...]):
+    self._events, self._lanes = events, lanes
     last = events.schedule.stages - 1
     lives = {}  # buffer -> rank -> [(begin, end, task)]
 
@@ -218,8 +218,8 @@ class _Slots:
       at.append((begin, end, task))
 
     for task, tick in events.forward.items():
-      back, kind = events.backward[task], numbers[task.stage]
-      live(f'kept_{kind}', task, tick, back)  # backward halves run first
+      back = events.backward[task]
+      live('kept', task, tick, back)  # backward halves run first
       if task.stage < last:
         after = actions.task(task.stage + 1, task.microbatch)
         live('in', after, tick, events.forward[after])
@@ -227,8 +227,7 @@ class _Slots:
       else:
         live('head', task, tick, back)
     for task, tick in events.weight.items():
-      kind = numbers[task.stage]
-      live(f'carry_{kind}', task, events.backward[task], tick + 1)
+      live('carry', task, events.backward[task], tick + 1)
     self.counts, self._slot = {}, {}
     for buffer, ranks in lives.items():
       count = 0
@@ -244,25 +243,23 @@ class _Slots:
     way = events.schedule.direction
     if (task := action.forward) is not None:
       first = task.stage == 0
-      kind = self._numbers[task.stage]
       found |= {
         'f_microbatch': task.microbatch,
         'f_direction': way(task.microbatch),
         'f_in': 0 if first else self._slot['in', task],
-        'f_kept': self._slot[f'kept_{kind}', task],
+        'f_kept': self._slot['kept', task],
       }
     if (task := action.backward) is not None:
-      kind = self._numbers[task.stage]
       found |= {
         'b_microbatch': task.microbatch,
         'b_direction': way(task.microbatch),
       }
       if action.kind != actions.WEIGHT:
         last = task.stage == events.schedule.stages - 1
-        found['b_kept'] = self._slot[f'kept_{kind}', task]
+        found['b_kept'] = self._slot['kept', task]
         found['b_grad'] = self._slot['head' if last else 'grad', task]
       if action.kind in (actions.INPUT, actions.WEIGHT):
-        found['b_carry'] = self._slot[f'carry_{kind}', task]
+        found['b_carry'] = self._slot['carry', task]
     return found
 
   def arrivals(self) -> np.ndarray:

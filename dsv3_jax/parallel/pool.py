@@ -1,0 +1,69 @@
+"""Buffers of what one action of a stage leaves to a later one of it.
+
+A rank runs stages of several kinds, and stages of one kind are on several
+ranks. As one program serves all, every rank has room for every kind: arrays of
+one shape and type share a buffer, and a slot has as many of them as the kind
+that has most. So a rank keeps as many slots as it has micro-batches under way,
+of whichever stage.
+
+Letters: s slots, n places for arrays of one shape.
+"""
+
+import collections
+from collections.abc import Hashable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+
+Buffers = dict[str, jax.Array]
+
+
+class Pool:
+  """Where the arrays of each kind are in the buffers of all."""
+
+  def __init__(self, shapes: Mapping[Hashable, Sequence]):
+    """Args: shapes: of the arrays (`.shape` and `.dtype`) of every kind."""
+    self._avals, self._places, self._most = {}, {}, collections.Counter()
+    for kind, avals in shapes.items():
+      used = collections.Counter()
+      places = []
+      for aval in avals:
+        name = f'{aval.dtype}[{",".join(map(str, aval.shape))}]'
+        self._avals[name] = aval
+        places.append((name, used[name]))
+        used[name] += 1
+      self._places[kind] = places
+      self._most |= used  # the larger of both counts
+
+  def empty(self, slots: int) -> Buffers:
+    """[s, n, ...] by shape."""
+    return {
+      name: jnp.zeros((slots, self._most[name], *aval.shape), aval.dtype)
+      for name, aval in self._avals.items()
+    }
+
+  def put(
+    self, buffers: Buffers, kind: Hashable, slot: jax.Array, values: Sequence
+  ) -> Buffers:
+    """The buffers with the arrays of a kind in a slot."""
+    buffers = dict(buffers)
+    for (name, n), x in zip(self._places[kind], values, strict=True):
+      at = (slot, n, *[0] * x.ndim)
+      buffers[name] = jax.lax.dynamic_update_slice(
+        buffers[name], x[None, None], at, allow_negative_indices=False
+      )
+    return buffers
+
+  def take(
+    self, buffers: Buffers, kind: Hashable, slot: jax.Array
+  ) -> list[jax.Array]:
+    """The arrays of a kind out of a slot."""
+    found = []
+    for name, n in self._places[kind]:
+      buffer = buffers[name]
+      at, size = (slot, n, *[0] * (buffer.ndim - 2)), buffer.shape[2:]
+      x = jax.lax.dynamic_slice(
+        buffer, at, (1, 1, *size), allow_negative_indices=False
+      )
+      found.append(x.reshape(size))
+    return found
