@@ -195,7 +195,7 @@ def measure(
   kind: str, ranks: int, microbatches: int, seconds: float, runs: int
 ) -> report.Row:
   """Bubbles of a schedule, as parts of the whole time."""
-  each = 2 if kind in ('interleaved', 'dualpipev') else 1
+  each = schedules.stages_per_rank(kind)
   made = schedules.make(
     kind,
     stages=each * ranks,
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
   )
   try:  # before anything runs
     for ranks, microbatches, kind in cases:
-      each = 2 if kind in ('interleaved', 'dualpipev') else 1
+      each = schedules.stages_per_rank(kind)
       schedules.check_sizes(kind, each * ranks, microbatches)
   except errors.InputError as error:
     parser.error(str(error))

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = values(argv)[1:]
     if rest:
       raise errors.InputError(f'{rest[0]!r} is no flag: write --name=value')
-    return run(values) or 0
+    with supervise.reader_may_leave():
+      return run(values) or 0
   except (errors.InputError, flags.Error) as error:
     return _fail(str(error))
 

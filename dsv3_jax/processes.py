@@ -45,12 +45,15 @@ class PeerError(RuntimeError):
 
 @dataclasses.dataclass
 class _Job:
-  client: Any  # of the key-value store
+  """client: of the key-value store. told: what the first has yet to delete."""
+
+  client: Any
   index: int
   count: int
   said: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
+  told: list[str] = dataclasses.field(default_factory=list)
 
   def key(self, name: str) -> str:
     """A new one at each call, the same in all processes."""
@@ -201,6 +204,9 @@ def gather(name: str, value: Any) -> list[Any]:
     text = _job.client.blocking_key_value_get(f'{key}/{other}', _EVER_MS)
     values.append(json.loads(text))
     _job.client.key_value_delete(f'{key}/{other}')
+  for read in _job.told:  # by all: they have come further since
+    _job.client.key_value_delete(read)
+  _job.told.clear()
   return values
 
 
@@ -211,6 +217,7 @@ def tell(name: str, value: Any) -> Any:
   key = _job.key(name)
   if _job.index == 0:
     _job.client.key_value_set(key, json.dumps(value))
+    _job.told.append(key)
     return value
   return json.loads(_job.client.blocking_key_value_get(key, _EVER_MS))
 

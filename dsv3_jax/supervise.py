@@ -7,8 +7,10 @@ Exit codes of `dsv3 train`:
   75  a signal came, the state was saved; run the same command to go on
   76  non-finite loss; the last checkpoint stands
   77  one step, run twice, gave different bits
+  141 nobody reads what it prints any more, as after `| head`
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -16,12 +18,14 @@ import sys
 import threading
 import time
 import types
+from collections.abc import Iterator
 
 EXIT_BAD_INPUT = 2
 EXIT_STUCK = 70
 EXIT_SAVED_ON_SIGNAL = 75
 EXIT_NON_FINITE = 76
 EXIT_CORRUPTION = 77
+EXIT_NO_READER = 141  # what a shell tells of SIGPIPE
 
 
 class Stopped(Exception):
@@ -30,6 +34,17 @@ class Stopped(Exception):
   def __init__(self, step: int):
     super().__init__(step)
     self.step = step
+
+
+@contextlib.contextmanager
+def reader_may_leave() -> Iterator[None]:
+  """Ends the process without a word if stdout is a pipe that was closed."""
+  try:
+    yield
+    sys.stdout.flush()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(EXIT_NO_READER)
 
 
 class Watchdog:

@@ -35,6 +35,17 @@ def test_json_of_the_reports_figure(capsys):
   assert found == json.loads(told(capsys, '--json'))  # the defaults
 
 
+def test_a_reader_that_leaves_is_no_fault():
+  args = [sys.executable, '-m', 'dsv3_jax.cli', 'schedule']
+  sizes = ['--stages=16', '--microbatches=1024']  # more than a pipe holds
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
+  with subprocess.Popen(args + sizes, cwd=_ROOT, text=True, **pipes) as child:
+    assert child.stdout.readline()
+    child.stdout.close()
+    said = child.stderr.read()
+  assert (child.returncode, said) == (141, '')
+
+
 @pytest.mark.parametrize(
   ('args', 'expected'),
   [

@@ -128,7 +128,7 @@ def make_schedule(cfg: config.Config, num_micro: int) -> schedule.Schedule:
     InputError: the schedule is not for so many, or not for so many ranks.
   """
   kind = cfg.parallel.schedule
-  each = 2 if kind in ('interleaved', 'dualpipev') else 1
+  each = schedule.stages_per_rank(kind)
   sizes = {'stages': each * cfg.parallel.pipe, 'microbatches': num_micro}
   # In ticks a forward beside a whole backward would wait for half of it.
   halves = kind in schedule.ONE_WAY

@@ -87,6 +87,11 @@ def make(
   )
 
 
+def stages_per_rank(kind: str, chunks: int | None = None) -> int:
+  """How many stages a rank holds the masters of; `chunks` as in `make`."""
+  return {'interleaved': chunks or 2, 'dualpipev': 2}.get(kind, 1)
+
+
 def check_sizes(
   kind: str, stages: int, microbatches: int, chunks: int | None = None
 ) -> int:
@@ -103,7 +108,7 @@ def check_sizes(
     raise errors.InputError(
       f'pipeline.chunks={chunks} must be >= 2: with one chunk it is 1f1b'
     )
-  each = {'interleaved': chunks or 2, 'dualpipev': 2}.get(kind, 1)
+  each = stages_per_rank(kind, chunks)
   step = 2 if kind == 'dualpipe' else each
   rule = f'a multiple of {step}' if step > 1 else '>= 1'
   _check_size('stages', stages, kind, step, step, rule)

@@ -23,7 +23,7 @@ DIM, MICRO = 5, 8
 
 def chain(kind, ranks, split=False):
   """A schedule and its functions, with parameters and inputs."""
-  each = 2 if kind in ('interleaved', 'dualpipev') else 1
+  each = schedule.stages_per_rank(kind)
   made = schedule.make(
     kind, stages=each * ranks, microbatches=MICRO, split_backward=split
   )

@@ -61,7 +61,7 @@ class Made(NamedTuple):
 
 def compiled(kind, microbatches, shape):
   """The step of a schedule of such stages on four ranks."""
-  count = 2 if kind in ('interleaved', 'dualpipev') else 1
+  count = schedule.stages_per_rank(kind)
   made = schedule.make(
     kind,
     stages=count * RANKS,

@@ -1,11 +1,13 @@
 """Schedules in numbers: played on lists, every value is where it is read."""
 
+import contextlib
 import functools
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from dsv3_jax import errors
 from dsv3_jax.parallel import program, schedule
 
 NAMES = program.FIELDS
@@ -114,7 +116,7 @@ def test_every_operand_is_in_its_slot(kind, stages, microbatches):
 def test_any_sizes(data):
   kind = data.draw(st.sampled_from(schedule.KINDS))
   ranks = 2 * data.draw(st.integers(1, 3))
-  each = 2 if kind in ('interleaved', 'dualpipev') else 1
+  each = schedule.stages_per_rank(kind)
   extra = 2 * data.draw(st.integers(0, 5))
   count = ranks * (1 + extra) if kind == 'interleaved' else 2 * ranks + extra
   Player(compiled(kind, each * ranks, count)).play()
@@ -144,13 +146,33 @@ def test_buffers_are_as_small_as_the_schedule_promises(
   assert compiled(kind, 4, microbatches).slots['kept'] == most
 
 
-def test_known_branches_keep_their_numbers():
-  """So that a program that is compiled runs a shorter step."""
-  long, short = (
-    schedule.make('dualpipe', stages=4, microbatches=m) for m in (16, 8)
+def legal(kind, ranks, most):
+  """Numbers of micro-batches that the schedule takes, ascending."""
+  stages = ranks * schedule.stages_per_rank(kind)
+  found = []
+  for count in range(1, most + 1):
+    with contextlib.suppress(errors.InputError):
+      schedule.check_sizes(kind, stages, count)
+      found.append(count)
+  return stages, found
+
+
+@pytest.mark.parametrize('ranks', [2, 4, 8])
+@pytest.mark.parametrize('kind', schedule.KINDS)
+def test_a_longer_program_runs_any_shorter_step(kind, ranks):
+  """Of kinds of stages that differ wherever they may; as a ramp needs it."""
+  stages, counts = legal(kind, ranks, 32)
+  halves = kind in schedule.ONE_WAY
+  kinds = ('first', *(f'middle {s % 3}' for s in range(stages - 2)), 'last')
+  make = functools.partial(
+    schedule.make, kind, stages=stages, split_backward=halves
   )
-  kinds = ('a', 'b', 'b', 'c')
-  full = program.compile_schedule(long, kinds)
-  less = program.compile_schedule(short, kinds, full.branches)
-  assert less.branches == full.branches and less.lanes == full.lanes
-  assert all(less.slots[k] <= full.slots[k] for k in less.slots)
+  full = program.compile_schedule(make(microbatches=counts[-1]), kinds)
+  assert len(counts) > 1
+  for count in counts[:-1][:: max(1, ranks // 2 - 1)]:  # every one takes long
+    made = make(microbatches=count)
+    less = program.compile_schedule(made, kinds, full.branches)
+    assert less.branches == full.branches and less.lanes == full.lanes, count
+    assert less.slots.keys() <= full.slots.keys()
+    assert all(less.slots[k] <= full.slots[k] for k in less.slots), count
+    assert len(less.fields_TRf) <= len(full.fields_TRf), count
