@@ -15,7 +15,11 @@ CASES = {
     {'data': 2, 'node': 2, 'expert': 2},
     FOUR_LAYERS | layouts.FEATURES['FSDP'],
   ),
-  'dualpipe': layouts.Case('', {'pipe': 4, 'data': 2, 'schedule': 'dualpipe'}),
+  'dualpipe, dense over two stages': layouts.Case(
+    '',
+    {'pipe': 4, 'data': 2, 'schedule': 'dualpipe'},
+    {'model.num_dense_layers': 3},
+  ),
   'zb1p': layouts.Case(
     '',
     {'pipe': 2, 'expert': 2, 'data': 2, 'schedule': 'zb1p'},
@@ -26,10 +30,13 @@ CASES = {
     {'pipe': 2, 'context': 2, 'expert': 2, 'schedule': 'dualpipev'},
     FOUR_LAYERS | layouts.FEATURES['V2 balance'],
   ),
-  '1f1b': layouts.Case(
+  '1f1b, no dense': layouts.Case(
     '',
     {'pipe': 2, 'context': 2, 'schedule': '1f1b'},
-    FOUR_LAYERS | layouts.FEATURES['isolated'] | layouts.FEATURES['unrolled'],
+    FOUR_LAYERS
+    | layouts.FEATURES['isolated']
+    | layouts.FEATURES['unrolled']
+    | {'model.num_dense_layers': 0},
   ),
   'interleaved': layouts.Case(
     '',
