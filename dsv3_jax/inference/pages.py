@@ -7,8 +7,8 @@ what must be copied in them, before anything else is written).
 A full page whose tokens are known is kept after its row has gone, and a later
 row that begins with the same tokens takes it: the prompt cache. Pages form a
 tree, a page's key being its parent and its own tokens, so that what is found is
-equal and not only of equal hash. A page of several rows is never written: who
-wants to go on in the middle of it gets a copy of his own. Known
+equal and not only of equal hash. A page that others read or may find is never
+written: who wants to go on in the middle of it gets a copy of his own. Known
 pages that nobody uses are given up when no empty ones are left, the longest
 unused first, children before parents.
 """
@@ -114,8 +114,7 @@ class Pool:
     if length <= row.length:
       return []
     first = row.length // self.size  # the page that is written first
-    # A known page without other users gets the tokens that it has.
-    shared = first < len(row.pages) and self._users[row.pages[first]] > 1
+    shared = first < len(row.pages) and self._is_read(row.pages[first])
     more = max(self.pages_for(length) - len(row.pages), 0)
     if more + shared > self.available:
       raise OutOfPages(f'{more + shared} of {self.available} pages')
@@ -149,6 +148,10 @@ class Pool:
     for page in list(self._unused):
       self._drop(page)
       self._empty.append(page)
+
+  def _is_read(self, page: int) -> bool:
+    """By another row, now or after it has begun with what is known."""
+    return self._users[page] > 1 or page in self._keys
 
   def _use(self, page: int) -> None:
     self._users[page] += 1

@@ -62,16 +62,22 @@ def test_full_pages_are_shared_also_after_their_row_has_gone(memory):
   assert found == 0
 
 
-def test_a_prompt_that_is_known_computes_its_last_token_in_a_copy(memory):
-  """Which others, who read the page, never notice."""
+@pytest.mark.parametrize('stays', [True, False])
+def test_a_prompt_that_is_known_computes_its_last_token_in_a_copy(
+  memory, stays
+):
+  """Which others, who read the page now or later, never notice."""
   pool = pages.Pool(COUNT, SIZE)
   prompt = list(range(8))
   first, _ = begun(pool, memory, prompt)
+  known = list(first.pages)
+  if not stays:
+    pool.release(first)
   row = pool.begin(prompt)
-  assert row.length == 7 and row.pages == first.pages
+  assert row.length == 7 and row.pages == known
   (copy,) = pool.extend(row, 8)
-  assert copy.source == first.pages[1] and copy.target == row.pages[1]
-  assert row.pages[1] != first.pages[1] and row.pages[0] == first.pages[0]
+  assert copy.source == known[1] and copy.target == row.pages[1]
+  assert row.pages[1] != known[1] and row.pages[0] == known[0]
 
 
 def test_forks_part_where_they_are_written(memory):

@@ -1,0 +1,150 @@
+"""Continuous batching: which requests run, and what the next step computes.
+
+A request's tokens are its prompt and what was generated so far; its row of the
+cache holds the first of them. What is not in the cache yet is computed: many
+tokens in chunks (prefill), the last one together with those of other requests
+(decode). Requests join and leave between steps, in order of arrival.
+
+Where pages run out, the request that came last gives back all of its own and
+waits at the head of the queue; its tokens are computed anew later, apart from
+what others' pages or the prompt cache still hold of them. So the oldest always
+goes on. Nothing here knows of arrays.
+"""
+
+import bisect
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from dsv3_jax import errors
+from dsv3_jax.inference import pages
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+  """A request on its way.
+
+  tokens: prompt and generated ones. most: how many there may be in the end.
+  number: of its arrival. row: what of it is in the cache, None while it waits.
+  found: how many tokens of the prompt the cache had when it first began.
+  """
+
+  tokens: list[int]
+  most: int
+  number: int
+  row: pages.Row | None = None
+  found: int | None = None
+
+  @property
+  def missing(self) -> int:
+    """Tokens to be computed before there is a next one."""
+    return len(self.tokens) - self.row.length
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """Of each job, the next `counts` tokens that the cache has not; see `Copy`.
+
+  Copies come first. A job whose missing tokens are all in the step gets its
+  next token by it.
+  """
+
+  jobs: list[Job]
+  counts: list[int]
+  copies: list[pages.Copy]
+
+
+class Scheduler:
+  """Jobs, waiting and running, and the pages that they have."""
+
+  def __init__(self, pool: pages.Pool, max_rows: int, chunk: int):
+    """Args: max_rows: jobs that run at a time. chunk: tokens of a prefill."""
+    if max_rows < 1 or chunk < 1:
+      raise ValueError(f'max_rows={max_rows} and chunk={chunk} must be >= 1')
+    self.pool, self.max_rows, self.chunk = pool, max_rows, chunk
+    self.waiting: list[Job] = []
+    self.running: list[Job] = []
+    self.preempted = 0
+    self._numbers = itertools.count()
+
+  @property
+  def is_idle(self) -> bool:
+    return not (self.waiting or self.running)
+
+  def add(self, prompt: Sequence[int], max_new_tokens: int) -> Job:
+    """Puts a request at the end of the queue.
+
+    Raises:
+      InputError: it would not fit if it were alone.
+    """
+    most = len(prompt) + max_new_tokens
+    room = self.pool.count * self.pool.size
+    if most > room:
+      raise errors.InputError(
+        f'a prompt of {len(prompt)} tokens with max_new_tokens='
+        f'{max_new_tokens} needs {most} places in the cache, which has {room}'
+      )
+    job = Job(list(prompt), most, next(self._numbers))
+    self.waiting.append(job)
+    return job
+
+  def end(self, job: Job) -> None:
+    """Takes a job out, done or not; twice is no fault."""
+    if job in self.waiting:
+      self.waiting.remove(job)
+    if job in self.running:
+      self.running.remove(job)
+      self.pool.release(job.row)
+      job.row = None
+
+  def prefill(self) -> Step | None:
+    """A chunk of the oldest job of whose tokens more than one is missing."""
+    copies = self._admit()
+    for job in self.running:
+      if job.missing > 1:
+        return Step([job], [min(job.missing, self.chunk)], copies)
+    return Step([], [], copies) if copies else None
+
+  def decode(self) -> Step | None:
+    """The last token of all jobs that miss no other."""
+    jobs, copies = [], []
+    for job in list(self.running):
+      if job.row is None or job.missing > 1:  # has just lost its pages
+        continue
+      while job.row is not None:
+        try:
+          copies += self.pool.extend(job.row, len(job.tokens))
+          jobs.append(job)
+          break
+        except pages.OutOfPages:
+          self._preempt(self.running[-1])
+    jobs = [job for job in jobs if job.row is not None]
+    return Step(jobs, [1] * len(jobs), copies) if jobs else None
+
+  def done(self, job: Job, count: int) -> None:
+    """Says that `count` more of its tokens are in the cache."""
+    self.pool.written(job.row, job.tokens[: job.row.length + count])
+
+  def _admit(self) -> list[pages.Copy]:
+    """Lets jobs in while there are rows, and pages for all they have so far."""
+    copies = []
+    while self.waiting and len(self.running) < self.max_rows:
+      job = self.waiting[0]
+      row = self.pool.begin(job.tokens)
+      try:
+        copies += self.pool.extend(row, len(job.tokens))
+      except pages.OutOfPages:
+        self.pool.release(row)
+        break
+      job.row = row
+      if job.found is None:
+        job.found = row.length
+      self.running.append(self.waiting.pop(0))
+    return copies
+
+  def _preempt(self, job: Job) -> None:
+    self.running.remove(job)
+    self.pool.release(job.row)
+    job.row = None
+    bisect.insort(self.waiting, job, key=lambda other: other.number)
+    self.preempted += 1
