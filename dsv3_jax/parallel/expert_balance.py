@@ -1,0 +1,270 @@
+"""Which GPU holds which expert, from the load of each expert (TR 3.4).
+
+In inference some experts get copies, so that no GPU waits long for another. A
+slot is room for one expert on one GPU; slots are counted by node, within it by
+GPU, within that by place. `rebalance_experts` fills them as the released
+load balancer (EPLB) does:
+
+  1. groups of experts go to nodes, by the load of a group
+  2. each node fills its spare slots, one by one, with another copy of the
+     expert whose copies have the highest load each
+  3. the copies of a node go to its GPUs, by the load of a copy
+
+Steps 1 and 3 pack equally many items into each of several packs: in the order
+of falling load, each goes to the lightest pack with room. If the groups cannot
+be spread evenly over the nodes (the global policy, as in decoding), step 1 is
+left out and the other two take all GPUs for one node.
+
+How good that is: step 2 makes the highest load of a copy as low as it can be.
+In step 3 the loads of a node's GPUs differ by at most the difference between
+its highest and its lowest copy, and with two slots a GPU the highest load is
+the lowest possible for these copies. With more slots a better packing may
+exist, and where nothing is copied even the plain one can be better. Copies of
+one expert may share a GPU: loads decide, and with more of them than its node
+has GPUs they must.
+
+Ties go to the lower index, and a layer's placement depends on its own loads
+only, not on their unit (times a power of two: to the bit). Letters: Z slots, W
+GPUs (packs: in step 1 nodes); X problems of their own, as the nodes of all
+layers, with e experts and z slots each; Y items to pack.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from jaxtyping import Float, Int
+
+from dsv3_jax import errors
+
+
+class Placement(NamedTuple):
+  """Experts of slots and slots of experts; all int32.
+
+  phy2log [L, Z]: the expert in each slot. log2phy [L, E, most]: the slots of
+  each expert, in the order in which the copies were made; -1 from logcnt on.
+  logcnt [L, E]: how many it has; their maximum is `most`.
+  """
+
+  phy2log: Int[np.ndarray, 'L Z']
+  log2phy: Int[np.ndarray, 'L E most']
+  logcnt: Int[np.ndarray, 'L E']
+
+
+def rebalance_experts(
+  weight_LE: npt.ArrayLike,
+  num_replicas: int,
+  num_groups: int,
+  num_nodes: int,
+  num_gpus: int,
+) -> Placement:
+  """Places experts and copies of the busy ones, each layer for itself (EPLB).
+
+  Args:
+    weight_LE: load of each expert in any unit, as tokens of the last minutes.
+    num_replicas: slots on all GPUs together.
+    num_groups: of experts, neighbours in their order (TR 2.1.2). If it is a
+      multiple of num_nodes, all copies of a group are on one node.
+
+  Raises:
+    InputError: loads that are no matrix of finite numbers >= 0; num_gpus is not
+      a multiple of num_nodes, num_groups does not divide the experts, or
+      num_replicas is not a multiple of num_gpus or less than the experts.
+  """
+  weight_LE = _check_weights(weight_LE)
+  layers, experts = weight_LE.shape
+  _check_sizes(experts, num_replicas, num_groups, num_nodes, num_gpus)
+  if num_groups % num_nodes:
+    num_groups = num_nodes = 1
+  weight_LE = _relative(weight_LE)
+  expert_LE = _by_node(weight_LE, num_groups, num_nodes)
+  # From here on each node counts its own experts.
+  weight_LE = np.take_along_axis(weight_LE, expert_LE, axis=1)
+  weight_Xe = weight_LE.reshape(layers * num_nodes, -1)
+  made_Xz, copy_Xz, count_Xe = _replicate(weight_Xe, num_replicas // num_nodes)
+  each_Xz = np.take_along_axis(weight_Xe / count_Xe, made_Xz, axis=1)
+  order_Xz = _pack(each_Xz, num_gpus // num_nodes)
+  placed_Xz = np.take_along_axis(made_Xz, order_Xz, axis=1)
+  copy_Xz = np.take_along_axis(copy_Xz, order_Xz, axis=1)
+  # And back to the experts of the model.
+  expert_Xe = expert_LE.reshape(weight_Xe.shape)
+  expert_Xz = np.take_along_axis(expert_Xe, placed_Xz, axis=1)
+  phy2log = expert_Xz.reshape(layers, num_replicas).astype(np.int32)
+  copy_LZ = copy_Xz.reshape(layers, num_replicas)
+  logcnt = np.empty((layers, experts), np.int32)
+  np.put_along_axis(logcnt, expert_LE, count_Xe.reshape(layers, experts), 1)
+  log2phy = np.full((layers, experts, np.max(logcnt)), -1, np.int32)
+  layer_L1 = np.arange(layers)[:, None]
+  log2phy[layer_L1, phy2log, copy_LZ] = np.arange(num_replicas)
+  return Placement(phy2log, log2phy, logcnt)
+
+
+def loads(
+  weight_LE: npt.ArrayLike, phy2log: Int[np.ndarray, 'L Z'], num_gpus: int
+) -> Float[np.ndarray, 'L W']:
+  """Load of each GPU if the copies of an expert share its load equally.
+
+  Args:
+    weight_LE: as in `rebalance_experts`, and that of a layer has a finite sum.
+    phy2log: any placement: that of E experts without copies is arange(E) in
+      every layer.
+
+  Returns:
+    float64, in the unit of the weights.
+
+  Raises:
+    InputError: wrong weights; not one row of slots a layer, equally many for
+      each GPU; a slot's expert does not exist; an expert has no slot.
+  """
+  weight_LE = _check_weights(weight_LE)
+  layers, experts = weight_LE.shape
+  with np.errstate(over='ignore'):
+    total_L = np.sum(weight_LE, axis=1)
+  if not np.all(np.isfinite(total_L)):
+    layer = np.argmin(np.isfinite(total_L))
+    raise errors.InputError(f'weight_LE[{layer}] must have a finite sum')
+  slots = phy2log.shape[1]
+  if len(phy2log) != layers:
+    raise errors.InputError(
+      f'phy2log has {len(phy2log)} layers, weight_LE has {layers}'
+    )
+  _check_positive('num_gpus', num_gpus)
+  if not slots or slots % num_gpus:
+    raise errors.InputError(
+      f'phy2log has {slots} slots, not a multiple of num_gpus = {num_gpus}'
+    )
+  if np.min(phy2log) < 0 or np.max(phy2log) >= experts:
+    raise errors.InputError(
+      f'phy2log must be in [0, {experts}), the experts of weight_LE'
+    )
+  layer_L1 = np.arange(layers)[:, None]
+  count_LE = np.zeros((layers, experts), np.int64)
+  np.add.at(count_LE, (layer_L1, phy2log), 1)
+  if not np.all(count_LE):
+    layer, expert = np.argwhere(count_LE == 0)[0]
+    raise errors.InputError(
+      f'phy2log[{layer}] must have a slot for expert {expert}'
+    )
+  each_LZ = np.take_along_axis(weight_LE / count_LE, phy2log, axis=1)
+  return np.sum(each_LZ.reshape(layers, num_gpus, -1), axis=2)
+
+
+def balancedness(load_LW: Float[np.ndarray, 'L W']) -> Float[np.ndarray, 'L']:
+  """Mean load of a GPU / highest load, in (0, 1]; 1 where there is none.
+
+  A layer takes as long as its busiest GPU: this is the part of that time in
+  which the mean GPU has work.
+  """
+  most_L = np.max(load_LW, axis=1)
+  mean_L = np.minimum(np.mean(load_LW, axis=1), most_L)  # above it by rounding
+  return np.divide(mean_L, most_L, out=np.ones_like(mean_L), where=most_L > 0)
+
+
+def _by_node(weight_LE, num_groups, num_nodes):
+  """The experts node by node, [L, E]; those of a group (g) stay neighbours."""
+  weight_LGg = weight_LE.reshape(len(weight_LE), num_groups, -1)
+  group_LG = _pack(np.sum(weight_LGg, axis=2), num_nodes)
+  size = weight_LGg.shape[2]
+  expert_LGg = group_LG[:, :, None] * size + np.arange(size)
+  return expert_LGg.reshape(weight_LE.shape)
+
+
+def _pack(weight_XY, num_packs):
+  """The items pack by pack, [X, Y]: equally many in each, of like weight."""
+  rows, items = weight_XY.shape
+  room = items // num_packs
+  if room == 1:
+    return np.tile(np.arange(items), (rows, 1))
+  row_X = np.arange(rows)
+  load_XW = np.zeros((rows, num_packs))
+  filled_XW = np.zeros((rows, num_packs), np.int64)
+  order_XY = np.empty((rows, items), np.int64)
+  for item_X in np.argsort(-weight_XY, axis=1, kind='stable').T:
+    open_XW = np.where(filled_XW < room, load_XW, np.inf)
+    pack_X = np.argmin(open_XW, axis=1)
+    at = row_X, pack_X
+    order_XY[row_X, pack_X * room + filled_XW[at]] = item_X
+    load_XW[at] += weight_XY[row_X, item_X]
+    filled_XW[at] += 1
+  return order_XY
+
+
+def _replicate(weight_XE, slots):
+  """Each expert once, then copies of those with the highest load a copy.
+
+  Returns the expert of each slot and its number among the copies [X, slots],
+  and how many each has [X, E].
+  """
+  rows, experts = weight_XE.shape
+  row_X = np.arange(rows)
+  expert_XZ = np.tile(np.arange(slots), (rows, 1))
+  copy_XZ = np.zeros((rows, slots), np.int64)
+  count_XE = np.ones((rows, experts), np.int64)
+  for slot in range(experts, slots):
+    expert_X = np.argmax(weight_XE / count_XE, axis=1)
+    expert_XZ[:, slot] = expert_X
+    copy_XZ[:, slot] = count_XE[row_X, expert_X]
+    count_XE[row_X, expert_X] += 1
+  return expert_XZ, copy_XZ, count_XE
+
+
+def _relative(weight_LE):
+  """Weights below 1 by a power of two for each layer: no sum overflows."""
+  _, exponent_L1 = np.frexp(np.max(weight_LE, axis=1, keepdims=True))
+  return np.ldexp(weight_LE, -exponent_L1)
+
+
+def _check_weights(weight_LE):
+  """As float64; raises unless it is a matrix of finite numbers >= 0."""
+  weight_LE = np.asarray(weight_LE)
+  shape, kind = weight_LE.shape, weight_LE.dtype.kind
+  if kind not in 'iuf' or len(shape) != 2 or not weight_LE.size:
+    raise errors.InputError(
+      f'weight_LE is {weight_LE.dtype} {list(shape)}, it must be numbers '
+      '[layers, experts], one or more of each'
+    )
+  wrong_LE = ~(np.isfinite(weight_LE) & (weight_LE >= 0))
+  if np.any(wrong_LE):
+    layer, expert = np.argwhere(wrong_LE)[0]
+    raise errors.InputError(
+      f'weight_LE[{layer}, {expert}]={weight_LE[layer, expert]} must be finite '
+      'and >= 0'
+    )
+  return weight_LE.astype(np.float64)
+
+
+def _check_sizes(experts, num_replicas, num_groups, num_nodes, num_gpus):
+  _check_positive('num_nodes', num_nodes)
+  _check_multiple(
+    'num_gpus', num_gpus, num_nodes, f'a multiple of num_nodes = {num_nodes}'
+  )
+  if num_groups < 1 or experts % num_groups:
+    legal = [n for n in range(1, experts + 1) if experts % n == 0]
+    below = [n for n in legal if n < num_groups][-1:]
+    near = below + [n for n in legal if n > num_groups][:1]
+    raise errors.InputError(
+      f'num_groups={num_groups} must divide the {experts} experts: '
+      f'{_nearest(near)}'
+    )
+  rule = f'a multiple of num_gpus = {num_gpus} and >= the {experts} experts'
+  _check_multiple('num_replicas', num_replicas, num_gpus, rule, experts)
+
+
+def _check_positive(name, value):
+  if value < 1:
+    raise errors.InputError(f'{name}={value} must be >= 1')
+
+
+def _check_multiple(name, value, step, rule, least=1):
+  """Legal are the multiples of `step` that are at least `least`."""
+  if value >= least and value % step == 0:
+    return
+  first = -(-least // step) * step
+  below = value - value % step
+  near = [below, below + step] if below >= first else [first]
+  raise errors.InputError(f'{name}={value} must be {rule}: {_nearest(near)}')
+
+
+def _nearest(legal):
+  told = ' and '.join(map(str, legal))
+  return f'{told} {"are" if len(legal) > 1 else "is"} the nearest'
