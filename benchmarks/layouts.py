@@ -4,7 +4,10 @@ Question: loss, gradients, updated weights and router biases of a step on a mesh
 beside those of one device: how far apart, relative to the largest entry of each
 array? (Wanted: 2e-6 in f32; biases equal to the bit after five steps.)
 
-  dsv3 bench layouts [--only=TEXT] [--steps=5] [--json] [--output=FILE]
+  dsv3 bench layouts [--only=TEXT] [--steps=5] [--rows=FILE] [--json]
+    [--output=FILE]
+
+It takes an hour or two; with `--rows` it goes on after the last row of FILE.
 
 Eight layers (one dense), eight experts in four groups, MTP, clipping active, on
 eight devices: fake ones on a CPU. Gradients are read from AdamW's first moment.
@@ -258,7 +261,10 @@ def main(argv: list[str] | None = None) -> int:
   if len(jax.devices()) < 8:
     parser.error(f'eight devices are needed, {len(jax.devices())} are here')
   rows = report.Rows(args)
-  for case in cases:
+  if args.rows is not None and args.rows.exists():
+    rows.extend(report.read_rows(args.rows.read_text().splitlines()))
+  known = {row['layout'] for row in rows}
+  for case in (case for case in cases if case.name not in known):
     cfg, begun = make_config(case.axes, case.changes), time.monotonic()
     row = {'layout': case.name, 'precision': cfg.precision}
     row |= compare(cfg, args.steps)
