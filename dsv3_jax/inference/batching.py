@@ -7,6 +7,7 @@ tokens and pages of a step are rounded up to a few sizes, each compiled once.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -48,6 +49,14 @@ class Request:
     return self.job.tokens[len(self.prompt) :]
 
 
+class Told(NamedTuple):
+  """A new token of a request, its last or not."""
+
+  request: Request
+  token: int
+  is_last: bool
+
+
 class Session:
   """Requests on one set of steps, with one cache."""
 
@@ -81,18 +90,32 @@ class Session:
     """Puts a request into the queue.
 
     Raises:
-      InputError: no token is asked for, `check_prompt` refuses it, or it needs
-        more pages than there are.
+      InputError: as `check`.
     """
-    if max_new_tokens < 1:
-      raise errors.InputError(f'max_new_tokens={max_new_tokens} must be >= 1')
-    check_prompt(self.steps.cfg.model, prompt, max_new_tokens)
+    self.check(prompt, max_new_tokens)
     job = self.scheduler.add(prompt, max_new_tokens)
     key = jax.random.fold_in(jax.random.key(draw.seed), draw.stream)
     key_2 = np.asarray(jax.random.key_data(key))
     request = Request(list(prompt), draw, frozenset(stop_ids), job, key_2)
     self._requests[job] = request
     return request
+
+  def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Whether `submit` would take it; from any thread.
+
+    Raises:
+      InputError: no token is asked for, `check_prompt` refuses it, or it needs
+        more pages than there are.
+    """
+    if max_new_tokens < 1:
+      raise errors.InputError(f'max_new_tokens={max_new_tokens} must be >= 1')
+    check_prompt(self.steps.cfg.model, prompt, max_new_tokens)
+    self.scheduler.check(len(prompt), max_new_tokens)
+
+  def room(self, length: int) -> int:
+    """How many tokens may follow a prompt of so many."""
+    places = self.pool.count * self.pool.size
+    return min(self.steps.cfg.model.max_seq_len, places) - length
 
   def cancel(self, request: Request) -> None:
     """Ends a request that nobody waits for any more."""
@@ -102,11 +125,11 @@ class Session:
   def is_idle(self) -> bool:
     return self.scheduler.is_idle
 
-  def step(self) -> list[Request]:
-    """One chunk and one token of all others; requests that got a token."""
+  def step(self) -> list[Told]:
+    """One chunk of prompts, and one token of every row behind its prompt."""
     return self.prefill() + self.decode()
 
-  def prefill(self) -> list[Request]:
+  def prefill(self) -> list[Told]:
     """The prefill of a step alone."""
     found = self.scheduler.prefill()
     if found is None:
@@ -116,35 +139,34 @@ class Session:
     longest = max(found.counts, default=0)
     return self._run(found, run, PAGE * _round_up(-(-longest // PAGE)))
 
-  def decode(self) -> list[Request]:
+  def decode(self) -> list[Told]:
     """The rest of a step."""
     found = self.scheduler.decode()
     return [] if found is None else self._run(found, self.steps.extend, 1)
 
-  def _run(self, found: scheduler.Step, run, width: int) -> list[Request]:
+  def _run(self, found: scheduler.Step, run, width: int) -> list[Told]:
     self._caches = self.steps.copy(found.copies, self._caches)
     if not found.jobs:
       return []
     rows, draws = self._arrays(found, width)
     next_B, self._caches = run(rows, self._caches, draws)
-    told = []
-    ends = [
-      job.missing == count
-      for job, count in zip(found.jobs, found.counts, strict=True)
-    ]
+    pairs = list(zip(found.jobs, found.counts, strict=True))
+    ends = [job.missing == count for job, count in pairs]
     new = np.asarray(next_B).tolist() if any(ends) else []
-    for b, (job, count) in enumerate(
-      zip(found.jobs, found.counts, strict=True)
-    ):
+    told = []
+    for b, (job, count) in enumerate(pairs):
       self.scheduler.done(job, count)
-      if not ends[b]:
-        continue
-      request = self._requests[job]
-      job.tokens.append(new[b])
-      told.append(request)
-      if new[b] in request.stop_ids or len(job.tokens) == job.most:
-        self._end(request)
+      if ends[b]:
+        told.append(self._add(self._requests[job], new[b]))
     return told
+
+  def _add(self, request: Request, token: int) -> Told:
+    job = request.job
+    job.tokens.append(token)
+    is_last = token in request.stop_ids or len(job.tokens) == job.most
+    if is_last:
+      self._end(request)
+    return Told(request, token, is_last)
 
   def _arrays(self, found: scheduler.Step, width: int):
     """What the compiled step takes, rounded up to sizes that it knows."""

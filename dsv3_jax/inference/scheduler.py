@@ -72,19 +72,24 @@ class Scheduler:
   def is_idle(self) -> bool:
     return not (self.waiting or self.running)
 
-  def add(self, prompt: Sequence[int], max_new_tokens: int) -> Job:
-    """Puts a request at the end of the queue.
+  def check(self, length: int, max_new_tokens: int) -> None:
+    """Whether a request of these sizes can be added.
 
     Raises:
       InputError: it would not fit if it were alone.
     """
-    most = len(prompt) + max_new_tokens
+    most = length + max_new_tokens
     room = self.pool.count * self.pool.size
     if most > room:
       raise errors.InputError(
-        f'a prompt of {len(prompt)} tokens with max_new_tokens='
-        f'{max_new_tokens} needs {most} places in the cache, which has {room}'
+        f'a prompt of {length} tokens with max_new_tokens={max_new_tokens} '
+        f'needs {most} places in the cache, which has {room}'
       )
+
+  def add(self, prompt: Sequence[int], max_new_tokens: int) -> Job:
+    """Puts a request at the end of the queue; raises as `check`."""
+    self.check(len(prompt), max_new_tokens)
+    most = len(prompt) + max_new_tokens
     job = Job(list(prompt), most, next(self._numbers))
     self.waiting.append(job)
     return job
