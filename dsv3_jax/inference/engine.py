@@ -48,6 +48,7 @@ class Engine:
     max_new_tokens: int,
     *,
     temperature: float = 0.0,
+    top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
     stop_id: int = -1,
@@ -71,7 +72,11 @@ class Engine:
       least_pages=max(each),
     )
     draw = functools.partial(
-      batching.Draw, temperature=temperature, top_p=top_p, seed=seed
+      batching.Draw,
+      temperature=temperature,
+      top_k=top_k,
+      top_p=top_p,
+      seed=seed,
     )
     requests = [
       session.submit(prompt, max_new_tokens, draw(stream=b), [stop_id])
