@@ -12,12 +12,18 @@ import pkgutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from dsv3_jax import cli_schedule, config, errors, processes, supervise
+from dsv3_jax import (
+  cli_generate,
+  cli_schedule,
+  config,
+  errors,
+  processes,
+  supervise,
+)
 
 _EXPORT_DTYPES = ['float32', 'bfloat16', 'fp8']
 
@@ -179,75 +185,9 @@ def inspect(values: flags.FlagValues) -> None:
     print(f'{flops.render(*shape)}\n\n{memory.render(*kept)}')
 
 
-def _checkpoint_flags(values: flags.FlagValues) -> None:
-  add = {'flag_values': values}
-  flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.', **add)
-  flags.DEFINE_integer('step', -1, 'Committed step; -1: the newest.', **add)
-  flags.DEFINE_boolean('ema', False, 'The average of the weights.', **add)
-
-
-def _load(values: flags.FlagValues, dtype: str = 'float32') -> Any:
-  if not values.checkpoint:
-    raise errors.InputError('--checkpoint=DIR is missing')
-  import dsv3_jax
-
-  return dsv3_jax.load(
-    values.checkpoint, dtype, step=values.step, ema=values.ema
-  )
-
-
-def _define_generate(values: flags.FlagValues, argv: list[str]) -> None:
-  del argv
-  _checkpoint_flags(values)
-  add = {'flag_values': values}
-  flags.DEFINE_multi_string('prompt', [], 'Text; may be repeated.', **add)
-  flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to add at most.', **add)
-  flags.DEFINE_float('temperature', 0.7, '0 is greedy.', **add)
-  flags.DEFINE_float('top_p', 0.95, 'Mass of the nucleus; 1 is all.', **add)
-  flags.DEFINE_integer('seed', 0, 'Of the draws.', **add)
-  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], '', **add)
-  flags.DEFINE_boolean('json', False, 'One JSON object a prompt.', **add)
-
-
-def generate(values: flags.FlagValues) -> None:
-  """Continues prompts with the latent cache; prints tokens per second."""
-  if not 0 <= values.temperature < float('inf'):
-    raise errors.InputError(
-      f'temperature={values.temperature} must be >= 0 and finite'
-    )
-  if not 0 <= values.seed < 2**32:
-    raise errors.InputError(f'seed={values.seed} must be in [0, 2**32)')
-  if not 0 < values.top_p <= 1:
-    raise errors.InputError(f'top_p={values.top_p} must be in (0, 1]')
-  loaded = _load(values, values.dtype)
-  prompts = values.prompt or ['']
-  encode = loaded.tokenizer.encode
-  made = loaded.engine.generate(
-    [encode(prompt, add_bos=True).tolist() for prompt in prompts],
-    values.max_new_tokens,
-    temperature=values.temperature,
-    top_p=values.top_p,
-    seed=values.seed,
-    stop_id=loaded.tokenizer.eos_id,
-  )
-  speed = {
-    'prefill_seconds': made.prefill_seconds,
-    'decode_seconds': made.decode_seconds,
-    'tokens_per_second': made.tokens_per_second,
-  }
-  for prompt, row in zip(prompts, made.tokens, strict=True):
-    text = loaded.tokenizer.decode(row, skip_special=True)
-    if values.json:
-      print(json.dumps({'prompt': prompt, 'text': text} | speed))
-    else:
-      print(f'{prompt}{text}\n')
-  if not values.json:
-    print(f'{speed["tokens_per_second"]:.1f} tokens/s')
-
-
 def _define_eval(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
-  _checkpoint_flags(values)
+  cli_generate.checkpoint_flags(values)
   add = {'flag_values': values}
   flags.DEFINE_multi_string(
     'task', ['heldout', 'baselines'], 'heldout, baselines.', **add
@@ -264,7 +204,7 @@ def evaluate(values: flags.FlagValues) -> None:
     if task not in evaluators.EVALUATORS:
       known = ', '.join(evaluators.EVALUATORS)
       raise errors.InputError(f'task={task!r} must be one of: {known}')
-  loaded = _load(values)
+  loaded = cli_generate.load(values)
   text = corpus.open_corpus(loaded.config.data)
   about = evaluators.Evaluation(
     cfg=loaded.config,
@@ -285,7 +225,7 @@ def evaluate(values: flags.FlagValues) -> None:
 
 def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
-  _checkpoint_flags(values)
+  cli_generate.checkpoint_flags(values)
   add = {'flag_values': values}
   flags.DEFINE_string('output', None, 'Folder to make.', **add)
   flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, 'Of matrices.', **add)
@@ -385,7 +325,9 @@ def bench(argv: list[str]) -> int:
 COMMANDS = {
   'train': (train, _define_train),
   'inspect': (inspect, _define_inspect),
-  'generate': (generate, _define_generate),
+  'generate': (cli_generate.generate, cli_generate.define_generate),
+  'chat': (cli_generate.chat, cli_generate.define_chat),
+  'serve': (cli_generate.serve, cli_generate.define_serve),
   'eval': (evaluate, _define_eval),
   'export': (export, _define_export),
   'import': (import_, _define_import),

@@ -1,47 +1,70 @@
-"""The next token from logits: greedy, temperature, nucleus (top-p)."""
+"""The next token from logits: greedy, temperature, top-k, nucleus (top-p)."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
+
+
+class Draws(NamedTuple):
+  """How each row draws.
+
+  keys_B2: of PRNG keys, `jax.random.key_data`; a row's draws do not depend on
+  other rows. temperature_B: 0 is greedy. top_k_B: of the k likeliest tokens; 0
+  is all. top_p_B: of these the fewest whose share of their mass reaches it; 1
+  keeps all.
+  """
+
+  keys_B2: UInt32[Array, 'B 2']
+  temperature_B: Float[Array, 'B']
+  top_k_B: Int[Array, 'B']
+  top_p_B: Float[Array, 'B']
 
 
 def sample(
-  logits_BV: Float[Array, 'B V'],
-  keys_B: Array,
-  temperature: Float[Array, ''],
-  top_p: Float[Array, ''],
+  logits_BV: Float[Array, 'B V'], draws: Draws, place_B: Int[Array, 'B']
 ) -> Int[Array, 'B']:
-  """One token a row; each row draws from a key of its own.
+  """One token a row.
 
   Args:
-    keys_B: PRNG keys; a row's draw does not depend on the other rows.
-    temperature: 0 is greedy. top_p: the smallest set of tokens whose mass
-      reaches it is kept; 1 keeps all.
+    place_B: of the last token in its row; the same place draws the same.
   """
   with jax.named_scope('sample'):
+    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    is_random_B = draws.temperature_B > 0
     return jax.lax.cond(
-      temperature > 0,
-      lambda: _draw(logits_BV / temperature, keys_B, top_p),
-      lambda: jnp.argmax(logits_BV, axis=-1).astype(jnp.int32),
+      jnp.any(is_random_B),
+      lambda: jnp.where(
+        is_random_B, _draw(logits_BV, draws, place_B), greedy_B
+      ),
+      lambda: greedy_B,
     )
 
 
-def _draw(logits_BV: Float[Array, 'B V'], keys_B, top_p) -> Int[Array, 'B']:
-  """One draw a row from its nucleus."""
-  kept_BV = jnp.where(_nucleus(logits_BV, top_p), logits_BV, -jnp.inf)
+def _draw(logits_BV, draws: Draws, place_B) -> Int[Array, 'B']:
+  """One draw a row from what is kept of its distribution."""
+  keys_B = jax.random.wrap_key_data(draws.keys_B2)
+  keys_B = jax.vmap(jax.random.fold_in)(keys_B, place_B)
+  temperature_B = jnp.where(draws.temperature_B > 0, draws.temperature_B, 1.0)
+  logits_BV /= temperature_B[:, None]
+  kept_BV = jnp.where(_kept(logits_BV, draws), logits_BV, -jnp.inf)
   drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
   return drawn_B.astype(jnp.int32)
 
 
-def _nucleus(logits_BV: Float[Array, 'B V'], top_p) -> Array:
-  """True on the most likely tokens, as few as reach a mass of top_p."""
+def _kept(logits_BV: Float[Array, 'B V'], draws: Draws) -> Array:
+  """True on the tokens that may be drawn."""
+  top_k_B1, top_p_B1 = draws.top_k_B[:, None], draws.top_p_B[:, None]
   probs_BV = jax.nn.softmax(logits_BV, axis=-1)
   sorted_BV = jnp.sort(probs_BV, axis=-1, descending=True)
+  rank_V = jnp.arange(sorted_BV.shape[1])
+  top_BV = (top_k_B1 <= 0) | (rank_V < top_k_B1)
+  mass_B1 = jnp.sum(sorted_BV, axis=-1, keepdims=True, where=top_BV)
+  mass_B1 = jnp.where(top_k_B1 <= 0, 1.0, mass_B1)
   before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-  count_B1 = jnp.sum(before_BV < top_p, axis=-1, keepdims=True)
-  # At least the first is kept, and all that tie with the last one kept.
-  last_B1 = jnp.take_along_axis(
-    sorted_BV, jnp.maximum(count_B1, 1) - 1, axis=-1
-  )
   # Sums in f32 reach 1 before the last tokens; 1 is to keep these too.
-  return (probs_BV >= last_B1) | (top_p >= 1.0)
+  top_BV &= (before_BV < top_p_B1 * mass_B1) | (top_p_B1 >= 1.0)
+  # At least the first is kept, and all that tie with the last one kept.
+  count_B1 = jnp.maximum(jnp.sum(top_BV, axis=-1, keepdims=True), 1)
+  return probs_BV >= jnp.take_along_axis(sorted_BV, count_B1 - 1, axis=-1)

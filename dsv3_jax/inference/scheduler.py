@@ -2,8 +2,9 @@
 
 A request's tokens are its prompt and what was generated so far; its row of the
 cache holds the first of them. What is not in the cache yet is computed: many
-tokens in chunks (prefill), the last one together with those of other requests
-(decode). Requests join and leave between steps, in order of arrival.
+tokens, or the first, in chunks (prefill), the last one together with those of
+other requests (decode). Requests join and leave between steps, in order of
+arrival.
 
 Where pages run out, the request that came last gives back all of its own and
 waits at the head of the queue; its tokens are computed anew later, apart from
@@ -71,19 +72,24 @@ class Scheduler:
   def is_idle(self) -> bool:
     return not (self.waiting or self.running)
 
-  def add(self, prompt: Sequence[int], max_new_tokens: int) -> Job:
-    """Puts a request at the end of the queue.
+  def check(self, length: int, max_new_tokens: int) -> None:
+    """Whether a request of these sizes can be added.
 
     Raises:
       InputError: it would not fit if it were alone.
     """
-    most = len(prompt) + max_new_tokens
+    most = length + max_new_tokens
     room = self.pool.count * self.pool.size
     if most > room:
       raise errors.InputError(
-        f'a prompt of {len(prompt)} tokens with max_new_tokens='
-        f'{max_new_tokens} needs {most} places in the cache, which has {room}'
+        f'a prompt of {length} tokens with max_new_tokens={max_new_tokens} '
+        f'needs {most} places in the cache, which has {room}'
       )
+
+  def add(self, prompt: Sequence[int], max_new_tokens: int) -> Job:
+    """Puts a request at the end of the queue; raises as `check`."""
+    self.check(len(prompt), max_new_tokens)
+    most = len(prompt) + max_new_tokens
     job = Job(list(prompt), most, next(self._numbers))
     self.waiting.append(job)
     return job
@@ -98,26 +104,36 @@ class Scheduler:
       job.row = None
 
   def prefill(self) -> Step | None:
-    """A chunk of the oldest job of whose tokens more than one is missing."""
-    copies = self._admit()
+    """A chunk of the oldest job that is not ready to decode.
+
+    Younger ones come along if theirs fit into the chunk too, all padded to the
+    longest and to whole pages; jobs that have nothing in the cache, and those
+    that have, not together.
+    """
+    copies, jobs, counts = self._admit(), [], []
     for job in self.running:
-      if job.missing > 1:
-        return Step([job], [min(job.missing, self.chunk)], copies)
-    return Step([], [], copies) if copies else None
+      if _decodes(job) or (jobs and _is_new(job) != _is_new(jobs[0])):
+        continue
+      count = min(job.missing, self.chunk)
+      longest = self.pool.size * self.pool.pages_for(max([count, *counts]))
+      if jobs and longest * (len(jobs) + 1) > self.chunk:
+        break
+      jobs.append(job)
+      counts.append(count)
+    return Step(jobs, counts, copies) if jobs or copies else None
 
   def decode(self) -> Step | None:
     """The last token of all jobs that miss no other."""
     jobs, copies = [], []
     for job in list(self.running):
-      if job.row is None or job.missing > 1:  # has just lost its pages
-        continue
-      while job.row is not None:
+      while job.row is not None and _decodes(job):
         try:
           copies += self.pool.extend(job.row, len(job.tokens))
-          jobs.append(job)
-          break
         except pages.OutOfPages:
           self._preempt(self.running[-1])
+        else:
+          jobs.append(job)
+          break
     jobs = [job for job in jobs if job.row is not None]
     return Step(jobs, [1] * len(jobs), copies) if jobs else None
 
@@ -148,3 +164,13 @@ class Scheduler:
     job.row = None
     bisect.insort(self.waiting, job, key=lambda other: other.number)
     self.preempted += 1
+
+
+def _is_new(job: Job) -> bool:
+  """Nothing of it is in the cache."""
+  return job.row.length == 0
+
+
+def _decodes(job: Job) -> bool:
+  """All but its last token are in the cache."""
+  return job.missing == 1 and not _is_new(job)

@@ -19,7 +19,8 @@ class Context(NamedTuple):
   cos_BTr, sin_BTr: rotations of the positions of this device's tokens.
   valid_BS: f32, 0 on padding. segments_BS: int32, or None when tokens may
   attend across samples; both of whole rows, of which a device on `context` has
-  a part. index_BT: int32, where each token lies in the cache, or None without.
+  a part. index_BT: int32, place of each token in its row, or None without a
+  cache; negative ones belong to no row. table_Bb: int32, pages of the rows.
   """
 
   cos_BTr: Array
@@ -27,6 +28,7 @@ class Context(NamedTuple):
   valid_BS: Array
   segments_BS: Array | None
   index_BT: Array | None
+  table_Bb: Array | None
 
 
 def make_context(
@@ -35,25 +37,29 @@ def make_context(
   valid_BS: Float[Array, 'B S'],
   segments_BS: Int[Array, 'B S'] | None = None,
   index_BT: Int[Array, 'B T'] | None = None,
+  table_Bb: Int[Array, 'B b'] | None = None,
 ) -> Context:
   """Context of whole rows whose tokens have the given rotary positions."""
   cos_BTr, sin_BTr = rope.tables(cfg, sharding.own_tokens(positions_BS))
-  return Context(cos_BTr, sin_BTr, valid_BS, segments_BS, index_BT)
+  return Context(cos_BTr, sin_BTr, valid_BS, segments_BS, index_BT, table_Bb)
 
 
 class Cache(NamedTuple):
-  """Latents of all layers of one stack; key s of a row lies at index s."""
+  """Latents of all layers of one stack, in p pages of s tokens.
 
-  c_LBSC: Array
-  k_rope_LBSR: Array
+  Key i of row r is in page table_Bb[r, i // s], at place i % s.
+  """
+
+  c_LpsC: Array
+  k_rope_LpsR: Array
 
 
 def empty_cache(
-  cfg: config.ModelConfig, num_layers: int, batch: int, length: int, dtype
+  cfg: config.ModelConfig, num_layers: int, pages: int, size: int, dtype
 ) -> Cache:
-  """A cache of zeros for `length` tokens a row."""
+  """A cache of zeros: pages of `size` tokens."""
   mla_cfg = cfg.mla
-  shape = (num_layers, batch, length)
+  shape = (num_layers, pages, size)
   return Cache(
     jnp.zeros((*shape, mla_cfg.kv_lora_rank), dtype),
     jnp.zeros((*shape, mla_cfg.qk_rope_head_dim), dtype),
@@ -97,11 +103,11 @@ class LatentAttention(nn.Module):
     axes = ('kv_latent', 'heads', 'head_dim')
     w_uk_CNH = self._weight('w_uk', (*up, m.qk_nope_head_dim), *axes)
     w_uv_CNU = self._weight('w_uv', (*up, m.v_head_dim), *axes)
-    cache = _write(cache, latents, context.index_BT, layer)
+    cache = _write(cache, latents, context, layer)
     scale, packed = rope.softmax_scale(cfg), None
     if self.absorbed:
       q_nope, q_rope = mla.split_query(q_BTNX, cos, sin)
-      cached = mla.Latents(cache.c_LBSC[layer], cache.k_rope_LBSR[layer])
+      cached = _read(cache, context.table_Bb, layer)
       length = cached.c_BSC.shape[1]
       mask_BTS = jnp.arange(length) <= context.index_BT[:, :, None]
       o_BTNU = mla.attend_absorbed(
@@ -157,15 +163,28 @@ class LatentAttention(nn.Module):
 def _write(
   cache: Cache | None,
   latents: mla.Latents,
-  index_BT: Int[Array, 'B T'] | None,
+  context: Context,
   layer: Int[Array, ''],
 ) -> Cache | None:
-  """Puts latents at their indices; those past the end are dropped."""
+  """Puts latents at their indices; those of no row or past its pages go."""
   if cache is None:
     return None
-  rows_B1 = jnp.arange(index_BT.shape[0])[:, None]
-  at = (layer, rows_B1, index_BT)
-  return Cache(
-    cache.c_LBSC.at[at].set(latents.c_BSC, mode='drop'),
-    cache.k_rope_LBSR.at[at].set(latents.k_rope_BSR, mode='drop'),
+  _, pages, size, _ = cache.c_LpsC.shape
+  index_BT, table_Bb = context.index_BT, context.table_Bb
+  page_BT = jnp.take_along_axis(
+    table_Bb, index_BT // size, axis=1, mode='fill', fill_value=pages
   )
+  page_BT = jnp.where(index_BT < 0, pages, page_BT)
+  at = (layer, page_BT, index_BT % size)
+  return Cache(
+    cache.c_LpsC.at[at].set(latents.c_BSC, mode='drop'),
+    cache.k_rope_LpsR.at[at].set(latents.k_rope_BSR, mode='drop'),
+  )
+
+
+def _read(
+  cache: Cache, table_Bb: Int[Array, 'B b'], layer: Int[Array, '']
+) -> mla.Latents:
+  """The rows' latents, page after page."""
+  rows = lambda x: x[layer, table_Bb].reshape(len(table_Bb), -1, x.shape[-1])
+  return mla.Latents(rows(cache.c_LpsC), rows(cache.k_rope_LpsR))

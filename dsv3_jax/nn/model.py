@@ -123,17 +123,19 @@ class Model(nn.Module):
     tokens_BT: Int[Array, 'B T'],
     index_BT: Int[Array, 'B T'],
     last_B: Int[Array, 'B'],
+    table_Bb: Int[Array, 'B b'],
     router: Router,
     caches: Caches,
   ) -> tuple[Float[Array, 'B V'], Caches]:
     """Logits after token `last_B` of each row; latents go into the caches.
 
     Args:
-      index_BT: place of each token in its row, also its rotary position.
+      index_BT: place of each token in its row, also its rotary position;
+        negative ones belong to no row. table_Bb: pages of each row.
     """
     valid_BT = jnp.ones(tokens_BT.shape, jnp.float32)
     context = attention.make_context(
-      self.cfg, index_BT, valid_BT, None, index_BT
+      self.cfg, index_BT, valid_BT, None, index_BT, table_Bb
     )
     raw_BTD, caches, _ = self._stacks(tokens_BT, router, context, caches)
     raw_BD = jnp.take_along_axis(raw_BTD, last_B[:, None, None], axis=1)

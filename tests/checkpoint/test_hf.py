@@ -23,7 +23,7 @@ from transformers.models.deepseek_v3 import modeling_deepseek_v3
 import dsv3_jax
 from dsv3_jax import config
 from dsv3_jax.checkpoint import export, hf, hf_config
-from dsv3_jax.inference import engine
+from dsv3_jax.inference import engine, steps
 from dsv3_jax.nn import model
 from experiments import v3_671b
 from tests.checkpoint import exchanged
@@ -111,15 +111,17 @@ def check_cached(cfg, params, router, tokens_BT, out):
     jax.jit(functools.partial(model.build(cfg, **how).apply, method='cached'))
     for how in ({}, {'absorbed': True})
   ]
-  caches = engine.empty_caches(cfg.model, *tokens_BT.shape, jnp.float32)
+  # A page a row.
+  caches = steps.empty_caches(cfg.model, *tokens_BT.shape, jnp.float32)
+  table_B1 = jnp.arange(len(tokens_BT))[:, None]
   close = {'rtol': 0, 'atol': 1e-5}
   begin, end = 0, tokens_BT.shape[1] - 3
   while begin < tokens_BT.shape[1]:
     part_BT = tokens_BT[:, begin:end]
     index_BT = jnp.broadcast_to(jnp.arange(begin, end), part_BT.shape)
     last_B = jnp.full(len(part_BT), end - begin - 1)
-    args = ({'params': params}, part_BT, index_BT, last_B, router, caches)
-    logits_BV, caches = apply[begin > 0](*args)
+    args = ({'params': params}, part_BT, index_BT, last_B, table_B1)
+    logits_BV, caches = apply[begin > 0](*args, router, caches)
     want_BV = out.logits[:, end - 1].numpy()
     np.testing.assert_allclose(logits_BV, want_BV, **close)
     begin, end = end, end + 1
@@ -127,11 +129,11 @@ def check_cached(cfg, params, router, tokens_BT, out):
   ours = jax.tree.map(lambda *x: np.concatenate(x), *caches)
   for i, layer in enumerate(theirs_cache.layers):
     c_BSC, r_BSR = layer.keys[:, 0].numpy(), layer.values[:, 0].numpy()
-    np.testing.assert_allclose(ours.c_LBSC[i], c_BSC, **close)
+    np.testing.assert_allclose(ours.c_LpsC[i], c_BSC, **close)
     # transformers turns pairs into halves before it rotates.
     halves = r_BSR.reshape(*r_BSR.shape[:-1], 2, -1)
     pairs = np.moveaxis(halves, -2, -1).reshape(r_BSR.shape)
-    np.testing.assert_allclose(ours.k_rope_LBSR[i], pairs, **close)
+    np.testing.assert_allclose(ours.k_rope_LpsR[i], pairs, **close)
 
 
 @pytest.mark.parametrize('name', exchanged.CASES)

@@ -95,7 +95,7 @@ def test_casting_once_is_casting_at_every_use():
   # Products take BF16; norms and the router's choice are f32 as in training.
   cfg = settings.small(precision='bf16', model__num_layers=2)
   params, router = map(models.f32, models.random_params(cfg))
-  cast = engine.Engine(cfg, params, router)._params
+  cast = engine.Engine(cfg, params, router).steps.params
   assert cast['head']['w'].dtype == jnp.bfloat16
   rows = np.random.default_rng(0).integers(0, VOCAB, (4, 12)).tolist()
   want_BTV = full_logits(cfg, params, router, rows)

@@ -9,13 +9,16 @@ from dsv3_jax.inference import sampling
 _DRAWS = 20_000
 
 
-def draw(probs_V, temperature, top_p, seed=0):
+def draw(probs_V, temperature, top_p, top_k=0, seed=0):
   """Counts of many draws from one distribution."""
   logits = jnp.log(jnp.asarray(probs_V, jnp.float32))
-  keys = jax.random.split(jax.random.key(seed), _DRAWS)
   rows = jnp.broadcast_to(logits, (_DRAWS, len(probs_V)))
-  run = jax.jit(sampling.sample)
-  ids = run(rows, keys, jnp.float32(temperature), jnp.float32(top_p))
+  each = lambda x: jnp.full(_DRAWS, x)
+  keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(seed), _DRAWS))
+  how = sampling.Draws(
+    keys_B2, each(temperature), each(top_k), each(float(top_p))
+  )
+  ids = jax.jit(sampling.sample)(rows, how, each(7))
   return np.bincount(ids, minlength=len(probs_V))
 
 
@@ -41,3 +44,27 @@ def test_nucleus_is_cut_and_renormalised():
   probs = np.array([0.1, 0.4, 0.2, 0.3])
   want = np.array([0.0, 0.4, 0.2, 0.3]) / 0.9
   assert chi_squared(draw(probs, 1.0, 0.85), want) < 13.8  # 2 dof
+
+
+def test_top_k_is_cut_and_renormalised():
+  probs = np.array([0.1, 0.4, 0.2, 0.3])
+  want = np.array([0.0, 0.4, 0.0, 0.3]) / 0.7
+  assert chi_squared(draw(probs, 1.0, 1.0, top_k=2), want) < 10.8  # 1 dof
+  # The nucleus is one of what is left: 4/7 of it alone is less than 0.6.
+  assert chi_squared(draw(probs, 1.0, 0.6, top_k=2), want) < 10.8
+  counts = draw(probs, 1.0, 0.55, top_k=2)
+  assert counts.tolist() == [0, _DRAWS, 0, 0]
+
+
+def test_rows_draw_as_each_is_told():
+  """Greedy, hot and cut rows in one batch."""
+  logits_BV = jnp.log(jnp.array([[0.1, 0.6, 0.3]] * 3000))
+  keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(3), 3000))
+  kind_B = np.arange(3000) % 3
+  temperature_B = jnp.where(kind_B == 0, 0.0, 1.0)
+  top_k_B = jnp.where(kind_B == 2, 2, 0)
+  how = sampling.Draws(keys_B2, temperature_B, top_k_B, jnp.ones(3000))
+  ids = np.asarray(sampling.sample(logits_BV, how, jnp.zeros(3000, jnp.int32)))
+  assert set(ids[kind_B == 0]) == {1}
+  assert set(ids[kind_B == 1]) == {0, 1, 2}
+  assert set(ids[kind_B == 2]) == {1, 2}

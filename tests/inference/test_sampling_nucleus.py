@@ -9,8 +9,24 @@ from hypothesis import strategies as st
 
 from dsv3_jax.inference import sampling
 
-sample = jax.jit(sampling.sample)
-nucleus = jax.jit(sampling._nucleus)
+
+def draws(keys_B, temperature, top_p):
+  each = lambda x: jnp.full(len(keys_B), x)
+  return sampling.Draws(
+    jax.random.key_data(keys_B), each(temperature), each(0), each(top_p)
+  )
+
+
+@jax.jit
+def sample(logits_BV, keys_B, temperature, top_p):
+  how = draws(keys_B, temperature, top_p)
+  return sampling.sample(logits_BV, how, jnp.zeros(len(logits_BV), jnp.int32))
+
+
+@jax.jit
+def nucleus(logits_BV, top_p):
+  keys_B = jax.random.split(jax.random.key(0), len(logits_BV))
+  return sampling._kept(logits_BV, draws(keys_B, jnp.float32(1.0), top_p))
 
 
 def smallest_set(weights_V, numerator, denominator):

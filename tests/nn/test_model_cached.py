@@ -11,7 +11,9 @@ from dsv3_jax.nn import attention, model
 from tests import settings, tolerances
 from tests.nn import models
 
-LENGTH, SPACE = 12, 14
+LENGTH, SIZE = 12, 7
+SPACE = 2 * SIZE
+TABLE_Bb = np.array([[4, 0], [1, 5], [3, 2]])  # pages lie anyhow
 CASES = {
   'scanned': {},
   'unrolled_yarn_no_dense': {
@@ -31,9 +33,9 @@ def setup(name, **changes):
   return cfg, params, router, tokens_BT
 
 
-def empty(cfg, batch):
+def empty(cfg):
   def stack(count):
-    args = (cfg.model, count, batch, SPACE, model.compute_dtype(cfg))
+    args = (cfg.model, count, 6, SIZE, model.compute_dtype(cfg))
     return attention.empty_cache(*args)
 
   counts = (cfg.model.num_dense_layers, cfg.model.num_moe_layers)
@@ -70,14 +72,27 @@ def test_prefill_then_token_by_token(name, prefill_absorbed):
   full_BTV = full_logits(cfg, params, router, tokens_BT)
   lengths_B = np.array([2, 6, 5])  # prompts, padded on the right to 6
   index_BT = jnp.broadcast_to(jnp.arange(6), (3, 6))
-  args = (tokens_BT[:, :6], index_BT, jnp.array(lengths_B - 1), router)
+  args = (
+    tokens_BT[:, :6],
+    index_BT,
+    jnp.array(lengths_B - 1),
+    TABLE_Bb,
+    router,
+  )
   prefill = step(cfg, prefill_absorbed)
-  logits_BV, caches = prefill(params, *args, empty(cfg, 3))
+  logits_BV, caches = prefill(params, *args, empty(cfg))
   assert_rows_match(logits_BV, full_BTV, lengths_B - 1)
   zeros_B = jnp.zeros(3, jnp.int32)
   for at_B in (lengths_B + i for i in range(LENGTH - 6)):
     token_B1 = tokens_BT[jnp.arange(3), at_B][:, None]
-    args = (token_B1, jnp.array(at_B)[:, None], zeros_B, router, caches)
+    args = (
+      token_B1,
+      jnp.array(at_B)[:, None],
+      zeros_B,
+      TABLE_Bb,
+      router,
+      caches,
+    )
     logits_BV, caches = step(cfg, True)(params, *args)
     assert_rows_match(logits_BV, full_BTV, at_B)
 
@@ -86,12 +101,12 @@ def test_several_tokens_at_once_onto_a_cache():
   # As for verifying drafts: three new tokens see the cache and one another.
   cfg, params, router, tokens_BT = setup('scanned')
   full_BTV = full_logits(cfg, params, router, tokens_BT)
-  caches = empty(cfg, 3)
+  caches = empty(cfg)
   for start in range(0, LENGTH, 3):
     index_BT = jnp.broadcast_to(jnp.arange(start, start + 3), (3, 3))
     for last in range(3):
       piece_BT = tokens_BT[:, start : start + 3]
-      args = (piece_BT, index_BT, jnp.full(3, last), router, caches)
+      args = (piece_BT, index_BT, jnp.full(3, last), TABLE_Bb, router, caches)
       logits_BV, written = step(cfg, True)(params, *args)
       assert_rows_match(logits_BV, full_BTV, np.full(3, start + last))
     caches = written
@@ -101,26 +116,40 @@ def test_what_lies_behind_in_the_cache_is_not_seen():
   cfg, params, router, tokens_BT = setup('scanned')
   index_BT = jnp.broadcast_to(jnp.arange(4), (3, 4))
   last_B = jnp.full(3, 3)
-  args = (tokens_BT[:, :4], index_BT, last_B, router)
-  _, caches = step(cfg, False)(params, *args, empty(cfg, 3))
-  dirty = jax.tree.map(lambda c: c.at[:, :, 5:].set(1e4), caches)
+  args = (tokens_BT[:, :4], index_BT, last_B, TABLE_Bb, router)
+  _, caches = step(cfg, False)(params, *args, empty(cfg))
+  first, second = TABLE_Bb.T
+  soil = lambda c: c.at[:, first, 5:].set(1e4).at[:, second].set(1e4)
+  dirty = jax.tree.map(soil, caches)
   args = (tokens_BT[:, 4:5], jnp.full((3, 1), 4), jnp.zeros(3, jnp.int32))
-  clean_BV, _ = step(cfg, True)(params, *args, router, caches)
-  dirty_BV, _ = step(cfg, True)(params, *args, router, dirty)
+  clean_BV, _ = step(cfg, True)(params, *args, TABLE_Bb, router, caches)
+  dirty_BV, _ = step(cfg, True)(params, *args, TABLE_Bb, router, dirty)
   np.testing.assert_array_equal(dirty_BV, clean_BV)
 
 
 def test_the_cache_holds_c_plus_r_values_and_drops_what_is_past_its_end():
   cfg, params, router, tokens_BT = setup('scanned')
-  caches = empty(cfg, 3)
+  caches = empty(cfg)
   widths = [leaf.shape[-1] for leaf in jax.tree.leaves(caches.moe)]
   assert sum(widths) == cfg.model.mla.cache_width == 14
   index_BT = jnp.broadcast_to(jnp.arange(SPACE - 1, SPACE + 2), (3, 3))
-  args = (tokens_BT[:, :3], index_BT, jnp.zeros(3, jnp.int32), router, caches)
+  args = (tokens_BT[:, :3], index_BT, jnp.zeros(3, jnp.int32))
+  args += (TABLE_Bb, router, caches)
   _, written = step(cfg, False)(params, *args)
   for leaf in jax.tree.leaves(written):
-    changed_S = np.any(np.asarray(leaf), axis=(0, 1, 3))
-    np.testing.assert_array_equal(np.flatnonzero(changed_S), [SPACE - 1])
+    changed_ps = np.any(np.asarray(leaf), axis=(0, 3))
+    want = sorted([page, SIZE - 1] for page in TABLE_Bb[:, 1].tolist())
+    assert np.argwhere(changed_ps).tolist() == want
+
+
+def test_tokens_of_no_row_write_nothing():
+  cfg, params, router, tokens_BT = setup('scanned')
+  index_BT = jnp.array([[0, 1], [-1, -1], [0, -1]])
+  args = (tokens_BT[:, :2], index_BT, jnp.zeros(3, jnp.int32))
+  _, written = step(cfg, True)(params, *args, TABLE_Bb, router, empty(cfg))
+  for leaf in jax.tree.leaves(written):
+    changed = np.argwhere(np.any(np.asarray(leaf), axis=(0, 3))).tolist()
+    assert changed == [[3, 0], [4, 0], [4, 1]]
 
 
 def test_bf16_cache_stays_near_the_bf16_forward():
@@ -128,7 +157,7 @@ def test_bf16_cache_stays_near_the_bf16_forward():
   full_BTV = full_logits(cfg, params, router, tokens_BT)
   index_BT = jnp.broadcast_to(jnp.arange(LENGTH), (3, LENGTH))
   last_B = jnp.full(3, LENGTH - 1)
-  args = (tokens_BT, index_BT, last_B, router, empty(cfg, 3))
+  args = (tokens_BT, index_BT, last_B, TABLE_Bb, router, empty(cfg))
   logits_BV, caches = step(cfg, False)(params, *args)
   assert {c.dtype for c in jax.tree.leaves(caches)} == {jnp.dtype('bfloat16')}
   assert_rows_match(logits_BV, full_BTV, [LENGTH - 1] * 3, 'bfloat16')

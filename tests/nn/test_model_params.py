@@ -191,7 +191,9 @@ def test_the_absorbed_form_is_a_named_scope():
   caches = model.Caches(make(1), make(2))
   zeros = jnp.zeros((1, 1), jnp.int32)
   run = lambda p: net.apply(
-    {'params': p}, zeros, zeros, zeros[0], router, caches, method='cached'
+    {'params': p},
+    *(zeros, zeros, zeros[0], zeros, router, caches),
+    method='cached',
   )
   found = scopes(jax.jit(run).lower(params))
   assert {'attention_absorbed', 'q_proj', 'kv_down'} <= found

@@ -1,0 +1,193 @@
+"""The commands that make text: generate, chat, serve."""
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+from dsv3_jax import errors
+
+_PAGE = 64  # tokens
+
+
+def checkpoint_flags(values: flags.FlagValues) -> None:
+  """Which weights."""
+  add = {'flag_values': values}
+  flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.', **add)
+  flags.DEFINE_integer('step', -1, 'Committed step; -1: the newest.', **add)
+  flags.DEFINE_boolean('ema', False, 'The average of the weights.', **add)
+
+
+def load(values: flags.FlagValues, dtype: str = 'float32') -> Any:
+  """The model that `checkpoint_flags` name; see `dsv3_jax.load`."""
+  if not values.checkpoint:
+    raise errors.InputError('--checkpoint=DIR is missing')
+  import dsv3_jax
+
+  return dsv3_jax.load(
+    values.checkpoint, dtype, step=values.step, ema=values.ema
+  )
+
+
+def _draw_flags(values: flags.FlagValues) -> None:
+  add = {'flag_values': values}
+  checkpoint_flags(values)
+  flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to add at most.', **add)
+  flags.DEFINE_float('temperature', 0.7, '0 is greedy.', **add)
+  flags.DEFINE_float('top_p', 0.95, 'Mass of the nucleus; 1 is all.', **add)
+  flags.DEFINE_integer('top_k', 0, 'Of the k likeliest; 0 is all.', **add)
+  flags.DEFINE_integer('seed', 0, 'Of the draws.', **add)
+  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], '', **add)
+
+
+def _draws(values: flags.FlagValues) -> dict[str, Any]:
+  """Checked fields of a `batching.Draw`."""
+  if not 0 <= values.temperature < float('inf'):
+    raise errors.InputError(
+      f'temperature={values.temperature} must be >= 0 and finite'
+    )
+  if not 0 <= values.seed < 2**32:
+    raise errors.InputError(f'seed={values.seed} must be in [0, 2**32)')
+  if not 0 < values.top_p <= 1:
+    raise errors.InputError(f'top_p={values.top_p} must be in (0, 1]')
+  if not 0 <= values.top_k < 2**31:
+    raise errors.InputError(f'top_k={values.top_k} must be in [0, 2**31)')
+  return {k: values[k].value for k in ('temperature', 'top_k', 'top_p', 'seed')}
+
+
+def define_generate(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  _draw_flags(values)
+  add = {'flag_values': values}
+  flags.DEFINE_multi_string('prompt', [], 'Text; may be repeated.', **add)
+  flags.DEFINE_string(
+    'prompts', None, 'File of JSON lines with a "prompt" each.', **add
+  )
+  flags.DEFINE_boolean('json', False, 'One JSON object a prompt.', **add)
+
+
+def generate(values: flags.FlagValues) -> None:
+  """Continues prompts with the latent cache; prints tokens per second."""
+  draws = _draws(values)
+  prompts = list(values.prompt)
+  if values.prompts:
+    prompts += _read_prompts(pathlib.Path(values.prompts))
+  loaded = load(values, values.dtype)
+  prompts = prompts or ['']
+  encode = loaded.tokenizer.encode
+  made = loaded.engine.generate(
+    [encode(prompt, add_bos=True).tolist() for prompt in prompts],
+    values.max_new_tokens,
+    stop_id=loaded.tokenizer.eos_id,
+    **draws,
+  )
+  speed = {
+    'prefill_seconds': made.prefill_seconds,
+    'decode_seconds': made.decode_seconds,
+    'tokens_per_second': made.tokens_per_second,
+  }
+  as_json = values.json or values.prompts
+  for prompt, row in zip(prompts, made.tokens, strict=True):
+    text = loaded.tokenizer.decode(row, skip_special=True)
+    if as_json:
+      print(json.dumps({'prompt': prompt, 'text': text} | speed))
+    else:
+      print(f'{prompt}{text}\n')
+  if not as_json:
+    print(f'{speed["tokens_per_second"]:.1f} tokens/s')
+
+
+def _read_prompts(path: pathlib.Path) -> list[str]:
+  try:
+    lines = path.read_text(encoding='utf-8').splitlines()
+  except (OSError, UnicodeDecodeError) as error:
+    raise errors.InputError(f'prompts={path}: {error}') from error
+  found = []
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      row = json.loads(line)
+    except ValueError as error:
+      raise errors.InputError(f'{path}:{number} is no JSON') from error
+    if not isinstance(row, dict) or not isinstance(row.get('prompt'), str):
+      raise errors.InputError(
+        f'{path}:{number} must be an object with a string "prompt"'
+      )
+    found.append(row['prompt'])
+  if not found:
+    raise errors.InputError(f'prompts={path} has no prompt')
+  return found
+
+
+def define_chat(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  _draw_flags(values)
+  add = {'flag_values': values}
+  flags.DEFINE_string('system', '', 'What the model is told first.', **add)
+
+
+def chat(values: flags.FlagValues) -> None:
+  """Talks in the terminal; an empty line or end of input ends it."""
+  draws = _draws(values)
+  loaded = load(values, values.dtype)
+  from dsv3_jax.inference import batching, talk
+
+  draw = batching.Draw(**draws)
+  conversation = talk.Conversation(
+    loaded, draw, values.max_new_tokens, values.system
+  )
+  is_terminal = sys.stdin.isatty()
+  while True:
+    if is_terminal:
+      print('> ', end='', flush=True)
+    line = sys.stdin.readline().strip()
+    if not line:
+      return
+    for is_thought, piece in conversation.say(line):
+      dim = is_thought and sys.stdout.isatty()
+      print(f'\x1b[2m{piece}\x1b[0m' if dim else piece, end='', flush=True)
+    print(flush=True)
+
+
+def define_serve(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  checkpoint_flags(values)
+  add = {'flag_values': values}
+  flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.', **add)
+  flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any.', **add)
+  flags.DEFINE_string('name', '', 'Of the model; default: its folder.', **add)
+  flags.DEFINE_integer('max_rows', 16, 'Requests that run at a time.', **add)
+  flags.DEFINE_integer('max_waiting', 256, 'Requests that wait.', **add)
+  flags.DEFINE_integer('max_tokens', 4096, 'Of an answer at most.', **add)
+  flags.DEFINE_integer(
+    'cache_tokens', 0, 'Places of the cache; 0: two rows of full length.', **add
+  )
+  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], '', **add)
+
+
+def serve(values: flags.FlagValues) -> None:
+  """An OpenAI-compatible server; DSV3_API_KEY is the key, if it is set."""
+  for name in ('max_rows', 'max_waiting', 'max_tokens'):
+    if values[name].value < 1:
+      raise errors.InputError(f'{name}={values[name].value} must be >= 1')
+  if not 0 <= values.port < 2**16:
+    raise errors.InputError(f'port={values.port} must be in [0, 65536)')
+  if values.cache_tokens < 0:
+    raise errors.InputError(f'cache_tokens={values.cache_tokens} must be >= 0')
+  loaded = load(values, values.dtype)
+  from dsv3_jax.inference import serving
+
+  serving.run(
+    loaded,
+    address=(values.host, values.port),
+    name=values.name or pathlib.Path(values.checkpoint).resolve().name,
+    num_pages=-(-values.cache_tokens // _PAGE),
+    max_rows=values.max_rows,
+    max_waiting=values.max_waiting,
+    max_tokens=values.max_tokens,
+    api_key=os.environ.get('DSV3_API_KEY', ''),
+  )

@@ -1,0 +1,202 @@
+"""An HTTP server that OpenAI clients talk to: Starlette on one worker thread.
+
+  POST /v1/completions, /v1/chat/completions   also as server-sent events
+  GET  /v1/models, /health, /metrics (Prometheus), / (a page to try it)
+
+A client that goes away cancels its request. A full queue answers 429, a body
+that is too long 413, one that is wrong 400 with one line.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import importlib.resources
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette import applications, exceptions, requests, responses, routing
+
+from dsv3_jax import errors
+from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.inference import answers, api, telemetry, worker
+
+_MOST_BODY = 4 * 2**20  # bytes
+_ENDED = 'the model has ended'
+
+
+class Server:
+  """The endpoints of one model."""
+
+  def __init__(
+    self,
+    model: worker.Worker,
+    tokenizer: tokenizers.Tokenizer,
+    *,
+    name: str,
+    max_tokens: int,
+    api_key: str = '',
+  ):
+    """Args:
+    name: of the model, as clients see it. max_tokens: of an answer at most.
+      api_key: that clients must bear; none must if it is ''.
+    """
+    self.worker, self.tokenizer, self.name = model, tokenizer, name
+    self.max_tokens, self._key = max_tokens, api_key
+    self.started = int(time.time())
+    self.telemetry = telemetry.Telemetry(model)
+
+  def app(self) -> applications.Starlette:
+    route = routing.Route
+    return applications.Starlette(
+      routes=[
+        route('/v1/completions', self._completions, methods=['POST']),
+        route('/v1/chat/completions', self._chat, methods=['POST']),
+        route('/v1/models', self._models),
+        route('/health', self._health),
+        route('/metrics', self._metrics),
+        route('/', self._page),
+      ],
+      exception_handlers={
+        errors.InputError: _bad_input,
+        exceptions.HTTPException: _http_error,
+      },
+    )
+
+  # Endpoints.
+
+  async def _completions(self, request: requests.Request):
+    body = await self._body(request)
+    seed = secrets.randbits(32)
+    ask = api.completion(body, self.tokenizer, seed)
+    return await self._answer(request, ask, answers.Completion(self.name))
+
+  async def _chat(self, request: requests.Request):
+    body = await self._body(request)
+    ask = api.chat(body, self.tokenizer, secrets.randbits(32))
+    return await self._answer(request, ask, answers.Chat(self.name))
+
+  async def _models(self, request: requests.Request):
+    self._check_key(request)
+    one = {
+      'id': self.name,
+      'object': 'model',
+      'created': self.started,
+      'owned_by': 'dsv3-jax',
+    }
+    return responses.JSONResponse({'object': 'list', 'data': [one]})
+
+  async def _health(self, request: requests.Request):
+    is_well = self.worker.error is None
+    said = {'status': 'ok' if is_well else 'the model has failed'}
+    return responses.JSONResponse(said, 200 if is_well else 503)
+
+  async def _metrics(self, request: requests.Request):
+    kind = telemetry.CONTENT_TYPE
+    return responses.Response(self.telemetry.text(), media_type=kind)
+
+  async def _page(self, request: requests.Request):
+    files = importlib.resources.files('dsv3_jax.inference')
+    return responses.HTMLResponse((files / 'page.html').read_text('utf-8'))
+
+  # What they share.
+
+  def _check_key(self, request: requests.Request) -> None:
+    given = request.headers.get('authorization', '')
+    wanted = f'Bearer {self._key}'
+    if self._key and not hmac.compare_digest(given.encode(), wanted.encode()):
+      raise exceptions.HTTPException(401, 'the API key is missing or wrong')
+
+  async def _body(self, request: requests.Request) -> Any:
+    """The body as JSON; read no further than it may be long."""
+    self._check_key(request)
+    data = bytearray()
+    async for piece in request.stream():
+      data += piece
+      if len(data) > _MOST_BODY:
+        raise exceptions.HTTPException(
+          413, f'the body must have at most {_MOST_BODY} bytes'
+        )
+    try:
+      return json.loads(data)
+    except (ValueError, RecursionError) as error:
+      raise errors.InputError('the body must be JSON') from error
+
+  async def _answer(self, request, ask: api.Ask, form: answers.Form):
+    made = answers.Answers(self.worker, self.tokenizer, ask, self.max_tokens)
+    self._begin(made)
+    if ask.stream:
+      events = self._events(form, made)
+      return responses.StreamingResponse(events, media_type='text/event-stream')
+    watch = asyncio.create_task(_until_gone(request))
+    try:
+      whole = asyncio.create_task(form.collect(made))
+      done = {whole, watch}
+      await asyncio.wait(done, return_when=asyncio.FIRST_COMPLETED)
+      if not whole.done():
+        whole.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+          await whole
+        return responses.Response(status_code=499)
+      return responses.JSONResponse(await whole)
+    except worker.Closed as error:
+      raise exceptions.HTTPException(503, _ENDED) from error
+    finally:
+      watch.cancel()
+      made.cancel()
+
+  def _begin(self, made: answers.Answers) -> None:
+    """Submits the requests, or says why not."""
+    try:
+      made.begin()
+    except worker.Full as error:
+      raise exceptions.HTTPException(
+        429, 'too many requests wait: try again later', {'retry-after': '1'}
+      ) from error
+    except worker.Closed as error:
+      raise exceptions.HTTPException(503, _ENDED) from error
+
+  async def _events(
+    self, form: answers.Form, made: answers.Answers
+  ) -> AsyncIterator[str]:
+    """Server-sent events; a client that goes away ends this generator."""
+    event = lambda body: f'data: {json.dumps(body)}\n\n'
+    try:
+      for body in form.opening(len(made.tickets)):
+        yield event(body)
+      async for piece in made.pieces():
+        yield event(form.piece(piece))
+      if made.ask.with_usage:
+        yield event(form.usage(made))
+      yield 'data: [DONE]\n\n'
+    except worker.Closed:
+      yield event(_error_body(503, _ENDED))
+    finally:
+      made.cancel()
+
+
+async def _until_gone(request: requests.Request) -> None:
+  while not await request.is_disconnected():
+    await asyncio.sleep(0.2)
+
+
+def _error_body(status: int, message: str) -> dict:
+  kinds = {400: 'invalid_request_error', 401: 'authentication_error'}
+  kinds |= {413: 'invalid_request_error', 429: 'rate_limit_error'}
+  kind = kinds.get(status, 'server_error')
+  error = {'message': message, 'type': kind, 'param': None, 'code': None}
+  return {'error': error}
+
+
+def _error(status: int, message: str, headers=None) -> responses.JSONResponse:
+  return responses.JSONResponse(_error_body(status, message), status, headers)
+
+
+async def _bad_input(request, error: errors.InputError):
+  return _error(400, str(error))
+
+
+async def _http_error(request, error: exceptions.HTTPException):
+  return _error(error.status_code, error.detail, error.headers)

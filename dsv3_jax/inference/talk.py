@@ -1,0 +1,53 @@
+"""A conversation in the chat template, answer by answer (TR 5.1)."""
+
+from collections.abc import Iterator
+
+from dsv3_jax.inference import batching, loaded, text
+
+
+class Conversation:
+  """Messages so far, and a cache that keeps what was said."""
+
+  def __init__(
+    self,
+    model: loaded.LoadedModel,
+    draw: batching.Draw,
+    max_new_tokens: int,
+    system: str = '',
+  ):
+    self._tokenizer, self._draw = model.tokenizer, draw
+    self._most = max_new_tokens
+    full = -(-model.config.model.max_seq_len // batching.PAGE)
+    self._session = batching.Session(
+      model.engine.steps, num_pages=full, max_rows=1
+    )
+    self.messages = []
+    if system:
+      self.messages.append({'role': 'system', 'content': system})
+
+  def say(self, words: str) -> Iterator[tuple[bool, str]]:
+    """The answer as it comes: pieces, each with whether it is a thought.
+
+    Thoughts are not part of what the model reads later.
+
+    Raises:
+      InputError: the conversation has become too long.
+    """
+    asked = [*self.messages, {'role': 'user', 'content': words}]
+    ids, _ = self._tokenizer.encode_chat(asked, add_generation_prompt=True)
+    stop = self._tokenizer.eos_id
+    request = self._session.submit(ids.tolist(), self._most, self._draw, [stop])
+    characters = text.Characters(self._tokenizer.decode)
+    thoughts, answer = text.Thoughts(), ''
+    while not request.done:
+      for told in self._session.step():
+        new = '' if told.token == stop else characters.feed(told.token)
+        if told.is_last:
+          new += characters.end()
+        pieces = thoughts.feed(new)
+        if told.is_last:
+          pieces += thoughts.end()
+        for is_thought, piece in pieces:
+          answer += '' if is_thought else piece
+          yield is_thought, piece
+    self.messages = [*asked, {'role': 'assistant', 'content': answer}]

@@ -1,0 +1,52 @@
+"""What a worker has done and what it holds, for Prometheus."""
+
+from collections.abc import Iterator
+
+import prometheus_client
+from prometheus_client import core, registry
+
+from dsv3_jax.inference import worker
+
+CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
+_COUNTERS = {
+  'requests': 'Requests that were taken.',
+  'finished': 'Requests that came to their end.',
+  'cancelled': 'Requests whose client went away, or that a stop ended.',
+  'refused': 'Requests for which there was no room in the queue.',
+  'prompt_tokens': 'Tokens of prompts.',
+  'found_tokens': 'Tokens of prompts that the cache had.',
+  'tokens': 'Tokens generated.',
+}
+
+
+class Telemetry(registry.Collector):
+  """Reads a worker whenever it is asked."""
+
+  def __init__(self, model: worker.Worker):
+    self._worker = model
+    self._registry = prometheus_client.CollectorRegistry()
+    self._registry.register(self)
+
+  def text(self) -> bytes:
+    """In Prometheus' own format."""
+    return prometheus_client.generate_latest(self._registry)
+
+  def collect(self) -> Iterator[core.Metric]:
+    model = self._worker
+    for name, about in _COUNTERS.items():
+      count = model.counts[name]
+      yield core.CounterMetricFamily(f'dsv3_{name}', about, value=count)
+    scheduler, pool = model.session.scheduler, model.session.pool
+    yield core.CounterMetricFamily(
+      'dsv3_preempted',
+      'Times that a request had to give its pages back.',
+      value=scheduler.preempted,
+    )
+    gauges = {
+      'running_requests': ('Requests that have a row.', model.running),
+      'waiting_requests': ('Requests that have none yet.', model.waiting),
+      'pages_in_use': ('Pages of the cache that rows have.', pool.in_use),
+      'pages': ('Pages of the cache.', pool.count),
+    }
+    for name, (about, value) in gauges.items():
+      yield core.GaugeMetricFamily(f'dsv3_{name}', about, value=value)

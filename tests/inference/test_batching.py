@@ -1,0 +1,200 @@
+"""Requests that share steps get the tokens that each would get alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import errors
+from dsv3_jax.inference import batching, pages, steps
+from tests import settings
+from tests.nn import models
+
+ROOM = 400
+CONFIG = settings.small(
+  precision='f32',
+  model__max_seq_len=ROOM,
+  model__rope__original_seq_len=ROOM,
+  model__num_layers=2,
+)
+
+
+@pytest.fixture(scope='module')
+def made():
+  params, router = map(models.f32, models.random_params(CONFIG))
+  for stack in ('dense_layers', 'moe_layers'):  # what is seen decides
+    attention = params[stack]['layers']['attention']
+    attention['w_uk'] *= 4.0
+    attention['w_o'] *= 20.0
+  return steps.Steps(CONFIG, params, router)
+
+
+def prompt(seed, size):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
+
+
+def run(session):
+  turns = 0
+  while not session.is_idle:
+    session.step()
+    turns += 1
+    assert turns < 1000
+  return turns
+
+
+def session(made, **how):
+  return batching.Session(
+    made, **({'num_pages': 30, 'max_rows': 4, 'least_pages': 8} | how)
+  )
+
+
+def alone(made, tokens, count, draw):
+  mine = session(made)
+  request = mine.submit(tokens, count, draw)
+  run(mine)
+  return request.tokens
+
+
+CASES = [
+  (prompt(1, 5), 20, batching.Draw()),
+  (prompt(2, 130), 9, batching.Draw(temperature=1.5, seed=3)),
+  (prompt(3, 1), 30, batching.Draw(temperature=1.0, top_k=3)),
+  (prompt(4, 64), 5, batching.Draw(temperature=2.0, top_p=0.8, seed=9)),
+  (prompt(5, 200), 3, batching.Draw()),
+]
+
+
+@pytest.fixture(scope='module')
+def expected(made):
+  return [alone(made, *case) for case in CASES]
+
+
+@pytest.mark.parametrize('chunk', [64, 1024])
+def test_whoever_shares_the_steps(made, expected, chunk):
+  """They come at different times, to fewer rows than they are."""
+  mine = session(made, max_rows=3, chunk=chunk)
+  requests = []
+  for case in CASES:
+    requests.append(mine.submit(*case))
+    mine.step()
+  run(mine)
+  assert [r.tokens for r in requests] == expected
+  assert all(r.done for r in requests)
+  assert mine.pool.in_use == 0
+
+
+def test_too_few_pages_only_make_it_longer(made, expected):
+  mine = session(made, num_pages=7)
+  requests = [mine.submit(*case) for case in CASES]
+  grows = mine.submit(prompt(6, 62), 80)
+  run(mine)
+  assert [r.tokens for r in requests] == expected
+  assert grows.tokens == alone(made, prompt(6, 62), 80, batching.Draw())
+  assert mine.pool.in_use == 0
+
+
+def test_the_youngest_is_computed_anew_with_the_same_draws(made):
+  draw = batching.Draw(temperature=1.0, seed=4)
+  cases = [(prompt(7, 50), 100, draw), (prompt(8, 60), 90, draw)]
+  mine = session(made, num_pages=4)
+  requests = [mine.submit(*case) for case in cases]
+  run(mine)
+  assert mine.scheduler.preempted >= 1
+  for request, case in zip(requests, cases, strict=True):
+    assert request.tokens == alone(made, *case)
+
+
+def test_a_known_prompt_is_read_from_the_cache(made):
+  mine = session(made)
+  first = mine.submit(prompt(9, 200), 4)
+  run(mine)
+  again = mine.submit(prompt(9, 200), 4)
+  other = mine.submit([*prompt(9, 200)[:150], 1, 2, 3], 4)
+  turns = run(mine)
+  assert (first.job.found, again.job.found, other.job.found) == (0, 192, 128)
+  assert again.tokens == first.tokens
+  want = alone(made, [*prompt(9, 200)[:150], 1, 2, 3], 4, batching.Draw())
+  assert other.tokens == want
+  assert turns == 3
+
+
+def test_a_request_that_is_cancelled_leaves_nothing(made, expected):
+  mine = session(made)
+  waits = [mine.submit(*case) for case in CASES]
+  mine.step()
+  mine.step()
+  for request in waits[1:]:
+    mine.cancel(request)
+    mine.cancel(request)
+  run(mine)
+  assert waits[0].tokens == expected[0]
+  assert mine.pool.in_use == 0 and not mine._requests
+
+
+def test_a_stop_token_ends_a_request(made, expected):
+  mine = session(made)
+  tokens, count, draw = CASES[0]
+  stop = expected[0][7]
+  request = mine.submit(tokens, count, draw, [stop, 10**6])
+  run(mine)
+  end = expected[0].index(stop) + 1
+  assert request.tokens == expected[0][:end]
+
+
+def test_traffic_compiles_nothing_anew(made):
+  """Sizes are rounded up: then any traffic has been seen."""
+
+  def traffic(seed):
+    rng = np.random.default_rng(seed)
+    mine = session(made, max_rows=4, chunk=128)
+    for _ in range(12):
+      mine.submit(prompt(rng.integers(1e6), rng.integers(1, 300)), 20)
+      mine.step()
+    run(mine)
+
+  counts = lambda: [
+    f._cache_size() for f in (made._prefill, made._extend, made._copy)
+  ]
+  for seed in range(4):
+    traffic(seed)
+  known = counts()
+  for seed in range(4, 8):
+    traffic(seed)
+  assert counts() == known
+
+
+def test_idle_rows_do_not_matter(made):
+  """Three of four rows work; the fourth has no tokens and no pages."""
+  mine = session(made)
+  requests = [mine.submit(prompt(s, 10), 5) for s in (20, 21, 22)]
+  run(mine)
+  for s, request in zip((20, 21, 22), requests, strict=True):
+    assert request.tokens == alone(made, prompt(s, 10), 5, batching.Draw())
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'count', 'said'),
+  [
+    ([], 1, 'the prompt is empty'),
+    ([1], 0, 'max_new_tokens=0 must be >= 1'),
+    ([1] * 399, 2, 'at most 398 fit'),
+    ([1, 10**6], 2, 'ids outside'),
+    ([1] * 200, 60, 'needs 260 places in the cache, which has 256'),
+  ],
+)
+def test_bad_requests_change_nothing(made, tokens, count, said):
+  mine = session(made, num_pages=4)
+  with pytest.raises(errors.InputError, match=said):
+    mine.submit(tokens, count)
+  assert mine.is_idle and not mine._requests
+
+
+def test_copies_of_pages_are_whole(made):
+  caches = made.empty_caches(4, batching.PAGE)
+  fill = lambda x: x + jnp.arange(4.0)[:, None, None]
+  caches = made.copy(
+    [pages.Copy(3, 0), pages.Copy(0, 1)], jax.tree.map(fill, caches)
+  )
+  for leaf in jax.tree.leaves(caches):
+    assert np.all(np.asarray(leaf) == np.array([3, 3, 2, 3])[:, None, None])

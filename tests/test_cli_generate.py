@@ -1,0 +1,128 @@
+"""generate, chat and serve as a user meets them, on a run of a few steps."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import openai
+import pytest
+
+from dsv3_jax import cli, train
+from tests import tiny_run
+
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('generate')
+  cfg = tiny_run.make(
+    folder, train__total_tokens=tiny_run.tokens_after(4), model__mtp__depth=0
+  )
+  train.run(cfg, folder / 'run')
+  return folder / 'run'
+
+
+@pytest.fixture
+def env(trained):
+  return os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(trained / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PLATFORMS': 'cpu',
+  }
+
+
+def command(name, trained, *args):
+  flags = [name, f'--checkpoint={trained}', *args]
+  return [sys.executable, '-m', 'dsv3_jax.cli', *flags]
+
+
+@pytest.mark.parametrize(
+  ('args', 'said'),
+  [
+    (['generate', '--checkpoint=x', '--top_k=-1'], 'top_k=-1 must be in'),
+    (['generate', '--checkpoint=x', '--prompts=no.jsonl'], 'prompts=no.jsonl:'),
+    (['chat'], '--checkpoint=DIR is missing'),
+    (['chat', '--checkpoint=x', '--top_p=2'], 'top_p=2.0 must be in (0, 1]'),
+    (['serve'], '--checkpoint=DIR is missing'),
+    (['serve', '--checkpoint=x', '--max_rows=0'], 'max_rows=0 must be >= 1'),
+    (['serve', '--checkpoint=x', '--port=99999'], 'port=99999 must be in'),
+    (['serve', '--checkpoint=x', '--cache_tokens=-1'], 'cache_tokens=-1 must'),
+  ],
+)
+def test_bad_input_is_one_line(capsys, args, said):
+  assert cli.main(args) == 2
+  out, err = capsys.readouterr()
+  assert said in err and err.count('\n') == 1 and not out
+
+
+@pytest.mark.parametrize(
+  ('text', 'said'),
+  [
+    ('{"prompt": "a"}\n{"prompt": 3}\n', 'in.jsonl:2 must be an object with'),
+    ('{"prompt": "a"\n', 'in.jsonl:1 is no JSON'),
+    ('\n\n', 'in.jsonl has no prompt'),
+  ],
+)
+def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, said):
+  path = tmp_path / 'in.jsonl'
+  path.write_text(text)
+  assert cli.main(['generate', '--checkpoint=x', f'--prompts={path}']) == 2
+  assert said in capsys.readouterr().err
+
+
+def test_prompts_of_a_file(trained, tmp_path, capsys):
+  path = tmp_path / 'in.jsonl'
+  prompts = ['import ', 'def f(', 'x']
+  path.write_text('\n'.join(json.dumps({'prompt': p}) for p in prompts))
+  args = [f'--checkpoint={trained}', '--max_new_tokens=6', '--temperature=0']
+  assert cli.main(['generate', f'--prompts={path}', *args]) == 0
+  rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
+  assert [row['prompt'] for row in rows] == prompts
+  one = ['generate', '--prompt=def f(', '--json', *args]
+  assert cli.main(one) == 0
+  assert json.loads(capsys.readouterr().out)['text'] == rows[1]['text']
+
+
+@pytest.mark.slow
+def test_chat_answers_line_by_line(trained, env):
+  args = command('chat', trained, '--max_new_tokens=5', '--temperature=0')
+  said = subprocess.run(
+    args, input='Hello\nHello\n', capture_output=True, text=True, env=env
+  )
+  assert said.returncode == 0, said.stderr
+  assert said.stdout.endswith('\n') and said.stdout.strip()
+
+
+def test_serve_until_it_is_told_to_stop(trained, env):
+  args = command('serve', trained, '--port=0', '--name=mine')
+  with subprocess.Popen(
+    args, stdout=subprocess.PIPE, env=env | {'DSV3_API_KEY': 'k'}, text=True
+  ) as child:
+    try:
+      line = child.stdout.readline()
+      found = re.fullmatch(r'serving mine on (http://127\.0\.0\.1:\d+)\n', line)
+      how = {'base_url': f'{found[1]}/v1', 'max_retries': 0}
+      with openai.OpenAI(api_key='k', **how) as ask:
+        made = ask.completions.create(
+          model='mine', prompt='import ', max_tokens=6, temperature=0
+        )
+        assert made.usage.completion_tokens in range(1, 7)
+        parts = ask.chat.completions.create(
+          model='mine',
+          messages=[{'role': 'user', 'content': 'x = 1'}],
+          max_completion_tokens=4,
+          stream=True,
+        )
+        assert list(parts)[-1].choices[0].finish_reason in ('stop', 'length')
+      wrong = openai.OpenAI(api_key='wrong', **how)
+      with wrong, pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+    finally:
+      child.send_signal(signal.SIGTERM)
+    child.wait(timeout=60)
+  assert child.returncode in (0, -signal.SIGTERM)
