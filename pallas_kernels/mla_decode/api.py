@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, quantized
 from pallas_kernels.mla_decode import cache as caches
-from pallas_kernels.mla_decode import parts, reference
+from pallas_kernels.mla_decode import pallas_tpu, parts, reference
 
 Cache = caches.Cache
 PAGE = caches.PAGE
@@ -52,10 +52,13 @@ def decode(
   if splits is not None and splits < 1:
     raise ValueError(f'splits={splits} must be at least 1')
   chosen = dispatch.resolve(implementation)
-  if chosen != 'reference':
-    raise NotImplementedError(f'decoding has no {chosen}')
   args = (q_BTNY, cache, table_Bj, lengths_B, scale)
-  return reference.decode(*args, splits=splits or 1)
+  if chosen == 'reference':
+    return reference.decode(*args, splits=splits or 1)
+  if chosen == 'pallas_gpu':
+    raise NotImplementedError('decoding has no kernel for GPUs')
+  interpret = chosen == 'pallas_interpret'
+  return pallas_tpu.decode(*args, splits=splits, interpret=interpret)
 
 
 def _check(q_BTNY, cache: Cache, table_Bj, lengths_B) -> None:

@@ -65,7 +65,7 @@ def combine(
     most_BNT = jnp.where(jnp.isneginf(most_BNT), 0.0, most_BNT)
     weight_ZBNT = jnp.exp(lse_ZBNT - most_BNT)
     total_BNT = jnp.sum(weight_ZBNT, axis=0)
-    share_ZBNT = weight_ZBNT / jnp.where(total_BNT > 0, total_BNT, 1.0)
+    share_ZBNT = weight_ZBNT / jnp.where(total_BNT == 0, 1.0, total_BNT)
     share_ZBTN = jnp.swapaxes(share_ZBNT, -1, -2)
     o_BTNC = jnp.sum(o_ZBTNC * share_ZBTN[..., None], axis=0)
     return o_BTNC.astype(dtype), most_BNT + jnp.log(total_BNT)

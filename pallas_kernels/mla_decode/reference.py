@@ -93,6 +93,6 @@ def _attend(
     p_BNTS = jnp.exp(masked_BNTS - most_BNT[..., None])
     total_BNT = jnp.sum(p_BNTS, axis=-1)
     lse_BNT = most_BNT + jnp.log(total_BNT)
-    p_BNTS /= jnp.where(total_BNT > 0, total_BNT, 1.0)[..., None]
+    p_BNTS /= jnp.where(total_BNT == 0, 1.0, total_BNT)[..., None]
     o_BTNC = jnp.einsum('bnts,bsc->btnc', p_BNTS, c_BSC.astype(jnp.float32))
     return o_BTNC, lse_BNT
