@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, quantized
 from pallas_kernels.mla_decode import cache as caches
-from pallas_kernels.mla_decode import pallas_tpu, parts, reference
+from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, parts, reference
 
 Cache = caches.Cache
 PAGE = caches.PAGE
@@ -56,7 +56,7 @@ def decode(
   if chosen == 'reference':
     return reference.decode(*args, splits=splits or 1)
   if chosen == 'pallas_gpu':
-    raise NotImplementedError('decoding has no kernel for GPUs')
+    return pallas_gpu.decode(*args, splits=splits)
   interpret = chosen == 'pallas_interpret'
   return pallas_tpu.decode(*args, splits=splits, interpret=interpret)
 

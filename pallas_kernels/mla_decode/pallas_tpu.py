@@ -36,8 +36,9 @@ from pallas_kernels.mla_decode.cache import PAGE
 VMEM_BYTES = 48 * 2**20  # of the 64 MiB of the smallest core (v5p, v7x)
 LANES = 128
 LOG2_E = math.log2(math.e)
-# Instead of -inf, whose differences are NaN; no score is as low.
-LOW = -1e30
+# Scores of what is not seen, and where largest scores begin. Not -inf, whose
+# differences are NaN; 2 to the power of HIDDEN - LEAST is zero.
+HIDDEN, LEAST = -1e30, -5e29
 NT = (((1,), (1,)), ((), ()))
 NN = (((1,), (0,)), ((), ()))
 
@@ -177,7 +178,7 @@ def _kernel(
 
   @pl.when(step == 0)
   def _():
-    most_X1[...] = jnp.full_like(most_X1, LOW)
+    most_X1[...] = jnp.full_like(most_X1, LEAST)
     total_X1[...] = jnp.zeros_like(total_X1)
     sum_XC[...] = jnp.zeros_like(sum_XC)
 
@@ -192,11 +193,10 @@ def _kernel(
     x_XS = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     t_XS = sum((x_XS >= t * heads).astype(jnp.int32) for t in range(1, queries))
     seen_XS = s_XS < jnp.minimum(until, length - queries + 1 + t_XS)
-    scores_XS = jnp.where(seen_XS, scores_XS * scale, LOW)
+    scores_XS = jnp.where(seen_XS, scores_XS * scale, HIDDEN)
     before_X1 = most_X1[...]
     most = jnp.maximum(before_X1, jnp.max(scores_XS, axis=1, keepdims=True))
-    # Of a query that has seen nothing yet, LOW - LOW is no low score.
-    p_XS = jnp.where(seen_XS, jnp.exp2(scores_XS - most), 0.0)
+    p_XS = jnp.exp2(scores_XS - most)
     decay_X1 = jnp.exp2(before_X1 - most)
     most_X1[...] = most
     total_X1[...] = total_X1[...] * decay_X1 + jnp.sum(p_XS, 1, keepdims=True)

@@ -1,0 +1,415 @@
+"""Decoding over a paged latent cache on Hopper: TMA, wgmma (Mosaic).
+
+A program takes 64 of a row's T * N queries over one part of the row. Its third
+warpgroup loads: one page of 64 tokens after the other comes by TMA, found
+through the block table, into one of two buffers. A page is key and value in
+one: 64 x 576 for the scores, its first 512 columns for the output.
+
+The output, 64 x 512 in f32, would fill the registers of one warpgroup, so that
+two consumers have half of its columns each. They take turns at the scores,
+which both need. In turn j,
+
+  one     softmax of the scores of page j; probabilities to shared memory
+  other   meanwhile the scores of page j + 1 (64 x 64 x 576)
+  both    output * decay + probabilities * page j (64 x 256 x 64 each)
+
+Largest scores go the same way as the probabilities; each consumer has the sum
+of the probabilities that it made. Places beyond a row's length are overwritten
+with zeros before they are multiplied: NaN times zero would be NaN.
+
+Budget for 512 + 64: two pages 147,456 bytes, queries 73,728, probabilities
+8,192: 229,376 of 232,448 bytes of shared memory; a third page has no room. Of
+its 240 registers a consumer's thread holds 128 of the output and 32 of the
+scores; ptxas (sm_90a) spills 80 bytes of it, addresses of the 36 wgmmas of the
+scores, and 144 with two queries a row.
+
+The interpreter knows no accumulator that begins with a value: there a product
+is added to the output, which on a device would take registers that are not
+there.
+
+Letters: B rows, T queries of a row, N heads, X = T * N padded to 64, C latent,
+R rotary, Y = C + R, Z parts, S 64 tokens; J pages, I tokens of a page, j blocks
+of a row.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import compat
+from pallas_kernels.fp8_matmul import pallas_gpu as dense
+from pallas_kernels.mla_decode import cache as caches
+from pallas_kernels.mla_decode import parts
+from pallas_kernels.mla_decode.cache import PAGE
+
+plgpu = compat.mosaic_gpu
+
+ROWS = 64  # queries of a program: of one wgmma
+CONSUMERS = 2
+STAGES = 2  # pages in shared memory
+PIECE = 64  # columns of swizzled memory
+PROGRAMS = 132  # multiprocessors of an H100 SXM and an H200
+LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # of 512 for the three
+LOG2_E = math.log2(math.e)
+# Scores of what is not seen, and where largest scores begin. Not -inf, whose
+# differences are NaN; 2 to the power of HIDDEN - LEAST is zero.
+HIDDEN, LEAST = -1e30, -5e29
+
+
+class Plan(NamedTuple):
+  """What is known before the launch. scale: of scores in powers of two."""
+
+  heads: int
+  queries: int
+  latent: int
+  rotary: int
+  splits: int
+  scale: float
+  interpret: bool
+
+  @property
+  def half(self) -> int:
+    """Columns of the output of one consumer."""
+    return self.latent // CONSUMERS
+
+
+class Work(NamedTuple):
+  """Of a program: its place, and its blocks of the row."""
+
+  row: jax.Array
+  part: jax.Array
+  rows: pl.Slice
+  first_query: jax.Array
+  length: jax.Array
+  bounds: parts.Bounds
+
+
+def decode(
+  q_BTNY: Float[Array, 'B T N Y'],
+  cache: caches.Cache,
+  table_Bj: Int[Array, 'B j'],
+  lengths_B: Int[Array, 'B'],
+  scale: float,
+  *,
+  splits: int | None = None,
+  interpret: bool = False,
+) -> tuple[Float[Array, 'B T N C'], Float[Array, 'B N T']]:
+  """Output and log-sum-exp; see `api.decode`.
+
+  Args:
+    splits: None: `choose_splits`.
+  Raises:
+    NotImplementedError: not BF16; other widths than 128, 256 or 512 latent and
+      64 rotary; interpreted before jax 0.11.
+  """
+  rows, queries, heads, _ = q_BTNY.shape
+  latent, rotary = cache.c_JIC.shape[-1], cache.k_rope_JIR.shape[-1]
+  _check(cache, latent, rotary)
+  blocks_X = pl.cdiv(queries * heads, ROWS)
+  splits = splits or choose_splits(rows * blocks_X, table_Bj.shape[1])
+  plan = Plan(heads, queries, latent, rotary, splits, scale * LOG2_E, interpret)
+  x = blocks_X * ROWS
+  kernel = plgpu.kernel(
+    functools.partial(_kernel, plan=plan),
+    out_type=(
+      jax.ShapeDtypeStruct((splits, rows, x, latent), jnp.float32),
+      jax.ShapeDtypeStruct((splits, rows, x), jnp.float32),
+    ),
+    scratch_types={'scratch': _scratch(plan)},
+    grid=(rows, splits, blocks_X),
+    grid_names=('row', 'part', 'queries'),
+    num_threads=CONSUMERS + 1,
+    thread_name='warpgroup',
+    kernel_name='mla_decode',
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Warpgroup,
+      # A row of the wgmma layout is within a warp: reductions need none.
+      reduction_scratch_bytes=0,
+    ),
+    interpret=compat.gpu_interpreter(interpret),
+  )
+  o_ZBXC, lse_ZBX = kernel(
+    dense.pad(q_BTNY.reshape(rows, queries * heads, -1), ROWS, 1),
+    cache.c_JIC,
+    cache.k_rope_JIR,
+    parts.owned(table_Bj, lengths_B, cache.pages),
+    lengths_B,
+  )
+  shape = (splits, rows, queries, heads)
+  cut = slice(0, queries * heads)
+  o_ZBTNC = o_ZBXC[:, :, cut].reshape(*shape, latent)
+  lse_ZBNT = jnp.swapaxes(lse_ZBX[:, :, cut].reshape(shape), -1, -2)
+  return parts.combine(o_ZBTNC, lse_ZBNT, q_BTNY.dtype)
+
+
+def _check(cache: caches.Cache, latent: int, rotary: int) -> None:
+  if cache.is_quantized:
+    raise NotImplementedError('the cache is in FP8, not bfloat16')
+  if cache.c_JIC.dtype != jnp.bfloat16:
+    raise NotImplementedError(f'the cache is {cache.c_JIC.dtype}, not bfloat16')
+  if latent not in (128, 256, 512) or rotary != PIECE:
+    raise NotImplementedError(
+      f'widths {latent} + {rotary} must be 128, 256 or 512 + {PIECE}'
+    )
+
+
+def choose_splits(programs: int, table_blocks: int) -> int:
+  """As many parts as find a multiprocessor at once, none without a block."""
+  return max(1, min(PROGRAMS // programs, table_blocks))
+
+
+def _scratch(plan: Plan) -> dict:
+  bf16 = functools.partial(dense.swizzled, dtype=jnp.bfloat16)
+  return {
+    'q_c': bf16((ROWS, plan.latent)),
+    'q_r': bf16((ROWS, plan.rotary)),
+    'c': bf16((STAGES, PAGE, plan.latent)),
+    'k_rope': bf16((STAGES, PAGE, plan.rotary)),
+    'p': bf16((ROWS, PAGE)),
+    # Largest scores, and the sums of each consumer: all begin at multiples of
+    # 1,024 bytes, so that they are in one.
+    'of_rows': plgpu.SMEM((1 + CONSUMERS, ROWS), jnp.float32),
+    'q_full': plgpu.Barrier(num_arrivals=2),
+    'full': plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+    'empty': plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
+    'ready': plgpu.Barrier(),  # probabilities and largest scores are there
+    'used': plgpu.Barrier(num_arrivals=CONSUMERS),  # and were read by both
+    'summed': plgpu.Barrier(num_arrivals=CONSUMERS),
+  }
+
+
+def _kernel(
+  q_BXY, c_JIC, k_rope_JIR, table_Bj, lengths_B, o, lse, *, plan, scratch
+):
+  """Of every warpgroup."""
+  row, part = lax.axis_index('row'), lax.axis_index('part')
+  warpgroup = lax.axis_index('warpgroup')
+  first_query = lax.axis_index('queries') * ROWS
+  length = lengths_B[row]
+  bounds = parts.bounds(length, part, plan.splits)
+  at_rows = pl.ds(first_query, ROWS)
+  work = Work(row, part, at_rows, first_query, length, bounds)
+
+  def load():
+    plgpu.set_max_registers(LOADER_REGISTERS, action='decrease')
+    _load((q_BXY, c_JIC, k_rope_JIR, table_Bj), work, scratch, plan)
+
+  def consume():
+    plgpu.set_max_registers(CONSUMER_REGISTERS, action='increase')
+    _consume((o, lse), work, warpgroup, scratch, plan)
+
+  lax.cond(warpgroup == CONSUMERS, load, consume)
+
+
+def _load(sources, work: Work, scratch, plan: Plan):
+  """Brings the queries, then page after page as buffers become free."""
+  q_BXY, c_JIC, k_rope_JIR, table_Bj = sources
+  first, end = work.bounds
+  for name, start, width in (
+    ('q_c', 0, plan.latent),
+    ('q_r', plan.latent, plan.rotary),
+  ):
+    part = q_BXY.at[work.row, work.rows, pl.ds(start, width)]
+    plgpu.copy_gmem_to_smem(part, scratch[name], scratch['q_full'])
+
+  @pl.loop(0, end - first)
+  def _(turn):
+    slot = _slot(turn)
+
+    @pl.when(turn >= STAGES)
+    def _():
+      plgpu.barrier_wait(scratch['empty'].at[slot])
+
+    page, full = table_Bj[work.row, first + turn], scratch['full'].at[slot]
+    plgpu.copy_gmem_to_smem(c_JIC.at[page], scratch['c'].at[slot], full)
+    plgpu.copy_gmem_to_smem(
+      k_rope_JIR.at[page], scratch['k_rope'].at[slot], full
+    )
+
+  # The last use of every buffer, so that no barrier is left half way.
+  @pl.loop(lax.max(end - first - STAGES, 0), end - first)
+  def _(turn):
+    plgpu.barrier_wait(scratch['empty'].at[_slot(turn)])
+
+
+def _slot(turn):
+  return lax.rem(turn, jnp.int32(STAGES))
+
+
+def _consume(outputs, work: Work, warpgroup, scratch, plan: Plan):
+  """Takes all turns, and stores its columns of the output."""
+  turns = work.bounds.end - work.bounds.first
+  plgpu.barrier_wait(scratch['q_full'])
+  full = lambda value: _row(jnp.full((ROWS,), value, jnp.float32))
+  zeros = lambda columns: _tile(jnp.zeros((ROWS, columns), jnp.float32))
+  scores = lax.cond(
+    (warpgroup == 0) & (turns > 0),
+    lambda: _score(jnp.int32(0), scratch),
+    lambda: zeros(PAGE),
+  )
+  body = functools.partial(_turn, work, turns, warpgroup, scratch, plan)
+  carry = (full(LEAST), full(0.0), zeros(plan.half), scores)
+  most, total, sums, _ = lax.fori_loop(0, turns, body, carry)
+  _wait_until_used(turns, scratch)
+  of_rows = scratch['of_rows']
+  of_rows[1 + warpgroup] = total
+  plgpu.barrier_arrive(scratch['summed'])
+  plgpu.barrier_wait(scratch['summed'])
+  total = _row(of_rows[1]) + _row(of_rows[2])
+  _store(outputs, (most, total, sums), work, warpgroup, plan)
+
+
+def _score(turn, scratch):
+  """q k^T of the page of a turn, f32 [64, 64]."""
+  slot = _slot(turn)
+  plgpu.barrier_wait(scratch['full'].at[slot])
+
+  def product(acc):
+    for q, k in (('q_c', 'c'), ('q_r', 'k_rope')):
+      plgpu.wgmma(acc, scratch[q], scratch[k].at[slot].transpose((1, 0)))
+    return acc[...]
+
+  return _tile(pl.run_scoped(product, plgpu.ACC((ROWS, PAGE), jnp.float32)))
+
+
+def _turn(work: Work, turns, warpgroup, scratch, plan: Plan, turn, carry):
+  """Softmax of this page or scores of the next; then the output."""
+  most, total, sums, scores = carry
+  slot = _slot(turn)
+
+  none = _tile(jnp.zeros((ROWS, PAGE), jnp.float32))
+
+  def soften():
+    p_sum = _soften(scores, most, work, turn, scratch, plan)
+    plgpu.barrier_arrive(scratch['ready'])
+    return none, p_sum
+
+  def score_next():
+    following = lax.cond(
+      turn + 1 < turns, lambda: _score(turn + 1, scratch), lambda: none
+    )
+    # Every barrier is waited for once a turn by both.
+    _wait_until_used(turn, scratch)
+    return _tile(following), _row(jnp.zeros_like(most))
+
+  def other():
+    plgpu.barrier_wait(scratch['full'].at[slot])
+    return score_next()
+
+  mine = lax.rem(turn, jnp.int32(CONSUMERS)) == warpgroup
+  scores, p_sum = lax.cond(mine, soften, other)
+  plgpu.barrier_wait(scratch['ready'])
+  before, most = most, _row(scratch['of_rows'][0])
+  decay = _row(jnp.exp2(before - most))
+  total = _row(total * decay + p_sum)
+  columns = pl.ds(warpgroup * plan.half, plan.half)
+  page_SC = scratch['c'].at[slot, :, columns]
+  block = work.bounds.first + turn
+
+  @pl.when((block + 1) * PAGE > work.length)
+  def _():
+    _clear(page_SC, work.length - block * PAGE, plan)
+
+  sums = _tile(sums * _spread(decay, sums.shape))
+  sums = _add(sums, scratch['p'], page_SC, plan)
+  plgpu.barrier_arrive(scratch['used'])
+  plgpu.barrier_arrive(scratch['empty'].at[slot])
+  return most, total, sums, scores
+
+
+def _wait_until_used(turn, scratch):
+  """Until both have read the probabilities of the turn before."""
+
+  @pl.when(turn > 0)
+  def _():
+    plgpu.barrier_wait(scratch['used'])
+
+
+def _tile(x):
+  """x as wgmma has its output; unsaid layouts are searched for, slowly."""
+  return plgpu.layout_cast(x, plgpu.Layout.WGMMA)
+
+
+def _row(x):
+  """A number for each row of such a tile."""
+  return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
+
+
+def _spread(x_X, shape: tuple[int, int]):
+  """The number of its row for each of a tile."""
+  return _tile(lax.broadcast_in_dim(x_X, shape, (0,)))
+
+
+def _soften(scores, most, work: Work, turn, scratch, plan: Plan):
+  """Probabilities and largest scores to shared memory; sums of the former."""
+  seen_XS = _seen(work, turn, plan)
+  scores = _tile(jnp.where(seen_XS, scores * plan.scale, HIDDEN))
+  most = _row(jnp.maximum(most, jnp.max(scores, axis=1)))
+  p_XS = _tile(jnp.exp2(scores - _spread(most, scores.shape)))
+  _wait_until_used(turn, scratch)
+  scratch['p'][...] = _tile(p_XS.astype(jnp.bfloat16))
+  scratch['of_rows'][0] = most
+  plgpu.commit_smem()
+  return _row(jnp.sum(p_XS, axis=1))
+
+
+def _seen(work: Work, turn, plan: Plan):
+  """Which tokens of a page each query sees; padded queries see the last's."""
+  iota = lambda dim: plgpu.broadcasted_iota(
+    jnp.int32, (ROWS, PAGE), dim, layout=plgpu.Layout.WGMMA
+  )
+  # Of the first query; each of the others sees one more.
+  until = work.length - (work.bounds.first + turn) * PAGE - plan.queries + 1
+  if plan.queries == 1:
+    return iota(1) < until
+  later_XS = sum(
+    (work.first_query + iota(0) >= t * plan.heads).astype(jnp.int32)
+    for t in range(1, plan.queries)
+  )
+  return iota(1) - later_XS < until
+
+
+def _clear(page_SC, tokens, plan: Plan):
+  """Zeros from the place `tokens` on."""
+  layout = plgpu.Layout.WGMMA
+  s_SC = plgpu.broadcasted_iota(jnp.int32, (PAGE, PIECE), 0, layout=layout)
+  for start in range(0, plan.half, PIECE):
+    piece = page_SC.at[:, pl.ds(start, PIECE)]
+    x_SC = _tile(piece[...])
+    piece[...] = _tile(jnp.where(s_SC < tokens, x_SC, jnp.zeros_like(x_SC)))
+  plgpu.commit_smem()
+
+
+def _add(sums, p_XS, page_SC, plan: Plan):
+  """sums + p page."""
+  if plan.interpret:
+
+    def product(acc):
+      plgpu.wgmma(acc, p_XS, page_SC)
+      return acc[...]
+
+    return sums + pl.run_scoped(product, plgpu.ACC(sums.shape, jnp.float32))
+  add = lambda acc: plgpu.wgmma(acc, p_XS, page_SC)
+  return _tile(pl.run_state(add)(plgpu.ACC.init(sums)))
+
+
+def _store(outputs, carry, work: Work, warpgroup, plan: Plan):
+  """Output and log-sum-exp of a part, from registers."""
+  o_ZBXC, lse_ZBX = outputs
+  most, total, sums = carry
+  none = total == 0
+  total = _row(jnp.where(none, 1.0, total))
+  sums = _tile(sums * _spread(_row(1.0 / total), sums.shape))
+  columns = pl.ds(warpgroup * plan.half, plan.half)
+  o_ZBXC[work.part, work.row, work.rows, columns] = sums
+  lse = _row(jnp.where(none, -jnp.inf, most / LOG2_E + jnp.log(total)))
+
+  @pl.when(warpgroup == 0)
+  def _():
+    lse_ZBX[work.part, work.row, work.rows] = lse
