@@ -9,9 +9,12 @@ The output, 64 x 512 in f32, would fill the registers of one warpgroup, so that
 two consumers have half of its columns each. They take turns at the scores,
 which both need. In turn j,
 
-  one     softmax of the scores of page j; probabilities to shared memory
-  other   meanwhile the scores of page j + 1 (64 x 64 x 576)
+  one     scores of page j (64 x 64 x 576), softmax, probabilities to shared
+          memory
   both    output * decay + probabilities * page j (64 x 256 x 64 each)
+
+and page j + 1 is loaded meanwhile. (Scores of page j + 1 beside the softmax of
+page j would keep both buffers busy, and the loads waiting for them.)
 
 Largest scores go the same way as the probabilities; each consumer has the sum
 of the probabilities that it made. Places beyond a row's length are overwritten
@@ -20,8 +23,7 @@ with zeros before they are multiplied: NaN times zero would be NaN.
 Budget for 512 + 64: two pages 147,456 bytes, queries 73,728, probabilities
 8,192: 229,376 of 232,448 bytes of shared memory; a third page has no room. Of
 its 240 registers a consumer's thread holds 128 of the output and 32 of the
-scores; ptxas (sm_90a) spills 80 bytes of it, addresses of the 36 wgmmas of the
-scores, and 144 with two queries a row.
+scores, and spills none (ptxas, sm_90a).
 
 The interpreter knows no accumulator that begins with a value: there a product
 is added to the output, which on a device would take registers that are not
@@ -248,14 +250,9 @@ def _consume(outputs, work: Work, warpgroup, scratch, plan: Plan):
   plgpu.barrier_wait(scratch['q_full'])
   full = lambda value: _row(jnp.full((ROWS,), value, jnp.float32))
   zeros = lambda columns: _tile(jnp.zeros((ROWS, columns), jnp.float32))
-  scores = lax.cond(
-    (warpgroup == 0) & (turns > 0),
-    lambda: _score(jnp.int32(0), scratch),
-    lambda: zeros(PAGE),
-  )
-  body = functools.partial(_turn, work, turns, warpgroup, scratch, plan)
-  carry = (full(LEAST), full(0.0), zeros(plan.half), scores)
-  most, total, sums, _ = lax.fori_loop(0, turns, body, carry)
+  body = functools.partial(_turn, work, warpgroup, scratch, plan)
+  carry = (full(LEAST), full(0.0), zeros(plan.half))
+  most, total, sums = lax.fori_loop(0, turns, body, carry)
   _wait_until_used(turns, scratch)
   of_rows = scratch['of_rows']
   of_rows[1 + warpgroup] = total
@@ -265,10 +262,8 @@ def _consume(outputs, work: Work, warpgroup, scratch, plan: Plan):
   _store(outputs, (most, total, sums), work, warpgroup, plan)
 
 
-def _score(turn, scratch):
-  """q k^T of the page of a turn, f32 [64, 64]."""
-  slot = _slot(turn)
-  plgpu.barrier_wait(scratch['full'].at[slot])
+def _score(slot, scratch):
+  """q k^T of a page, f32 [64, 64]."""
 
   def product(acc):
     for q, k in (('q_c', 'c'), ('q_r', 'k_rope')):
@@ -278,32 +273,24 @@ def _score(turn, scratch):
   return _tile(pl.run_scoped(product, plgpu.ACC((ROWS, PAGE), jnp.float32)))
 
 
-def _turn(work: Work, turns, warpgroup, scratch, plan: Plan, turn, carry):
-  """Softmax of this page or scores of the next; then the output."""
-  most, total, sums, scores = carry
+def _turn(work: Work, warpgroup, scratch, plan: Plan, turn, carry):
+  """Scores of a page, by one of the two, and its part of the output."""
+  most, total, sums = carry
   slot = _slot(turn)
-
-  none = _tile(jnp.zeros((ROWS, PAGE), jnp.float32))
+  plgpu.barrier_wait(scratch['full'].at[slot])
 
   def soften():
-    p_sum = _soften(scores, most, work, turn, scratch, plan)
+    p_sum = _soften(_score(slot, scratch), most, work, turn, scratch, plan)
     plgpu.barrier_arrive(scratch['ready'])
-    return none, p_sum
+    return p_sum
 
-  def score_next():
-    following = lax.cond(
-      turn + 1 < turns, lambda: _score(turn + 1, scratch), lambda: none
-    )
+  def wait():
     # Every barrier is waited for once a turn by both.
     _wait_until_used(turn, scratch)
-    return _tile(following), _row(jnp.zeros_like(most))
-
-  def other():
-    plgpu.barrier_wait(scratch['full'].at[slot])
-    return score_next()
+    return _row(jnp.zeros_like(most))
 
   mine = lax.rem(turn, jnp.int32(CONSUMERS)) == warpgroup
-  scores, p_sum = lax.cond(mine, soften, other)
+  p_sum = lax.cond(mine, soften, wait)
   plgpu.barrier_wait(scratch['ready'])
   before, most = most, _row(scratch['of_rows'][0])
   decay = _row(jnp.exp2(before - most))
@@ -320,7 +307,7 @@ def _turn(work: Work, turns, warpgroup, scratch, plan: Plan, turn, carry):
   sums = _add(sums, scratch['p'], page_SC, plan)
   plgpu.barrier_arrive(scratch['used'])
   plgpu.barrier_arrive(scratch['empty'].at[slot])
-  return most, total, sums, scores
+  return most, total, sums
 
 
 def _wait_until_used(turn, scratch):

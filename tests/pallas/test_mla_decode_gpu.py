@@ -109,11 +109,9 @@ def test_registers_suffice_for_output_and_scores(name, monkeypatch, tmp_path):
   machine = gpu.compile_kernel(
     monkeypatch, tmp_path, run, *structs(cases.V3[name])
   )
-  # Of a thread, stores and loads, each reported twice: about 40 addresses of
-  # the 72 wgmmas, where its 160 numbers would be 2,560.
-  assert machine.spilled <= 640
+  assert machine.spilled == 0
   assert machine.count(r'HGMMA\.64x256x16\.F32\.BF16') == 4
-  assert machine.count(r'HGMMA\.64x64x16\.F32\.BF16') == 2 * 36
+  assert machine.count(r'HGMMA\.64x64x16\.F32\.BF16') == 36
 
 
 @pytest.mark.parametrize(
