@@ -17,16 +17,24 @@ decode = jax.jit(
 )
 
 
-def structs(case):
+FP8 = {
+  'v3': cases.SMALL['v3_heads_16'],
+  'many_turns': cases.Case((64 * 5 + 1, 64 * 4), 3, latent=256),
+  'ragged': cases.Case((200, 1, 0, 66), 3, queries=2, latent=256),
+}
+
+
+def structs(case, fp8=False):
   """Shapes of the arguments without the scale."""
   rows = len(case.lengths)
   page = lambda width: jax.ShapeDtypeStruct(
     (rows * case.blocks, api.PAGE, width), jnp.bfloat16
   )
   width = case.latent + case.rotary
+  cache = api.Cache(page(case.latent), page(case.rotary))
   return (
     jax.ShapeDtypeStruct((rows, case.queries, case.heads, width), jnp.bfloat16),
-    api.Cache(page(case.latent), page(case.rotary)),
+    jax.eval_shape(api.quantize, cache) if fp8 else cache,
     jax.ShapeDtypeStruct((rows, case.blocks), jnp.int32),
     jax.ShapeDtypeStruct((rows,), jnp.int32),
   )
@@ -52,6 +60,17 @@ def test_parts_give_the_whole(name, splits, capfd):
   with gpu.no_races(capfd):
     got = jax.block_until_ready(decode(*args, splits=splits))
   decoding.assert_close(got, reference_decode(*args), 'bfloat16')
+
+
+@gpu.interpreted
+@pytest.mark.parametrize('splits', [1, 2])
+@pytest.mark.parametrize('name', FP8)
+def test_fp8_cache(name, splits, capfd):
+  args = decoding.draw(FP8[name], fp8=True)
+  with gpu.no_races(capfd):
+    got = jax.block_until_ready(decode(*args, splits=splits))
+  decoding.assert_close(got, reference_decode(*args), 'bfloat16')
+  decoding.assert_close(got, decoding.naive(args), 'bfloat16')
 
 
 @gpu.interpreted
@@ -93,25 +112,45 @@ def test_a_row_depends_on_itself_only():
     products.assert_bitwise(x[others], y[others])
 
 
-@pytest.mark.parametrize('case', [*cases.V3.values(), *cases.SMALL.values()])
-def test_all_shapes_are_lowered_to_wgmma(case):
+@pytest.mark.parametrize(
+  ('case', 'fp8'),
+  [
+    *((case, False) for case in [*cases.V3.values(), *cases.SMALL.values()]),
+    *((case, True) for case in [*cases.V3.values(), *FP8.values()]),
+  ],
+)
+def test_all_shapes_are_lowered_to_wgmma(case, fp8):
   """Whole: the interpreter takes sizes that TMA would not."""
   run = functools.partial(pallas_gpu.decode, scale=decoding.SCALE)
   widths = {api.PAGE, case.latent // 2}
   want = {f'm64n{width}k16.f32.bf16.bf16' for width in widths}
-  assert gpu.multiplications(gpu.lower(run, *structs(case))) == want
+  assert gpu.multiplications(gpu.lower(run, *structs(case, fp8))) == want
 
 
 @gpu.compiled
+@pytest.mark.parametrize('fp8', [False, True])
 @pytest.mark.parametrize('name', ['heads_128', 'heads_128_speculative'])
-def test_registers_suffice_for_output_and_scores(name, monkeypatch, tmp_path):
+def test_registers_suffice_for_output_and_scores(
+  name, fp8, monkeypatch, tmp_path
+):
   run = functools.partial(pallas_gpu.decode, scale=decoding.SCALE, splits=1)
   machine = gpu.compile_kernel(
-    monkeypatch, tmp_path, run, *structs(cases.V3[name])
+    monkeypatch, tmp_path, run, *structs(cases.V3[name], fp8)
   )
   assert machine.spilled == 0
   assert machine.count(r'HGMMA\.64x256x16\.F32\.BF16') == 4
   assert machine.count(r'HGMMA\.64x64x16\.F32\.BF16') == 36
+
+
+@gpu.interpreted
+def test_vmap_is_a_loop():
+  args = decoding.draw(cases.SMALL['tiny'])
+  q_2BTNY = jnp.stack([args.q_BTNY, -args.q_BTNY])
+  run = lambda q_BTNY: decode(q_BTNY, *args[1:], splits=1)
+  got = jax.vmap(run)(q_2BTNY)
+  for at, q_BTNY in enumerate(q_2BTNY):
+    one = jax.tree.map(lambda x, at=at: x[at], got)
+    decoding.assert_close(one, run(q_BTNY), 'bfloat16')
 
 
 @pytest.mark.parametrize(
@@ -126,7 +165,7 @@ def test_parts_fill_the_multiprocessors_once(programs, blocks, want):
   ('case', 'how', 'message'),
   [
     (cases.SMALL['tiny'], {'dtype': 'float32'}, 'cache is float32, not bfloat'),
-    (cases.SMALL['tiny'], {'fp8': True}, 'cache is in FP8, not bfloat16'),
+    (cases.SMALL['tiny'], {'fp8': True}, r'128 \+ 64 must be one of \(256'),
     (cases.Case((3,), 2, latent=192), {}, r'widths 192 \+ 64 must be'),
     (cases.Case((3,), 2, rotary=32), {}, r'widths 512 \+ 32 must be'),
   ],
