@@ -25,6 +25,9 @@ from pallas_kernels import quantized
 from pallas_kernels.fp8_matmul import cases, pallas_tpu, quantize_tpu
 from pallas_kernels.grouped_matmul import cases as grouped_cases
 from pallas_kernels.grouped_matmul import pallas_tpu as grouped_tpu
+from pallas_kernels.mla_decode import api as decode_api
+from pallas_kernels.mla_decode import cases as decode_cases
+from pallas_kernels.mla_decode import pallas_tpu as decode_tpu
 
 BF16, F32 = jnp.bfloat16, jnp.float32
 CONTROL = 'control'
@@ -72,8 +75,8 @@ def _quantized(shape: tuple[int, ...], tile: tuple[int, int]):
 
 
 def programs() -> dict[str, Program]:
-  """Every product of the linears and the experts, and their quantisers."""
-  return _dense() | _grouped() | _quantisers()
+  """Products of the linears and the experts, quantisers, and decoding."""
+  return _dense() | _grouped() | _quantisers() | _decoding()
 
 
 def _dense() -> dict[str, Program]:
@@ -116,6 +119,31 @@ def _quantisers() -> dict[str, Program]:
       x_MD = jax.ShapeDtypeStruct((4096, width), dtype)
       name = f'quantize {width} {jnp.dtype(dtype).name}'
       found[name] = Program(both, (x_MD,))
+  return found
+
+
+def _decoding() -> dict[str, Program]:
+  found = {}
+  for name, case in decode_cases.V3.items():
+    batch, pages = len(case.lengths), len(case.lengths) * case.blocks
+    width = case.latent + case.rotary
+    q_BTNY = jax.ShapeDtypeStruct(
+      (batch, case.queries, case.heads, width), BF16
+    )
+    page = lambda width, pages=pages: (pages, decode_api.PAGE, width)
+    k_rope_JIR = jax.ShapeDtypeStruct(page(case.rotary), BF16)
+    which = (
+      jax.ShapeDtypeStruct((batch, case.blocks), jnp.int32),
+      jax.ShapeDtypeStruct((batch,), jnp.int32),
+    )
+    for kind, c_JIC in (
+      ('bf16', jax.ShapeDtypeStruct(page(case.latent), BF16)),
+      ('fp8', rows(*page(case.latent))),
+    ):
+      cache = decode_api.Cache(c_JIC, k_rope_JIR)
+      decode = functools.partial(decode_tpu.decode, scale=0.1352338)
+      args = (q_BTNY, cache, *which)
+      found[f'decode {kind} {name}'] = Program(decode, args)
   return found
 
 

@@ -34,7 +34,7 @@ def _automatic(backend: str) -> str:
     chosen = _pallas(backend)
   except NotImplementedError:
     chosen = 'reference'
-  logging.getLogger(__name__).info('FP8 on %s: %s', backend, chosen)
+  logging.getLogger(__name__).info('kernels on %s: %s', backend, chosen)
   return chosen
 
 

@@ -1,0 +1,118 @@
+"""Absorbed latent attention for decoding: arguments checked once for all.
+
+Queries come absorbed (W_UK^T q_nope beside the rotated q_rope), outputs leave
+before W_UV: one latent serves all heads as key and as value (TR 2.1.1).
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch, quantized
+from pallas_kernels.mla_decode import cache as caches
+from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, parts, reference
+
+Cache = caches.Cache
+PAGE = caches.PAGE
+combine = parts.combine
+dequantize = caches.dequantize
+quantize = caches.quantize
+
+
+def decode(
+  q_BTNY: Float[Array, 'B T N Y'],
+  cache: Cache,
+  table_Bj: Int[Array, 'B j'],
+  lengths_B: Int[Array, 'B'],
+  scale: float,
+  implementation: str = 'auto',
+  splits: int | None = None,
+) -> tuple[Float[Array, 'B T N C'], Float[Array, 'B N T']]:
+  """Attention of each row's last T tokens over its pages (TR 2.1.1).
+
+  Args:
+    q_BTNY: BF16 or f32; latent part, then rotary part: Y = C + R.
+    cache: of the queries' dtype, or with latents in e4m3. Pages that no row
+      owns, and places of a row's last page beyond its length, may hold
+      anything.
+    table_Bj: int32; a row's pages in order. Entries beyond its length may be
+      anything; those within must be pages.
+    lengths_B: int32 tokens in the cache, the T queries' own included, at most
+      64 j; the queries are causal among themselves. 0: an empty row.
+    scale: of the scores before the softmax, a Python number.
+    splits: parts that a row is cut into (see `parts`); None: enough to keep the
+      device busy. Changes results by rounding only.
+  Returns:
+    o_BTNC in the queries' dtype; lse_BNT f32, natural logarithm. Zero and -inf
+    for a query that sees no token. No gradient is defined.
+  Raises:
+    ValueError: shapes, dtypes, splits or the implementation's name do not fit.
+    NotImplementedError: legal, but not by this implementation.
+  """
+  _check(q_BTNY, cache, table_Bj, lengths_B)
+  if splits is not None and splits < 1:
+    raise ValueError(f'splits={splits} must be at least 1')
+  chosen = dispatch.resolve(implementation)
+  args = (q_BTNY, cache, table_Bj, lengths_B, scale)
+  if chosen == 'reference':
+    return reference.decode(*args, splits=splits or 1)
+  if chosen == 'pallas_gpu':
+    return pallas_gpu.decode(*args, splits=splits)
+  interpret = chosen == 'pallas_interpret'
+  return pallas_tpu.decode(*args, splits=splits, interpret=interpret)
+
+
+def _check(q_BTNY, cache: Cache, table_Bj, lengths_B) -> None:
+  if q_BTNY.ndim != 4 or not q_BTNY.size:
+    raise ValueError(f'q.shape={q_BTNY.shape} must be [B, T, N, C + R], none 0')
+  if q_BTNY.dtype not in (jnp.bfloat16, jnp.float32):
+    raise ValueError(f'q.dtype={q_BTNY.dtype} must be bfloat16 or float32')
+  _check_cache(cache, q_BTNY.shape[-1], q_BTNY.dtype)
+  rows = q_BTNY.shape[0]
+  if table_Bj.ndim != 2 or table_Bj.shape[0] != rows or not table_Bj.size:
+    raise ValueError(
+      f'table.shape={table_Bj.shape} must be [{rows}, blocks of a row]'
+    )
+  if lengths_B.shape != (rows,):
+    raise ValueError(f'lengths.shape={lengths_B.shape} must be {(rows,)}')
+  for name, x in (('table', table_Bj), ('lengths', lengths_B)):
+    if x.dtype != jnp.int32:
+      raise ValueError(f'{name}.dtype={x.dtype} must be int32')
+
+
+def _check_cache(cache: Cache, width: int, dtype) -> None:
+  c_JIC, k_rope_JIR = cache.c_JIC, cache.k_rope_JIR
+  for name, x in (('c', c_JIC), ('k_rope', k_rope_JIR)):
+    if len(x.shape) != 3 or x.shape[1] != PAGE or not x.shape[0]:
+      raise ValueError(
+        f'cache.{name}.shape={x.shape} must be [pages, {PAGE}, width]'
+      )
+  if c_JIC.shape[0] != k_rope_JIR.shape[0]:
+    raise ValueError(
+      f'cache.c.shape={c_JIC.shape} and cache.k_rope.shape={k_rope_JIR.shape} '
+      f'must have as many pages'
+    )
+  if c_JIC.shape[2] + k_rope_JIR.shape[2] != width:
+    raise ValueError(
+      f'q.shape[-1]={width} must be {c_JIC.shape[2]} + {k_rope_JIR.shape[2]}, '
+      f'the widths of cache.c and cache.k_rope'
+    )
+  of_dtype = {'cache.k_rope': k_rope_JIR}
+  if cache.is_quantized:
+    _check_quantized(c_JIC)
+  else:
+    of_dtype['cache.c'] = c_JIC
+  for name, x in of_dtype.items():
+    if x.dtype != dtype:
+      raise ValueError(f'{name}.dtype={x.dtype} must be {dtype}, as of q')
+
+
+def _check_quantized(c_JIC: quantized.Quantized) -> None:
+  if c_JIC.values.dtype != quantized.E4M3:
+    raise ValueError(f'cache.c.dtype={c_JIC.values.dtype} must be e4m3')
+  if c_JIC.tile != quantized.ROW:
+    raise ValueError(f'cache.c.tile={c_JIC.tile} must be {quantized.ROW}')
+  want = (*c_JIC.shape[:2], -(-c_JIC.shape[2] // 128))
+  if c_JIC.scales.shape != want:
+    raise ValueError(
+      f'cache.c.scales.shape={c_JIC.scales.shape} must be {want}'
+    )

@@ -1,0 +1,65 @@
+"""The paged latent cache: two arrays of pages of 64 tokens (TR 2.1.1).
+
+A token has a normed latent of C values and a rotated key of R. They lie apart,
+as a TPU pads rows of 576 to 640. In FP8 a token of DeepSeek-V3 has 656 bytes:
+512 values in e4m3, an f32 scale for each 128 of them, and 64 rotary values that
+stay in BF16, since rounding them moves the scores most.
+
+Letters: J pages, I tokens of a page, C latent, R rotary.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import quantized
+from pallas_kernels.fp8_matmul import reference as formats
+
+PAGE = 64  # tokens
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+  """Pages of latents and of rotary keys; which are whose, a block table says.
+
+  c_JIC: BF16 or f32 [pages, 64, C], or `Quantized` e4m3 of that shape with
+  tiles 1 x 128. k_rope_JIR: BF16 or f32 [pages, 64, R].
+  """
+
+  # Any: a tree of this form also holds shapes or shardings.
+  c_JIC: Any
+  k_rope_JIR: Any
+
+  @property
+  def is_quantized(self) -> bool:
+    return isinstance(self.c_JIC, quantized.Quantized)
+
+  @property
+  def pages(self) -> int:
+    return self.k_rope_JIR.shape[0]
+
+
+def quantize(cache: Cache) -> Cache:
+  """Latents in e4m3, 128 of a token under one scale; rotary keys as they are.
+
+  It serves new tokens as well as whole pages: a token's scales are its own.
+  """
+  return dataclasses.replace(cache, c_JIC=formats.quantize(cache.c_JIC))
+
+
+def dequantize(cache: Cache, dtype: jax.typing.DTypeLike) -> Cache:
+  """Latents as value * scale in f32, rounded to `dtype` if that is less."""
+  if not cache.is_quantized:
+    return cache
+  c_JIC = formats.dequantize(cache.c_JIC, dtype)
+  return dataclasses.replace(cache, c_JIC=c_JIC)
+
+
+def bytes_per_token(cache: Cache) -> int:
+  """What one token takes, scales included."""
+  leaves = jax.tree.leaves(cache)
+  size = sum(x.size * jnp.dtype(x.dtype).itemsize for x in leaves)
+  return size // (cache.pages * PAGE)

@@ -1,0 +1,264 @@
+"""Decoding over a paged latent cache on TPUs, through Pallas and Mosaic.
+
+A grid over rows, parts of a row and steps of `pages` pages. The block table
+comes as a prefetched scalar; a step names the same array of pages several
+times, each time with a page of its own, so that the pipeline copies them side
+by side while the step before is worked off. All queries and heads of a row
+share what is loaded. The softmax is online: largest score, sum and output stay
+in VMEM, in f32; exponentials are powers of two.
+
+A step beyond a part's end names the pages of the last step within, that none is
+copied again, and does nothing. Places beyond a row's length are zeros before
+they are multiplied: NaN times a zero probability would be NaN.
+
+An FP8 page is dequantised to BF16 in VMEM. Scales come as [4, 64], long in the
+lanes: [64, 4] padded to 128 lanes would be as much as the values; XLA turns
+them before the kernel.
+
+Letters: B rows, T queries of a row, N heads, X = T * N, C latent, R rotary, S
+tokens of a step, Z parts; J pages, I tokens of a page, k tiles of 128 of C.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.mla_decode import cache as caches
+from pallas_kernels.mla_decode import parts
+from pallas_kernels.mla_decode.cache import PAGE
+
+VMEM_BYTES = 48 * 2**20  # of the 64 MiB of the smallest core (v5p, v7x)
+LANES = 128
+LOG2_E = math.log2(math.e)
+# Scores of what is not seen, and where largest scores begin. Not -inf, whose
+# differences are NaN; 2 to the power of HIDDEN - LEAST is zero.
+HIDDEN, LEAST = -1e30, -5e29
+NT = (((1,), (1,)), ((), ()))
+NN = (((1,), (0,)), ((), ()))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSizes:
+  """pages: of 64 tokens, that a step holds; each is a copy of its own."""
+
+  pages: int = 8
+
+  def __post_init__(self):
+    if self.pages < 1:
+      raise ValueError(f'blocks.pages={self.pages} must be at least 1')
+
+
+def choose_blocks(table_blocks: int, queries: int) -> BlockSizes:
+  """512 tokens are 0.6 MB, 0.2 us of v5p's memory: as long as a step's start.
+
+  With many queries scores and probabilities want the VMEM.
+  """
+  most = 8 if queries <= 256 else 4
+  return BlockSizes(min(most, table_blocks))
+
+
+def decode(
+  q_BTNY: Float[Array, 'B T N Y'],
+  cache: caches.Cache,
+  table_Bj: Int[Array, 'B j'],
+  lengths_B: Int[Array, 'B'],
+  scale: float,
+  *,
+  splits: int | None = None,
+  blocks: BlockSizes | None = None,
+  interpret=False,
+) -> tuple[Float[Array, 'B T N C'], Float[Array, 'B N T']]:
+  """Output and log-sum-exp; see `api.decode`.
+
+  Args:
+    splits: None: 1; a TPU has one or two cores, which rows fill.
+    blocks: None: `choose_blocks`.
+    interpret: as of `pl.pallas_call`: True or `pltpu.InterpretParams`.
+  """
+  rows, queries, heads, _ = q_BTNY.shape
+  splits = splits or 1
+  blocks = blocks or choose_blocks(table_Bj.shape[1], queries * heads)
+  latent_dim = cache.c_JIC.shape[-1]
+  q_BXC, q_BXR = jnp.split(
+    q_BTNY.reshape(rows, queries * heads, -1), [latent_dim], axis=-1
+  )
+  inputs = _inputs(cache)
+  out = pl.pallas_call(
+    functools.partial(
+      _kernel,
+      heads=heads,
+      queries=queries,
+      splits=splits,
+      pages=blocks.pages,
+      scale=scale * LOG2_E,
+    ),
+    out_shape=(
+      jax.ShapeDtypeStruct((rows, splits, *q_BXC.shape[1:]), jnp.float32),
+      jax.ShapeDtypeStruct((rows, splits, q_BXC.shape[1], 1), jnp.float32),
+    ),
+    grid_spec=_grid(q_BXC, q_BXR, inputs, table_Bj, splits, blocks.pages),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=('parallel', 'parallel', 'arbitrary'),
+      vmem_limit_bytes=VMEM_BYTES,
+    ),
+    cost_estimate=_cost(q_BTNY, cache, table_Bj),
+    interpret=interpret,
+    name='mla_decode',
+  )(
+    parts.owned(table_Bj, lengths_B, cache.pages),
+    lengths_B,
+    q_BXC,
+    q_BXR,
+    *(x for x in inputs for _ in range(blocks.pages)),
+  )
+  o_ZBXC, lse_ZBX1 = (jnp.swapaxes(x, 0, 1) for x in out)
+  shape = (splits, rows, queries, heads)
+  lse_ZBNT = jnp.swapaxes(lse_ZBX1.reshape(shape), -1, -2)
+  o_ZBTNC = o_ZBXC.reshape(*shape, latent_dim)
+  return parts.combine(o_ZBTNC, lse_ZBNT, q_BTNY.dtype)
+
+
+def _inputs(cache: caches.Cache) -> tuple:
+  """What is copied of a page: latents, rotary keys and, of FP8, scales."""
+  if not cache.is_quantized:
+    return cache.c_JIC, cache.k_rope_JIR
+  scale_JkI = jnp.swapaxes(cache.c_JIC.scales, -1, -2)
+  return cache.c_JIC.values, cache.k_rope_JIR, scale_JkI
+
+
+def _grid(q_BXC, q_BXR, inputs, table_Bj, splits: int, pages: int):
+  """Rows, parts and steps, and which pages each step holds."""
+  rows, queries, latent_dim = q_BXC.shape
+  share = pl.cdiv(table_Bj.shape[1], splits)
+
+  def page(at, b, z, step, table, lengths):
+    first, end = parts.bounds(lengths[b], z, splits)
+    last_step = jnp.maximum(parts.div_up(end - first, pages) - 1, 0)
+    block = first + jnp.minimum(step, last_step) * pages + at
+    last = jnp.maximum(end - 1, 0)  # 0: of an empty row, an owned page 0
+    return table[b, jnp.minimum(block, last)], 0, 0
+
+  of_row = lambda b, z, step, *_: (b, 0, 0)
+  of_part = lambda b, z, step, *_: (b, z, 0, 0)
+  scratch = [(queries, 1), (queries, 1), (queries, latent_dim)]
+  return pltpu.PrefetchScalarGridSpec(
+    num_scalar_prefetch=2,
+    grid=(rows, splits, pl.cdiv(share, pages)),
+    in_specs=[
+      pl.BlockSpec((None, queries, q_BXC.shape[-1]), of_row),
+      pl.BlockSpec((None, queries, q_BXR.shape[-1]), of_row),
+      *(
+        pl.BlockSpec((None, *x.shape[1:]), functools.partial(page, at))
+        for x in inputs
+        for at in range(pages)
+      ),
+    ],
+    out_specs=(
+      pl.BlockSpec((None, None, queries, latent_dim), of_part),
+      pl.BlockSpec((None, None, queries, 1), of_part),
+    ),
+    scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+  )
+
+
+def _kernel(
+  table, lengths, q_XC, q_XR, *refs, heads, queries, splits, pages, scale
+):
+  """One step of a part; refs: the pages of each input, outputs, scratch."""
+  *inputs, o_XC, lse_X1, most_X1, total_X1, sum_XC = refs
+  row, step = pl.program_id(0), pl.program_id(2)
+  length = lengths[row]
+  first, end = parts.bounds(length, pl.program_id(1), splits)
+
+  @pl.when(step == 0)
+  def _():
+    most_X1[...] = jnp.full_like(most_X1, LEAST)
+    total_X1[...] = jnp.zeros_like(total_X1)
+    sum_XC[...] = jnp.zeros_like(sum_XC)
+
+  @pl.when(first + step * pages < end)
+  def _():
+    start = (first + step * pages) * PAGE
+    until = jnp.minimum(length, end * PAGE)  # the next part has what is beyond
+    c_SC, k_rope_SR = _load(inputs, pages, start, until, q_XC.dtype)
+    scores_XS = _dot(q_XC[...], c_SC, NT) + _dot(q_XR[...], k_rope_SR, NT)
+    shape = scores_XS.shape
+    s_XS = start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    x_XS = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    t_XS = sum((x_XS >= t * heads).astype(jnp.int32) for t in range(1, queries))
+    seen_XS = s_XS < jnp.minimum(until, length - queries + 1 + t_XS)
+    scores_XS = jnp.where(seen_XS, scores_XS * scale, HIDDEN)
+    before_X1 = most_X1[...]
+    most = jnp.maximum(before_X1, jnp.max(scores_XS, axis=1, keepdims=True))
+    p_XS = jnp.exp2(scores_XS - most)
+    decay_X1 = jnp.exp2(before_X1 - most)
+    most_X1[...] = most
+    total_X1[...] = total_X1[...] * decay_X1 + jnp.sum(p_XS, 1, keepdims=True)
+    part_XC = _dot(p_XS.astype(c_SC.dtype), c_SC, NN)
+    sum_XC[...] = sum_XC[...] * decay_X1 + part_XC
+
+  @pl.when(step == pl.num_programs(2) - 1)
+  def _():
+    total = total_X1[...]
+    none = total == 0
+    total = jnp.where(none, 1.0, total)
+    o_XC[...] = sum_XC[...] / total
+    lse = most_X1[...] / LOG2_E + jnp.log(total)
+    lse_X1[...] = jnp.where(none, -jnp.inf, lse)
+
+
+def _load(refs, pages: int, start, until, dtype):
+  """Latents and rotary keys of a step's pages, zeros where none is seen."""
+  of_input = [refs[at : at + pages] for at in range(0, len(refs), pages)]
+  c_SC = [ref[...] for ref in of_input[0]]
+  if len(of_input) == 3:
+    scaled = zip(c_SC, of_input[2], strict=True)
+    c_SC = [_dequantize(c_IC, ref[...], dtype) for c_IC, ref in scaled]
+  k_rope_SR = [ref[...] for ref in of_input[1]]
+
+  def tokens(loaded):
+    x_SD = jnp.concatenate(loaded) if pages > 1 else loaded[0]
+    s_SD = start + jax.lax.broadcasted_iota(jnp.int32, x_SD.shape, 0)
+    return jnp.where(s_SD < until, x_SD, jnp.zeros_like(x_SD))
+
+  return tokens(c_SC), tokens(k_rope_SR)
+
+
+def _dequantize(values_IC, scale_kI, dtype):
+  """value * scale in f32, rounded; 128 columns to a scale."""
+  scale_Ik = scale_kI.T
+  tiles = [
+    values_IC[:, k * LANES : (k + 1) * LANES].astype(jnp.float32)
+    * scale_Ik[:, k : k + 1]
+    for k in range(scale_Ik.shape[1])
+  ]
+  return jnp.concatenate(tiles, axis=1).astype(dtype)
+
+
+def _dot(x, y, dims):
+  """The matrix unit, f32 sums; of f32 operands all bits."""
+  exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+  return jax.lax.dot_general(
+    x, y, dims, precision=exact, preferred_element_type=jnp.float32
+  )
+
+
+def _cost(q_BTNY, cache: caches.Cache, table_Bj) -> pl.CostEstimate:
+  """Of rows as long as the table: more is not known before the run."""
+  tokens = table_Bj.size * PAGE
+  latent_dim = cache.c_JIC.shape[-1]
+  pairs = tokens * q_BTNY.shape[1] * q_BTNY.shape[2]
+  written = q_BTNY.size // q_BTNY.shape[-1] * latent_dim * 4
+  return pl.CostEstimate(
+    flops=2 * pairs * (q_BTNY.shape[-1] + latent_dim),
+    transcendentals=pairs,
+    bytes_accessed=tokens * caches.bytes_per_token(cache)
+    + q_BTNY.size * q_BTNY.dtype.itemsize
+    + written,
+  )
