@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.mla_attention import reference
+from pallas_kernels.mla_attention import pallas_tpu, reference
 
 
 def attention(
@@ -37,25 +37,36 @@ def attention(
   """
   _check(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
   chosen = dispatch.resolve(implementation)
-  if chosen != 'reference' and implementation != 'auto':
-    raise NotImplementedError(f'mla_attention has no {implementation!r} yet')
+  if implementation == 'auto':
+    chosen = 'reference'  # the kernels have no backward pass
+  if chosen == 'pallas_gpu':
+    raise NotImplementedError('mla_attention has no kernel for GPUs')
   args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
-  return _attention(*args, scale)
+  return _attention(*args, scale, chosen)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attention(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale):
-  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
-  return reference.forward(*args, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, chosen
+):
+  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale)
+  if chosen == 'reference':
+    return reference.forward(*args)
+  return pallas_tpu.forward(*args, interpret=chosen == 'pallas_interpret')
 
 
-def _forward(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale):
+def _forward(
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, chosen
+):
+  if chosen != 'reference':
+    raise NotImplementedError(f'{chosen} has no gradient of mla_attention')
   args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
   o_BTNU, lse_BNT = reference.forward(*args, scale)
   return (o_BTNU, lse_BNT), (args, o_BTNU, lse_BNT)
 
 
-def _backward(scale, residuals, cotangents):
+def _backward(scale, chosen, residuals, cotangents):
+  del chosen  # the reference: see _forward
   args, o_BTNU, lse_BNT = residuals
   do_BTNU, dlse_BNT = cotangents
   f32 = jnp.float32

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import numerics
-from pallas_kernels.mla_attention import cases, pallas_tpu, reference
+from pallas_kernels.mla_attention import api, cases, pallas_tpu, reference
 from tests.pallas import attention
 
 
@@ -34,3 +34,18 @@ def test_lowers_for_the_device(dtype):
   traced = jax.jit(call).trace(*operands, segments_BT=segments)
   text = traced.lower(lowering_platforms=('tpu',)).as_text()
   assert 'tpu_custom_call' in text
+
+
+def test_api_runs_the_kernel_and_refuses_its_gradient():
+  case = cases.SMALL['tiny']
+  args = attention.inputs(case)[:4]
+  call = functools.partial(
+    api.attention,
+    scale=attention.scale(case),
+    implementation='pallas_interpret',
+  )
+  want = pallas_tpu.forward(*args, None, attention.scale(case), interpret=True)
+  for x, y in zip(call(*args), want, strict=True):
+    np.testing.assert_array_equal(x, y)
+  with pytest.raises(NotImplementedError, match='gradient'):
+    jax.vjp(call, *args)
