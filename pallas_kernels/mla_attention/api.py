@@ -36,9 +36,9 @@ def attention(
     NotImplementedError: legal, but not by this implementation.
   """
   _check(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
-  chosen = dispatch.resolve(implementation)
-  if implementation == 'auto':
-    chosen = 'reference'  # the kernels have no backward pass
+  chosen = 'reference'  # of 'auto': the kernels have no backward pass
+  if implementation != 'auto':
+    chosen = dispatch.resolve(implementation)
   if chosen == 'pallas_gpu':
     raise NotImplementedError('mla_attention has no kernel for GPUs')
   args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
