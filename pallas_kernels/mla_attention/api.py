@@ -1,0 +1,115 @@
+"""Attention of MLA: arguments checked once for all implementations."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.mla_attention import pallas_tpu, reference
+
+
+def attention(
+  q_BTNX: Float[Array, 'B T N X'],
+  k_nope_BSNH: Float[Array, 'B S N H'],
+  k_rope_BSR: Float[Array, 'B S R'],
+  v_BSNU: Float[Array, 'B S N U'],
+  segments_BT: Int[Array, 'B T'] | None = None,
+  *,
+  scale: float,
+  implementation: str = 'auto',
+) -> tuple[Float[Array, 'B T N U'], Float[Array, 'B N T']]:
+  """Causal attention of sequences on themselves (TR eqs. 5, 10).
+
+  Differentiable in q, both parts of the keys and v, through both results.
+
+  Args:
+    q_BTNX: X = H + R, rotary part last; all four of one type, BF16 or f32.
+    k_rope_BSR: shared by all heads. S = T >= 1.
+    segments_BT: int32; tokens see their own segment only. None: one segment.
+    scale: factor on the logits; softmax in f32.
+  Returns:
+    The output, in q's type, and the log-sum-exp of the logits, f32.
+  Raises:
+    ValueError: shapes, types or the implementation's name do not fit.
+    NotImplementedError: legal, but not by this implementation.
+  """
+  _check(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
+  chosen = 'reference'  # of 'auto': the kernels have no backward pass
+  if implementation != 'auto':
+    chosen = dispatch.resolve(implementation)
+  if chosen == 'pallas_gpu':
+    raise NotImplementedError('mla_attention has no kernel for GPUs')
+  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
+  return _attention(*args, scale, chosen)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, chosen
+):
+  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale)
+  if chosen == 'reference':
+    return reference.forward(*args)
+  return pallas_tpu.forward(*args, interpret=chosen == 'pallas_interpret')
+
+
+def _forward(
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, chosen
+):
+  if chosen != 'reference':
+    raise NotImplementedError(f'{chosen} has no gradient of mla_attention')
+  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
+  o_BTNU, lse_BNT = reference.forward(*args, scale)
+  return (o_BTNU, lse_BNT), (args, o_BTNU, lse_BNT)
+
+
+def _backward(scale, chosen, residuals, cotangents):
+  del chosen  # the reference: see _forward
+  args, o_BTNU, lse_BNT = residuals
+  do_BTNU, dlse_BNT = cotangents
+  f32 = jnp.float32
+  delta_BNT = jnp.einsum(
+    'btnu,btnu->bnt',
+    o_BTNU.astype(f32),
+    do_BTNU.astype(f32),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  delta_BNT -= dlse_BNT
+  grads = reference.backward(*args, scale, lse_BNT, delta_BNT, do_BTNU)
+  return *grads, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _check(q, k_nope, k_rope, v, segments) -> None:
+  if q.ndim != 4 or k_nope.ndim != 4 or k_rope.ndim != 3 or v.ndim != 4:
+    raise ValueError(
+      'q, k_nope, k_rope and v must have 4, 4, 3 and 4 axes, these have '
+      f'{q.ndim}, {k_nope.ndim}, {k_rope.ndim} and {v.ndim}'
+    )
+  batch, length, heads, width = q.shape
+  if not length:
+    raise ValueError(f'q.shape={q.shape} must have a token')
+  nope, rope = k_nope.shape[-1], k_rope.shape[-1]
+  if width != nope + rope:
+    raise ValueError(f'q is {width} wide, must be H + R = {nope} + {rope}')
+  _expect('k_nope', k_nope, (batch, length, heads, nope))
+  _expect('k_rope', k_rope, (batch, length, rope))
+  _expect('v', v, (batch, length, heads, v.shape[-1]))
+  if q.dtype not in (jnp.bfloat16, jnp.float32):
+    raise ValueError(f'q.dtype={q.dtype} must be bfloat16 or float32')
+  for name, x in (('k_nope', k_nope), ('k_rope', k_rope), ('v', v)):
+    if x.dtype != q.dtype:
+      raise ValueError(f'{name}.dtype={x.dtype} must be {q.dtype}, as of q')
+  if segments is not None:
+    _expect('segments', segments, (batch, length))
+    if segments.dtype != jnp.int32:
+      raise ValueError(f'segments.dtype={segments.dtype} must be int32')
+
+
+def _expect(name: str, x, shape: tuple[int, ...]) -> None:
+  if x.shape != shape:
+    raise ValueError(f'{name}.shape={x.shape} must be {shape}')
