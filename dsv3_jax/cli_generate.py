@@ -10,8 +10,6 @@ from absl import flags
 
 from dsv3_jax import errors
 
-_PAGE = 64  # tokens
-
 
 def checkpoint_flags(values: flags.FlagValues) -> None:
   """Which weights."""
@@ -178,6 +176,9 @@ def serve(values: flags.FlagValues) -> None:
     raise errors.InputError(f'port={values.port} must be in [0, 65536)')
   if values.cache_tokens < 0:
     raise errors.InputError(f'cache_tokens={values.cache_tokens} must be >= 0')
+  key = os.environ.get('DSV3_API_KEY')
+  if key == '':
+    raise errors.InputError('DSV3_API_KEY is empty: unset it to ask for no key')
   loaded = load(values, values.dtype)
   from dsv3_jax.inference import serving
 
@@ -185,9 +186,9 @@ def serve(values: flags.FlagValues) -> None:
     loaded,
     address=(values.host, values.port),
     name=values.name or pathlib.Path(values.checkpoint).resolve().name,
-    num_pages=-(-values.cache_tokens // _PAGE),
+    cache_tokens=values.cache_tokens,
     max_rows=values.max_rows,
     max_waiting=values.max_waiting,
     max_tokens=values.max_tokens,
-    api_key=os.environ.get('DSV3_API_KEY', ''),
+    api_key=key or '',
   )

@@ -122,7 +122,21 @@ def test_serve_until_it_is_told_to_stop(trained, env):
       wrong = openai.OpenAI(api_key='wrong', **how)
       with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()
+      with openai.OpenAI(api_key='k', **how) as ask:
+        parts = ask.completions.create(
+          model='mine', prompt='x', max_tokens=50, stream=True
+        )
+        next(iter(parts))
+        child.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match='the model has ended'):
+          list(parts)
     finally:
       child.send_signal(signal.SIGTERM)
     child.wait(timeout=60)
-  assert child.returncode in (0, -signal.SIGTERM)
+  assert child.returncode == 0
+
+
+def test_an_empty_key_is_no_key(monkeypatch, capsys):
+  monkeypatch.setenv('DSV3_API_KEY', '')
+  assert cli.main(['serve', '--checkpoint=x']) == 2
+  assert 'DSV3_API_KEY is empty' in capsys.readouterr().err

@@ -128,7 +128,17 @@ class Tokenizer:
     scratch.replace(path)
 
   def encode(self, text: str, add_bos: bool = False) -> np.ndarray:
-    """int32 ids of plain text, which never holds a special token."""
+    """int32 ids of plain text, which never holds a special token.
+
+    Raises:
+      InputError: the text has a lone surrogate, which UTF-8 cannot spell.
+    """
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise errors.InputError(
+        f'text has a lone surrogate at character {error.start}'
+      ) from error
     ids = self._plain.encode(text, add_special_tokens=False).ids
     return np.array([self.bos_id] * add_bos + ids, np.int32)
 
@@ -143,7 +153,12 @@ class Tokenizer:
 
   @functools.cached_property
   def _special_ids(self) -> frozenset[int]:
-    return frozenset(self._full.get_added_tokens_decoder())
+    """Those that are no text; a reasoner's think tags are."""
+    added = self._full.get_added_tokens_decoder()
+    tags = ('<think>', '</think>')
+    return frozenset(
+      i for i, token in added.items() if token.content not in tags
+    )
 
   def encode_chat(
     self,

@@ -4,7 +4,9 @@ A call may ask for several answers; their pieces come as they are made.
 """
 
 import asyncio
+import contextlib
 import dataclasses
+import functools
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -59,8 +61,11 @@ class Answers:
   def _submit(self, prompt: list[int]) -> None:
     index = len(self.tickets)
     draw = dataclasses.replace(self.ask.draw, stream=index)
-    put = self._news.put_nowait
-    tell = lambda news: self._loop.call_soon_threadsafe(put, (index, news))
+
+    def tell(news):
+      with contextlib.suppress(RuntimeError):  # the loop is closed
+        self._loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
+
     stop_ids = [self._tokenizer.eos_id]
     args = (prompt, self._count(len(prompt)), draw, stop_ids, tell)
     self.tickets.append(self._worker.submit(*args))
@@ -84,7 +89,7 @@ class Answers:
 
   async def pieces(self) -> AsyncIterator[Choice]:
     """Text as it comes, of all answers."""
-    decode = self._tokenizer.decode
+    decode = functools.partial(self._tokenizer.decode, skip_special=True)
     eos = self._tokenizer.eos_id
     streams = [
       (text.Characters(decode), text.Stops(self.ask.stops))

@@ -6,6 +6,7 @@ say nothing at the value that they have.
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,11 +64,13 @@ class Ask:
   with_usage: bool
 
 
-def completion(body: Any, tokenizer: tokenizers.Tokenizer, seed: int) -> Ask:
+def completion(
+  body: Any, tokenizer: tokenizers.Tokenizer, seed: int, most_answers: int
+) -> Ask:
   """A body of `/v1/completions`.
 
   Args:
-    seed: where the body has none.
+    seed: where the body has none. most_answers: prompts times choices.
 
   Raises:
     InputError: names the field, its value and the rule.
@@ -76,6 +79,7 @@ def completion(body: Any, tokenizer: tokenizers.Tokenizer, seed: int) -> Ask:
   given = fields.get('prompt', '')
   if isinstance(given, str) or (all(type(x) is int for x in given) and given):
     given = [given]
+  _within('n * prompts', fields.get('n', 1) * len(given), 0, most_answers)
   prompts = [_prompt(i, x, tokenizer) for i, x in enumerate(given)]
   if not prompts:
     raise errors.InputError('prompt=[] must hold at least one prompt')
@@ -83,9 +87,12 @@ def completion(body: Any, tokenizer: tokenizers.Tokenizer, seed: int) -> Ask:
   return _ask(fields, prompts, most, seed)
 
 
-def chat(body: Any, tokenizer: tokenizers.Tokenizer, seed: int) -> Ask:
+def chat(
+  body: Any, tokenizer: tokenizers.Tokenizer, seed: int, most_answers: int
+) -> Ask:
   """A body of `/v1/chat/completions`; raises as `completion`."""
   fields = _fields(body, _CHAT)
+  _within('n', fields.get('n', 1), 1, most_answers)
   messages = fields.get('messages', [])
   for i, message in enumerate(messages):
     if not isinstance(message, dict):
@@ -104,15 +111,16 @@ def _fields(body: Any, known: Mapping[str, Any]) -> dict[str, Any]:
     if value is None or value in _NEUTRAL.get(name, ()):
       continue
     if name in _NEUTRAL:
-      raise errors.InputError(f'{name}={value!r} is not supported here')
+      raise errors.InputError(f'{name}={_short(value)} is not supported here')
     if name not in known:
       raise errors.InputError(
-        f'{name} is no field of this request: {", ".join(sorted(known))}'
+        f'{_short(name)} is no field of this request: '
+        f'{", ".join(sorted(known))}'
       )
     wanted = known[name]
     is_bool = isinstance(value, bool)
     if not isinstance(value, wanted) or (is_bool and wanted is not bool):
-      raise errors.InputError(f'{name}={value!r} has the wrong type')
+      raise errors.InputError(f'{name}={_short(value)} has the wrong type')
     found[name] = value
   return found
 
@@ -127,15 +135,16 @@ def _prompt(i: int, given: Any, tokenizer: tokenizers.Tokenizer) -> list[int]:
 
 
 def _ask(fields: dict, prompts: list, most: int | None, seed: int) -> Ask:
-  _within('max_tokens', most or 1, 1, math.inf)
-  if most == 0:
-    raise errors.InputError('max_tokens=0 must be >= 1')
+  if most is not None:
+    _within('max_tokens', most, 1, math.inf)
   choices = _within('n', fields.get('n', 1), 1, _MOST_CHOICES)
   stops = fields.get('stop', [])
   stops = [stops] if isinstance(stops, str) else stops
   if len(stops) > _MOST_STOPS or not all(isinstance(s, str) for s in stops):
     raise errors.InputError(f'stop must be at most {_MOST_STOPS} strings')
   options = fields.get('stream_options', {})
+  if options.keys() - {'include_usage'}:
+    raise errors.InputError('stream_options may hold include_usage only')
   draw = batching.Draw(
     temperature=float(
       _within('temperature', fields.get('temperature', 1), 0, 100)
@@ -153,6 +162,11 @@ def _ask(fields: dict, prompts: list, most: int | None, seed: int) -> Ask:
     stream=fields.get('stream', False),
     with_usage=bool(options.get('include_usage')),
   )
+
+
+def _short(value: Any) -> str:
+  """On one line, however long it is."""
+  return reprlib.repr(value)
 
 
 def _within(name: str, value, low, high):

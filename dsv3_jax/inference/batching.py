@@ -68,15 +68,16 @@ class Session:
     max_rows: int,
     chunk: int = 1024,
     least_pages: int = 1,
+    least_rows: int = 1,
   ):
     """Args:
     num_pages: of the cache. max_rows: requests that run at a time; others
       wait. chunk: most tokens of a prefill. least_pages: to which the block
-      tables of rows are rounded up.
+      tables of rows are rounded up; least_rows: likewise, when decoding.
     """
     self.steps, self.pool = made, pages.Pool(num_pages, PAGE)
     self.scheduler = scheduler.Scheduler(self.pool, max_rows, chunk)
-    self._least_pages = least_pages
+    self._least_pages, self._least_rows = least_pages, least_rows
     self._caches = made.empty_caches(num_pages, PAGE)
     self._requests: dict[scheduler.Job, Request] = {}
 
@@ -170,7 +171,8 @@ class Session:
 
   def _arrays(self, found: scheduler.Step, width: int):
     """What the compiled step takes, rounded up to sizes that it knows."""
-    count = _round_up(len(found.jobs))
+    least_rows = self._least_rows if width == 1 else 1
+    count = _round_up(max(len(found.jobs), least_rows))
     tokens_BT = np.zeros((count, width), np.int32)
     index_BT = np.full((count, width), -1, np.int32)
     last_B = np.zeros(count, np.int32)

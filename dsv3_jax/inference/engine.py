@@ -70,6 +70,7 @@ class Engine:
       num_pages=sum(each),
       max_rows=len(prompts),
       least_pages=max(each),
+      least_rows=len(prompts),
     )
     draw = functools.partial(
       batching.Draw,

@@ -77,7 +77,8 @@ class LoadedModel:
     ids = [encode(prompt).tolist() for prompt in prompts]
     how = {'stop_id': self.tokenizer.eos_id} | how
     made = self.engine.generate(ids, max_new_tokens, **how)
-    return [self.tokenizer.decode(row) for row in made.tokens]
+    decode = self.tokenizer.decode
+    return [decode(row, skip_special=True) for row in made.tokens]
 
   @functools.cached_property
   def engine(self) -> engine.Engine:

@@ -47,6 +47,8 @@ def _draw(logits_BV, draws: Draws, place_B) -> Int[Array, 'B']:
   keys_B = jax.random.wrap_key_data(draws.keys_B2)
   keys_B = jax.vmap(jax.random.fold_in)(keys_B, place_B)
   temperature_B = jnp.where(draws.temperature_B > 0, draws.temperature_B, 1.0)
+  # From the largest down: a tiny temperature makes large numbers of no others.
+  logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)
   logits_BV /= temperature_B[:, None]
   kept_BV = jnp.where(_kept(logits_BV, draws), logits_BV, -jnp.inf)
   drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)

@@ -23,7 +23,7 @@ from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import answers, api, telemetry, worker
 
-_MOST_BODY = 4 * 2**20  # bytes
+_MOST_BODY = 2**20  # bytes; tokenising them holds up everybody
 _ENDED = 'the model has ended'
 
 
@@ -62,6 +62,7 @@ class Server:
       exception_handlers={
         errors.InputError: _bad_input,
         exceptions.HTTPException: _http_error,
+        requests.ClientDisconnect: _gone,
       },
     )
 
@@ -70,12 +71,13 @@ class Server:
   async def _completions(self, request: requests.Request):
     body = await self._body(request)
     seed = secrets.randbits(32)
-    ask = api.completion(body, self.tokenizer, seed)
+    ask = api.completion(body, self.tokenizer, seed, self.worker.most)
     return await self._answer(request, ask, answers.Completion(self.name))
 
   async def _chat(self, request: requests.Request):
     body = await self._body(request)
-    ask = api.chat(body, self.tokenizer, secrets.randbits(32))
+    seed = secrets.randbits(32)
+    ask = api.chat(body, self.tokenizer, seed, self.worker.most)
     return await self._answer(request, ask, answers.Chat(self.name))
 
   async def _models(self, request: requests.Request):
@@ -99,19 +101,23 @@ class Server:
 
   async def _page(self, request: requests.Request):
     files = importlib.resources.files('dsv3_jax.inference')
-    return responses.HTMLResponse((files / 'page.html').read_text('utf-8'))
+    headers = {'x-frame-options': 'DENY'}
+    page = (files / 'page.html').read_text('utf-8')
+    return responses.HTMLResponse(page, headers=headers)
 
   # What they share.
 
   def _check_key(self, request: requests.Request) -> None:
-    given = request.headers.get('authorization', '')
-    wanted = f'Bearer {self._key}'
-    if self._key and not hmac.compare_digest(given.encode(), wanted.encode()):
+    given = request.headers.get('authorization', '').encode('latin-1')
+    wanted = f'Bearer {self._key}'.encode()
+    if self._key and not hmac.compare_digest(given, wanted):
       raise exceptions.HTTPException(401, 'the API key is missing or wrong')
 
   async def _body(self, request: requests.Request) -> Any:
     """The body as JSON; read no further than it may be long."""
     self._check_key(request)
+    if request.headers.get('sec-fetch-site') in ('cross-site', 'same-site'):
+      raise exceptions.HTTPException(403, "another site's page may not ask")
     data = bytearray()
     async for piece in request.stream():
       data += piece
@@ -128,8 +134,7 @@ class Server:
     made = answers.Answers(self.worker, self.tokenizer, ask, self.max_tokens)
     self._begin(made)
     if ask.stream:
-      events = self._events(form, made)
-      return responses.StreamingResponse(events, media_type='text/event-stream')
+      return _Events(self._events(form, made), made)
     watch = asyncio.create_task(_until_gone(request))
     try:
       whole = asyncio.create_task(form.collect(made))
@@ -161,7 +166,7 @@ class Server:
   async def _events(
     self, form: answers.Form, made: answers.Answers
   ) -> AsyncIterator[str]:
-    """Server-sent events; a client that goes away ends this generator."""
+    """Server-sent events."""
     event = lambda body: f'data: {json.dumps(body)}\n\n'
     try:
       for body in form.opening(len(made.tickets)):
@@ -173,8 +178,20 @@ class Server:
       yield 'data: [DONE]\n\n'
     except worker.Closed:
       yield event(_error_body(503, _ENDED))
+
+
+class _Events(responses.StreamingResponse):
+  """Ends its requests when it ends, also if it never began."""
+
+  def __init__(self, events: AsyncIterator[str], made: answers.Answers):
+    super().__init__(events, media_type='text/event-stream')
+    self._made = made
+
+  async def __call__(self, *args):
+    try:
+      await super().__call__(*args)
     finally:
-      made.cancel()
+      self._made.cancel()
 
 
 async def _until_gone(request: requests.Request) -> None:
@@ -184,7 +201,8 @@ async def _until_gone(request: requests.Request) -> None:
 
 def _error_body(status: int, message: str) -> dict:
   kinds = {400: 'invalid_request_error', 401: 'authentication_error'}
-  kinds |= {413: 'invalid_request_error', 429: 'rate_limit_error'}
+  kinds |= {403: 'permission_error', 413: 'invalid_request_error'}
+  kinds |= {429: 'rate_limit_error'}
   kind = kinds.get(status, 'server_error')
   error = {'message': message, 'type': kind, 'param': None, 'code': None}
   return {'error': error}
@@ -200,3 +218,7 @@ async def _bad_input(request, error: errors.InputError):
 
 async def _http_error(request, error: exceptions.HTTPException):
   return _error(error.status_code, error.detail, error.headers)
+
+
+async def _gone(request, error: requests.ClientDisconnect):
+  return responses.Response(status_code=499)  # which nobody reads

@@ -1,5 +1,6 @@
 """A conversation in the chat template, answer by answer (TR 5.1)."""
 
+import functools
 from collections.abc import Iterator
 
 from dsv3_jax.inference import batching, loaded, text
@@ -35,9 +36,18 @@ class Conversation:
     """
     asked = [*self.messages, {'role': 'user', 'content': words}]
     ids, _ = self._tokenizer.encode_chat(asked, add_generation_prompt=True)
-    stop = self._tokenizer.eos_id
-    request = self._session.submit(ids.tolist(), self._most, self._draw, [stop])
-    characters = text.Characters(self._tokenizer.decode)
+    stops = [self._tokenizer.eos_id]
+    request = self._session.submit(ids.tolist(), self._most, self._draw, stops)
+    try:
+      yield from self._answer(request, asked)
+    finally:  # the caller may have had enough
+      self._session.cancel(request)
+
+  def _answer(
+    self, request: batching.Request, asked: list
+  ) -> Iterator[tuple[bool, str]]:
+    decode = functools.partial(self._tokenizer.decode, skip_special=True)
+    characters, stop = text.Characters(decode), self._tokenizer.eos_id
     thoughts, answer = text.Thoughts(), ''
     while not request.done:
       for told in self._session.step():

@@ -21,15 +21,18 @@ class Characters:
   def feed(self, token: int) -> str:
     """What a token adds."""
     self._ids.append(token)
-    text = self._decode(self._ids)
-    if text.endswith(_BROKEN):
-      return ''
-    new = text[self._told :]
-    if len(self._ids) > 16:  # a text may depend on the token before it
-      self._ids = self._ids[-1:]
-      text = self._decode(self._ids)
-    self._told = len(text)
+    text, end = self._whole()
+    new = text[self._told : end]
+    if len(self._ids) > 16:  # of a character at most four tokens
+      self._ids = self._ids[-4:]
+      text, end = self._whole()
+    self._told = end
     return new
+
+  def _whole(self) -> tuple[str, int]:
+    """Text, and how much of it is certain: its end may lack bytes."""
+    text = self._decode(self._ids)
+    return text, len(text) - text.endswith(_BROKEN)
 
   def end(self) -> str:
     """What was held back, broken as it may be."""
@@ -65,25 +68,30 @@ class Stops:
 
 
 class Thoughts:
-  """Parts text into what stands between think tags and what does not."""
+  """Parts an answer that begins with a think tag from the thought."""
 
   def __init__(self):
     self._held = ''
+    self._may_begin = True
     self.inside = False
 
   def feed(self, text: str) -> list[tuple[bool, str]]:
     """Pieces, each with whether it is a thought."""
-    text, pieces = self._held + text, []
-    while True:
-      tag = END_THINK if self.inside else THINK
-      at = text.find(tag)
-      if at < 0:
-        break
-      pieces.append((self.inside, text[:at]))
-      text, self.inside = text[at + len(tag) :], not self.inside
-    cut = len(text) - _begun(text, tag)
-    pieces.append((self.inside, text[:cut]))
-    self._held = text[cut:]
+    text, self._held = self._held + text, ''
+    if self._may_begin:
+      if len(text) < len(THINK) and THINK.startswith(text):
+        self._held = text
+        return []
+      self._may_begin, self.inside = False, text.startswith(THINK)
+      text = text.removeprefix(THINK)
+    pieces = []
+    if self.inside:
+      thought, found, rest = text.partition(END_THINK)
+      cut = len(thought) - (0 if found else _begun(thought, END_THINK))
+      pieces.append((True, thought[:cut]))
+      self._held = thought[cut:]
+      self.inside, text = not found, rest
+    pieces.append((False, text))
     return [piece for piece in pieces if piece[1]]
 
   def end(self) -> list[tuple[bool, str]]:

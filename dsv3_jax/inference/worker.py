@@ -2,7 +2,7 @@
 
 Only that thread touches the session: callers leave word of new and of cancelled
 requests, which it reads between two steps, and are told of tokens by a function
-of theirs, called in the thread. It must not block.
+of theirs, called in the thread. It must neither block nor raise.
 """
 
 import collections
@@ -47,7 +47,9 @@ class Worker:
 
   def __init__(self, session: batching.Session, most_waiting: int):
     """Args: most_waiting: requests that may wait beside those that run."""
-    self.session, self.most_waiting = session, most_waiting
+    self.session = session
+    self.most = session.scheduler.max_rows + most_waiting
+    self._open = 0  # tickets that are not over
     self.error: BaseException | None = None
     self.counts = collections.Counter()
     self._new: list[Ticket] = []
@@ -76,9 +78,10 @@ class Worker:
     with self._changed:
       if self._closing or self.error is not None:
         raise Closed
-      if self.waiting >= self.most_waiting:
+      if self._open >= self.most:
         self.counts['refused'] += 1
         raise Full
+      self._open += 1
       self._new.append(ticket)
       self._changed.notify()
     return ticket
@@ -86,22 +89,30 @@ class Worker:
   def cancel(self, ticket: Ticket) -> None:
     """Leaves word that nobody waits for it; nothing more is told of it."""
     with self._changed:
-      if not ticket.over:
-        ticket.over = True
-        self._cancelled.append(ticket)
-        self._changed.notify()
+      if self._is_over(ticket, now=True):
+        return
+      self._cancelled.append(ticket)
+      self._changed.notify()
 
-  def close(self) -> None:
+  def stop(self) -> None:
     """Ends the thread after its step; requests that are under way are told."""
     with self._changed:
       self._closing = True
       self._changed.notify()
+
+  def close(self) -> None:
+    """Stops it, and waits until it has ended."""
+    self.stop()
     self._thread.join()
+
+  @property
+  def is_alive(self) -> bool:
+    return self._thread.is_alive()
 
   @property
   def waiting(self) -> int:
     """Requests that have got no row yet."""
-    return len(self._new) + len(self.session.scheduler.waiting)
+    return max(self._open - self.running, 0)
 
   @property
   def running(self) -> int:
@@ -119,8 +130,7 @@ class Worker:
       self._closing = True
       left = [*self._tickets.values(), *self._new]
       for ticket in left:
-        if not ticket.over:
-          ticket.over = True
+        if not self._is_over(ticket, now=True):
           ticket.tell(News(None, True))
 
   def _read(self) -> bool:
@@ -130,17 +140,18 @@ class Worker:
         if not self.session.is_idle:
           break
         self._changed.wait()
-      new, self._new = self._new, []
-      gone, self._cancelled = self._cancelled, []
       if self._closing:
-        self._new = new
         return False
+      new = list(self._new)
+      gone, self._cancelled = self._cancelled, []
     for ticket in new:
       if not ticket.over:
         ticket.request = self.session.submit(*ticket.arguments)
         self._tickets[ticket.request] = ticket
         self.counts['requests'] += 1
         self.counts['prompt_tokens'] += len(ticket.request.prompt)
+      with self._changed:  # not sooner: an error must find it
+        self._new.remove(ticket)
     for ticket in gone:
       if ticket.request is not None:
         self.session.cancel(ticket.request)
@@ -158,7 +169,13 @@ class Worker:
       del self._tickets[request]
       self.counts['finished'] += 1
     with self._changed:
-      if ticket.over:
-        return
-      ticket.over = is_last
-    ticket.tell(News(token, is_last))
+      if not self._is_over(ticket, now=is_last):
+        ticket.tell(News(token, is_last))
+
+  def _is_over(self, ticket: Ticket, *, now: bool) -> bool:
+    """Whether it was so before; `now`: whether it is so from now on."""
+    before = ticket.over
+    if now and not before:
+      ticket.over = True
+      self._open -= 1
+    return before

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dsv3_jax.inference import sampling
 
@@ -54,6 +55,17 @@ def test_top_k_is_cut_and_renormalised():
   assert chi_squared(draw(probs, 1.0, 0.6, top_k=2), want) < 10.8
   counts = draw(probs, 1.0, 0.55, top_k=2)
   assert counts.tolist() == [0, _DRAWS, 0, 0]
+
+
+@pytest.mark.parametrize('temperature', [1e-6, 1e-9, 1e-30])
+def test_a_tiny_temperature_is_greedy(temperature):
+  rng = np.random.default_rng(0)
+  logits_BV = jnp.float32(rng.normal(0.0, 3.0, (40, 280)))
+  keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(3), 40))
+  each = lambda x: jnp.full(40, x)
+  how = sampling.Draws(keys_B2, each(temperature), each(0), each(0.95))
+  ids = jax.jit(sampling.sample)(logits_BV, how, each(0))
+  np.testing.assert_array_equal(ids, np.argmax(logits_BV, axis=-1))
 
 
 def test_rows_draw_as_each_is_told():

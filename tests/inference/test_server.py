@@ -202,6 +202,8 @@ def test_a_full_queue_is_429(tokenizer):
     with pytest.raises(openai.RateLimitError, match='try again later'):
       ask.completions.create(max_tokens=2, **how)
     with pytest.raises(openai.RateLimitError):  # all or none of several
+      ask.completions.create(max_tokens=2, n=2, **how)
+    with pytest.raises(openai.BadRequestError, match='n \\* prompts=3 must'):
       ask.completions.create(max_tokens=2, n=3, **how)
     assert model.waiting == 1
     for stream in streams:
@@ -227,7 +229,7 @@ def test_a_key_must_be_borne(tokenizer):
     ('completions', b'{', 'the body must be JSON'),
     ('completions', b'[' * 100_000, 'the body must be JSON'),
     ('completions', b'[]', 'the body must be a JSON object'),
-    ('completions', b'{"prompt": "a", "beams": 2}', 'beams is no field'),
+    ('completions', b'{"prompt": "a", "beams": 2}', "'beams' is no field"),
     ('completions', b'{"prompt": 3}', 'prompt=3 has the wrong type'),
     ('completions', b'{"prompt": []}', 'prompt=[] must hold at least one'),
     ('completions', b'{"prompt": [[]]}', 'the prompt is empty'),
@@ -238,7 +240,7 @@ def test_a_key_must_be_borne(tokenizer):
     (
       'completions',
       b'{"prompt": "a", "max_tokens": 0}',
-      'max_tokens=0 must be',
+      'max_tokens=0 must be in',
     ),
     ('completions', b'{"prompt": "a", "max_tokens": 501}', 'must be <= 500'),
     ('completions', b'{"prompt": "a", "temperature": NaN}', 'temperature=nan'),
@@ -250,6 +252,15 @@ def test_a_key_must_be_borne(tokenizer):
     ('completions', b'{"prompt": "a", "seed": -1}', 'seed=-1 must be in'),
     ('completions', b'{"prompt": "a", "stop": [1]}', 'stop must be at most 16'),
     ('completions', b'{"prompt": "a", "echo": true}', 'echo=True is not supp'),
+    ('completions', b'{"prompt": "\\ud800"}', 'lone surrogate at character 0'),
+    ('completions', b'{"\\ud800": 1}', "'\\ud800' is no field"),
+    ('completions', b'{"a\\nb": 1}', "'a\\nb' is no field"),
+    ('completions', b'{"user": [' + b'1,' * 9999 + b'1]}', 'user=[1, 1, 1'),
+    (
+      'completions',
+      b'{"prompt": "a", "stream_options": {"x": 1}}',
+      'stream_options may hold',
+    ),
     ('chat/completions', b'{}', 'messages=[] must hold'),
     ('chat/completions', b'{"messages": ["a"]}', 'messages[0] must be an'),
     (
@@ -269,8 +280,8 @@ def test_wrong_bodies_are_one_line(served, path, body, said):
 
 
 def test_a_body_that_is_too_long_is_not_read(served):
-  code, said, _ = fetch(f'{served[0]}/v1/completions', b' ' * (2**22 + 1))
-  assert code == 413 and 'at most 4194304 bytes' in said
+  code, said, _ = fetch(f'{served[0]}/v1/completions', b' ' * (2**20 + 1))
+  assert code == 413 and 'at most 1048576 bytes' in said
 
 
 def test_metrics_count(tokenizer):
@@ -304,6 +315,21 @@ def test_a_model_that_fails_is_said(tokenizer, capfd):
     assert caught.value.status_code == 503
     assert fetch(f'{address}/health')[0] == 503
   assert 'RuntimeError: out of order' in capfd.readouterr().err
+
+
+def test_pages_of_other_sites_may_not_ask(served):
+  other = {'sec-fetch-site': 'cross-site'}
+  assert fetch(f'{served[0]}/v1/completions', b'{}', **other)[0] == 403
+  assert served[1].session.is_idle
+
+
+def test_a_body_that_breaks_off_is_no_fault(served, capfd):
+  host, port = served[0].removeprefix('http://').split(':')
+  with socket.create_connection((host, int(port))) as raw:
+    raw.sendall(b'POST /v1/completions HTTP/1.1\r\nhost: x\r\n')
+    raw.sendall(b'content-length: 99\r\n\r\n{"prompt"')
+  assert fetch(f'{served[0]}/health')[0] == 200
+  assert 'Traceback' not in capfd.readouterr().err
 
 
 def test_the_page_is_there(served):

@@ -47,6 +47,20 @@ def test_bytes_that_never_become_a_character_come_at_the_end(tokenizer):
   assert stream.end() == '\ufffd'
 
 
+def test_text_that_is_never_whole_comes_all_the_same(tokenizer):
+  sizes = []
+
+  def decode(ids):
+    sizes.append(len(ids))
+    return tokenizer.decode(ids)
+
+  first = tokenizer.encode('\u5b57').tolist()[0]  # never a whole character
+  stream = text.Characters(decode)
+  made = [stream.feed(first) for _ in range(100)]
+  assert ''.join(made) + stream.end() == '\ufffd' * 100
+  assert max(sizes) <= 17
+
+
 def cut(whole, places):
   places = sorted({p % (len(whole) + 1) for p in places})
   edges = [0, *places, len(whole)]
@@ -71,21 +85,17 @@ def test_stops_cut_at_the_first(whole, places, stops):
 
 
 @hypothesis.given(WORDS, PLACES)
-def test_thoughts_are_what_is_between_tags(whole, places):
+def test_a_thought_is_what_an_answer_begins_with(whole, places):
   stream, got = text.Thoughts(), {False: '', True: ''}
   for piece in cut(whole, places):
     for inside, part in stream.feed(piece):
       got[inside] += part
   for inside, part in stream.end():
     got[inside] += part
-  want, rest, inside = {False: '', True: ''}, whole, False
-  while True:
-    tag = '</think>' if inside else '<think>'
-    part, found, rest = rest.partition(tag)
-    want[inside] += part
-    if not found:
-      break
-    inside = not inside
+  want = {False: whole, True: ''}
+  if whole.startswith('<think>'):
+    thought, _, rest = whole.removeprefix('<think>').partition('</think>')
+    want = {False: rest, True: thought}
   assert got == want
 
 
@@ -93,6 +103,6 @@ def test_nothing_is_held_back_longer_than_it_must_be():
   stream = text.Stops(['END'])
   assert [stream.feed(x) for x in 'aEbENc'] == ['a', '', 'Eb', '', '', 'ENc']
   thoughts = text.Thoughts()
-  assert thoughts.feed('x<thi') == [(False, 'x')]
+  assert thoughts.feed('<thi') == []
   assert thoughts.feed('s') == [(False, '<this')]
-  assert not thoughts.inside
+  assert thoughts.feed('<think>') == [(False, '<think>')]

@@ -126,6 +126,31 @@ def test_an_error_of_the_model_reaches_all(start):
     Client(model, [1], 1)
 
 
+def test_an_error_before_a_request_is_read_reaches_it(start, monkeypatch):
+  model = start(seconds=0.05)
+  first = Client(model, [1], 300)
+  first.news.get(timeout=20)
+
+  def fails(*args):
+    raise RuntimeError('no device')
+
+  monkeypatch.setattr(model.session, 'submit', fails)
+  others = [Client(model, [i], 3) for i in (2, 3)]
+  assert [other.tokens() for other in others] == [[None], [None]]
+  assert first.tokens()[-1] is None
+
+
+def test_idle_rows_count_as_room(start):
+  model = start(most_waiting=1, max_rows=4, seconds=0.02)
+  clients = [Client(model, [i], 5) for i in range(5)]
+  with pytest.raises(worker.Full):
+    Client(model, [9], 1)
+  assert model.waiting + model.running == 5
+  for client in clients:
+    client.tokens()
+  assert model.waiting == 0
+
+
 def test_close_tells_those_who_wait(start):
   model = start(seconds=0.01)
   client = Client(model, [1], 300)
