@@ -122,14 +122,6 @@ def test_serve_until_it_is_told_to_stop(trained, env):
       wrong = openai.OpenAI(api_key='wrong', **how)
       with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()
-      with openai.OpenAI(api_key='k', **how) as ask:
-        parts = ask.completions.create(
-          model='mine', prompt='x', max_tokens=50, stream=True
-        )
-        next(iter(parts))
-        child.send_signal(signal.SIGTERM)
-        with pytest.raises(openai.APIError, match='the model has ended'):
-          list(parts)
     finally:
       child.send_signal(signal.SIGTERM)
     child.wait(timeout=60)
