@@ -1,8 +1,8 @@
 """Text generation from a list of prompts, all at once (TR 2.1.1).
 
-Prefill runs whole prompts in the naive form and fills the latent cache; each
-decode step attends to it in the absorbed form. Rows may have prompts of
-different lengths.
+Prefill fills the latent cache, prompts of up to 1,024 tokens whole and in the
+naive form; each decode step attends to it in the absorbed form. Rows may have
+prompts of different lengths.
 """
 
 import dataclasses

@@ -143,12 +143,6 @@ class Pool:
       self._leave(page)
     row.pages, row.length, row.nodes = [], 0, []
 
-  def forget(self) -> None:
-    """Gives up all known pages that nobody uses."""
-    for page in list(self._unused):
-      self._drop(page)
-      self._empty.append(page)
-
   def _is_read(self, page: int) -> bool:
     """By another row, now or after it has begun with what is known."""
     return self._users[page] > 1 or page in self._keys

@@ -114,18 +114,6 @@ def test_the_longest_unused_goes_first_and_ends_before_beginnings(memory):
   assert read(row, memory) == [9, 9, 9]
 
 
-def test_forgotten_pages_are_found_no_more(memory):
-  pool = pages.Pool(4, SIZE)
-  row, _ = begun(pool, memory, [*range(9)])
-  pool.forget()
-  assert pool.begin([*range(9)]).length == 8  # a row still has them
-  pool = pages.Pool(4, SIZE)
-  row, _ = begun(pool, memory, [*range(9)])
-  pool.release(row)
-  pool.forget()
-  assert pool.begin([*range(9)]).length == 0 and pool.available == 4
-
-
 def test_a_pool_of_nothing_is_refused():
   with pytest.raises(ValueError, match='count=0'):
     pages.Pool(0, 4)
