@@ -129,12 +129,11 @@ class Scheduler:
       while job.row is not None and _decodes(job):
         try:
           copies += self.pool.extend(job.row, len(job.tokens))
-        except pages.OutOfPages:
+        except pages.OutOfPages:  # the last one: no job is before its turn
           self._preempt(self.running[-1])
         else:
           jobs.append(job)
           break
-    jobs = [job for job in jobs if job.row is not None]
     return Step(jobs, [1] * len(jobs), copies) if jobs else None
 
   def done(self, job: Job, count: int) -> None:
