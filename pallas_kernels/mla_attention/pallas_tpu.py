@@ -65,8 +65,9 @@ class BlockSizes:
 def choose_blocks(length: int) -> BlockSizes:
   """At most 512, all alike, so that little is padded.
 
-  512 x 512 scores take 1 MiB; larger blocks waste more on the diagonal (an
-  eighth of the work at 4,096), smaller ones are over before the next is there.
+  512 x 512 scores take 1 MiB of VMEM. Larger blocks waste more on the diagonal
+  (an eighth of the work at 4,096 tokens); a step of smaller ones is as short as
+  its start. Not measured.
   """
   size = pl.cdiv(length, pl.cdiv(length, 512))
   size = pl.cdiv(size, LANES) * LANES

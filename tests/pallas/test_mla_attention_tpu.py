@@ -206,11 +206,29 @@ def test_blocks():
     assert seen == (i >= int(blocks.first_query(j)))
 
 
-def test_no_kernel_for_gpus(monkeypatch):
+def test_gradient_by_api_lowers_for_a_tpu(monkeypatch):
+  monkeypatch.setattr(dispatch, 'resolve', lambda name: 'pallas_tpu')
+  forward = without_tpu.programs()['attention fprop bfloat16 packed']
+
+  def loss(*args):
+    o_BTNU, lse_BNT = api.attention(*args, scale=0.1)
+    return jnp.sum(o_BTNU.astype(jnp.float32)) + jnp.sum(lse_BNT)
+
+  gradient = jax.grad(loss, argnums=(0, 1, 2, 3))
+  program = without_tpu.Program(gradient, forward.args)
+  text = without_tpu.lower(program, without_tpu.CHIPS['v5p']).as_text()
+  assert text.count('@tpu_custom_call') == 3
+
+
+def test_no_kernel_for_gpus(monkeypatch, caplog):
   case = cases.SMALL['tiny']
   args, scale = attention.inputs(case)[:4], attention.scale(case)
   monkeypatch.setattr(dispatch, 'resolve', lambda name: 'pallas_gpu')
+  api._without_gpu_kernel.cache_clear()
   with pytest.raises(NotImplementedError, match='no kernel for GPUs'):
     api.attention(*args, scale=scale, implementation='pallas')
   want = reference.forward(*args, None, scale)
-  products.assert_bitwise(api.attention(*args, scale=scale), want)
+  with caplog.at_level('INFO', logger=api.__name__):
+    for _ in range(2):
+      products.assert_bitwise(api.attention(*args, scale=scale), want)
+  assert caplog.messages == ['mla_attention on gpu: reference']
