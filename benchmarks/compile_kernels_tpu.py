@@ -25,6 +25,9 @@ from pallas_kernels import quantized
 from pallas_kernels.fp8_matmul import cases, pallas_tpu, quantize_tpu
 from pallas_kernels.grouped_matmul import cases as grouped_cases
 from pallas_kernels.grouped_matmul import pallas_tpu as grouped_tpu
+from pallas_kernels.mla_attention import backward_tpu as attention_gradient
+from pallas_kernels.mla_attention import cases as attention_cases
+from pallas_kernels.mla_attention import pallas_tpu as attention_tpu
 from pallas_kernels.mla_decode import api as decode_api
 from pallas_kernels.mla_decode import cases as decode_cases
 from pallas_kernels.mla_decode import pallas_tpu as decode_tpu
@@ -75,8 +78,8 @@ def _quantized(shape: tuple[int, ...], tile: tuple[int, int]):
 
 
 def programs() -> dict[str, Program]:
-  """Products of the linears and the experts, quantisers, and decoding."""
-  return _dense() | _grouped() | _quantisers() | _decoding()
+  """Products of the linears and the experts, quantisers, both attentions."""
+  return _dense() | _grouped() | _quantisers() | _attention() | _decoding()
 
 
 def _dense() -> dict[str, Program]:
@@ -120,6 +123,38 @@ def _quantisers() -> dict[str, Program]:
       name = f'quantize {width} {jnp.dtype(dtype).name}'
       found[name] = Program(both, (x_MD,))
   return found
+
+
+def _attention() -> dict[str, Program]:
+  found = {}
+  for name, case in attention_cases.V3.items():
+    tokens = case.batch, case.length
+    lead = *tokens, case.heads
+    of_query = jax.ShapeDtypeStruct((case.batch, case.heads, case.length), F32)
+    segments_BT = None
+    if case.samples is not None:
+      segments_BT = jax.ShapeDtypeStruct(tokens, jnp.int32)
+    for dtype in (BF16, F32):
+      struct = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+      args = (
+        struct(*lead, case.nope + case.rope),
+        struct(*lead, case.nope),
+        struct(*tokens, case.rope),
+        struct(*lead, case.value),
+        segments_BT,
+      )
+      how = {'scale': 0.1352338}
+      forward = functools.partial(attention_tpu.forward, **how)
+      backward = functools.partial(_attention_gradient, **how)
+      which = f'{jnp.dtype(dtype).name} {name}'
+      found[f'attention fprop {which}'] = Program(forward, args)
+      args += (of_query, of_query, struct(*lead, case.value))
+      found[f'attention grad {which}'] = Program(backward, args)
+  return found
+
+
+def _attention_gradient(*args, scale):
+  return attention_gradient.backward(*args[:5], scale, *args[5:])
 
 
 def _decoding() -> dict[str, Program]:

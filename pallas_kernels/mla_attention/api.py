@@ -1,13 +1,14 @@
 """Attention of MLA: arguments checked once for all implementations."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.mla_attention import pallas_tpu, reference
+from pallas_kernels.mla_attention import backward_tpu, pallas_tpu, reference
 
 
 def attention(
@@ -23,6 +24,7 @@ def attention(
   """Causal attention of sequences on themselves (TR eqs. 5, 10).
 
   Differentiable in q, both parts of the keys and v, through both results.
+  There is no kernel for GPUs yet: 'auto' is the reference there.
 
   Args:
     q_BTNX: X = H + R, rotary part last; all four of one type, BF16 or f32.
@@ -36,13 +38,19 @@ def attention(
     NotImplementedError: legal, but not by this implementation.
   """
   _check(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
-  chosen = 'reference'  # of 'auto': the kernels have no backward pass
-  if implementation != 'auto':
-    chosen = dispatch.resolve(implementation)
+  chosen = dispatch.resolve(implementation)
   if chosen == 'pallas_gpu':
-    raise NotImplementedError('mla_attention has no kernel for GPUs')
+    chosen = _without_gpu_kernel(implementation)
   args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
   return _attention(*args, scale, chosen)
+
+
+@functools.cache
+def _without_gpu_kernel(implementation: str) -> str:
+  if implementation != 'auto':
+    raise NotImplementedError('mla_attention has no kernel for GPUs')
+  logging.getLogger(__name__).info('mla_attention on gpu: reference')
+  return 'reference'
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -55,18 +63,12 @@ def _attention(
   return pallas_tpu.forward(*args, interpret=chosen == 'pallas_interpret')
 
 
-def _forward(
-  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, chosen
-):
-  if chosen != 'reference':
-    raise NotImplementedError(f'{chosen} has no gradient of mla_attention')
-  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
-  o_BTNU, lse_BNT = reference.forward(*args, scale)
-  return (o_BTNU, lse_BNT), (args, o_BTNU, lse_BNT)
+def _forward(*args):
+  o_BTNU, lse_BNT = _attention(*args)
+  return (o_BTNU, lse_BNT), (args[:5], o_BTNU, lse_BNT)
 
 
 def _backward(scale, chosen, residuals, cotangents):
-  del chosen  # the reference: see _forward
   args, o_BTNU, lse_BNT = residuals
   do_BTNU, dlse_BNT = cotangents
   f32 = jnp.float32
@@ -77,8 +79,11 @@ def _backward(scale, chosen, residuals, cotangents):
     precision=jax.lax.Precision.HIGHEST,
   )
   delta_BNT -= dlse_BNT
-  grads = reference.backward(*args, scale, lse_BNT, delta_BNT, do_BTNU)
-  return *grads, None
+  args = (*args, scale, lse_BNT, delta_BNT, do_BTNU)
+  if chosen == 'reference':
+    return *reference.backward(*args), None
+  interpret = chosen == 'pallas_interpret'
+  return *backward_tpu.backward(*args, interpret=interpret), None
 
 
 _attention.defvjp(_forward, _backward)

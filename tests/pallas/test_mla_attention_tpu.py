@@ -1,4 +1,4 @@
-"""MLA's forward kernel for TPUs: interpreted, and lowered for the device."""
+"""MLA's kernels for TPUs: interpreted, and lowered for the device."""
 
 import functools
 
@@ -6,46 +6,229 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import numerics
-from pallas_kernels.mla_attention import api, cases, pallas_tpu, reference
-from tests.pallas import attention
+from benchmarks import compile_kernels_tpu as without_tpu
+from pallas_kernels import dispatch, numerics
+from pallas_kernels.mla_attention import (
+  api,
+  backward_tpu,
+  cases,
+  pallas_tpu,
+  reference,
+)
+from tests.pallas import attention, products
+
+BlockSizes = pallas_tpu.BlockSizes
+NAMES = ('o', 'lse', 'dq', 'dk_nope', 'dk_rope', 'dv')
+BOUND = {jnp.bfloat16: 1e-5, jnp.float32: 1e-10}
+V3 = [n for n in without_tpu.programs() if n.startswith('attention')]
 
 
-@pytest.mark.parametrize('name', ['one', 'ragged', 'packed', 'padding'])
-def test_forward_matches_the_reference(name):
+@functools.partial(jax.jit, static_argnames=('scale', 'how', 'remat'))
+def run(args, scale, how='pallas_interpret', remat=False):
+  """o, lse and every gradient."""
+  *operands, segments, do, dlse = args
+
+  def call(*operands):
+    return api.attention(*operands, segments, scale=scale, implementation=how)
+
+  call = jax.checkpoint(call) if remat else call
+  out, pull = jax.vjp(call, *operands)
+  return *out, *pull((do, dlse))
+
+
+def assert_close(got, want, bound):
+  for name, x, y in zip(NAMES, got, want, strict=True):
+    assert np.isfinite(np.asarray(x, np.float32)).all(), name
+    assert x.shape == y.shape, name
+    error = numerics.difference(x, y)
+    assert error < bound, f'{name}: {error} >= {bound}'
+
+
+@pytest.mark.parametrize(
+  ('name', 'dtype'),
+  [
+    *((name, jnp.bfloat16) for name in cases.SMALL),
+    *((name, jnp.float32) for name in ('one', 'ragged', 'packed')),
+  ],
+)
+def test_is_the_reference_and_the_oracle(name, dtype):
   case = cases.SMALL[name]
-  args = (*attention.inputs(case)[:5], attention.scale(case))
-  got = pallas_tpu.forward(*args, interpret=True)
-  for x, y in zip(got, reference.forward(*args), strict=True):
-    assert np.isfinite(np.asarray(x, np.float32)).all()
-    assert x.dtype == y.dtype and x.shape == y.shape
-    assert numerics.difference(x, y) < 1e-5
-  again = pallas_tpu.forward(*args, interpret=True)
-  for x, y in zip(got, again, strict=True):
-    np.testing.assert_array_equal(x, y)
+  args, scale = attention.inputs(case, dtype), attention.scale(case)
+  got, want = run(args, scale), run(args, scale, 'reference')
+  assert [x.dtype for x in got] == [x.dtype for x in want]
+  assert_close(got, want, BOUND[dtype])
+  assert_close(got, attention.oracle(*args, scale), BOUND[dtype])
+  products.assert_bitwise(run(args, scale), got)
 
 
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
-def test_lowers_for_the_device(dtype):
+@functools.partial(jax.jit, static_argnames=('scale', 'blocks', 'interpret'))
+def with_blocks(args, scale, blocks, interpret=True):
+  """o, lse and every gradient, of blocks of that size."""
+  *operands, do, dlse = args
+  how = {'blocks': blocks, 'interpret': interpret}
+  o, lse = pallas_tpu.forward(*operands, scale, **how)
+  f32 = lambda x: x.astype(jnp.float32)
+  delta = jnp.sum(f32(o) * f32(do), -1).swapaxes(1, 2) - dlse
+  grads = backward_tpu.backward(*operands, scale, lse, delta, do, **how)
+  return o, lse, *grads
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'samples'),
+  [
+    ((128, 128), 'one'),
+    ((128, 128), 'unlike'),
+    ((256, 128), 'unlike'),
+    ((128, 384), 'unlike'),
+  ],
+)
+def test_many_blocks_and_rows_with_other_segments(sizes, samples):
+  case = cases.Case(2, 300, 2, 16, 8, 24)
+  args, scale = list(attention.inputs(case)), attention.scale(case)
+  if samples == 'unlike':
+    first, second = np.zeros((2, 300), np.int32)
+    first[130:] = 7  # beside it a row of three samples, one of one token
+    second[1:20], second[20:] = -3, 5
+    args[4] = jnp.asarray([first, second])
+  want = run(args, scale, 'reference')
+  got = with_blocks(args, scale, BlockSizes(*sizes))
+  assert_close(got, want, BOUND[jnp.bfloat16])
+
+
+@pytest.mark.parametrize('sizes', [(128, 128), (256, 128)])
+def test_no_gradient_from_what_a_query_does_not_see(sizes):
   case = cases.SMALL['packed']
-  *operands, segments, _, _ = attention.inputs(case, dtype)
-  call = functools.partial(pallas_tpu.forward, scale=attention.scale(case))
-  traced = jax.jit(call).trace(*operands, segments_BT=segments)
-  text = traced.lower(lowering_platforms=('tpu',)).as_text()
-  assert 'tpu_custom_call' in text
+  *operands, segments, do, dlse = attention.inputs(case)
+  start, query = 71, 130  # a sample's start, and the last of it
+  do = do.at[:, :query].set(0).at[:, query + 1 :].set(0)
+  dlse = dlse.at[..., :query].set(0).at[..., query + 1 :].set(0)
+  args = (*operands, segments, do, dlse)
+  dq, *rest = with_blocks(args, attention.scale(case), BlockSizes(*sizes))[2:]
+  for grad in rest:
+    grad = np.asarray(grad, np.float32)
+    unseen = np.delete(grad, np.s_[start : query + 1], axis=1)
+    assert not unseen.any()
+    assert grad[:, start:query].any(axis=(1, *range(2, grad.ndim))).all()
+  assert not np.delete(np.asarray(dq, np.float32), query, axis=1).any()
 
 
-def test_api_runs_the_kernel_and_refuses_its_gradient():
-  case = cases.SMALL['tiny']
-  args = attention.inputs(case)[:4]
-  call = functools.partial(
-    api.attention,
-    scale=attention.scale(case),
-    implementation='pallas_interpret',
+def test_what_is_not_seen_changes_no_bit():
+  """Of another segment and behind, however large."""
+  case = cases.SMALL['packed']
+  args, scale = list(attention.inputs(case)), attention.scale(case)
+  got = run(args, scale)
+  for at in range(4):
+    args[at] = args[at].at[:, :70].mul(100).at[:, 131:].mul(100)
+  middle = np.s_[71:131]  # all of a sample and no other
+  for x, y in zip(run(args, scale), got, strict=True):
+    axis = 2 if x.ndim == 3 and x.shape[1] == case.heads else 1
+    index = (slice(None),) * axis + (middle,)
+    products.assert_bitwise(x[index], y[index])
+
+
+def test_scores_far_apart_are_finite():
+  case = cases.SMALL['ragged']
+  args = list(attention.inputs(case))
+  args[0] = args[0] * 1000
+  got = run(args, attention.scale(case))
+  assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got)
+
+
+def test_same_under_remat():
+  case = cases.SMALL['packed']
+  args, scale = attention.inputs(case), attention.scale(case)
+  products.assert_bitwise(run(args, scale, remat=True), run(args, scale))
+
+
+def test_vmap_is_a_loop():
+  case = cases.Case(1, 20, 1, 16, 8, 16)
+  args, scale = attention.inputs(case), attention.scale(case)
+  operands = [jnp.stack([x, -x[:, ::-1]]) for x in args[:4]]
+
+  def loss(*operands):
+    o, lse = api.attention(
+      *operands, scale=scale, implementation='pallas_interpret'
+    )
+    return jnp.sum(o.astype(jnp.float32) ** 2) + jnp.sum(lse)
+
+  grad = jax.grad(loss, argnums=(0, 1, 2, 3))
+  got = jax.jit(jax.vmap(grad))(*operands)
+  for i in range(2):
+    want = jax.jit(grad)(*(x[i] for x in operands))
+    for x, y in zip(got, want, strict=True):
+      assert numerics.difference(x[i], y) < BOUND[jnp.bfloat16]
+
+
+@pytest.mark.slow
+def test_no_race_and_nothing_read_that_was_not_written(capfd):
+  case = cases.Case(1, 200, 1, 16, 8, 16)
+  args, scale = attention.inputs(case), attention.scale(case)
+  strict = pltpu.InterpretParams(
+    detect_races=True,
+    uninitialized_memory='nan',
+    num_cores_or_threads=2,
+    random_seed=0,
   )
-  want = pallas_tpu.forward(*args, None, attention.scale(case), interpret=True)
-  for x, y in zip(call(*args), want, strict=True):
-    np.testing.assert_array_equal(x, y)
-  with pytest.raises(NotImplementedError, match='gradient'):
-    jax.vjp(call, *args)
+  got = with_blocks(args, scale, BlockSizes(128, 128), strict)
+  assert_close(got, run(args, scale, 'reference'), BOUND[jnp.bfloat16])
+  assert 'RACE' not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize('chip', ['v5p', 'v7x'])
+@pytest.mark.parametrize('name', V3)
+def test_lowers_for_a_tpu(name, chip):
+  program = without_tpu.programs()[name]
+  text = without_tpu.lower(program, without_tpu.CHIPS[chip]).as_text()
+  assert text.count('@tpu_custom_call') == (2 if 'grad' in name else 1)
+
+
+def test_no_array_of_all_pairs():
+  case = cases.V3['pretrain']
+  name = 'attention grad bfloat16 pretrain'
+  program = without_tpu.programs()[name]
+  jaxpr = jax.make_jaxpr(program.function)(*program.args)
+  pairs = case.length**2 * case.heads
+  largest = max(v.aval.size for e in jaxpr.eqns for v in e.outvars)
+  assert largest < pairs / 10
+
+
+def test_blocks():
+  with pytest.raises(ValueError, match=r'blocks\.keys=64 must be a multiple'):
+    BlockSizes(128, 64)
+  sizes = {n: pallas_tpu.choose_blocks(n).keys for n in (1, 131, 513, 4096)}
+  assert sizes == {1: 128, 131: 256, 513: 384, 4096: 512}
+  blocks = BlockSizes(256, 128)
+  for i, j in np.ndindex(4, 8):
+    seen = (i + 1) * 256 - 1 >= j * 128
+    assert seen == (j <= int(blocks.last_key(i)))
+    assert seen == (i >= int(blocks.first_query(j)))
+
+
+def test_gradient_by_api_lowers_for_a_tpu(monkeypatch):
+  monkeypatch.setattr(dispatch, 'resolve', lambda name: 'pallas_tpu')
+  forward = without_tpu.programs()['attention fprop bfloat16 packed']
+
+  def loss(*args):
+    o_BTNU, lse_BNT = api.attention(*args, scale=0.1)
+    return jnp.sum(o_BTNU.astype(jnp.float32)) + jnp.sum(lse_BNT)
+
+  gradient = jax.grad(loss, argnums=(0, 1, 2, 3))
+  program = without_tpu.Program(gradient, forward.args)
+  text = without_tpu.lower(program, without_tpu.CHIPS['v5p']).as_text()
+  assert text.count('@tpu_custom_call') == 3
+
+
+def test_no_kernel_for_gpus(monkeypatch, caplog):
+  case = cases.SMALL['tiny']
+  args, scale = attention.inputs(case)[:4], attention.scale(case)
+  monkeypatch.setattr(dispatch, 'resolve', lambda name: 'pallas_gpu')
+  api._without_gpu_kernel.cache_clear()
+  with pytest.raises(NotImplementedError, match='no kernel for GPUs'):
+    api.attention(*args, scale=scale, implementation='pallas')
+  want = reference.forward(*args, None, scale)
+  with caplog.at_level('INFO', logger=api.__name__):
+    for _ in range(2):
+      products.assert_bitwise(api.attention(*args, scale=scale), want)
+  assert caplog.messages == ['mla_attention on gpu: reference']
