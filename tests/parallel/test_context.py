@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,7 +19,7 @@ def test_evaluation_is_that_of_one_device():
   changes = {'model.num_layers': 2, 'data.isolate_samples': True}
   changes |= {'model.mtp.depth': 0}
   cfg = layouts.make_config({'context': 2, 'expert': 2}, changes)
-  state = layouts.start(cfg)
+  state = jax.tree.map(jnp.asarray, layouts.start(cfg))
   rows = jax.tree.map(lambda x: np.asarray(x[0]), layouts.batch(cfg, 3))
   windows = {f'{k[:-2]}WT': x for k, x in rows._asdict().items()}
   assert isinstance(rows, model.Batch)

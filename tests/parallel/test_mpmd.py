@@ -189,6 +189,7 @@ def test_the_model_under_dualpipe_is_one_device(quick_compile):
   changes |= {'train.batch_size_start': 32, 'model.remat': 'none'}
   cfg = layouts.make_config({}, changes)
   state, batch_nBT = layouts.start(cfg), layouts.batch(cfg, 0)
+  state = jax.tree.map(jnp.asarray, state)
   params, router = state['params'], state['router']
   scales = model.loss_scales(
     cfg.model.mtp, batch_nBT.weights_BT, batch_nBT.segments_BT, False
