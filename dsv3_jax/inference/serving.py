@@ -32,7 +32,7 @@ def run(
 
   Raises:
     InputError: the address cannot be had.
-    Whatever ended the model's thread, which ends the server.
+    SystemExit: 1, where the model failed, which ends the server.
   """
   places = cache_tokens or 2 * model.config.model.max_seq_len
   bound = _bind(address)
@@ -55,7 +55,7 @@ def run(
     bound.close()
     thread.close()
   if thread.error is not None:
-    raise thread.error
+    raise SystemExit(1)  # the thread has printed why
 
 
 class _Running(uvicorn.Server):

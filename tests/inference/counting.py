@@ -19,8 +19,8 @@ class Steps(steps.Steps):
   """Has no parameters."""
 
   def __init__(self, vocab=VOCAB, seconds=0.0, room=400):
-    cfg = settings.small(model__max_seq_len=room)
-    net = dataclasses.replace(cfg.model, vocab_size=vocab)
+    cfg = settings.small()
+    net = dataclasses.replace(cfg.model, vocab_size=vocab, max_seq_len=room)
     self.cfg = dataclasses.replace(cfg, model=net)  # instead of the real one
     self.seconds, self.fails, self.calls = seconds, False, 0
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from dsv3_jax import errors
-from dsv3_jax.inference import batching, pages, steps
+from dsv3_jax.inference import batching, engine, pages, steps
 from tests import settings
+from tests.inference import counting
 from tests.nn import models
 
 ROOM = 400
@@ -162,6 +163,17 @@ def test_traffic_compiles_nothing_anew(made):
   for seed in range(4, 8):
     traffic(seed)
   assert counts() == known
+
+
+@pytest.mark.parametrize('size', [1023, 1024, 1025, 2049])
+def test_a_prompt_of_any_length_is_generated_from(size):
+  """At the borders of a chunk too, where one token is left."""
+  net = object.__new__(engine.Engine)
+  net.steps = counting.Steps(room=2100)
+  net.cfg = net.steps.cfg
+  prompts = [[size % 23] * size, [3, 1, 4]]
+  want = [counting.continued(prompt, 4) for prompt in prompts]
+  assert net.generate(prompts, 4).tokens == want
 
 
 def test_idle_rows_do_not_matter(made):

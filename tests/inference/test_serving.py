@@ -77,4 +77,4 @@ def test_a_model_that_fails_ends_the_process():
       list(parts)
     _, err = child.communicate(timeout=30)
   assert child.returncode == 1
-  assert 'RuntimeError: out of order' in err
+  assert err.count('RuntimeError: out of order') == 1
