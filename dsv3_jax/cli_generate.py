@@ -19,15 +19,27 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_boolean('ema', False, 'The average of the weights.', **add)
 
 
-def load(values: flags.FlagValues, dtype: str = 'float32') -> Any:
+def load(values: flags.FlagValues, dtype: str = 'float32', **how: Any) -> Any:
   """The model that `checkpoint_flags` name; see `dsv3_jax.load`."""
   if not values.checkpoint:
     raise errors.InputError('--checkpoint=DIR is missing')
   import dsv3_jax
 
-  return dsv3_jax.load(
-    values.checkpoint, dtype, step=values.step, ema=values.ema
+  how |= {'step': values.step, 'ema': values.ema}
+  return dsv3_jax.load(values.checkpoint, dtype, **how)
+
+
+def _engine_flags(values: flags.FlagValues) -> None:
+  add = {'flag_values': values}
+  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], '', **add)
+  flags.DEFINE_integer(
+    'num_drafts', 0, 'Tokens that the MTP module drafts a step.', **add
   )
+
+
+def _load(values: flags.FlagValues) -> Any:
+  """As `load`, for generation."""
+  return load(values, values.dtype, num_drafts=values.num_drafts)
 
 
 def _draw_flags(values: flags.FlagValues) -> None:
@@ -38,7 +50,7 @@ def _draw_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_float('top_p', 0.95, 'Mass of the nucleus; 1 is all.', **add)
   flags.DEFINE_integer('top_k', 0, 'Of the k likeliest; 0 is all.', **add)
   flags.DEFINE_integer('seed', 0, 'Of the draws.', **add)
-  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], '', **add)
+  _engine_flags(values)
 
 
 def _draws(values: flags.FlagValues) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def generate(values: flags.FlagValues) -> None:
   prompts = list(values.prompt)
   if values.prompts:
     prompts += _read_prompts(pathlib.Path(values.prompts))
-  loaded = load(values, values.dtype)
+  loaded = _load(values)
   prompts = prompts or ['']
   encode = loaded.tokenizer.encode
   made = loaded.engine.generate(
@@ -87,6 +99,9 @@ def generate(values: flags.FlagValues) -> None:
     'decode_seconds': made.decode_seconds,
     'tokens_per_second': made.tokens_per_second,
   }
+  if values.num_drafts:
+    speed['acceptance'] = made.acceptance
+    speed['tokens_per_step'] = made.tokens_per_step
   as_json = values.json or values.prompts
   for prompt, row in zip(prompts, made.tokens, strict=True):
     text = loaded.tokenizer.decode(row, skip_special=True)
@@ -95,7 +110,13 @@ def generate(values: flags.FlagValues) -> None:
     else:
       print(f'{prompt}{text}\n')
   if not as_json:
-    print(f'{speed["tokens_per_second"]:.1f} tokens/s')
+    said = f'{made.tokens_per_second:.1f} tokens/s'
+    if values.num_drafts:
+      said += (
+        f', {made.acceptance:.0%} of drafts accepted, '
+        f'{made.tokens_per_step:.2f} tokens a step'
+      )
+    print(said)
 
 
 def _read_prompts(path: pathlib.Path) -> list[str]:
@@ -131,7 +152,7 @@ def define_chat(values: flags.FlagValues, argv: list[str]) -> None:
 def chat(values: flags.FlagValues) -> None:
   """Talks in the terminal; an empty line or end of input ends it."""
   draws = _draws(values)
-  loaded = load(values, values.dtype)
+  loaded = _load(values)
   from dsv3_jax.inference import batching, talk
 
   draw = batching.Draw(**draws)
@@ -164,7 +185,7 @@ def define_serve(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_integer(
     'cache_tokens', 0, 'Places of the cache; 0: two rows of full length.', **add
   )
-  flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], '', **add)
+  _engine_flags(values)
 
 
 def serve(values: flags.FlagValues) -> None:
@@ -179,7 +200,7 @@ def serve(values: flags.FlagValues) -> None:
   key = os.environ.get('DSV3_API_KEY')
   if key == '':
     raise errors.InputError('DSV3_API_KEY is empty: unset it to ask for no key')
-  loaded = load(values, values.dtype)
+  loaded = _load(values)
   from dsv3_jax.inference import serving
 
   serving.run(

@@ -20,9 +20,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
   folder = tmp_path_factory.mktemp('generate')
-  cfg = tiny_run.make(
-    folder, train__total_tokens=tiny_run.tokens_after(4), model__mtp__depth=0
-  )
+  cfg = tiny_run.make(folder, train__total_tokens=tiny_run.tokens_after(4))
   train.run(cfg, folder / 'run')
   return folder / 'run'
 
@@ -86,6 +84,10 @@ def test_prompts_of_a_file(trained, tmp_path, capsys):
   one = ['generate', '--prompt=def f(', '--json', *args]
   assert cli.main(one) == 0
   assert json.loads(capsys.readouterr().out)['text'] == rows[1]['text']
+  assert cli.main([*one, '--num_drafts=2']) == 0
+  drafted = json.loads(capsys.readouterr().out)
+  assert drafted['text'] == rows[1]['text'] and 'acceptance' not in rows[1]
+  assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
 
 
 @pytest.mark.slow

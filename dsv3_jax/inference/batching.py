@@ -1,8 +1,9 @@
 """Requests that share steps: they join and leave while others go on.
 
 A `Session` has a cache of its own. Each of its steps computes at most one chunk
-of prompts and then one token of every row that has its prompt behind it. Rows,
-tokens and pages of a step are rounded up to a few sizes, each compiled once.
+of prompts and then the last token of every row that has its prompt behind it,
+with drafts of the next ones. Rows, tokens and pages of a step are rounded up to
+a few sizes, each compiled once.
 """
 
 import dataclasses
@@ -57,6 +58,30 @@ class Told(NamedTuple):
   is_last: bool
 
 
+@dataclasses.dataclass
+class Decoded:
+  """What decode steps of a session did.
+
+  rows: of all steps together. tokens: that they gave. drafted: tokens that they
+  were to verify, and how many of these were accepted.
+  """
+
+  rows: int = 0
+  tokens: int = 0
+  drafted: int = 0
+  accepted: int = 0
+
+  @property
+  def acceptance(self) -> float:
+    """Of drafts, 0 to 1; 0 if there were none."""
+    return self.accepted / max(self.drafted, 1)
+
+  @property
+  def tokens_per_step(self) -> float:
+    """That a row gets."""
+    return self.tokens / max(self.rows, 1)
+
+
 class Session:
   """Requests on one set of steps, with one cache."""
 
@@ -76,10 +101,13 @@ class Session:
       tables of rows are rounded up; least_rows: likewise, when decoding.
     """
     self.steps, self.pool = made, pages.Pool(num_pages, PAGE)
-    self.scheduler = scheduler.Scheduler(self.pool, max_rows, chunk)
+    # Drafts, and as many again by the module's own hidden states.
+    ahead = 2 * made.num_drafts
+    self.scheduler = scheduler.Scheduler(self.pool, max_rows, chunk, ahead)
     self._least_pages, self._least_rows = least_pages, least_rows
     self._caches = made.empty_caches(num_pages, PAGE)
     self._requests: dict[scheduler.Job, Request] = {}
+    self.decoded = Decoded()
 
   def submit(
     self,
@@ -127,7 +155,10 @@ class Session:
     return self.scheduler.is_idle
 
   def step(self) -> list[Told]:
-    """One chunk of prompts, and one token of every row behind its prompt."""
+    """One chunk of prompts, and what follows in every row behind its prompt.
+
+    That is a token, and as many more as drafts were right.
+    """
     return self.prefill() + self.decode()
 
   def prefill(self) -> list[Told]:
@@ -138,67 +169,93 @@ class Session:
     fresh = all(job.row.length == 0 for job in found.jobs)
     run = self.steps.prefill if fresh else self.steps.extend
     longest = max(found.counts, default=0)
-    return self._run(found, run, PAGE * _round_up(-(-longest // PAGE)))
+    made = self._run(found, run, PAGE * _round_up(-(-longest // PAGE)))
+    told = []
+    for b, (job, count) in enumerate(_pairs(found)):
+      is_end = job.missing == count
+      self.scheduler.done(job, count)
+      if is_end:
+        told += self._add(job, made, b)
+        self._end_if(told[-1])
+    return told
 
   def decode(self) -> list[Told]:
     """The rest of a step."""
     found = self.scheduler.decode()
-    return [] if found is None else self._run(found, self.steps.extend, 1)
-
-  def _run(self, found: scheduler.Step, run, width: int) -> list[Told]:
-    self._caches = self.steps.copy(found.copies, self._caches)
-    if not found.jobs:
+    if found is None:
       return []
-    rows, draws = self._arrays(found, width)
-    next_B, self._caches = run(rows, self._caches, draws)
-    pairs = list(zip(found.jobs, found.counts, strict=True))
-    ends = [job.missing == count for job, count in pairs]
-    new = np.asarray(next_B).tolist() if any(ends) else []
+    made = self._run(found, self.steps.decode)
     told = []
-    for b, (job, count) in enumerate(pairs):
-      self.scheduler.done(job, count)
-      if ends[b]:
-        told.append(self._add(self._requests[job], new[b]))
+    for b, (job, count) in enumerate(_pairs(found)):
+      new = self._add(job, made, b)
+      self.decoded.rows += 1
+      self.decoded.tokens += len(new)
+      self.decoded.drafted += count - 1
+      self.decoded.accepted += made.count_B[b] - 1
+      self.scheduler.done(job, len(new))
+      self._end_if(new[-1])
+      told += new
     return told
 
-  def _add(self, request: Request, token: int) -> Told:
-    job = request.job
-    job.tokens.append(token)
-    is_last = token in request.stop_ids or len(job.tokens) == job.most
-    if is_last:
-      self._end(request)
-    return Told(request, token, is_last)
+  def _run(
+    self, found: scheduler.Step, run, width: int = 0
+  ) -> steps.Made | None:
+    """Args: width: tokens of a row; 0: those of a decode step."""
+    self._caches = self.steps.copy(found.copies, self._caches)
+    if not found.jobs:
+      return None
+    rows, draws = self._arrays(found, width)
+    made, self._caches = run(rows, self._caches, draws)
+    if all(job.missing > count for job, count in _pairs(found)):
+      return None  # there is nothing to wait for
+    return steps.Made(*(x.tolist() for x in jax.device_get(made)))
+
+  def _add(self, job: scheduler.Job, made: steps.Made, b: int) -> list[Told]:
+    """New tokens of a job, none behind its last."""
+    request, told = self._requests[job], []
+    for token in made.tokens_Bt[b][: made.count_B[b]]:
+      job.tokens.append(token)
+      is_last = token in request.stop_ids or len(job.tokens) == job.most
+      told.append(Told(request, token, is_last))
+      if is_last:
+        break
+    job.drafts = made.drafts_Bk[b]
+    return told
+
+  def _end_if(self, told: Told) -> None:
+    if told.is_last:
+      self._end(told.request)
 
   def _arrays(self, found: scheduler.Step, width: int):
     """What the compiled step takes, rounded up to sizes that it knows."""
-    least_rows = self._least_rows if width == 1 else 1
-    count = _round_up(max(len(found.jobs), least_rows))
+    count, ahead = len(found.jobs), self.steps.num_drafts
+    if not width:
+      width, count = 1 + ahead, max(count, self._least_rows)
+    count = _round_up(count)
     tokens_BT = np.zeros((count, width), np.int32)
     index_BT = np.full((count, width), -1, np.int32)
-    last_B = np.zeros(count, np.int32)
-    ends = [
-      job.row.length + n
-      for job, n in zip(found.jobs, found.counts, strict=True)
-    ]
-    most = max(self.pool.pages_for(max(ends)), self._least_pages)
-    table_Bb = np.zeros((count, _round_up(most)), np.int32)
+    last_B, after_B = np.zeros((2, count), np.int32)
+    ends = [job.row.length + n for job, n in _pairs(found)]
+    most = max(self.pool.pages_for(max(ends) + ahead), self._least_pages)
+    # What is no page of a row is no page: nothing can be written there.
+    table_Bb = np.full((count, _round_up(most)), self.pool.count, np.int32)
     keys_B2 = np.zeros((count, 2), np.uint32)
     temperature_B, top_p_B = np.zeros((2, count), np.float32)
     top_k_B = np.zeros(count, np.int32)
     for b, (job, end) in enumerate(zip(found.jobs, ends, strict=True)):
       start, n = job.row.length, end - job.row.length
-      tokens_BT[b, :n] = job.tokens[start:end]
+      tokens_BT[b, :n] = (job.tokens[start:end] + job.drafts)[:n]
       index_BT[b, :n] = range(start, end)
       last_B[b] = n - 1
+      after_B[b] = job.tokens[end] if end < len(job.tokens) else -1
       used = job.row.pages[: table_Bb.shape[1]]
       table_Bb[b, : len(used)] = used
       request = self._requests[job]
       keys_B2[b], draw = request.key_2, request.draw
       temperature_B[b], top_p_B[b] = draw.temperature, draw.top_p
       top_k_B[b] = draw.top_k
-    return steps.Rows(tokens_BT, index_BT, last_B, table_Bb), sampling.Draws(
-      keys_B2, temperature_B, top_k_B, top_p_B
-    )
+    rows = steps.Rows(tokens_BT, index_BT, last_B, after_B, table_Bb)
+    return rows, sampling.Draws(keys_B2, temperature_B, top_k_B, top_p_B)
 
   def _end(self, request: Request) -> None:
     request.done = True
@@ -229,6 +286,10 @@ def check_prompt(
     )
   if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
     raise errors.InputError(f'{name} has ids outside 0..{cfg.vocab_size - 1}')
+
+
+def _pairs(found: scheduler.Step) -> list[tuple[scheduler.Job, int]]:
+  return list(zip(found.jobs, found.counts, strict=True))
 
 
 def _round_up(count: int) -> int:

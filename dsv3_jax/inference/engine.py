@@ -22,12 +22,15 @@ class Generation:
   Prefill gives each row its first token and the first decode step its second;
   decoding is timed from there, as that step may have to compile. So may
   prefill, at a new shape. `decoded` counts tokens of rows not yet at their end.
+  acceptance, tokens_per_step: of drafts, and of a row; see `batching.Decoded`.
   """
 
   tokens: list[list[int]]
   prefill_seconds: float
   decode_seconds: float
   decoded: int
+  acceptance: float
+  tokens_per_step: float
 
   @property
   def tokens_per_second(self) -> float:
@@ -38,9 +41,16 @@ class Generation:
 class Engine:
   """Generates from parameters and router biases on one device."""
 
-  def __init__(self, cfg: config.Config, params: dict, router: model.Router):
+  def __init__(
+    self,
+    cfg: config.Config,
+    params: dict,
+    router: model.Router,
+    num_drafts: int = 0,
+  ):
+    """As `steps.Steps`."""
     self.cfg = cfg
-    self.steps = steps.Steps(cfg, params, router)
+    self.steps = steps.Steps(cfg, params, router, num_drafts)
 
   def generate(
     self,
@@ -99,6 +109,8 @@ class Engine:
       prefill_seconds=prefilled - start,
       decode_seconds=time.perf_counter() - begun,
       decoded=decoded,
+      acceptance=session.decoded.acceptance,
+      tokens_per_step=session.decoded.tokens_per_step,
     )
 
 

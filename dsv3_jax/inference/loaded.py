@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import config, errors, workdir
 from dsv3_jax.checkpoint import importing, store
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.inference import engine
+from dsv3_jax.inference import engine, steps
 from dsv3_jax.nn import model
 
 Tokens = Int[Array, 'B T'] | Int[np.ndarray, 'B T']
@@ -32,7 +32,9 @@ class LoadedModel:
     params: dict,
     router: model.Router,
     tokenizer: tokenizers.Tokenizer | None,
+    num_drafts: int = 0,
   ):
+    self.num_drafts = num_drafts
     self.config, self.params, self.router = cfg, params, router
     self._tokenizer = tokenizer
     self._forward = jax.jit(model.build(cfg).apply)
@@ -83,7 +85,8 @@ class LoadedModel:
   @functools.cached_property
   def engine(self) -> engine.Engine:
     """Prefill and decode steps, compiled at first use."""
-    return engine.Engine(self.config, self.params, self.router)
+    args = (self.config, self.params, self.router, self.num_drafts)
+    return engine.Engine(*args)
 
   def _apply(self, tokens_BT):
     rows = np.asarray(tokens_BT).tolist()
@@ -107,6 +110,7 @@ def load(
   dtype: str = 'float32',
   step: int = -1,
   ema: bool = False,
+  num_drafts: int = 0,
   mesh: jax.sharding.Mesh | None = None,
 ) -> LoadedModel:
   """Loads a training workdir or a Hugging Face folder, hashes checked.
@@ -116,6 +120,7 @@ def load(
     dtype: of matrices and activations; norms, gates and biases are f32.
     step: of a workdir; -1 is the newest.
     ema: of a workdir: the average of the weights (TR 3.2.3) in their place.
+    num_drafts: tokens that the MTP module drafts a step of generation.
     mesh: where the parameters go, sharded; None is the first device.
 
   Raises:
@@ -126,9 +131,11 @@ def load(
     raise errors.InputError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
   directory = pathlib.Path(directory)
   with opened(directory, base, step=step, ema=ema) as (cfg, leaves):
+    steps.check_drafts(cfg.model, num_drafts)
     cfg = dataclasses.replace(cfg, precision=_PRECISIONS[dtype])
     params, router = importing.to_devices(leaves, cfg, dtype, mesh)
-  return LoadedModel(cfg, params, router, read_tokenizer(directory))
+  tokenizer = read_tokenizer(directory)
+  return LoadedModel(cfg, params, router, tokenizer, num_drafts)
 
 
 def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:

@@ -28,6 +28,7 @@ class Job:
   tokens: prompt and generated ones. most: how many there may be in the end.
   number: of its arrival. row: what of it is in the cache, None while it waits.
   found: how many tokens of the prompt the cache had when it first began.
+  drafts: what may follow its tokens.
   """
 
   tokens: list[int]
@@ -35,6 +36,7 @@ class Job:
   number: int
   row: pages.Row | None = None
   found: int | None = None
+  drafts: list[int] = dataclasses.field(default_factory=list)
 
   @property
   def missing(self) -> int:
@@ -47,7 +49,7 @@ class Step:
   """Of each job, the next `counts` tokens that the cache has not; see `Copy`.
 
   Copies come first. A job whose missing tokens are all in the step gets its
-  next token by it.
+  next token by it. Drafts count as tokens.
   """
 
   jobs: list[Job]
@@ -58,11 +60,17 @@ class Step:
 class Scheduler:
   """Jobs, waiting and running, and the pages that they have."""
 
-  def __init__(self, pool: pages.Pool, max_rows: int, chunk: int):
-    """Args: max_rows: jobs that run at a time. chunk: tokens of a prefill."""
+  def __init__(
+    self, pool: pages.Pool, max_rows: int, chunk: int, ahead: int = 0
+  ):
+    """Args:
+    max_rows: jobs that run at a time. chunk: tokens of a prefill. ahead: places
+      behind its tokens that a job has too, for drafts.
+    """
     if max_rows < 1 or chunk < 1:
       raise ValueError(f'max_rows={max_rows} and chunk={chunk} must be >= 1')
     self.pool, self.max_rows, self.chunk = pool, max_rows, chunk
+    self.ahead = ahead
     self.waiting: list[Job] = []
     self.running: list[Job] = []
     self.preempted = 0
@@ -123,18 +131,22 @@ class Scheduler:
     return Step(jobs, counts, copies) if jobs or copies else None
 
   def decode(self) -> Step | None:
-    """The last token of all jobs that miss no other."""
+    """The last token of all jobs that miss no other, and their drafts."""
     jobs, copies = [], []
     for job in list(self.running):
       while job.row is not None and _decodes(job):
         try:
-          copies += self.pool.extend(job.row, len(job.tokens))
+          copies += self.pool.extend(job.row, self._places(job))
         except pages.OutOfPages:  # the last one: no job is before its turn
           self._preempt(self.running[-1])
         else:
           jobs.append(job)
           break
-    return Step(jobs, [1] * len(jobs), copies) if jobs else None
+    if not jobs:
+      return None
+    for job in jobs:  # nothing is drawn behind the last place but one
+      del job.drafts[max(job.most - len(job.tokens) - 1, 0) :]
+    return Step(jobs, [1 + len(job.drafts) for job in jobs], copies)
 
   def done(self, job: Job, count: int) -> None:
     """Says that `count` more of its tokens are in the cache."""
@@ -147,7 +159,7 @@ class Scheduler:
       job = self.waiting[0]
       row = self.pool.begin(job.tokens)
       try:
-        copies += self.pool.extend(row, len(job.tokens))
+        copies += self.pool.extend(row, self._places(job))
       except pages.OutOfPages:
         self.pool.release(row)
         break
@@ -157,10 +169,13 @@ class Scheduler:
       self.running.append(self.waiting.pop(0))
     return copies
 
+  def _places(self, job: Job) -> int:
+    return min(len(job.tokens) + self.ahead, job.most)
+
   def _preempt(self, job: Job) -> None:
     self.running.remove(job)
     self.pool.release(job.row)
-    job.row = None
+    job.row, job.drafts = None, []
     bisect.insort(self.waiting, job, key=lambda other: other.number)
     self.preempted += 1
 

@@ -42,6 +42,14 @@ class Telemetry(registry.Collector):
       'Times that a request had to give its pages back.',
       value=scheduler.preempted,
     )
+    decoded = model.session.decoded
+    drafts = {
+      'decoded_rows': ('Rows of decode steps.', decoded.rows),
+      'drafted_tokens': ('Tokens drafted and verified.', decoded.drafted),
+      'accepted_tokens': ('Of these, those accepted.', decoded.accepted),
+    }
+    for name, (about, value) in drafts.items():
+      yield core.CounterMetricFamily(f'dsv3_{name}', about, value=value)
     gauges = {
       'running_requests': ('Requests that have a row.', model.running),
       'waiting_requests': ('Requests that have none yet.', model.waiting),

@@ -4,7 +4,8 @@ Methods, for `Model.apply(..., method=...)`:
   __call__     logits of the main model and of each MTP depth
   loss         training losses of one micro-batch, and expert loads
   token_losses cross-entropy of each main target
-  cached       logits of the last tokens, through a latent cache
+  cached       logits of some tokens, through a latent cache
+  drafted      logits of the first MTP module behind them, likewise
 The router's biases are an input, `{'moe': [layers, E], 'mtp': [depth, E]}`;
 each is there only if there are such layers.
 """
@@ -44,10 +45,11 @@ class Batch(NamedTuple):
 
 
 class Caches(NamedTuple):
-  """Latent caches of the dense and of the MoE stack."""
+  """Latent caches of both stacks and, where it drafts, of the MTP module."""
 
   dense: attention.Cache
   moe: attention.Cache
+  mtp: attention.Cache | None = None
 
 
 class Model(nn.Module):
@@ -74,7 +76,8 @@ class Model(nn.Module):
       self.moe_layers = block.Stack(cfg.num_moe_layers, *args)
     self.final_norm = layers.RMSNorm(cfg)
     self.head = layers.Head(cfg, self.policy)
-    self.mtp = [mtp.MtpModule(*common) for _ in range(cfg.mtp.depth)]
+    args = (*common, self.absorbed)
+    self.mtp = [mtp.MtpModule(*args) for _ in range(cfg.mtp.depth)]
 
   def __call__(
     self, batch: Batch, router: Router
@@ -122,24 +125,56 @@ class Model(nn.Module):
     self,
     tokens_BT: Int[Array, 'B T'],
     index_BT: Int[Array, 'B T'],
-    last_B: Int[Array, 'B'],
+    at_Bt: Int[Array, 'B t'],
     table_Bb: Int[Array, 'B b'],
     router: Router,
     caches: Caches,
-  ) -> tuple[Float[Array, 'B V'], Caches]:
-    """Logits after token `last_B` of each row; latents go into the caches.
+  ) -> tuple[Float[Array, 'B t V'], Float[Array, 'B T D'], Caches]:
+    """Logits after the tokens `at_Bt` of each row, f32; fills the caches.
 
     Args:
       index_BT: place of each token in its row, also its rotary position;
         negative ones belong to no row. table_Bb: pages of each row.
+    Returns:
+      Also the hidden states that `drafted` takes.
     """
-    valid_BT = jnp.ones(tokens_BT.shape, jnp.float32)
-    context = attention.make_context(
-      self.cfg, index_BT, valid_BT, None, index_BT, table_Bb
-    )
+    context = _cached_context(self.cfg, index_BT, table_Bb)
     raw_BTD, caches, _ = self._stacks(tokens_BT, router, context, caches)
-    raw_BD = jnp.take_along_axis(raw_BTD, last_B[:, None, None], axis=1)
-    return _logits(self.final_norm(raw_BD), self.head())[:, 0], caches
+    h_BTD = self.final_norm(raw_BTD)
+    h_BtD = jnp.take_along_axis(h_BTD, at_Bt[:, :, None], axis=1)
+    previous_BTD = h_BTD if self._takes_normed else raw_BTD
+    return _logits(h_BtD, self.head()), previous_BTD, caches
+
+  def drafted(
+    self,
+    previous_BTD: Float[Array, 'B T D'],
+    next_BT: Int[Array, 'B T'],
+    index_BT: Int[Array, 'B T'],
+    at_B1: Int[Array, 'B 1'],
+    table_Bb: Int[Array, 'B b'],
+    router: Router,
+    caches: Caches,
+  ) -> tuple[Float[Array, 'B 1 V'], Float[Array, 'B 1 D'], Caches]:
+    """Logits of what follows `next_BT`, the tokens after those of `cached`.
+
+    By the first MTP module (TR 2.2), whose own cache it fills.
+
+    Args:
+      previous_BTD: hidden states of `cached`, or of this for one token more.
+      at_B1: which of the tokens logits and hidden states are returned of.
+    """
+    context = _cached_context(self.cfg, index_BT, table_Bb)
+    args = (self.embed(next_BT), router['mtp'][0], context, caches.mtp)
+    raw_BTD, h_BTD, _, cache = self.mtp[0](previous_BTD, *args)
+    at = lambda x: jnp.take_along_axis(x, at_B1[:, :, None], axis=1)
+    previous_B1D = at(h_BTD if self._takes_normed else raw_BTD)
+    logits_B1V = _logits(at(h_BTD), self.head())
+    return logits_B1V, previous_B1D, caches._replace(mtp=cache)
+
+  @property
+  def _takes_normed(self) -> bool:
+    """Whether an MTP module takes what is normed for the head."""
+    return self.cfg.mtp.hidden == 'post_norm'
 
   def _main(self, batch: Batch, router: Router):
     """Hidden states after and before the final norm, and MoE statistics."""
@@ -153,7 +188,7 @@ class Model(nn.Module):
     cfg = self.cfg
     with jax.named_scope('embed'):
       x_BTD = self.embed(tokens_BT)
-    dense, routed = caches if caches is not None else (None, None)
+    dense, routed = (None, None) if caches is None else caches[:2]
     if cfg.num_dense_layers:
       no_bias = jnp.zeros((cfg.num_dense_layers, 0), jnp.float32)
       x_BTD, dense, _ = self.dense_layers(x_BTD, dense, no_bias, context)
@@ -161,7 +196,9 @@ class Model(nn.Module):
     if cfg.num_moe_layers:
       args = (x_BTD, routed, router['moe'], context)
       x_BTD, routed, stats = self.moe_layers(*args)
-    return x_BTD, None if caches is None else Caches(dense, routed), stats
+    if caches is not None:
+      caches = caches._replace(dense=dense, moe=routed)
+    return x_BTD, caches, stats
 
   def _mtp_chain(self, batch: Batch, router: Router, h_BTD, raw_BTD):
     """Normed hidden states of each MTP depth, and their MoE statistics."""
@@ -177,6 +214,13 @@ def make_context(
   valid_BT = (batch.segments_BT > 0).astype(jnp.float32)
   segments_BT = batch.segments_BT if isolated else None
   return attention.make_context(cfg, batch.positions_BT, valid_BT, segments_BT)
+
+
+def _cached_context(cfg, index_BT, table_Bb) -> attention.Context:
+  """Likewise, where rows go on in a cache; every token counts."""
+  valid_BT = jnp.ones(index_BT.shape, jnp.float32)
+  args = (index_BT, valid_BT, None, index_BT, table_Bb)
+  return attention.make_context(cfg, *args)
 
 
 def tokens_ahead(batch: Batch, depth: int) -> list[Int[Array, 'B T']]:

@@ -26,6 +26,7 @@ class MtpModule(nn.Module):
   cfg: config.ModelConfig
   balance: config.BalanceConfig
   policy: precision.Policy
+  absorbed: bool = False
 
   @nn.compact
   def __call__(
@@ -34,8 +35,9 @@ class MtpModule(nn.Module):
     embedded_BTD: Float[Array, 'B T D'],
     bias_E: Float[Array, 'E'],
     context: attention.Context,
-  ) -> tuple[Array, Array, moe.MoeStats]:
-    """Returns the block's output, its normed form (for the head), statistics.
+    cache: attention.Cache | None = None,
+  ) -> tuple[Array, Array, moe.MoeStats, attention.Cache | None]:
+    """Returns the block's output, its normed form, statistics and the cache.
 
     Args:
       h_BTD: of depth k - 1. embedded_BTD: Emb(t_{i+k}) at position i.
@@ -53,10 +55,12 @@ class MtpModule(nn.Module):
       x_MD = linear.project(merged_MJ, w_proj, self.policy)
       x_BTD = x_MD.reshape(h_BTD.shape)
       body = block.rematerialised(cfg, scanned=False)(
-        cfg, self.balance, self.policy, True, False, name='block'
+        cfg, self.balance, self.policy, True, self.absorbed, name='block'
       )
-      (x_BTD, _), stats = body((x_BTD, None), bias_E, jnp.array(0), context)
-      return x_BTD, layers.RMSNorm(cfg, name='final_norm')(x_BTD), stats
+      carry, stats = body((x_BTD, cache), bias_E, jnp.array(0), context)
+      x_BTD, cache = carry
+      normed_BTD = layers.RMSNorm(cfg, name='final_norm')(x_BTD)
+      return x_BTD, normed_BTD, stats, cache
 
 
 def chain(
@@ -81,7 +85,8 @@ def chain(
     # The last k positions have no target: they are no part of L_k or f_i.
     valid_BS = losses.mtp_shift(context.valid_BS, k)
     args = (embedded_BTD, router['mtp'][k - 1])
-    raw, h, stats = module(previous, *args, context._replace(valid_BS=valid_BS))
+    args += (context._replace(valid_BS=valid_BS),)
+    raw, h, stats, _ = module(previous, *args)
     previous = h if post else raw
     normed.append(h)
     each.append(stats)

@@ -112,21 +112,22 @@ def check_cached(cfg, params, router, tokens_BT, out):
     for how in ({}, {'absorbed': True})
   ]
   # A page a row.
-  caches = steps.empty_caches(cfg.model, *tokens_BT.shape, jnp.float32)
+  args = (cfg.model, *tokens_BT.shape, jnp.float32)
+  caches = steps.empty_caches(*args, drafting=False)
   table_B1 = jnp.arange(len(tokens_BT))[:, None]
   close = {'rtol': 0, 'atol': 1e-5}
   begin, end = 0, tokens_BT.shape[1] - 3
   while begin < tokens_BT.shape[1]:
     part_BT = tokens_BT[:, begin:end]
     index_BT = jnp.broadcast_to(jnp.arange(begin, end), part_BT.shape)
-    last_B = jnp.full(len(part_BT), end - begin - 1)
-    args = ({'params': params}, part_BT, index_BT, last_B, table_B1)
-    logits_BV, caches = apply[begin > 0](*args, router, caches)
+    last_B1 = jnp.full((len(part_BT), 1), end - begin - 1)
+    args = ({'params': params}, part_BT, index_BT, last_B1, table_B1)
+    logits_B1V, _, caches = apply[begin > 0](*args, router, caches)
     want_BV = out.logits[:, end - 1].numpy()
-    np.testing.assert_allclose(logits_BV, want_BV, **close)
+    np.testing.assert_allclose(logits_B1V[:, 0], want_BV, **close)
     begin, end = end, end + 1
   theirs_cache = out.past_key_values
-  ours = jax.tree.map(lambda *x: np.concatenate(x), *caches)
+  ours = jax.tree.map(lambda *x: np.concatenate(x), *caches[:2])
   for i, layer in enumerate(theirs_cache.layers):
     c_BSC, r_BSR = layer.keys[:, 0].numpy(), layer.values[:, 0].numpy()
     np.testing.assert_allclose(ours.c_LpsC[i], c_BSC, **close)

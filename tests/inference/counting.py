@@ -16,13 +16,14 @@ VOCAB = 23
 
 
 class Steps(steps.Steps):
-  """Has no parameters."""
+  """Has no parameters; of its drafts each third is wrong."""
 
-  def __init__(self, vocab=VOCAB, seconds=0.0, room=400):
+  def __init__(self, vocab=VOCAB, seconds=0.0, room=400, num_drafts=0):
     cfg = settings.small()
     net = dataclasses.replace(cfg.model, vocab_size=vocab, max_seq_len=room)
     self.cfg = dataclasses.replace(cfg, model=net)  # instead of the real one
     self.seconds, self.fails, self.calls = seconds, False, 0
+    self.num_drafts = num_drafts
 
   def empty_caches(self, count, size):
     return np.full((count, size), -1)
@@ -33,24 +34,51 @@ class Steps(steps.Steps):
     return caches
 
   def extend(self, rows, caches, draws):
+    self._write(rows, caches)
+    made = [
+      self._made(rows, caches, b, [last]) for b, last in enumerate(rows.last_B)
+    ]
+    return steps.Made(*map(np.array, zip(*made, strict=True))), caches
+
+  prefill = extend
+
+  def decode(self, rows, caches, draws):
+    self._write(rows, caches)
+    width = rows.tokens_BT.shape[1]
+    made = [
+      self._made(rows, caches, b, range(width)) for b in range(len(rows.last_B))
+    ]
+    return steps.Made(*map(np.array, zip(*made, strict=True))), caches
+
+  def _write(self, rows, caches):
     if self.fails:
       raise RuntimeError('out of order')
     time.sleep(self.seconds)
     self.calls += 1
     size = caches.shape[1]
-    next_B = np.zeros(len(rows.last_B), np.int64)
     for b, index_T in enumerate(rows.index_BT):
       for token, at in zip(rows.tokens_BT[b], index_T, strict=True):
         if at >= 0:
           caches[rows.table_Bb[b, at // size], at % size] = token
-    for b, last in enumerate(rows.last_B):
-      end = rows.index_BT[b, last] + 1
-      if end:
-        row = caches[rows.table_Bb[b]].reshape(-1)[:end]
-        next_B[b] = following(row, self.cfg.model.vocab_size)
-    return next_B, caches
 
-  prefill = extend
+  def _made(self, rows, caches, b, places):
+    """What follows some tokens of a row, how many are new, and drafts."""
+    index_T, vocab = rows.index_BT[b], self.cfg.model.vocab_size
+    pages_b = rows.table_Bb[b][rows.table_Bb[b] < len(caches)]
+    row = caches[pages_b].reshape(-1)
+    new = [following(row[: index_T[t] + 1], vocab) for t in places]
+    count = 1
+    for t in range(1, len(places)):
+      if index_T[t] < 0 or rows.tokens_BT[b, t] != new[t - 1]:
+        break
+      count += 1
+    end = index_T[places[count - 1]] + 1
+    drafts, known = [], [*row[:end], new[count - 1]]
+    for _ in range(self.num_drafts):
+      is_wrong = sum(known) % 3 == 0
+      drafts.append((following(known, vocab) + is_wrong) % vocab)
+      known.append(drafts[-1])
+    return new, count, drafts
 
 
 def following(tokens, vocab=VOCAB):

@@ -155,7 +155,8 @@ def test_traffic_compiles_nothing_anew(made):
     run(mine)
 
   counts = lambda: [
-    f._cache_size() for f in (made._prefill, made._extend, made._copy)
+    f._cache_size()
+    for f in (made._prefill, made._extend, made._decode, made._copy)
   ]
   for seed in range(4):
     traffic(seed)

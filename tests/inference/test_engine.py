@@ -70,7 +70,7 @@ def test_decode_compiles_once(weights):
     made = fresh.generate(_PROMPTS, count, temperature=count / 10, seed=count)
     assert made.decoded == 3 * (count - 2)
     assert made.tokens_per_second > 0
-  assert fresh.steps._extend._cache_size() == 1
+  assert fresh.steps._decode._cache_size() == 1
   assert fresh.steps._prefill._cache_size() == 1
 
 

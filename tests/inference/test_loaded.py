@@ -125,6 +125,7 @@ def test_text_is_asked_of_the_engine_until_eos(trained):
     def generate(self, prompts, max_new_tokens, **how):
       calls.append((prompts, max_new_tokens, how))
       rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decoded': 1}
+      rest |= {'acceptance': 0.0, 'tokens_per_step': 1.0}
       return engine.Generation(tokens=[[40, 41]], **rest)
 
   tokenizer = trained.tokenizer

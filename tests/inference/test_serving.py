@@ -16,12 +16,12 @@ from dsv3_jax.inference import serving
 from tests.inference import counting
 
 made = counting.Steps(280, 0.02, room=600)
-extend = made.extend
+decode = made.decode
 def fails(*args):
   if made.calls > {most}:
     raise RuntimeError('out of order')
-  return extend(*args)
-made.extend = made.prefill = fails
+  return decode(*args)
+made.decode = fails
 space = types.SimpleNamespace
 model = space(
   engine=space(steps=made),

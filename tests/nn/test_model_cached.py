@@ -45,9 +45,12 @@ def empty(cfg):
 @functools.cache
 def step(cfg, absorbed):
   net = model.build(cfg, absorbed=absorbed)
-  run = lambda params, *args: net.apply(
-    {'params': params}, *args, method='cached'
-  )
+
+  def run(params, tokens_BT, index_BT, last_B, *args):
+    args = (tokens_BT, index_BT, last_B[:, None], *args)
+    made = net.apply({'params': params}, *args, method='cached')
+    return made[0][:, 0], made[2]
+
   return jax.jit(run)
 
 

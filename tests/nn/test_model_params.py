@@ -192,7 +192,7 @@ def test_the_absorbed_form_is_a_named_scope():
   zeros = jnp.zeros((1, 1), jnp.int32)
   run = lambda p: net.apply(
     {'params': p},
-    *(zeros, zeros, zeros[0], zeros, router, caches),
+    *(zeros, zeros, zeros, zeros, router, caches),
     method='cached',
   )
   found = scopes(jax.jit(run).lower(params))

@@ -37,7 +37,7 @@ def block_stage(*, is_moe=False, ahead=False, **changes):
   def stage(variables, x, consts):
     bias_E, context = consts
     if ahead:
-      *y, stats = net.apply(variables, *x, bias_E, context)
+      *y, stats, _ = net.apply(variables, *x, bias_E, context)
       return tuple(y), stats
     rest = bias_E, jnp.array(0), context
     (y, _), stats = net.apply(variables, (x, None), *rest)

@@ -1,0 +1,233 @@
+"""Drafts change how many tokens a step gives, never which."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from dsv3_jax import errors
+from dsv3_jax.inference import batching, engine, sampling, steps
+from dsv3_jax.nn import model
+from tests import settings
+from tests.inference import counting
+from tests.nn import models
+
+ROOM = 200
+HIDDEN = ('post_norm', 'pre_norm')
+
+
+def small(**changes):
+  return settings.small(
+    precision='f32',
+    model__max_seq_len=ROOM,
+    model__rope__original_seq_len=ROOM,
+    model__num_layers=2,
+    **changes,
+  )
+
+
+CONFIG = small()
+
+
+def weights(cfg):
+  return tuple(map(models.f32, models.random_params(cfg)))
+
+
+def prompt(seed, size):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
+
+
+@pytest.mark.parametrize('num_drafts', [1, 2, 3])
+@pytest.mark.parametrize('num_pages', [8, 40])
+def test_counted_traffic_gets_the_same_tokens(num_drafts, num_pages):
+  """Some drafts are wrong, pages run out, some clients go away, some stop."""
+  rng = np.random.default_rng(num_drafts)
+  made = counting.Steps(num_drafts=num_drafts)
+  session = batching.Session(made, num_pages=num_pages, max_rows=5, chunk=64)
+  wanted, gone = [], []
+  for number in range(60):
+    tokens = rng.integers(0, 23, rng.integers(1, 150)).tolist()
+    count = int(rng.integers(1, 90))
+    want = counting.continued(tokens, count)
+    stop = want[-1] if number % 3 == 0 else -1
+    want = want[: want.index(stop) + 1] if stop >= 0 else want
+    wanted.append((session.submit(tokens, count, stop_ids=[stop]), want))
+    for _ in range(rng.integers(0, 9)):
+      session.step()
+    if number % 7 == 0:
+      gone.append(wanted.pop(rng.integers(len(wanted)))[0])
+      session.cancel(gone[-1])
+  while not session.is_idle:
+    session.step()
+  assert all(request.tokens == want for request, want in wanted)
+  assert session.pool.in_use == 0
+  assert (session.scheduler.preempted > 0) == (num_pages == 8)
+  told = session.decoded
+  assert 0.3 < told.acceptance < 0.8
+  assert 1.3 < told.tokens_per_step <= 1 + num_drafts
+
+
+def test_drafts_make_steps_fewer():
+  calls = []
+  for num_drafts in (0, 1, 2):
+    made = counting.Steps(num_drafts=num_drafts)
+    session = batching.Session(made, num_pages=8, max_rows=1)
+    session.submit([3, 1, 4], 200)
+    while not session.is_idle:
+      session.step()
+    assert made.calls == 1 + session.decoded.rows
+    assert session.decoded.tokens == 199
+    calls.append(made.calls)
+  assert calls[0] == 200
+  assert calls[1] < 0.75 * calls[0] and calls[2] < 0.85 * calls[1]
+
+
+@pytest.mark.parametrize(
+  ('num_drafts', 'hidden'), [(1, 'post_norm'), (3, 'pre_norm')]
+)
+def test_tokens_are_those_of_plain_decoding(num_drafts, hidden):
+  cfg = small(model__mtp__hidden=hidden)
+  params, router = weights(cfg)
+  plain = engine.Engine(cfg, params, router)
+  drafting = engine.Engine(cfg, params, router, num_drafts)
+  prompts = [prompt(1, 5), prompt(2, 130), prompt(3, 1), prompt(4, 64)]
+  for how in ({}, {'temperature': 1.0, 'top_p': 0.9, 'seed': 3}):
+    want = plain.generate(prompts, 40, **how)
+    made = drafting.generate(prompts, 40, **how)
+    assert made.tokens == want.tokens
+    assert want.acceptance == 0 and want.tokens_per_step == 1
+    assert made.tokens_per_step > 1
+
+
+def test_drafts_that_are_always_right_give_a_step_all_it_can_have():
+  # Where all tokens are as likely, only the noise decides, which is the same.
+  params, router = weights(CONFIG)
+  flat = params | {'head': {'w': jnp.zeros_like(params['head']['w'])}}
+  drafting = engine.Engine(CONFIG, flat, router, 3)
+  how = {'temperature': 1.0, 'seed': 2}
+  made = drafting.generate([[1, 2], [3]], 41, **how)
+  assert made.acceptance == 1.0 and made.tokens_per_step == 4.0
+  plain = engine.Engine(CONFIG, flat, router).generate([[1, 2], [3]], 41, **how)
+  assert made.tokens == plain.tokens
+  assert len(set(made.tokens[0])) > 5
+
+
+@pytest.mark.parametrize('hidden', HIDDEN)
+def test_first_drafts_are_the_mtp_module_s_choice(hidden):
+  """However the latents came there: chunks, prompt cache, verified drafts."""
+  cfg = small(model__mtp__hidden=hidden)
+  params, router = weights(cfg)
+  made = steps.Steps(cfg, params, router, 2)
+  session = batching.Session(made, num_pages=20, max_rows=3, chunk=64)
+  seen = []
+  for tokens in (prompt(5, 150), prompt(6, 3), prompt(5, 150)[:140] + [1, 2]):
+    request = session.submit(tokens, 20)
+    while not request.done:
+      session.step()
+      seen.append((list(request.job.tokens), list(request.job.drafts)))
+  assert request.job.found == 128
+  drafted = [(tokens, drafts[0]) for tokens, drafts in seen if drafts]
+  assert len(drafted) > 30
+  for tokens, draft in drafted[::3]:
+    # The page that another's continuation filled ends with a latent of it.
+    logits_V = mtp_logits(cfg, params, router, tokens)
+    assert logits_V.max() - logits_V[draft] < 1e-4
+
+
+def mtp_logits(cfg, params, router, tokens):
+  """Of the token behind the last, by the full forward pass."""
+  padded = jnp.array(tokens + [0] * (ROOM - len(tokens)), jnp.int32)[None]
+  ones = jnp.ones_like(padded)
+  batch = model.Batch(
+    padded[:, :-1],
+    padded[:, 1:],
+    jnp.arange(ROOM - 1)[None],
+    ones[:, 1:],
+    ones[:, 1:].astype(jnp.float32),
+  )
+  _, deeper = models.logits(cfg)(params, router, batch)
+  return np.asarray(deeper[0][0, len(tokens) - 2])
+
+
+def test_drawn_tokens_have_the_model_s_distribution():
+  """10^5 rows of three tokens each, two of them behind drafts."""
+  vocab, start, rows, rounds = 5, 2, 20_000, 5
+  cfg = small(model__vocab_size=vocab)
+  params, router = weights(cfg)
+  params['head']['w'] *= 0.5  # or some triples would be too rare to count
+  made = steps.Steps(cfg, params, router, 1)
+  counts, kept = np.zeros(vocab**3), 0
+  for seed in range(rounds):
+    tokens_B3, kept_B = triples(made, start, rows, seed)
+    counts += np.bincount(tokens_B3 @ [vocab**2, vocab, 1], minlength=vocab**3)
+    kept += np.sum(kept_B)
+  expected = rows * rounds * triple_probabilities(cfg, params, router, start)
+  assert expected.min() > 5
+  assert stats.chisquare(counts, expected).pvalue > 1e-3
+  assert 0.1 < kept / (rows * rounds) < 0.95  # both kinds were there
+
+
+def triples(made, start, rows, seed):
+  """Three tokens of each row, and whether its second step gave two."""
+  keys_B = jax.random.split(jax.random.key(seed), rows)
+  ones_B = np.ones(rows, np.float32)
+  draws = sampling.Draws(
+    *(np.asarray(jax.random.key_data(keys_B)), ones_B),
+    *(np.zeros(rows, np.int32), ones_B),
+  )
+  caches = made.empty_caches(rows, 4)
+  table_B1 = np.arange(rows, dtype=np.int32)[:, None]
+  zeros_B, none_B = np.zeros((2, rows), np.int32)
+  at = lambda x_BT, t_B: np.take_along_axis(x_BT, t_B[:, None], 1)[:, 0]
+
+  def step(last_B, draft_B, place_B, has_draft, caches):
+    index_B2 = np.stack([place_B, place_B + 1], axis=1)
+    if not has_draft:
+      index_B2[:, 1] = -1
+    tokens_B2 = np.stack([last_B, draft_B], axis=1)
+    arrays = (tokens_B2, index_B2, zeros_B, none_B, table_B1)
+    rows = steps.Rows(*(x.astype(np.int32) for x in arrays))
+    found, caches = made.decode(rows, caches, draws)
+    return *map(np.asarray, found), caches
+
+  start_B = np.full(rows, start)
+  first_B2, _, draft_B1, caches = step(start_B, zeros_B, zeros_B, False, caches)
+  first_B = first_B2[:, 0]
+  args = (first_B, draft_B1[:, 0], zeros_B + 1, True, caches)
+  second_B2, count_B, draft_B1, caches = step(*args)
+  last_B = at(second_B2, count_B - 1)
+  args = (last_B, draft_B1[:, 0], count_B + 1, True, caches)
+  third_B2, _, _, _ = step(*args)
+  third_B = np.where(count_B == 2, second_B2[:, 1], third_B2[:, 0])
+  return np.stack([first_B, second_B2[:, 0], third_B], axis=1), count_B == 2
+
+
+def triple_probabilities(cfg, params, router, start):
+  """Of all triples behind one token, by the full forward pass, in float64."""
+  vocab = cfg.model.vocab_size
+  every = list(itertools.product(range(vocab), repeat=3))
+  tokens_BT = jnp.array([[start, *triple] for triple in every], jnp.int32)
+  ones_BT = jnp.ones_like(tokens_BT)
+  places_BT = jnp.broadcast_to(jnp.arange(4), tokens_BT.shape)
+  batch = model.Batch(
+    *(tokens_BT, tokens_BT, places_BT, ones_BT), ones_BT.astype(jnp.float32)
+  )
+  logits_BTV, _ = models.logits(cfg)(params, router, batch)
+  logits_BTV = np.asarray(logits_BTV, np.float64)
+  logits_BTV -= logits_BTV.max(axis=-1, keepdims=True)
+  probs_BTV = np.exp(logits_BTV)
+  probs_BTV /= probs_BTV.sum(axis=-1, keepdims=True)
+  chosen = np.take_along_axis(probs_BTV[:, :3], np.array(every)[:, :, None], 2)
+  return np.prod(chosen[:, :, 0], axis=1)
+
+
+def test_a_model_without_mtp_cannot_draft():
+  cfg = small(model__mtp__depth=0)
+  with pytest.raises(errors.InputError, match='needs a model with an MTP mod'):
+    engine.Engine(cfg, {}, {}, 1)
+  with pytest.raises(errors.InputError, match='num_drafts=-1 must be >= 0'):
+    engine.Engine(CONFIG, {}, {}, -1)
