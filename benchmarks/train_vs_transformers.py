@@ -32,13 +32,13 @@ import numpy as np
 import torch
 import transformers
 
+from benchmarks.common import shared_model
 from dsv3_jax import config
 from dsv3_jax import train_step as steps
 from dsv3_jax.checkpoint import hf, hf_config
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
 from dsv3_jax.planning import flops
-from experiments import base
 
 LENGTH, BATCH = 512, 4  # of training and prefill
 PROMPT, NEW = 256, 128  # of decode
@@ -47,30 +47,6 @@ DECODE_BATCHES = (1, 8)
 # training, so it is timed in decoding only.
 EXPERTS = {'train': ('eager', 'grouped_mm'), 'prefill': ('eager', 'grouped_mm')}
 EXPERTS['decode'] = ('eager', 'grouped_mm', 'batched_mm')
-
-
-def make_config() -> config.Config:
-  """The model of the comparison: 103M parameters, no MTP, no balance loss."""
-  source = base.get_config()
-  with source.unlocked():
-    source.precision = 'f32'
-    net = source.model
-    net.update(vocab_size=4096, d_model=512, d_ff=1536, num_layers=8)
-    net.update(num_dense_layers=1, max_seq_len=1024, init_std=0.02)
-    net.update(scan_layers=False, remat='none')
-    net.rope.original_seq_len = 1024
-    net.mla.update(num_heads=8, q_lora_rank=192, kv_lora_rank=128)
-    net.mla.update(qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
-    net.moe.update(num_experts=32, num_groups=4, top_groups=2, top_k=4)
-    net.moe.update(d_ff=256)
-    net.mtp.depth = 0
-    source.balance.kind = 'none'
-    source.data.update(seq_len=LENGTH, tokenizer='none.json')
-    source.train.update(batch_size=BATCH, batch_size_start=BATCH)
-    source.train.update(microbatch_size=BATCH, batch_ramp_tokens=0)
-    source.optim.update(moments_dtype='float32', ema_decay=0.0)
-    source.eval.stride = LENGTH
-  return config.from_config_dict(source)
 
 
 class Ours:
@@ -353,7 +329,7 @@ def main() -> int:
   warnings.simplefilter('ignore')
   torch.set_num_threads(2)
   torch.manual_seed(0)
-  cfg = make_config()
+  cfg = shared_model.make_config(LENGTH, BATCH)
   text = render(cfg, *measure(cfg, args.rounds))
   print(text)
   if args.output:

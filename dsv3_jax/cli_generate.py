@@ -100,8 +100,8 @@ def generate(values: flags.FlagValues) -> None:
     'tokens_per_second': made.tokens_per_second,
   }
   if values.num_drafts:
-    speed['acceptance'] = made.acceptance
-    speed['tokens_per_step'] = made.tokens_per_step
+    speed['acceptance'] = made.counts.acceptance
+    speed['tokens_per_step'] = made.counts.tokens_per_step
   as_json = values.json or values.prompts
   for prompt, row in zip(prompts, made.tokens, strict=True):
     text = loaded.tokenizer.decode(row, skip_special=True)
@@ -113,8 +113,8 @@ def generate(values: flags.FlagValues) -> None:
     said = f'{made.tokens_per_second:.1f} tokens/s'
     if values.num_drafts:
       said += (
-        f', {made.acceptance:.0%} of drafts accepted, '
-        f'{made.tokens_per_step:.2f} tokens a step'
+        f', {made.counts.acceptance:.0%} of drafts accepted, '
+        f'{made.counts.tokens_per_step:.2f} tokens a step'
       )
     print(said)
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from dsv3_jax import config, errors
 from dsv3_jax.inference import pages, sampling, scheduler, steps
+from pallas_kernels.mla_decode import api as mla_decode
 
-PAGE = 64  # tokens of a page, and the least of a prefill
+PAGE = mla_decode.PAGE  # tokens; also the least of a prefill
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,7 +237,8 @@ class Session:
     index_BT = np.full((count, width), -1, np.int32)
     last_B, after_B = np.zeros((2, count), np.int32)
     ends = [job.row.length + n for job, n in _pairs(found)]
-    most = max(self.pool.pages_for(max(ends) + ahead), self._least_pages)
+    furthest = max(job.row.length for job in found.jobs) + max(width, 2 * ahead)
+    most = max(self.pool.pages_for(furthest), self._least_pages)
     # What is no page of a row is no page: nothing can be written there.
     table_Bb = np.full((count, _round_up(most)), self.pool.count, np.int32)
     keys_B2 = np.zeros((count, 2), np.uint32)

@@ -22,15 +22,14 @@ class Generation:
   Prefill gives each row its first token and the first decode step its second;
   decoding is timed from there, as that step may have to compile. So may
   prefill, at a new shape. `decoded` counts tokens of rows not yet at their end.
-  acceptance, tokens_per_step: of drafts, and of a row; see `batching.Decoded`.
+  counts: of all decode steps, that first one too.
   """
 
   tokens: list[list[int]]
   prefill_seconds: float
   decode_seconds: float
   decoded: int
-  acceptance: float
-  tokens_per_step: float
+  counts: batching.Decoded
 
   @property
   def tokens_per_second(self) -> float:
@@ -109,8 +108,7 @@ class Engine:
       prefill_seconds=prefilled - start,
       decode_seconds=time.perf_counter() - begun,
       decoded=decoded,
-      acceptance=session.decoded.acceptance,
-      tokens_per_step=session.decoded.tokens_per_step,
+      counts=session.decoded,
     )
 
 

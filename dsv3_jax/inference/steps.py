@@ -83,7 +83,10 @@ class Steps:
   def empty_caches(self, count: int, size: int) -> model.Caches:
     """`count` pages of `size` tokens."""
     how = {'drafting': self.num_drafts > 0}
-    return empty_caches(self.cfg.model, count, size, self.dtype, **how)
+    made = empty_caches(self.cfg.model, count, size, self.dtype, **how)
+    # Bound to a device, as all later ones are: else the first step of each
+    # shape would be compiled for caches that are not.
+    return jax.device_put(made, jax.tree.leaves(self.params)[0].sharding)
 
   def prefill(
     self, rows: Rows, caches: model.Caches, draws: sampling.Draws

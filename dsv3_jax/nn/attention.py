@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import config, precision, sharding
 from dsv3_jax.nn import layers
 from dsv3_jax.ops import attention, fp8_linear, linear, mla, norm, rope
+from pallas_kernels.mla_decode import api as mla_decode
 
 
 class Context(NamedTuple):
@@ -69,7 +70,8 @@ def empty_cache(
 class LatentAttention(nn.Module):
   """MLA (TR 2.1.1).
 
-  With `absorbed`, queries attend to the cache up to their own index; without,
+  With `absorbed`, queries attend to the cache up to their own index, a row's
+  tokens being consecutive and those of no row behind them; without,
   to the batch's own tokens, whose latents a cache, if given, receives. Where
   `context` cuts the rows, the latents of the others are gathered.
   """
@@ -107,11 +109,9 @@ class LatentAttention(nn.Module):
     scale, packed = rope.softmax_scale(cfg), None
     if self.absorbed:
       q_nope, q_rope = mla.split_query(q_BTNX, cos, sin)
-      cached = _read(cache, context.table_Bb, layer)
-      length = cached.c_BSC.shape[1]
-      mask_BTS = jnp.arange(length) <= context.index_BT[:, :, None]
       o_BTNU = mla.attend_absorbed(
-        q_nope, q_rope, cached, w_uk_CNH, w_uv_CNU, mask_BTS, scale
+        *(q_nope, q_rope, *_of_layer(cache, context, layer)),
+        *(w_uk_CNH, w_uv_CNU, scale, policy.implementation),
       )
     else:
       q_BTNX = jnp.concatenate(mla.split_query(q_BTNX, cos, sin), axis=-1)
@@ -182,9 +182,18 @@ def _write(
   )
 
 
-def _read(
-  cache: Cache, table_Bb: Int[Array, 'B b'], layer: Int[Array, '']
-) -> mla.Latents:
-  """The rows' latents, page after page."""
-  rows = lambda x: x[layer, table_Bb].reshape(len(table_Bb), -1, x.shape[-1])
-  return mla.Latents(rows(cache.c_LpsC), rows(cache.k_rope_LpsR))
+def _of_layer(
+  cache: Cache, context: Context, layer: Int[Array, '']
+) -> tuple[mla_decode.Cache, Int[Array, 'B j'], Int[Array, 'B']]:
+  """The pages of all layers as they lie, a layer's table, and lengths.
+
+  A row's tokens follow one another from the first, which tells its length;
+  what comes behind them belongs to no row, and sees what it may.
+  """
+  count = cache.c_LpsC.shape[1]
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  table_Bj = context.table_Bb + layer * count
+  first_B, length = context.index_BT[:, 0], context.index_BT.shape[1]
+  lengths_B = jnp.where(first_B < 0, 0, first_B + length)
+  pages = mla_decode.Cache(flat(cache.c_LpsC), flat(cache.k_rope_LpsR))
+  return pages, table_Bj, lengths_B

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.ops import norm, rope
+from pallas_kernels.mla_decode import api as mla_decode
 
 
 class Latents(NamedTuple):
@@ -63,40 +64,24 @@ def split_query(
 def attend_absorbed(
   q_nope_BTNH: Float[Array, 'B T N H'],
   q_rope_BTNR: Float[Array, 'B T N R'],
-  latents: Latents,
+  cache: mla_decode.Cache,
+  table_Bj: Int[Array, 'B j'],
+  lengths_B: Int[Array, 'B'],
   w_uk_CNH: Float[Array, 'C N H'],
   w_uv_CNU: Float[Array, 'C N U'],
-  mask_BTS: Bool[Array, 'B T S'],
   scale: float,
+  implementation: str = 'auto',
 ) -> Float[Array, 'B T N U']:
-  """Attention in the latent space over cached latents (TR 2.1.1).
+  """Attention of rows' last T tokens in the latent space (TR 2.1.1).
 
   Args:
-    mask_BTS: True where query t may see key s.
+    cache, table_Bj, lengths_B, implementation: as in `mla_decode.decode`.
   """
   with jax.named_scope('attention_absorbed'):
     dtype = q_nope_BTNH.dtype
     w_uk_CNH, w_uv_CNU = w_uk_CNH.astype(dtype), w_uv_CNU.astype(dtype)
     q_abs_BTNC = jnp.einsum('btnh,cnh->btnc', q_nope_BTNH, w_uk_CNH)
-    c_BSC, k_rope_BSR = latents
-    scores_BNTS = _scores('btnc,bsc->bnts', q_abs_BTNC, c_BSC)
-    scores_BNTS += _scores('btnr,bsr->bnts', q_rope_BTNR, k_rope_BSR)
-    p_BNTS = _softmax(scores_BNTS * scale, mask_BTS).astype(dtype)
-    o_BTNC = jnp.einsum('bnts,bsc->btnc', p_BNTS, c_BSC)
+    q_BTNY = jnp.concatenate([q_abs_BTNC, q_rope_BTNR], axis=-1)
+    args = (q_BTNY, cache, table_Bj, lengths_B, scale, implementation)
+    o_BTNC, _ = mla_decode.decode(*args)
     return jnp.einsum('btnc,cnu->btnu', o_BTNC, w_uv_CNU)
-
-
-def _scores(subscripts: str, q: Array, k: Array) -> Float[Array, 'B N T S']:
-  """Products of queries and keys, kept in f32 for the softmax."""
-  return jnp.einsum(subscripts, q, k, preferred_element_type=jnp.float32)
-
-
-def _softmax(
-  scores_BNTS: Float[Array, 'B N T S'], mask: Bool[Array, '*batch T S']
-) -> Float[Array, 'B N T S']:
-  """Softmax over the unmasked keys in f32; a row with none is uniform."""
-  if mask.ndim == 3:
-    mask = mask[:, None]
-  low = jnp.finfo(jnp.float32).min
-  scores_BNTS = jnp.where(mask, scores_BNTS, low)
-  return jax.nn.softmax(scores_BNTS, axis=-1)

@@ -4,6 +4,9 @@ Queries come absorbed (W_UK^T q_nope beside the rotated q_rope), outputs leave
 before W_UV: one latent serves all heads as key and as value (TR 2.1.1).
 """
 
+import functools
+import logging
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -46,19 +49,29 @@ def decode(
     for a query that sees no token. No gradient is defined.
   Raises:
     ValueError: shapes, dtypes, splits or the implementation's name do not fit.
-    NotImplementedError: legal, but not by this implementation.
+    NotImplementedError: legal, but not by this implementation; 'auto' takes
+      the reference instead.
   """
   _check(q_BTNY, cache, table_Bj, lengths_B)
   if splits is not None and splits < 1:
     raise ValueError(f'splits={splits} must be at least 1')
   chosen = dispatch.resolve(implementation)
   args = (q_BTNY, cache, table_Bj, lengths_B, scale)
+  is_auto = implementation == 'auto' and chosen == 'pallas_gpu'
+  if is_auto and (reason := pallas_gpu.why_not(cache)):
+    chosen = _reference(reason)
   if chosen == 'reference':
     return reference.decode(*args, splits=splits or 1)
   if chosen == 'pallas_gpu':
     return pallas_gpu.decode(*args, splits=splits)
   interpret = chosen == 'pallas_interpret'
   return pallas_tpu.decode(*args, splits=splits, interpret=interpret)
+
+
+@functools.cache
+def _reference(reason: str) -> str:
+  logging.getLogger(__name__).info('mla_decode: reference, as %s', reason)
+  return 'reference'
 
 
 def _check(q_BTNY, cache: Cache, table_Bj, lengths_B) -> None:

@@ -84,7 +84,8 @@ def decode(
   """
   rows, queries, heads, _ = q_BTNY.shape
   latent, rotary = cache.c_JIC.shape[-1], cache.k_rope_JIR.shape[-1]
-  _check(cache, latent, rotary)
+  if reason := why_not(cache):
+    raise NotImplementedError(reason)
   blocks_X = pl.cdiv(queries * heads, ROWS)
   splits = splits or choose_splits(rows * blocks_X, table_Bj.shape[1])
   widths = (heads, queries, latent, rotary, splits)
@@ -124,15 +125,16 @@ def decode(
   return parts.combine(o_ZBTNC, lse_ZBNT, q_BTNY.dtype)
 
 
-def _check(cache: caches.Cache, latent: int, rotary: int) -> None:
+def why_not(cache: caches.Cache) -> str | None:
+  """Why there is no kernel for such a cache, if there is none."""
   dtype = cache.k_rope_JIR.dtype
   if dtype != jnp.bfloat16:
-    raise NotImplementedError(f'the cache is {dtype}, not bfloat16')
+    return f'the cache is {dtype}, not bfloat16'
+  latent, rotary = cache.c_JIC.shape[-1], cache.k_rope_JIR.shape[-1]
   widths = (256, 512) if cache.is_quantized else (128, 256, 512)
   if latent not in widths or rotary != PIECE:
-    raise NotImplementedError(
-      f'widths {latent} + {rotary} must be one of {widths} + {PIECE}'
-    )
+    return f'widths {latent} + {rotary} must be one of {widths} + {PIECE}'
+  return None
 
 
 def _inputs(cache: caches.Cache) -> tuple:

@@ -11,8 +11,8 @@ sums are f32. A query that sees no token has o = 0 and lse = -inf. What is not a
 row's own (pages of others, the rest of its last page, table entries beyond its
 length) may hold anything, NaN too.
 
-Letters: B rows, T queries of a row, N heads, C latent, R rotary, Y = C + R, S
-tokens of a row, Z parts; J pages, I tokens of a page, j blocks of a row.
+Letters: B rows, T queries of a row, N heads, X = N T, C latent, R rotary, Y = C
++ R, S tokens of a row, Z parts; J pages, I tokens of a page, j blocks of a row.
 """
 
 import jax
@@ -34,17 +34,23 @@ def decode(
   splits: int = 1,
 ) -> tuple[Float[Array, 'B T N C'], Float[Array, 'B N T']]:
   """Output and log-sum-exp; see `api.decode`."""
-  latent_dim = cache.c_JIC.shape[-1]
+  rows, queries, heads, _ = q_BTNY.shape
   c_BSC, k_rope_BSR = gather(cache, table_Bj, lengths_B, q_BTNY.dtype)
   with jax.named_scope('scores'):
-    q_BTNC, q_BTNR = jnp.split(q_BTNY, [latent_dim], axis=-1)
-    scores_BNTS = _product('btnc,bsc->bnts', q_BTNC, c_BSC)
-    scores_BNTS += _product('btnr,bsr->bnts', q_BTNR, k_rope_BSR)
-    scores_BNTS *= scale
+    # Heads and queries as rows of one product, of which the keys are as they
+    # lie: any other order is a copy of them.
+    q_BNTY = jnp.swapaxes(q_BTNY, 1, 2)
+    q_BXY = q_BNTY.reshape(rows, heads * queries, -1)
+    q_BXC, q_BXR = jnp.split(q_BXY, [c_BSC.shape[-1]], axis=-1)
+    scores_BXS = _product(q_BXC, c_BSC) + _product(q_BXR, k_rope_BSR)
+    scores_BNTS = (scores_BXS * scale).reshape(rows, heads, queries, -1)
   s_S = jnp.arange(c_BSC.shape[1], dtype=jnp.int32)
-  t_T = jnp.arange(q_BTNY.shape[1], dtype=jnp.int32)
-  last_BT = lengths_B[:, None] - t_T.size + t_T
+  t_T = jnp.arange(queries, dtype=jnp.int32)
+  last_BT = lengths_B[:, None] - queries + t_T
   seen_BTS = s_S <= last_BT[..., None]
+  if splits == 1:
+    o_BTNC, lse_BNT = _attend(scores_BNTS, c_BSC, seen_BTS)
+    return o_BTNC.astype(q_BTNY.dtype), lse_BNT
   of_parts = []
   for part in range(splits):
     first_B, end_B = parts.bounds(lengths_B, part, splits)
@@ -76,8 +82,10 @@ def gather(
     return tokens(mine.c_JIC), tokens(mine.k_rope_JIR)
 
 
-def _product(subscripts: str, q, k) -> Float[Array, 'B N T S']:
-  return jnp.einsum(subscripts, q, k, preferred_element_type=jnp.float32)
+def _product(q_BXD, k_BSD) -> Float[Array, 'B X S']:
+  return jnp.einsum(
+    'bxd,bsd->bxs', q_BXD, k_BSD, preferred_element_type=jnp.float32
+  )
 
 
 def _attend(
@@ -94,5 +102,7 @@ def _attend(
     total_BNT = jnp.sum(p_BNTS, axis=-1)
     lse_BNT = most_BNT + jnp.log(total_BNT)
     p_BNTS /= jnp.where(total_BNT == 0, 1.0, total_BNT)[..., None]
-    o_BTNC = jnp.einsum('bnts,bsc->btnc', p_BNTS, c_BSC.astype(jnp.float32))
-    return o_BTNC, lse_BNT
+    p_BXS = p_BNTS.reshape(len(p_BNTS), -1, p_BNTS.shape[-1])
+    o_BXC = jnp.einsum('bxs,bsc->bxc', p_BXS, c_BSC.astype(jnp.float32))
+    o_BNTC = o_BXC.reshape(*p_BNTS.shape[:3], -1)
+    return jnp.swapaxes(o_BNTC, 1, 2), lse_BNT

@@ -14,7 +14,7 @@ import pytest
 import dsv3_jax
 from dsv3_jax import errors, evaluate, train
 from dsv3_jax.checkpoint import store
-from dsv3_jax.inference import engine, loaded
+from dsv3_jax.inference import batching, engine, loaded
 from dsv3_jax.nn import model
 from tests import reference, tiny_run, tolerances
 from tests.nn import models
@@ -125,7 +125,7 @@ def test_text_is_asked_of_the_engine_until_eos(trained):
     def generate(self, prompts, max_new_tokens, **how):
       calls.append((prompts, max_new_tokens, how))
       rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decoded': 1}
-      rest |= {'acceptance': 0.0, 'tokens_per_step': 1.0}
+      rest['counts'] = batching.Decoded()
       return engine.Generation(tokens=[[40, 41]], **rest)
 
   tokenizer = trained.tokenizer

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from dsv3_jax.nn import attention, model
+from pallas_kernels.mla_decode import api as mla_decode
 from tests import settings, tolerances
 from tests.nn import models
 
-LENGTH, SIZE = 12, 7
-SPACE = 2 * SIZE
+SIZE = mla_decode.PAGE
+LENGTH, SPACE = SIZE + 6, 2 * SIZE
 TABLE_Bb = np.array([[4, 0], [1, 5], [3, 2]])  # pages lie anyhow
 CASES = {
   'scanned': {},
@@ -26,7 +27,8 @@ CASES = {
 
 
 def setup(name, **changes):
-  cfg = settings.small(**(CASES[name] | changes))
+  long = {'model__max_seq_len': SPACE, 'model__rope__original_seq_len': SPACE}
+  cfg = settings.small(**(long | CASES[name] | changes))
   params, router = map(models.f32, models.random_params(cfg))
   rng = np.random.default_rng(3)
   tokens_BT = jnp.array(rng.integers(0, cfg.model.vocab_size, (3, LENGTH)))
@@ -73,10 +75,11 @@ def assert_rows_match(logits_BV, full_BTV, last_B, dtype='float32'):
 def test_prefill_then_token_by_token(name, prefill_absorbed):
   cfg, params, router, tokens_BT = setup(name)
   full_BTV = full_logits(cfg, params, router, tokens_BT)
-  lengths_B = np.array([2, 6, 5])  # prompts, padded on the right to 6
-  index_BT = jnp.broadcast_to(jnp.arange(6), (3, 6))
+  most = SIZE + 1
+  lengths_B = np.array([2, most, SIZE - 2])  # prompts, padded on the right
+  index_BT = jnp.broadcast_to(jnp.arange(most), (3, most))
   args = (
-    tokens_BT[:, :6],
+    tokens_BT[:, :most],
     index_BT,
     jnp.array(lengths_B - 1),
     TABLE_Bb,
@@ -86,7 +89,7 @@ def test_prefill_then_token_by_token(name, prefill_absorbed):
   logits_BV, caches = prefill(params, *args, empty(cfg))
   assert_rows_match(logits_BV, full_BTV, lengths_B - 1)
   zeros_B = jnp.zeros(3, jnp.int32)
-  for at_B in (lengths_B + i for i in range(LENGTH - 6)):
+  for at_B in (lengths_B + i for i in range(LENGTH - most)):
     token_B1 = tokens_BT[jnp.arange(3), at_B][:, None]
     args = (
       token_B1,
@@ -104,8 +107,10 @@ def test_several_tokens_at_once_onto_a_cache():
   # As for verifying drafts: three new tokens see the cache and one another.
   cfg, params, router, tokens_BT = setup('scanned')
   full_BTV = full_logits(cfg, params, router, tokens_BT)
-  caches = empty(cfg)
-  for start in range(0, LENGTH, 3):
+  index_BT = jnp.broadcast_to(jnp.arange(SIZE - 3), (3, SIZE - 3))
+  args = (tokens_BT[:, : SIZE - 3], index_BT, jnp.zeros(3, jnp.int32))
+  _, caches = step(cfg, True)(params, *args, TABLE_Bb, router, empty(cfg))
+  for start in range(SIZE - 3, LENGTH, 3):
     index_BT = jnp.broadcast_to(jnp.arange(start, start + 3), (3, 3))
     for last in range(3):
       piece_BT = tokens_BT[:, start : start + 3]

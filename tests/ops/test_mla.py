@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.ops import attention, mla, rope
+from pallas_kernels.mla_decode import api as mla_decode
 from tests import gradients, settings, tolerances
 from tests.oracles import mla as oracle
 from tests.oracles import model as oracle_model
@@ -17,6 +18,10 @@ CFG = settings.small(model__max_seq_len=640).model  # with YaRN
 SETTINGS = oracle_model.settings_of(CFG)
 WEIGHTS = oracle_weights.random_weights(CFG, 0, std=0.4)['layers'][0]['mla']
 FORMS = ('naive', 'absorbed')
+# A cache has one sample a row.
+ISOLATED = pytest.mark.parametrize(
+  ('form', 'isolated'), [('naive', False), ('naive', True), ('absorbed', False)]
+)
 
 
 @functools.partial(jax.jit, static_argnames='form')
@@ -37,12 +42,21 @@ def forward(x_BTD, weights, positions_BT, segments_BT=None, form='naive'):
     keys = (k_nope, latents.k_rope_BSR, v)
     o_BTNU, _ = attention.causal(q_BTNX, *keys, segments_BT, scale)
   else:
-    length = x_BTD.shape[1]
-    mask_BTS = jnp.tril(jnp.ones((len(x_BTD), length, length), bool))
-    if segments_BT is not None:
-      mask_BTS &= segments_BT[:, :, None] == segments_BT[:, None]
-    o_BTNU = mla.attend_absorbed(*parts, mask_BTS, scale)
+    assert segments_BT is None
+    lengths_B = jnp.full(len(x_BTD), x_BTD.shape[1], jnp.int32)
+    paged = (*parts[:2], *pages_of(latents), lengths_B, *parts[3:], scale)
+    o_BTNU = mla.attend_absorbed(*paged)
   return jnp.einsum('btnu,nud->btd', o_BTNU, w['w_o_NUD'])
+
+
+def pages_of(latents):
+  """Rows' latents as pages, and the table that tells which."""
+  batch, length = latents.c_BSC.shape[:2]
+  count = -(-length // mla_decode.PAGE)
+  pad = ((0, 0), (0, count * mla_decode.PAGE - length), (0, 0))
+  cut = lambda x: jnp.pad(x, pad).reshape(-1, mla_decode.PAGE, x.shape[-1])
+  table_Bj = jnp.arange(batch * count, dtype=jnp.int32).reshape(batch, count)
+  return mla_decode.Cache(*map(cut, latents)), table_Bj
 
 
 def oracle_forward(x_BTD, weights, positions_BT, segments_BT=None):
@@ -75,8 +89,7 @@ def f32(tree):
   return jax.tree.map(jnp.float32, tree)
 
 
-@pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('isolated', [False, True])
+@ISOLATED
 def test_both_forms_match_the_oracle(form, isolated):
   x_BTD, positions_BT = tokens(2, 9)
   positions_BT[1] = [0, 1, 2, 3, 0, 1, 2, 0, 0]  # restart with each sample
@@ -104,8 +117,7 @@ def test_a_second_query_block_matches_the_oracle():
   tolerances.assert_close(got, oracle_forward(x_BTD, *args))
 
 
-@pytest.mark.parametrize('form', FORMS)
-@pytest.mark.parametrize('isolated', [False, True])
+@ISOLATED
 def test_gradients_match_the_oracle(form, isolated):
   x_BTD, positions_BT = tokens(1, 6)
   segments_BT = np.array([[1, 1, 1, 2, 2, 2]]) if isolated else None
@@ -162,19 +174,18 @@ def test_no_gradient_across_segments():
     np.testing.assert_array_equal(np.flatnonzero(reached_T), list(seen))
 
 
-def test_a_query_that_sees_nothing_stays_finite():
+def test_a_row_without_tokens_is_zero():
   rng = np.random.default_rng(4)
-  q_nope, q_rope = rng.normal(size=(1, 2, 2, 4)), rng.normal(size=(1, 2, 2, 6))
+  q_nope, q_rope = rng.normal(size=(2, 1, 2, 4)), rng.normal(size=(2, 1, 2, 6))
   latents = mla.Latents(
-    *f32((rng.normal(size=(1, 3, 8)), rng.normal(size=(1, 3, 6))))
+    *f32((rng.normal(size=(2, 3, 8)), rng.normal(size=(2, 3, 6))))
   )
   w = plain_weights()
-  args = (*f32((q_nope, q_rope)), latents, *f32((w['w_uk_CNH'], w['w_uv_CNU'])))
-  mask_BTS = jnp.zeros((1, 2, 3), bool).at[0, 0, 0].set(True)
-  out = lambda q: mla.attend_absorbed(q, *args[1:], mask_BTS, 0.3)
-  grad = jax.grad(lambda q: jnp.sum(out(q)))(args[0])
-  assert np.all(np.isfinite(out(args[0])))
-  assert np.all(np.isfinite(grad))
+  args = (*f32((q_nope, q_rope)), *pages_of(latents), jnp.array([3, 0]))
+  args += (*f32((w['w_uk_CNH'], w['w_uv_CNU'])), 0.3)
+  out_BTNU = mla.attend_absorbed(*args)
+  assert np.all(np.isfinite(out_BTNU)) and np.any(out_BTNU[0])
+  assert not np.any(out_BTNU[1])
 
 
 def test_the_cached_key_is_rotated_but_not_normed():
