@@ -21,13 +21,43 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
 
 def load(values: flags.FlagValues, dtype: str = 'float32') -> Any:
   """The model that `checkpoint_flags` name; see `dsv3_jax.load`."""
-  if not values.checkpoint:
-    raise errors.InputError('--checkpoint=DIR is missing')
+  check_checkpoint(values)
   import dsv3_jax
 
   return dsv3_jax.load(
     values.checkpoint, dtype, step=values.step, ema=values.ema
   )
+
+
+def check_checkpoint(values: flags.FlagValues) -> None:
+  """What can be known of `checkpoint_flags` without a look at the disk.
+
+  Raises:
+    InputError: one is missing or out of range.
+  """
+  if not values.checkpoint:
+    raise errors.InputError('--checkpoint=DIR is missing')
+  if values.step < -1:
+    raise errors.InputError(f'step={values.step} must be >= -1')
+
+
+def _described(values: flags.FlagValues) -> tuple[Any, Any]:
+  """Config and tokenizer of the model; its weights are not read.
+
+  Raises:
+    InputError: there is no such model, or it has no tokenizer.
+  """
+  check_checkpoint(values)
+  from dsv3_jax.inference import loaded
+  from experiments import base
+
+  settings = base.get_config().to_dict()
+  cfg, tokenizer = loaded.described(values.checkpoint, settings)
+  if tokenizer is None:
+    raise errors.InputError(
+      f'there is no tokenizer.json in {values.checkpoint}'
+    )
+  return cfg, tokenizer
 
 
 def _draw_flags(values: flags.FlagValues) -> None:
@@ -43,6 +73,10 @@ def _draw_flags(values: flags.FlagValues) -> None:
 
 def _draws(values: flags.FlagValues) -> dict[str, Any]:
   """Checked fields of a `batching.Draw`."""
+  if values.max_new_tokens < 1:
+    raise errors.InputError(
+      f'max_new_tokens={values.max_new_tokens} must be >= 1'
+    )
   if not 0 <= values.temperature < float('inf'):
     raise errors.InputError(
       f'temperature={values.temperature} must be >= 0 and finite'
@@ -73,11 +107,16 @@ def generate(values: flags.FlagValues) -> None:
   prompts = list(values.prompt)
   if values.prompts:
     prompts += _read_prompts(pathlib.Path(values.prompts))
-  loaded = load(values, values.dtype)
   prompts = prompts or ['']
-  encode = loaded.tokenizer.encode
+  cfg, tokenizer = _described(values)
+  encode = lambda prompt: tokenizer.encode(prompt, add_bos=True).tolist()
+  ids = list(map(encode, prompts))
+  from dsv3_jax.inference import engine
+
+  engine.check_prompts(cfg.model, ids, values.max_new_tokens)
+  loaded = load(values, values.dtype)
   made = loaded.engine.generate(
-    [encode(prompt, add_bos=True).tolist() for prompt in prompts],
+    ids,
     values.max_new_tokens,
     stop_id=loaded.tokenizer.eos_id,
     **draws,
@@ -131,9 +170,14 @@ def define_chat(values: flags.FlagValues, argv: list[str]) -> None:
 def chat(values: flags.FlagValues) -> None:
   """Talks in the terminal; an empty line or end of input ends it."""
   draws = _draws(values)
-  loaded = load(values, values.dtype)
+  cfg, tokenizer = _described(values)
   from dsv3_jax.inference import batching, talk
 
+  asked = [*talk.opening(values.system), {'role': 'user', 'content': ''}]
+  first = talk.encode(tokenizer, asked)
+  name = 'the prompt, before a word is said,'
+  batching.check_prompt(cfg.model, first, values.max_new_tokens, name)
+  loaded = load(values, values.dtype)
   draw = batching.Draw(**draws)
   conversation = talk.Conversation(
     loaded, draw, values.max_new_tokens, values.system
@@ -164,6 +208,7 @@ def define_serve(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_integer(
     'cache_tokens', 0, 'Places of the cache; 0: two rows of full length.', **add
   )
+  flags.DEFINE_boolean('warm_up', True, 'Compile before it is ready.', **add)
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], '', **add)
 
 
@@ -179,16 +224,20 @@ def serve(values: flags.FlagValues) -> None:
   key = os.environ.get('DSV3_API_KEY')
   if key == '':
     raise errors.InputError('DSV3_API_KEY is empty: unset it to ask for no key')
-  loaded = load(values, values.dtype)
+  if not values.host:
+    raise errors.InputError('--host=ADDRESS is empty: 0.0.0.0 or :: are all')
+  _described(values)
   from dsv3_jax.inference import serving
 
-  serving.run(
-    loaded,
-    address=(values.host, values.port),
-    name=values.name or pathlib.Path(values.checkpoint).resolve().name,
-    cache_tokens=values.cache_tokens,
-    max_rows=values.max_rows,
-    max_waiting=values.max_waiting,
-    max_tokens=values.max_tokens,
-    api_key=key or '',
-  )
+  with serving.bind(values.host, values.port) as bound:
+    serving.run(
+      load(values, values.dtype),
+      bound,
+      name=values.name or pathlib.Path(values.checkpoint).resolve().name,
+      cache_tokens=values.cache_tokens,
+      max_rows=values.max_rows,
+      max_waiting=values.max_waiting,
+      max_tokens=values.max_tokens,
+      api_key=key or '',
+      warm_up=values.warm_up,
+    )

@@ -49,6 +49,15 @@ class Request:
     return self.job.tokens[len(self.prompt) :]
 
 
+class Size(NamedTuple):
+  """What a step is compiled for. fresh: nothing of its rows is in the cache."""
+
+  rows: int
+  tokens: int
+  pages: int
+  fresh: bool
+
+
 class Told(NamedTuple):
   """A new token of a request, its last or not."""
 
@@ -77,7 +86,7 @@ class Session:
     """
     self.steps, self.pool = made, pages.Pool(num_pages, PAGE)
     self.scheduler = scheduler.Scheduler(self.pool, max_rows, chunk)
-    self._least_pages, self._least_rows = least_pages, least_rows
+    self.least_pages, self._least_rows = least_pages, least_rows
     self._caches = made.empty_caches(num_pages, PAGE)
     self._requests: dict[scheduler.Job, Request] = {}
 
@@ -87,14 +96,19 @@ class Session:
     max_new_tokens: int,
     draw: Draw = Draw(),
     stop_ids: Sequence[int] = (),
+    twin: Request | None = None,
   ) -> Request:
     """Puts a request into the queue.
+
+    Args:
+      twin: an earlier one with the same prompt; see `Job.twin`.
 
     Raises:
       InputError: as `check`.
     """
     self.check(prompt, max_new_tokens)
-    job = self.scheduler.add(prompt, max_new_tokens)
+    of = twin.job if twin else None
+    job = self.scheduler.add(prompt, max_new_tokens, of)
     key = jax.random.fold_in(jax.random.key(draw.seed), draw.stream)
     key_2 = np.asarray(jax.random.key_data(key))
     request = Request(list(prompt), draw, frozenset(stop_ids), job, key_2)
@@ -121,6 +135,14 @@ class Session:
   def cancel(self, request: Request) -> None:
     """Ends a request that nobody waits for any more."""
     self._end(request)
+
+  def warm(self, size: Size) -> None:
+    """Compiles a step, by a run on rows that have no tokens."""
+    run = self.steps.prefill if size.fresh else self.steps.extend
+    rows, draws = _empty(*size[:3])
+    caches = self.steps.copy([pages.Copy(0, 0)], self._caches)
+    next_B, self._caches = run(rows, caches, draws)
+    jax.block_until_ready(next_B)
 
   @property
   def is_idle(self) -> bool:
@@ -173,32 +195,24 @@ class Session:
     """What the compiled step takes, rounded up to sizes that it knows."""
     least_rows = self._least_rows if width == 1 else 1
     count = _round_up(max(len(found.jobs), least_rows))
-    tokens_BT = np.zeros((count, width), np.int32)
-    index_BT = np.full((count, width), -1, np.int32)
-    last_B = np.zeros(count, np.int32)
     ends = [
       job.row.length + n
       for job, n in zip(found.jobs, found.counts, strict=True)
     ]
-    most = max(self.pool.pages_for(max(ends)), self._least_pages)
-    table_Bb = np.zeros((count, _round_up(most)), np.int32)
-    keys_B2 = np.zeros((count, 2), np.uint32)
-    temperature_B, top_p_B = np.zeros((2, count), np.float32)
-    top_k_B = np.zeros(count, np.int32)
+    most = max(self.pool.pages_for(max(ends)), self.least_pages)
+    rows, draws = _empty(count, width, _round_up(most))
     for b, (job, end) in enumerate(zip(found.jobs, ends, strict=True)):
       start, n = job.row.length, end - job.row.length
-      tokens_BT[b, :n] = job.tokens[start:end]
-      index_BT[b, :n] = range(start, end)
-      last_B[b] = n - 1
-      used = job.row.pages[: table_Bb.shape[1]]
-      table_Bb[b, : len(used)] = used
+      rows.tokens_BT[b, :n] = job.tokens[start:end]
+      rows.index_BT[b, :n] = range(start, end)
+      rows.last_B[b] = n - 1
+      used = job.row.pages[: rows.table_Bb.shape[1]]
+      rows.table_Bb[b, : len(used)] = used
       request = self._requests[job]
-      keys_B2[b], draw = request.key_2, request.draw
-      temperature_B[b], top_p_B[b] = draw.temperature, draw.top_p
-      top_k_B[b] = draw.top_k
-    return steps.Rows(tokens_BT, index_BT, last_B, table_Bb), sampling.Draws(
-      keys_B2, temperature_B, top_k_B, top_p_B
-    )
+      draws.keys_B2[b], draw = request.key_2, request.draw
+      draws.temperature_B[b], draws.top_p_B[b] = draw.temperature, draw.top_p
+      draws.top_k_B[b] = draw.top_k
+    return rows, draws
 
   def _end(self, request: Request) -> None:
     request.done = True
@@ -229,6 +243,20 @@ def check_prompt(
     )
   if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
     raise errors.InputError(f'{name} has ids outside 0..{cfg.vocab_size - 1}')
+
+
+def _empty(
+  count: int, width: int, num_pages: int
+) -> tuple[steps.Rows, sampling.Draws]:
+  """What a compiled step takes, with no tokens."""
+  zeros = lambda *shape: np.zeros(shape, np.int32)
+  no_tokens = np.full((count, width), -1, np.int32)
+  rows = steps.Rows(
+    zeros(count, width), no_tokens, zeros(count), zeros(count, num_pages)
+  )
+  temperature_B, top_p_B = np.zeros((2, count), np.float32)
+  keys_B2 = np.zeros((count, 2), np.uint32)
+  return rows, sampling.Draws(keys_B2, temperature_B, zeros(count), top_p_B)
 
 
 def _round_up(count: int) -> int:
