@@ -47,10 +47,13 @@ class Steps(steps.Steps):
       end = rows.index_BT[b, last] + 1
       if end:
         row = caches[rows.table_Bb[b]].reshape(-1)[:end]
-        next_B[b] = following(row, self.cfg.model.vocab_size)
+        next_B[b] = self.following(row)
     return next_B, caches
 
   prefill = extend
+
+  def following(self, row):
+    return following(row, self.cfg.model.vocab_size)
 
 
 def following(tokens, vocab=VOCAB):

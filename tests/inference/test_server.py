@@ -27,10 +27,16 @@ def tokenizer():
 
 @contextlib.contextmanager
 def serving(
-  tokenizer, seconds=0.0, most_waiting=200, max_rows=16, warm=(), **how
+  tokenizer,
+  seconds=0.0,
+  most_waiting=200,
+  max_rows=16,
+  warm=(),
+  steps=None,
+  **how,
 ):
-  """(address, worker) of a server on a model that counts."""
-  made = counting.Steps(280, seconds, room=600)
+  """(address, worker) of a server on a model that counts, or on `steps`."""
+  made = steps or counting.Steps(280, seconds, room=600)
   session = batching.Session(made, num_pages=100, max_rows=max_rows)
   model = worker.Worker(session, most_waiting, warm)
   how = {'name': 'tiny', 'max_tokens': 500} | how
