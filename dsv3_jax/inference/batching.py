@@ -109,9 +109,7 @@ class Session:
     self.check(prompt, max_new_tokens)
     of = twin.job if twin else None
     job = self.scheduler.add(prompt, max_new_tokens, of)
-    key = jax.random.fold_in(jax.random.key(draw.seed), draw.stream)
-    key_2 = np.asarray(jax.random.key_data(key))
-    request = Request(list(prompt), draw, frozenset(stop_ids), job, key_2)
+    request = Request(list(prompt), draw, frozenset(stop_ids), job, _key(draw))
     self._requests[job] = request
     return request
 
@@ -140,8 +138,12 @@ class Session:
     """Compiles a step, by a run on rows that have no tokens."""
     run = self.steps.prefill if size.fresh else self.steps.extend
     rows, draws = _empty(*size[:3])
-    caches = self.steps.copy([pages.Copy(0, 0)], self._caches)
-    next_B, self._caches = run(rows, caches, draws)
+    _key(Draw())
+    # Twice: new caches are not yet bound to a device, those of a step are, and
+    # for jit that makes another program.
+    for _ in range(2):
+      caches = self.steps.copy([pages.Copy(0, 0)], self._caches)
+      next_B, self._caches = run(rows, caches, draws)
     jax.block_until_ready(next_B)
 
   @property
@@ -243,6 +245,12 @@ def check_prompt(
     )
   if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
     raise errors.InputError(f'{name} has ids outside 0..{cfg.vocab_size - 1}')
+
+
+def _key(draw: Draw) -> np.ndarray:
+  """Data of a request's PRNG key."""
+  key = jax.random.fold_in(jax.random.key(draw.seed), draw.stream)
+  return np.asarray(jax.random.key_data(key))
 
 
 def _empty(
