@@ -10,6 +10,8 @@ from absl import flags
 
 from dsv3_jax import errors
 
+_TOKENS = 128
+
 
 def checkpoint_flags(values: flags.FlagValues) -> None:
   """Which weights."""
@@ -63,7 +65,8 @@ def _described(values: flags.FlagValues) -> tuple[Any, Any]:
 def _draw_flags(values: flags.FlagValues) -> None:
   add = {'flag_values': values}
   checkpoint_flags(values)
-  flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to add at most.', **add)
+  about = f'Tokens to add at most; default: {_TOKENS}, if they fit.'
+  flags.DEFINE_integer('max_new_tokens', None, about, **add)
   flags.DEFINE_float('temperature', 0.7, '0 is greedy.', **add)
   flags.DEFINE_float('top_p', 0.95, 'Mass of the nucleus; 1 is all.', **add)
   flags.DEFINE_integer('top_k', 0, 'Of the k likeliest; 0 is all.', **add)
@@ -73,7 +76,7 @@ def _draw_flags(values: flags.FlagValues) -> None:
 
 def _draws(values: flags.FlagValues) -> dict[str, Any]:
   """Checked fields of a `batching.Draw`."""
-  if values.max_new_tokens < 1:
+  if values.max_new_tokens is not None and values.max_new_tokens < 1:
     raise errors.InputError(
       f'max_new_tokens={values.max_new_tokens} must be >= 1'
     )
@@ -113,11 +116,13 @@ def generate(values: flags.FlagValues) -> None:
   ids = list(map(encode, prompts))
   from dsv3_jax.inference import engine
 
-  engine.check_prompts(cfg.model, ids, values.max_new_tokens)
+  room = cfg.model.max_seq_len - max(map(len, ids))
+  count = values.max_new_tokens or max(min(_TOKENS, room), 1)
+  engine.check_prompts(cfg.model, ids, count)
   loaded = load(values, values.dtype)
   made = loaded.engine.generate(
     ids,
-    values.max_new_tokens,
+    count,
     stop_id=loaded.tokenizer.eos_id,
     **draws,
   )
@@ -176,11 +181,11 @@ def chat(values: flags.FlagValues) -> None:
   asked = [*talk.opening(values.system), {'role': 'user', 'content': ''}]
   first = talk.encode(tokenizer, asked)
   name = 'the prompt, before a word is said,'
-  batching.check_prompt(cfg.model, first, values.max_new_tokens, name)
+  batching.check_prompt(cfg.model, first, values.max_new_tokens or 1, name)
   loaded = load(values, values.dtype)
   draw = batching.Draw(**draws)
   conversation = talk.Conversation(
-    loaded, draw, values.max_new_tokens, values.system
+    loaded, draw, values.max_new_tokens or _TOKENS, values.system
   )
   is_terminal = sys.stdin.isatty()
   while True:

@@ -111,14 +111,21 @@ def test_all_is_checked_before_weights_are_read(trained, monkeypatch, capsys):
       assert said in err and err.count('\n') == 1 and not out
 
 
+def test_without_a_number_as_many_tokens_as_fit(trained, capsys):
+  args = [f'--checkpoint={trained}', '--temperature=0', '--json']
+  assert cli.main(['generate', '--prompt=import ', *args]) == 0
+  assert json.loads(capsys.readouterr().out)['text']
+
+
 @pytest.mark.slow
-def test_chat_answers_line_by_line(trained, env):
-  args = command('chat', trained, '--max_new_tokens=5', '--temperature=0')
+def test_chat_answers_line_by_line_until_it_is_full(trained, env):
+  args = command('chat', trained, '--temperature=0')
   said = subprocess.run(
-    args, input='Hello\nHello\n', capture_output=True, text=True, env=env
+    args, input='Hello\n' * 99, capture_output=True, text=True, env=env
   )
-  assert said.returncode == 0, said.stderr
+  assert said.returncode == 2
   assert said.stdout.endswith('\n') and said.stdout.strip()
+  assert 'the prompt has' in said.stderr and said.stderr.count('\n') == 1
 
 
 def test_serve_until_it_is_told_to_stop(trained, env):

@@ -28,6 +28,7 @@ class Conversation:
     max_new_tokens: int,
     system: str = '',
   ):
+    """Args: max_new_tokens: of an answer; it has fewer where no more fit."""
     self._tokenizer, self._draw = model.tokenizer, draw
     self._most = max_new_tokens
     full = -(-model.config.model.max_seq_len // batching.PAGE)
@@ -47,7 +48,8 @@ class Conversation:
     asked = [*self.messages, {'role': 'user', 'content': words}]
     ids = encode(self._tokenizer, asked)
     stops = [self._tokenizer.eos_id]
-    request = self._session.submit(ids, self._most, self._draw, stops)
+    most = min(self._most, max(self._session.room(len(ids)), 1))
+    request = self._session.submit(ids, most, self._draw, stops)
     try:
       yield from self._answer(request, asked)
     finally:  # the caller may have had enough

@@ -120,10 +120,13 @@ def test_errors_are_shown_and_can_be_mended(page, served):
   say(page, 'Hello')
   expect(page, '.error').to_have_text('max_tokens=501 must be in [1, 500]')
   expect(page, '.assistant').to_have_count(0)
-  page.get_by_label('tokens').fill('200')
+  page.get_by_label('tokens').fill('400')
+  page.get_by_label('chat').uncheck()
+  steps = served[1].session.steps
+  steps.seconds = 0.1  # not to be at its end before it fails
   say(page, 'Hello')
   expect(page, '.assistant').not_to_be_empty()
-  served[1].session.steps.fails = True
+  steps.fails = True
   expect(page, '.error').to_have_count(2)
   expect(page, '.error >> nth=1').to_have_text('the model has ended')
 
