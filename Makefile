@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Huge pages for large arrays: about a fifth faster on Linux, unused elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test312 lint
+.PHONY: quickstart test test312 lint browser
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -41,3 +41,12 @@ test312: .venv312/.tested
 lint: .venv/.tested
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+# For the tests of the server's page, which skip where there is none. Installs
+# only where it may (Debian, as root), and goes on if it cannot.
+browser:
+	@command -v chromium || if test "$$(id -u)" = 0 && command -v apt-get; then \
+	  export DEBIAN_FRONTEND=noninteractive; apt-get update -qq; \
+	  apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core \
+	    || echo 'no chromium: tests of the page will skip'; \
+	fi

@@ -10,6 +10,8 @@ from absl import flags
 
 from dsv3_jax import errors
 
+_TOKENS = 128
+
 
 def checkpoint_flags(values: flags.FlagValues) -> None:
   """Which weights."""
@@ -21,8 +23,7 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
 
 def load(values: flags.FlagValues, dtype: str = 'float32', **how: Any) -> Any:
   """The model that `checkpoint_flags` name; see `dsv3_jax.load`."""
-  if not values.checkpoint:
-    raise errors.InputError('--checkpoint=DIR is missing')
+  check_checkpoint(values)
   import dsv3_jax
 
   how |= {'step': values.step, 'ema': values.ema}
@@ -42,10 +43,43 @@ def _load(values: flags.FlagValues) -> Any:
   return load(values, values.dtype, num_drafts=values.num_drafts)
 
 
+def check_checkpoint(values: flags.FlagValues) -> None:
+  """What can be known of `checkpoint_flags` without a look at the disk.
+
+  Raises:
+    InputError: one is missing or out of range.
+  """
+  if not values.checkpoint:
+    raise errors.InputError('--checkpoint=DIR is missing')
+  if values.step < -1:
+    raise errors.InputError(f'step={values.step} must be >= -1')
+
+
+def _described(values: flags.FlagValues) -> tuple[Any, Any]:
+  """Config and tokenizer of the model; its weights are not read.
+
+  Raises:
+    InputError: there is no such model, or it has no tokenizer.
+  """
+  check_checkpoint(values)
+  from dsv3_jax.inference import loaded, steps
+  from experiments import base
+
+  settings = base.get_config().to_dict()
+  cfg, tokenizer = loaded.described(values.checkpoint, settings)
+  steps.check_drafts(cfg.model, values.num_drafts)
+  if tokenizer is None:
+    raise errors.InputError(
+      f'there is no tokenizer.json in {values.checkpoint}'
+    )
+  return cfg, tokenizer
+
+
 def _draw_flags(values: flags.FlagValues) -> None:
   add = {'flag_values': values}
   checkpoint_flags(values)
-  flags.DEFINE_integer('max_new_tokens', 128, 'Tokens to add at most.', **add)
+  about = f'Tokens to add at most; default: {_TOKENS}, if they fit.'
+  flags.DEFINE_integer('max_new_tokens', None, about, **add)
   flags.DEFINE_float('temperature', 0.7, '0 is greedy.', **add)
   flags.DEFINE_float('top_p', 0.95, 'Mass of the nucleus; 1 is all.', **add)
   flags.DEFINE_integer('top_k', 0, 'Of the k likeliest; 0 is all.', **add)
@@ -55,6 +89,10 @@ def _draw_flags(values: flags.FlagValues) -> None:
 
 def _draws(values: flags.FlagValues) -> dict[str, Any]:
   """Checked fields of a `batching.Draw`."""
+  if values.max_new_tokens is not None and values.max_new_tokens < 1:
+    raise errors.InputError(
+      f'max_new_tokens={values.max_new_tokens} must be >= 1'
+    )
   if not 0 <= values.temperature < float('inf'):
     raise errors.InputError(
       f'temperature={values.temperature} must be >= 0 and finite'
@@ -85,12 +123,19 @@ def generate(values: flags.FlagValues) -> None:
   prompts = list(values.prompt)
   if values.prompts:
     prompts += _read_prompts(pathlib.Path(values.prompts))
-  loaded = _load(values)
   prompts = prompts or ['']
-  encode = loaded.tokenizer.encode
+  cfg, tokenizer = _described(values)
+  encode = lambda prompt: tokenizer.encode(prompt, add_bos=True).tolist()
+  ids = list(map(encode, prompts))
+  from dsv3_jax.inference import engine
+
+  room = cfg.model.max_seq_len - max(map(len, ids))
+  count = values.max_new_tokens or max(min(_TOKENS, room), 1)
+  engine.check_prompts(cfg.model, ids, count)
+  loaded = _load(values)
   made = loaded.engine.generate(
-    [encode(prompt, add_bos=True).tolist() for prompt in prompts],
-    values.max_new_tokens,
+    ids,
+    count,
     stop_id=loaded.tokenizer.eos_id,
     **draws,
   )
@@ -152,12 +197,17 @@ def define_chat(values: flags.FlagValues, argv: list[str]) -> None:
 def chat(values: flags.FlagValues) -> None:
   """Talks in the terminal; an empty line or end of input ends it."""
   draws = _draws(values)
-  loaded = _load(values)
+  cfg, tokenizer = _described(values)
   from dsv3_jax.inference import batching, talk
 
+  asked = [*talk.opening(values.system), {'role': 'user', 'content': ''}]
+  first = talk.encode(tokenizer, asked)
+  name = 'the prompt, before a word is said,'
+  batching.check_prompt(cfg.model, first, values.max_new_tokens or 1, name)
+  loaded = _load(values)
   draw = batching.Draw(**draws)
   conversation = talk.Conversation(
-    loaded, draw, values.max_new_tokens, values.system
+    loaded, draw, values.max_new_tokens or _TOKENS, values.system
   )
   is_terminal = sys.stdin.isatty()
   while True:
@@ -185,6 +235,7 @@ def define_serve(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_integer(
     'cache_tokens', 0, 'Places of the cache; 0: two rows of full length.', **add
   )
+  flags.DEFINE_boolean('warm_up', True, 'Compile before it is ready.', **add)
   _engine_flags(values)
 
 
@@ -200,16 +251,20 @@ def serve(values: flags.FlagValues) -> None:
   key = os.environ.get('DSV3_API_KEY')
   if key == '':
     raise errors.InputError('DSV3_API_KEY is empty: unset it to ask for no key')
-  loaded = _load(values)
+  if not values.host:
+    raise errors.InputError('--host=ADDRESS is empty: 0.0.0.0 or :: are all')
+  _described(values)
   from dsv3_jax.inference import serving
 
-  serving.run(
-    loaded,
-    address=(values.host, values.port),
-    name=values.name or pathlib.Path(values.checkpoint).resolve().name,
-    cache_tokens=values.cache_tokens,
-    max_rows=values.max_rows,
-    max_waiting=values.max_waiting,
-    max_tokens=values.max_tokens,
-    api_key=key or '',
-  )
+  with serving.bind(values.host, values.port) as bound:
+    serving.run(
+      _load(values),
+      bound,
+      name=values.name or pathlib.Path(values.checkpoint).resolve().name,
+      cache_tokens=values.cache_tokens,
+      max_rows=values.max_rows,
+      max_waiting=values.max_waiting,
+      max_tokens=values.max_tokens,
+      api_key=key or '',
+      warm_up=values.warm_up,
+    )

@@ -5,12 +5,14 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 
 import openai
 import pytest
 
+import dsv3_jax
 from dsv3_jax import cli, train
 from tests import tiny_run
 
@@ -50,6 +52,11 @@ def command(name, trained, *args):
     (['serve', '--checkpoint=x', '--max_rows=0'], 'max_rows=0 must be >= 1'),
     (['serve', '--checkpoint=x', '--port=99999'], 'port=99999 must be in'),
     (['serve', '--checkpoint=x', '--cache_tokens=-1'], 'cache_tokens=-1 must'),
+    (['serve', '--checkpoint=x', '--host='], '--host=ADDRESS is empty'),
+    (['generate', '--checkpoint=x', '--max_new_tokens=0'], 'max_new_tokens=0'),
+    (['chat', '--checkpoint=x', '--max_new_tokens=0'], 'max_new_tokens=0 must'),
+    (['serve', '--checkpoint=x', '--step=-2'], 'step=-2 must be >= -1'),
+    (['generate', '--checkpoint=x'], 'x/config.json'),
   ],
 )
 def test_bad_input_is_one_line(capsys, args, said):
@@ -90,18 +97,42 @@ def test_prompts_of_a_file(trained, tmp_path, capsys):
   assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
 
 
+def test_all_is_checked_before_weights_are_read(trained, monkeypatch, capsys):
+  monkeypatch.setattr(dsv3_jax, 'load', lambda *args, **how: 1 / 0)
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+    for name, args, said in (
+      ('generate', ['--prompt=a', '--max_new_tokens=999'], 'prompt 0 has'),
+      ('chat', ['--system=' + 'a b ' * 999], 'before a word is said, has'),
+      ('chat', ['--max_new_tokens=999'], 'before a word is said, has'),
+      ('serve', [f'--port={port}'], f'port={port}: Address already in use'),
+      ('serve', ['--host=::1%nowhere'], 'host=::1%nowhere, port=8000:'),
+    ):
+      assert cli.main([name, f'--checkpoint={trained}', *args]) == 2
+      out, err = capsys.readouterr()
+      assert said in err and err.count('\n') == 1 and not out
+
+
+def test_without_a_number_as_many_tokens_as_fit(trained, capsys):
+  args = [f'--checkpoint={trained}', '--temperature=0', '--json']
+  assert cli.main(['generate', '--prompt=import ', *args]) == 0
+  assert json.loads(capsys.readouterr().out)['text']
+
+
 @pytest.mark.slow
-def test_chat_answers_line_by_line(trained, env):
-  args = command('chat', trained, '--max_new_tokens=5', '--temperature=0')
+def test_chat_answers_line_by_line_until_it_is_full(trained, env):
+  args = command('chat', trained, '--temperature=0')
   said = subprocess.run(
-    args, input='Hello\nHello\n', capture_output=True, text=True, env=env
+    args, input='Hello\n' * 99, capture_output=True, text=True, env=env
   )
-  assert said.returncode == 0, said.stderr
+  assert said.returncode == 2
   assert said.stdout.endswith('\n') and said.stdout.strip()
+  assert 'the prompt has' in said.stderr and said.stderr.count('\n') == 1
 
 
 def test_serve_until_it_is_told_to_stop(trained, env):
-  args = command('serve', trained, '--port=0', '--name=mine')
+  flags = ('--port=0', '--name=mine', '--max_rows=1', '--cache_tokens=64')
+  args = command('serve', trained, *flags)
   with subprocess.Popen(
     args, stdout=subprocess.PIPE, env=env | {'DSV3_API_KEY': 'k'}, text=True
   ) as child:

@@ -139,8 +139,9 @@ class Tokenizer:
       raise errors.InputError(
         f'text has a lone surrogate at character {error.start}'
       ) from error
-    ids = self._plain.encode(text, add_special_tokens=False).ids
-    return np.array([self.bos_id] * add_bos + ids, np.int32)
+    # A batch of one: unlike `encode`, it lets other threads run meanwhile.
+    found = self._plain.encode_batch_fast([text], add_special_tokens=False)
+    return np.array([self.bos_id] * add_bos + found[0].ids, np.int32)
 
   def decode(
     self, ids: Iterable[int] | np.ndarray, skip_special: bool = False

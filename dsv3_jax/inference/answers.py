@@ -35,7 +35,7 @@ class Answers:
     ask: api.Ask,
     max_tokens: int,
   ):
-    """Args: max_tokens: of an answer at most. Of a running event loop."""
+    """Args: max_tokens: where `ask` names none. Of a running event loop."""
     self._worker, self._tokenizer, self.ask = model, tokenizer, ask
     self._max_tokens = max_tokens
     self._news: asyncio.Queue = asyncio.Queue()
@@ -52,13 +52,16 @@ class Answers:
     """
     try:
       for prompt in self.ask.prompts:
-        for _ in range(self.ask.choices):
-          self._submit(prompt)
+        first = self._submit(prompt)
+        for _ in range(self.ask.choices - 1):
+          self._submit(prompt, first)
     except (errors.InputError, worker.Full, worker.Closed):
       self.cancel()
       raise
 
-  def _submit(self, prompt: list[int]) -> None:
+  def _submit(
+    self, prompt: list[int], twin: worker.Ticket | None = None
+  ) -> worker.Ticket:
     index = len(self.tickets)
     draw = dataclasses.replace(self.ask.draw, stream=index)
 
@@ -67,20 +70,13 @@ class Answers:
         self._loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
 
     stop_ids = [self._tokenizer.eos_id]
-    args = (prompt, self._count(len(prompt)), draw, stop_ids, tell)
+    count = self.ask.max_tokens
+    if count is None:
+      room = self._worker.session.room(len(prompt))
+      count = max(min(self._max_tokens, room), 1)
+    args = (prompt, count, draw, stop_ids, tell, twin)
     self.tickets.append(self._worker.submit(*args))
-
-  def _count(self, prompt: int) -> int:
-    """How many tokens may be generated."""
-    room = self._worker.session.room(prompt)
-    if self.ask.max_tokens is None:
-      return max(min(self._max_tokens, room), 1)
-    if self.ask.max_tokens > self._max_tokens:
-      raise errors.InputError(
-        f'max_tokens={self.ask.max_tokens} must be <= '
-        f'{self._max_tokens} on this server'
-      )
-    return self.ask.max_tokens
+    return self.tickets[-1]
 
   def cancel(self) -> None:
     """Nobody waits any more; nothing happens to what is done."""

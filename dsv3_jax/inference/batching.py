@@ -51,6 +51,18 @@ class Request:
     return self.job.tokens[len(self.prompt) :]
 
 
+class Size(NamedTuple):
+  """What decides which step is compiled: its kind, and sizes of its arrays.
+
+  kind: 'prefill', 'extend' or 'decode', as in `steps.Steps`.
+  """
+
+  rows: int
+  tokens: int
+  pages: int
+  kind: str
+
+
 class Told(NamedTuple):
   """A new token of a request, its last or not."""
 
@@ -105,7 +117,7 @@ class Session:
     # Drafts, and as many again by the module's own hidden states.
     ahead = 2 * made.num_drafts
     self.scheduler = scheduler.Scheduler(self.pool, max_rows, chunk, ahead)
-    self._least_pages, self._least_rows = least_pages, least_rows
+    self.least_pages, self._least_rows = least_pages, least_rows
     self._caches = made.empty_caches(num_pages, PAGE)
     self._requests: dict[scheduler.Job, Request] = {}
     self.decoded = Decoded()
@@ -116,17 +128,20 @@ class Session:
     max_new_tokens: int,
     draw: Draw = Draw(),
     stop_ids: Sequence[int] = (),
+    twin: Request | None = None,
   ) -> Request:
     """Puts a request into the queue.
+
+    Args:
+      twin: an earlier one with the same prompt; see `Job.twin`.
 
     Raises:
       InputError: as `check`.
     """
     self.check(prompt, max_new_tokens)
-    job = self.scheduler.add(prompt, max_new_tokens)
-    key = jax.random.fold_in(jax.random.key(draw.seed), draw.stream)
-    key_2 = np.asarray(jax.random.key_data(key))
-    request = Request(list(prompt), draw, frozenset(stop_ids), job, key_2)
+    of = twin.job if twin else None
+    job = self.scheduler.add(prompt, max_new_tokens, of)
+    request = Request(list(prompt), draw, frozenset(stop_ids), job, _key(draw))
     self._requests[job] = request
     return request
 
@@ -150,6 +165,15 @@ class Session:
   def cancel(self, request: Request) -> None:
     """Ends a request that nobody waits for any more."""
     self._end(request)
+
+  def warm(self, size: Size) -> None:
+    """Compiles a step, by a run on rows that have no tokens."""
+    rows, draws = self._empty(*size[:3])
+    _key(Draw())
+    caches = self.steps.copy([pages.Copy(0, 0)], self._caches)
+    run = getattr(self.steps, size.kind)
+    made, self._caches = run(rows, caches, draws)
+    jax.block_until_ready(made)
 
   @property
   def is_idle(self) -> bool:
@@ -232,32 +256,40 @@ class Session:
     count, ahead = len(found.jobs), self.steps.num_drafts
     if not width:
       width, count = 1 + ahead, max(count, self._least_rows)
-    count = _round_up(count)
-    tokens_BT = np.zeros((count, width), np.int32)
-    index_BT = np.full((count, width), -1, np.int32)
-    last_B, after_B = np.zeros((2, count), np.int32)
-    ends = [job.row.length + n for job, n in _pairs(found)]
     furthest = max(job.row.length for job in found.jobs) + max(width, 2 * ahead)
-    most = max(self.pool.pages_for(furthest), self._least_pages)
-    # What is no page of a row is no page: nothing can be written there.
-    table_Bb = np.full((count, _round_up(most)), self.pool.count, np.int32)
-    keys_B2 = np.zeros((count, 2), np.uint32)
-    temperature_B, top_p_B = np.zeros((2, count), np.float32)
-    top_k_B = np.zeros(count, np.int32)
-    for b, (job, end) in enumerate(zip(found.jobs, ends, strict=True)):
-      start, n = job.row.length, end - job.row.length
-      tokens_BT[b, :n] = (job.tokens[start:end] + job.drafts)[:n]
-      index_BT[b, :n] = range(start, end)
-      last_B[b] = n - 1
-      after_B[b] = job.tokens[end] if end < len(job.tokens) else -1
-      used = job.row.pages[: table_Bb.shape[1]]
-      table_Bb[b, : len(used)] = used
+    most = max(self.pool.pages_for(furthest), self.least_pages)
+    rows, draws = self._empty(_round_up(count), width, _round_up(most))
+    for b, (job, count) in enumerate(_pairs(found)):
+      start, end = job.row.length, job.row.length + count
+      rows.tokens_BT[b, :count] = (job.tokens[start:end] + job.drafts)[:count]
+      rows.index_BT[b, :count] = range(start, end)
+      rows.last_B[b] = count - 1
+      if end < len(job.tokens):
+        rows.after_B[b] = job.tokens[end]
+      used = job.row.pages[: rows.table_Bb.shape[1]]
+      rows.table_Bb[b, : len(used)] = used
       request = self._requests[job]
-      keys_B2[b], draw = request.key_2, request.draw
-      temperature_B[b], top_p_B[b] = draw.temperature, draw.top_p
-      top_k_B[b] = draw.top_k
-    rows = steps.Rows(tokens_BT, index_BT, last_B, after_B, table_Bb)
-    return rows, sampling.Draws(keys_B2, temperature_B, top_k_B, top_p_B)
+      draws.keys_B2[b], draw = request.key_2, request.draw
+      draws.temperature_B[b], draws.top_p_B[b] = draw.temperature, draw.top_p
+      draws.top_k_B[b] = draw.top_k
+    return rows, draws
+
+  def _empty(
+    self, count: int, width: int, num_pages: int
+  ) -> tuple[steps.Rows, sampling.Draws]:
+    """What a compiled step takes, with no tokens."""
+    full = lambda value, *shape: np.full(shape, value, np.int32)
+    rows = steps.Rows(
+      tokens_BT=full(0, count, width),
+      index_BT=full(-1, count, width),
+      last_B=full(0, count),
+      after_B=full(-1, count),
+      # What is no page of a row is no page: nothing can be written there.
+      table_Bb=full(self.pool.count, count, num_pages),
+    )
+    temperature_B, top_p_B = np.zeros((2, count), np.float32)
+    draws = (np.zeros((count, 2), np.uint32), temperature_B, full(0, count))
+    return rows, sampling.Draws(*draws, top_p_B)
 
   def _end(self, request: Request) -> None:
     request.done = True
@@ -292,6 +324,12 @@ def check_prompt(
 
 def _pairs(found: scheduler.Step) -> list[tuple[scheduler.Job, int]]:
   return list(zip(found.jobs, found.counts, strict=True))
+
+
+def _key(draw: Draw) -> np.ndarray:
+  """Data of a request's PRNG key."""
+  key = jax.random.fold_in(jax.random.key(draw.seed), draw.stream)
+  return np.asarray(jax.random.key_data(key))
 
 
 def _round_up(count: int) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, errors, workdir
-from dsv3_jax.checkpoint import importing, store
+from dsv3_jax.checkpoint import importing, shards, store
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import engine, steps
 from dsv3_jax.nn import model
@@ -146,6 +146,23 @@ def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
   """
   path = directory / 'tokenizer.json'
   return tokenizers.Tokenizer.from_file(path) if path.exists() else None
+
+
+def described(
+  directory: str | pathlib.Path, base: Mapping[str, Any]
+) -> tuple[config.Config, tokenizers.Tokenizer | None]:
+  """What `load` would load, without its weights, of which nothing is read.
+
+  Raises:
+    InputError: there is no such thing, or its settings cannot be read.
+  """
+  directory = pathlib.Path(directory)
+  if importing.is_folder(directory):
+    with shards.Folder(directory) as folder:
+      cfg = importing.experiment(folder, base)
+  else:
+    cfg = workdir.read_config(directory)
+  return cfg, read_tokenizer(directory)
 
 
 @contextlib.contextmanager

@@ -29,6 +29,8 @@ class Job:
   number: of its arrival. row: what of it is in the cache, None while it waits.
   found: how many tokens of the prompt the cache had when it first began.
   drafts: what may follow its tokens.
+  twin: an earlier job that computes the same prompt, as long as this one waits
+  for it, in its place but without pages, to take them over.
   """
 
   tokens: list[int]
@@ -37,6 +39,7 @@ class Job:
   row: pages.Row | None = None
   found: int | None = None
   drafts: list[int] = dataclasses.field(default_factory=list)
+  twin: 'Job | None' = None
 
   @property
   def missing(self) -> int:
@@ -94,11 +97,13 @@ class Scheduler:
         f'needs {most} places in the cache, which has {room}'
       )
 
-  def add(self, prompt: Sequence[int], max_new_tokens: int) -> Job:
+  def add(
+    self, prompt: Sequence[int], max_new_tokens: int, twin: Job | None = None
+  ) -> Job:
     """Puts a request at the end of the queue; raises as `check`."""
     self.check(len(prompt), max_new_tokens)
     most = len(prompt) + max_new_tokens
-    job = Job(list(prompt), most, next(self._numbers))
+    job = Job(list(prompt), most, next(self._numbers), twin=twin)
     self.waiting.append(job)
     return job
 
@@ -108,8 +113,7 @@ class Scheduler:
       self.waiting.remove(job)
     if job in self.running:
       self.running.remove(job)
-      self.pool.release(job.row)
-      job.row = None
+      self._leave(job)
 
   def prefill(self) -> Step | None:
     """A chunk of the oldest job that is not ready to decode.
@@ -120,7 +124,9 @@ class Scheduler:
     """
     copies, jobs, counts = self._admit(), [], []
     for job in self.running:
-      if _decodes(job) or (jobs and _is_new(job) != _is_new(jobs[0])):
+      if (
+        job.twin or _decodes(job) or (jobs and _is_new(job) != _is_new(jobs[0]))
+      ):
         continue
       count = min(job.missing, self.chunk)
       longest = self.pool.size * self.pool.pages_for(max([count, *counts]))
@@ -139,6 +145,7 @@ class Scheduler:
           copies += self.pool.extend(job.row, self._places(job))
         except pages.OutOfPages:  # the last one: no job is before its turn
           self._preempt(self.running[-1])
+          self.preempted += 1
         else:
           jobs.append(job)
           break
@@ -151,20 +158,27 @@ class Scheduler:
   def done(self, job: Job, count: int) -> None:
     """Says that `count` more of its tokens are in the cache."""
     self.pool.written(job.row, job.tokens[: job.row.length + count])
+    for other in self._twins(job):
+      if job.row.length == len(other.tokens):
+        other.row, other.twin = self.pool.fork(job.row), None
+        # Its last token is computed again: the next one is drawn after it.
+        other.row.length = other.found = len(other.tokens) - 1
 
   def _admit(self) -> list[pages.Copy]:
     """Lets jobs in while there are rows, and pages for all they have so far."""
     copies = []
     while self.waiting and len(self.running) < self.max_rows:
       job = self.waiting[0]
-      row = self.pool.begin(job.tokens)
+      if not _has_to_wait(job):
+        job.twin = None
+      row = pages.Row() if job.twin else self.pool.begin(job.tokens)
       try:
-        copies += self.pool.extend(row, self._places(job))
+        copies += self.pool.extend(row, 0 if job.twin else self._places(job))
       except pages.OutOfPages:
         self.pool.release(row)
         break
       job.row = row
-      if job.found is None:
+      if job.found is None and not job.twin:
         job.found = row.length
       self.running.append(self.waiting.pop(0))
     return copies
@@ -174,10 +188,27 @@ class Scheduler:
 
   def _preempt(self, job: Job) -> None:
     self.running.remove(job)
+    self._leave(job)
+    bisect.insort(self.waiting, job, key=lambda other: other.number)
+
+  def _leave(self, job: Job) -> None:
+    """Gives its pages back; who waits for them queues again."""
+    for other in self._twins(job):
+      self._preempt(other)
     self.pool.release(job.row)
     job.row, job.drafts = None, []
-    bisect.insort(self.waiting, job, key=lambda other: other.number)
-    self.preempted += 1
+
+  def _twins(self, job: Job) -> list[Job]:
+    """Those that wait for its prompt."""
+    return [other for other in self.running if other.twin is job]
+
+
+def _has_to_wait(job: Job) -> bool:
+  """Its twin computes their prompt, of which more than a token is left."""
+  twin = job.twin
+  if twin is None or twin.row is None or len(job.tokens) < 2:
+    return False
+  return twin.row.length < len(job.tokens)
 
 
 def _is_new(job: Job) -> bool:

@@ -4,7 +4,8 @@
   GET  /v1/models, /health, /metrics (Prometheus), / (a page to try it)
 
 A client that goes away cancels its request. A full queue answers 429, a body
-that is too long 413, one that is wrong 400 with one line.
+that is too long 413, one that is wrong 400 with one line, one for another model
+404. While the model warms up, requests wait and /health is 503.
 """
 
 import asyncio
@@ -14,8 +15,7 @@ import importlib.resources
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
 
 from starlette import applications, exceptions, requests, responses, routing
 
@@ -23,7 +23,7 @@ from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import answers, api, telemetry, worker
 
-_MOST_BODY = 2**20  # bytes; tokenising them holds up everybody
+_MOST_BODY = 2**20  # bytes
 _ENDED = 'the model has ended'
 
 
@@ -55,12 +55,14 @@ class Server:
         route('/v1/completions', self._completions, methods=['POST']),
         route('/v1/chat/completions', self._chat, methods=['POST']),
         route('/v1/models', self._models),
+        route('/v1/models/{name:path}', self._model),
         route('/health', self._health),
         route('/metrics', self._metrics),
         route('/', self._page),
       ],
       exception_handlers={
         errors.InputError: _bad_input,
+        api.NoModelError: _no_model,
         exceptions.HTTPException: _http_error,
         requests.ClientDisconnect: _gone,
       },
@@ -69,31 +71,32 @@ class Server:
   # Endpoints.
 
   async def _completions(self, request: requests.Request):
-    body = await self._body(request)
-    seed = secrets.randbits(32)
-    ask = api.completion(body, self.tokenizer, seed, self.worker.most)
+    ask = await self._ask(request, api.completion)
     return await self._answer(request, ask, answers.Completion(self.name))
 
   async def _chat(self, request: requests.Request):
-    body = await self._body(request)
-    seed = secrets.randbits(32)
-    ask = api.chat(body, self.tokenizer, seed, self.worker.most)
+    ask = await self._ask(request, api.chat)
     return await self._answer(request, ask, answers.Chat(self.name))
 
   async def _models(self, request: requests.Request):
     self._check_key(request)
-    one = {
-      'id': self.name,
-      'object': 'model',
-      'created': self.started,
-      'owned_by': 'dsv3-jax',
-    }
-    return responses.JSONResponse({'object': 'list', 'data': [one]})
+    body = {'object': 'list', 'data': [self._about()]}
+    return responses.JSONResponse(body)
+
+  async def _model(self, request: requests.Request):
+    self._check_key(request)
+    name = request.path_params['name']
+    if name != self.name:
+      raise api.NoModelError(f'model={name!r} is not served here')
+    return responses.JSONResponse(self._about())
 
   async def _health(self, request: requests.Request):
-    is_well = self.worker.error is None
-    said = {'status': 'ok' if is_well else 'the model has failed'}
-    return responses.JSONResponse(said, 200 if is_well else 503)
+    said, code = 'ok', 200
+    if self.worker.error is not None:
+      said, code = 'the model has failed', 503
+    elif not self.worker.is_ready:
+      said, code = 'the model warms up', 503
+    return responses.JSONResponse({'status': said}, code)
 
   async def _metrics(self, request: requests.Request):
     kind = telemetry.CONTENT_TYPE
@@ -113,8 +116,30 @@ class Server:
     if self._key and not hmac.compare_digest(given, wanted):
       raise exceptions.HTTPException(401, 'the API key is missing or wrong')
 
-  async def _body(self, request: requests.Request) -> Any:
-    """The body as JSON; read no further than it may be long."""
+  def _about(self) -> dict:
+    return {
+      'id': self.name,
+      'object': 'model',
+      'created': self.started,
+      'owned_by': 'dsv3-jax',
+    }
+
+  async def _ask(
+    self, request: requests.Request, read: Callable[..., api.Ask]
+  ) -> api.Ask:
+    """What the body asks for; other requests go on while it is tokenised."""
+    data = await self._body(request)
+    limits = api.Limits(
+      model=self.name,
+      answers=self.worker.most,
+      tokens=self.max_tokens,
+      seed=secrets.randbits(32),
+    )
+    parse = lambda: read(_json(data), self.tokenizer, limits)
+    return await asyncio.to_thread(parse)
+
+  async def _body(self, request: requests.Request) -> bytes:
+    """Read no further than it may be long."""
     self._check_key(request)
     if request.headers.get('sec-fetch-site') in ('cross-site', 'same-site'):
       raise exceptions.HTTPException(403, "another site's page may not ask")
@@ -125,10 +150,7 @@ class Server:
         raise exceptions.HTTPException(
           413, f'the body must have at most {_MOST_BODY} bytes'
         )
-    try:
-      return json.loads(data)
-    except (ValueError, RecursionError) as error:
-      raise errors.InputError('the body must be JSON') from error
+    return bytes(data)
 
   async def _answer(self, request, ask: api.Ask, form: answers.Form):
     made = answers.Answers(self.worker, self.tokenizer, ask, self.max_tokens)
@@ -194,26 +216,40 @@ class _Events(responses.StreamingResponse):
       self._made.cancel()
 
 
+def _json(data: bytes):
+  try:
+    return json.loads(data)
+  except (ValueError, RecursionError) as error:
+    raise errors.InputError('the body must be JSON') from error
+
+
 async def _until_gone(request: requests.Request) -> None:
   while not await request.is_disconnected():
     await asyncio.sleep(0.2)
 
 
-def _error_body(status: int, message: str) -> dict:
-  kinds = {400: 'invalid_request_error', 401: 'authentication_error'}
-  kinds |= {403: 'permission_error', 413: 'invalid_request_error'}
+def _error_body(status: int, message: str, code: str | None = None) -> dict:
+  kinds = {401: 'authentication_error', 403: 'permission_error'}
   kinds |= {429: 'rate_limit_error'}
-  kind = kinds.get(status, 'server_error')
-  error = {'message': message, 'type': kind, 'param': None, 'code': None}
+  other = 'server_error' if status >= 500 else 'invalid_request_error'
+  kind = kinds.get(status, other)
+  error = {'message': message, 'type': kind, 'param': None, 'code': code}
   return {'error': error}
 
 
-def _error(status: int, message: str, headers=None) -> responses.JSONResponse:
-  return responses.JSONResponse(_error_body(status, message), status, headers)
+def _error(
+  status: int, message: str, headers=None, code: str | None = None
+) -> responses.JSONResponse:
+  body = _error_body(status, message, code)
+  return responses.JSONResponse(body, status, headers)
 
 
 async def _bad_input(request, error: errors.InputError):
   return _error(400, str(error))
+
+
+async def _no_model(request, error: api.NoModelError):
+  return _error(404, str(error), code='model_not_found')
 
 
 async def _http_error(request, error: exceptions.HTTPException):

@@ -4,58 +4,89 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 
 import uvicorn
 
 from dsv3_jax import errors
-from dsv3_jax.inference import batching, loaded, server, worker
+from dsv3_jax.inference import batching, loaded, server, warming, worker
+
+
+def bind(host: str, port: int) -> socket.socket:
+  """A socket on an address, of IPv4 or IPv6; nobody is let in yet.
+
+  Raises:
+    InputError: the address cannot be had.
+  """
+  try:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = found[0]
+    bound = socket.socket(family)
+    try:
+      bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      bound.bind(address)
+    except OSError:
+      bound.close()
+      raise
+  except OSError as error:
+    said = error.strerror
+    raise errors.InputError(f'host={host}, port={port}: {said}') from error
+  return bound
 
 
 def run(
   model: loaded.LoadedModel,
+  bound: socket.socket,
   *,
-  address: tuple[str, int],
   name: str,
   cache_tokens: int,
   max_rows: int,
   max_waiting: int,
   max_tokens: int,
   api_key: str,
+  warm_up: bool,
 ) -> None:
-  """Serves a model on an address; returns after SIGINT or SIGTERM.
+  """Serves a model on a bound socket; returns after SIGINT or SIGTERM.
 
   Answers that are under way then end with an error.
 
   Args:
     cache_tokens: places of the cache; 0: those of two rows of full length.
+    warm_up: compiles ahead; `/health` is 503 and requests wait until then.
 
   Raises:
-    InputError: the address cannot be had.
     SystemExit: 1, where the model failed, which ends the server.
   """
-  places = cache_tokens or 2 * model.config.model.max_seq_len
-  bound = _bind(address)
+  longest = model.config.model.max_seq_len
+  places = cache_tokens or 2 * longest
   session = batching.Session(
     model.engine.steps,
     num_pages=-(-places // batching.PAGE),
     max_rows=max_rows,
+    least_pages=warming.least_pages(min(longest, places)),
   )
-  thread = worker.Worker(session, max_waiting)
+  warm = warming.sizes(session, min(longest, places)) if warm_up else []
+  progress = lambda done: _say_progress(done, len(warm))
+  thread = worker.Worker(session, max_waiting, warm, progress)
   app = server.Server(
     thread, model.tokenizer, name=name, max_tokens=max_tokens, api_key=api_key
   ).app()
   how = {'log_level': 'warning', 'timeout_graceful_shutdown': 2}
   running = _Running(uvicorn.Config(app, **how))
-  host, port = bound.getsockname()[:2]
-  print(f'serving {name} on http://{host}:{port}', flush=True)
   try:
-    asyncio.run(_serve(running, bound, thread))
+    asyncio.run(_serve(running, bound, thread, name))
   finally:
     bound.close()
     thread.close()
   if thread.error is not None:
     raise SystemExit(1)  # the thread has printed why
+
+
+def _say_progress(done: int, count: int) -> None:
+  end = '\r' if sys.stderr.isatty() and done < count else '\n'
+  said = f'compiled {done} of {count} sizes of steps'
+  print(said, end=end, file=sys.stderr, flush=True)
 
 
 class _Running(uvicorn.Server):
@@ -67,7 +98,7 @@ class _Running(uvicorn.Server):
 
 
 async def _serve(
-  running: _Running, bound: socket.socket, thread: worker.Worker
+  running: _Running, bound: socket.socket, thread: worker.Worker, name: str
 ) -> None:
   """Until a signal, or until the model's thread has ended."""
   loop = asyncio.get_running_loop()
@@ -75,6 +106,10 @@ async def _serve(
     loop.add_signal_handler(number, thread.stop)
 
   async def watch():
+    while thread.is_alive and not (thread.is_ready and running.started):
+      await asyncio.sleep(0.1)
+    if thread.is_alive:
+      print(f'serving {name} on {_url(bound)}', flush=True)
     while thread.is_alive:
       await asyncio.sleep(0.1)
     running.should_exit = True
@@ -84,9 +119,7 @@ async def _serve(
   watching.cancel()
 
 
-def _bind(address: tuple[str, int]) -> socket.socket:
-  try:
-    return socket.create_server(address)
-  except OSError as error:
-    (host, port), said = address, error.strerror
-    raise errors.InputError(f'host={host}, port={port}: {said}') from error
+def _url(bound: socket.socket) -> str:
+  host, port = bound.getsockname()[:2]
+  is_v6 = bound.family == socket.AF_INET6
+  return f'http://[{host}]:{port}' if is_v6 else f'http://{host}:{port}'

@@ -3,7 +3,19 @@
 import functools
 from collections.abc import Iterator
 
+from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import batching, loaded, text
+
+
+def opening(system: str) -> list[dict]:
+  """The messages before the first word of the user."""
+  return [{'role': 'system', 'content': system}] if system else []
+
+
+def encode(tokenizer: tokenizers.Tokenizer, messages: list[dict]) -> list[int]:
+  """Ids that an answer follows."""
+  ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
+  return ids.tolist()
 
 
 class Conversation:
@@ -16,15 +28,14 @@ class Conversation:
     max_new_tokens: int,
     system: str = '',
   ):
+    """Args: max_new_tokens: of an answer; it has fewer where no more fit."""
     self._tokenizer, self._draw = model.tokenizer, draw
     self._most = max_new_tokens
     full = -(-model.config.model.max_seq_len // batching.PAGE)
     self._session = batching.Session(
       model.engine.steps, num_pages=full, max_rows=1
     )
-    self.messages = []
-    if system:
-      self.messages.append({'role': 'system', 'content': system})
+    self.messages = opening(system)
 
   def say(self, words: str) -> Iterator[tuple[bool, str]]:
     """The answer as it comes: pieces, each with whether it is a thought.
@@ -35,9 +46,10 @@ class Conversation:
       InputError: the conversation has become too long.
     """
     asked = [*self.messages, {'role': 'user', 'content': words}]
-    ids, _ = self._tokenizer.encode_chat(asked, add_generation_prompt=True)
+    ids = encode(self._tokenizer, asked)
     stops = [self._tokenizer.eos_id]
-    request = self._session.submit(ids.tolist(), self._most, self._draw, stops)
+    most = min(self._most, max(self._session.room(len(ids)), 1))
+    request = self._session.submit(ids, most, self._draw, stops)
     try:
       yield from self._answer(request, asked)
     finally:  # the caller may have had enough

@@ -37,6 +37,7 @@ class Ticket:
 
   arguments: tuple
   tell: Callable[[News], Any]
+  twin: 'Ticket | None' = None
   request: batching.Request | None = None
   begun: bool = False
   over: bool = False
@@ -45,9 +46,19 @@ class Ticket:
 class Worker:
   """Runs a session's steps while there is anything to do."""
 
-  def __init__(self, session: batching.Session, most_waiting: int):
-    """Args: most_waiting: requests that may wait beside those that run."""
-    self.session = session
+  def __init__(
+    self,
+    session: batching.Session,
+    most_waiting: int,
+    warm: Sequence[batching.Size] = (),
+    progress: Callable[[int], Any] = lambda done: None,
+  ):
+    """Args:
+    most_waiting: requests that may wait beside those that run. warm: sizes to
+      be compiled first; `progress` is told how many of them are, in the thread.
+    """
+    self.session, self._warm, self._progress = session, warm, progress
+    self.is_ready = not warm
     self.most = session.scheduler.max_rows + most_waiting
     self._open = 0  # tickets that are not over
     self.error: BaseException | None = None
@@ -67,14 +78,18 @@ class Worker:
     draw: batching.Draw,
     stop_ids: Sequence[int],
     tell: Callable[[News], Any],
+    twin: Ticket | None = None,
   ) -> Ticket:
     """Leaves word of a request.
+
+    Args:
+      twin: with the same prompt, which is then computed once.
 
     Raises:
       InputError: as `Session.submit`. Full, Closed: it was not taken.
     """
     self.session.check(prompt, max_new_tokens)
-    ticket = Ticket((prompt, max_new_tokens, draw, stop_ids), tell)
+    ticket = Ticket((prompt, max_new_tokens, draw, stop_ids), tell, twin)
     with self._changed:
       if self._closing or self.error is not None:
         raise Closed
@@ -120,6 +135,7 @@ class Worker:
 
   def _run(self) -> None:
     try:
+      self._warm_up()
       while self._read():
         for told in self.session.step():
           self._tell(*told)
@@ -132,6 +148,14 @@ class Worker:
       for ticket in left:
         if not self._is_over(ticket, now=True):
           ticket.tell(News(None, True))
+
+  def _warm_up(self) -> None:
+    for done, size in enumerate(self._warm, 1):
+      if self._closing:
+        return
+      self.session.warm(size)
+      self._progress(done)
+    self.is_ready = True
 
   def _read(self) -> bool:
     """Takes note of what callers left, or waits for it; False at the end."""
@@ -146,7 +170,9 @@ class Worker:
       gone, self._cancelled = self._cancelled, []
     for ticket in new:
       if not ticket.over:
-        ticket.request = self.session.submit(*ticket.arguments)
+        twin = ticket.twin.request if ticket.twin else None
+        ticket.twin = None
+        ticket.request = self.session.submit(*ticket.arguments, twin)
         self._tickets[ticket.request] = ticket
         self.counts['requests'] += 1
         self.counts['prompt_tokens'] += len(ticket.request.prompt)

@@ -2,6 +2,8 @@
 
 import functools
 import pathlib
+import threading
+import time
 
 import hypothesis
 import numpy as np
@@ -103,6 +105,19 @@ def test_markers_in_text_stay_text():
     ids = t.encode(marker)
     assert not set(ids.tolist()) & set(t._special_ids)
     assert t.decode(ids) == marker
+
+
+def test_other_threads_run_while_a_long_text_is_encoded():
+  text, times = _TEXT * 200, []
+  thread = threading.Thread(target=lambda: trained().encode(text))
+  trained()
+  thread.start()
+  start = time.perf_counter()
+  while thread.is_alive():
+    times.append(time.perf_counter())
+    time.sleep(0.001)
+  took = time.perf_counter() - start
+  assert np.diff([start, *times]).max() < took / 2
 
 
 def test_chat_template():

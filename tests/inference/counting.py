@@ -66,7 +66,7 @@ class Steps(steps.Steps):
     index_T, vocab = rows.index_BT[b], self.cfg.model.vocab_size
     pages_b = rows.table_Bb[b][rows.table_Bb[b] < len(caches)]
     row = caches[pages_b].reshape(-1)
-    new = [following(row[: index_T[t] + 1], vocab) for t in places]
+    new = [self.following(row[: index_T[t] + 1]) for t in places]
     count = 1
     for t in range(1, len(places)):
       if index_T[t] < 0 or rows.tokens_BT[b, t] != new[t - 1]:
@@ -76,9 +76,12 @@ class Steps(steps.Steps):
     drafts, known = [], [*row[:end], new[count - 1]]
     for _ in range(self.num_drafts):
       is_wrong = sum(known) % 3 == 0
-      drafts.append((following(known, vocab) + is_wrong) % vocab)
+      drafts.append((self.following(known) + is_wrong) % vocab)
       known.append(drafts[-1])
     return new, count, drafts
+
+  def following(self, row):
+    return following(row, self.cfg.model.vocab_size)
 
 
 def following(tokens, vocab=VOCAB):

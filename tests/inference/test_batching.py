@@ -71,6 +71,19 @@ def expected(made):
   return [alone(made, *case) for case in CASES]
 
 
+def test_twins_share_their_prompt(made, expected):
+  """Each with its own draws, as if it were alone."""
+  mine = session(made, chunk=64)
+  tokens, count, _ = CASES[1]
+  draws = [batching.Draw(), CASES[1][2], batching.Draw(temperature=1.0)]
+  first = mine.submit(tokens, count, draws[0])
+  twins = [mine.submit(tokens, count, draw, twin=first) for draw in draws[1:]]
+  run(mine)
+  assert [twin.job.found for twin in twins] == [len(tokens) - 1] * 2
+  assert first.tokens == alone(made, tokens, count, draws[0])
+  assert twins[0].tokens == expected[1]
+
+
 @pytest.mark.parametrize('chunk', [64, 1024])
 def test_whoever_shares_the_steps(made, expected, chunk):
   """They come at different times, to fewer rows than they are."""

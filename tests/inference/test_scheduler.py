@@ -67,6 +67,7 @@ REQUESTS = st.lists(
     st.integers(1, 12),  # new tokens
     st.integers(0, 6),  # steps until it comes
     st.booleans(),  # whether its client stays
+    st.integers(1, 4),  # answers
   ),
   min_size=1,
   max_size=8,
@@ -74,14 +75,18 @@ REQUESTS = st.lists(
 
 
 @hypothesis.settings(max_examples=200)
-@hypothesis.given(REQUESTS, st.integers(8, 20), st.integers(1, 4))
+@hypothesis.given(REQUESTS, st.integers(9, 20), st.integers(1, 6))
 def test_every_request_gets_what_it_would_get_alone(requests, count, rows):
   player, jobs = Player(count, rows), []
-  for prompt, new, gap, stays in requests:
+  for prompt, new, gap, stays, answers in requests:
     for _ in range(gap):
       player.step()
-    job = player.scheduler.add(prompt, new)
-    jobs.append((job, prompt, new, stays))
+    first = None
+    for i in range(answers):
+      job = player.scheduler.add(prompt, new + i, first)
+      jobs.append((job, prompt, new + i, stays or i % 2))
+      first = first or job
+  player.step()
   for job, *_, stays in jobs:
     if not stays:
       player.scheduler.end(job)
@@ -142,6 +147,36 @@ def test_a_known_prompt_is_not_computed_again():
   assert (first.found, second.found) == (0, 8)
   assert first.tokens == second.tokens
   assert player.steps - before == 1  # turn: a chunk of two and one more token
+
+
+@pytest.mark.parametrize('size', [1, 2, 4, 10, 12])
+def test_twins_compute_their_prompt_once(size):
+  player = Player(count=40, max_rows=8, chunk=4)
+  prompt = [1, 2, 0] * 4
+  first = player.scheduler.add(prompt[:size], 5)
+  jobs = [first]
+  jobs += [player.scheduler.add(prompt[:size], 5, first) for _ in range(5)]
+  for _ in range(-(-size // 4)):
+    player.step()
+  in_use = 6 if size == 1 else size // SIZE + 6
+  assert player.pool.in_use == in_use
+  while not player.scheduler.is_idle:
+    player.step()
+  assert all(job.tokens == alone(prompt[:size], 5) for job in jobs)
+  if size > 1:
+    assert [job.found for job in jobs] == [0] + [size - 1] * 5
+
+
+def test_twins_of_one_that_goes_go_on():
+  player = Player(count=20, max_rows=4, chunk=4)
+  first = player.scheduler.add([1, 2, 0] * 4, 5)
+  jobs = [player.scheduler.add([1, 2, 0] * 4, 5, first) for _ in range(2)]
+  player.step()
+  player.scheduler.end(first)
+  while not player.scheduler.is_idle:
+    player.step()
+  assert all(job.tokens == alone([1, 2, 0] * 4, 5) for job in jobs)
+  assert player.pool.in_use == 0 and player.scheduler.preempted == 0
 
 
 def test_what_can_never_fit_is_refused_at_once():

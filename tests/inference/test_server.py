@@ -26,11 +26,19 @@ def tokenizer():
 
 
 @contextlib.contextmanager
-def serving(tokenizer, seconds=0.0, most_waiting=200, max_rows=16, **how):
-  """(address, worker) of a server on a model that counts."""
-  made = counting.Steps(280, seconds, room=600)
+def serving(
+  tokenizer,
+  seconds=0.0,
+  most_waiting=200,
+  max_rows=16,
+  warm=(),
+  steps=None,
+  **how,
+):
+  """(address, worker) of a server on a model that counts, or on `steps`."""
+  made = steps or counting.Steps(280, seconds, room=600)
   session = batching.Session(made, num_pages=100, max_rows=max_rows)
-  model = worker.Worker(session, most_waiting)
+  model = worker.Worker(session, most_waiting, warm)
   how = {'name': 'tiny', 'max_tokens': 500} | how
   app = server.Server(model, tokenizer, **how).app()
   with socket.socket() as bound:
@@ -120,6 +128,97 @@ def test_chat_streams_what_it_says_at_once(served, tokenizer):
     assert ''.join(p.choices[0].delta.content for p in parts) == text
     assert parts[-1].choices[0].finish_reason == finish
     assert last.usage.completion_tokens >= 1 and not last.choices
+
+
+def test_what_newer_clients_send(served, tokenizer):
+  text, _ = text_of(tokenizer, chat_ids(tokenizer, 'Hello'), 9)
+  parts = [{'type': 'text', 'text': 'Hel'}, {'type': 'text', 'text': 'lo'}]
+  with client(served[0]) as ask:
+    made = ask.chat.completions.create(
+      model='tiny',
+      messages=[{'role': 'user', 'content': parts}],
+      max_tokens=9,
+      store=False,
+      tool_choice='none',
+      parallel_tool_calls=False,
+    )
+    assert made.choices[0].message.content == text
+    again = [{'role': 'developer', 'content': 'x'}, made.choices[0].message]
+    made = ask.chat.completions.create(
+      model='tiny', messages=[*again, {'role': 'user', 'content': 'x'}]
+    )
+    assert made.usage.prompt_tokens > 4
+    with pytest.raises(openai.BadRequestError, match='best_of=2 is not'):
+      ask.completions.create(model='tiny', prompt='a', best_of=2)
+
+
+def test_the_model_has_one_name(served):
+  with client(served[0]) as ask:
+    assert ask.models.retrieve('tiny').id == 'tiny'
+    wrong = [
+      lambda: ask.models.retrieve('org/other'),
+      lambda: ask.completions.create(model='other', prompt='a'),
+      lambda: ask.chat.completions.create(
+        model='other', messages=[{'role': 'user', 'content': 'a'}]
+      ),
+    ]
+    for call in wrong:
+      with pytest.raises(openai.NotFoundError, match='is not served') as caught:
+        call()
+      assert caught.value.code == 'model_not_found'
+      assert caught.value.type == 'invalid_request_error'
+  code, said, _ = fetch(f'{served[0]}/v1/nothing')
+  assert code == 404 and 'invalid_request_error' in said
+
+
+def test_several_answers_compute_their_prompt_once(tokenizer):
+  with serving(tokenizer) as (address, model), client(address) as ask:
+    ids = list(range(100)) * 3
+    made = ask.completions.create(
+      model='tiny', prompt=ids, n=5, max_tokens=9, temperature=0
+    )
+    want, _ = text_of(tokenizer, ids, 9)
+    assert [choice.text for choice in made.choices] == [want] * 5
+    assert model.counts['found_tokens'] == 4 * 299
+    idle(model)
+
+
+def test_a_long_text_holds_up_nobody(tokenizer):
+  begun, may_end = threading.Event(), threading.Event()
+
+  class Slow(tokenizers.Tokenizer):
+    def encode(self, *args, **how):
+      begun.set()
+      assert may_end.wait(30)
+      return super().encode(*args, **how)
+
+  slow = Slow(tokenizer.text)
+  with serving(slow) as (address, _), client(address) as ask:
+    how = {'model': 'tiny', 'max_tokens': 1}
+    say = lambda: ask.completions.create(prompt='Hello', **how)
+    thread = threading.Thread(target=say)
+    thread.start()
+    assert begun.wait(30)
+    assert fetch(f'{address}/health')[0] == 200
+    made = ask.completions.create(prompt=[5], **how)
+    assert made.usage.prompt_tokens == 1 and thread.is_alive()
+    may_end.set()
+    thread.join()
+
+
+def test_it_is_unwell_until_it_is_warm(tokenizer, monkeypatch):
+  may_end = threading.Event()
+  wait = lambda self, size: may_end.wait(30)
+  monkeypatch.setattr(batching.Session, 'warm', wait)
+  warm = [batching.Size(1, 1, 1, 'decode')]
+  with serving(tokenizer, warm=warm) as (address, _), client(address) as ask:
+    code, said, _ = fetch(f'{address}/health')
+    assert code == 503 and 'the model warms up' in said
+    how = {'model': 'tiny', 'prompt': [5], 'max_tokens': 1}
+    parts = ask.completions.create(stream=True, **how)
+    may_end.set()
+    assert len(list(parts)) == 1  # it has waited
+    assert fetch(f'{address}/health')[0] == 200
 
 
 def test_a_stop_cuts_the_text_and_frees_the_row(served, tokenizer):
@@ -242,7 +341,7 @@ def test_a_key_must_be_borne(tokenizer):
       b'{"prompt": "a", "max_tokens": 0}',
       'max_tokens=0 must be in',
     ),
-    ('completions', b'{"prompt": "a", "max_tokens": 501}', 'must be <= 500'),
+    ('completions', b'{"prompt": "a", "max_tokens": 501}', 'in [1, 500]'),
     ('completions', b'{"prompt": "a", "temperature": NaN}', 'temperature=nan'),
     (
       'completions',
@@ -259,7 +358,7 @@ def test_a_key_must_be_borne(tokenizer):
     (
       'completions',
       b'{"prompt": "a", "stream_options": {"x": 1}}',
-      'stream_options may hold',
+      'stream_options is for stream=true only',
     ),
     ('chat/completions', b'{}', 'messages=[] must hold'),
     ('chat/completions', b'{"messages": ["a"]}', 'messages[0] must be an'),

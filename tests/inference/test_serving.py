@@ -8,6 +8,9 @@ import sys
 import openai
 import pytest
 
+from dsv3_jax import errors
+from dsv3_jax.inference import serving
+
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _CODE = """
 import sys, types
@@ -30,21 +33,23 @@ model = space(
 )
 serving.run(
   model,
-  address=('127.0.0.1', 0),
+  serving.bind({host!r}, 0),
   name='tiny',
   cache_tokens=0,
   max_rows=2,
   max_waiting=2,
   max_tokens=500,
   api_key='',
+  warm_up={warm_up},
 )
 """
 
 
-def begun(most):
+def begun(most, **how):
   """The process, and a stream that has begun."""
+  how = {'host': '127.0.0.1', 'warm_up': False} | how
   child = subprocess.Popen(
-    [sys.executable, '-c', _CODE.format(most=most)],
+    [sys.executable, '-c', _CODE.format(most=most, **how)],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     cwd=_ROOT,
@@ -68,6 +73,29 @@ def test_a_signal_ends_streams_with_a_word_and_the_process_with_0(number):
       list(parts)
     _, err = child.communicate(timeout=30)
   assert (child.returncode, err) == (0, '')
+
+
+def test_an_address_of_ipv6_after_a_warm_up():
+  child, ask, parts = begun(10**9, host='::1', warm_up=True)
+  with child, ask:
+    assert ask.base_url.host == '::1'
+    parts.close()
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=30)
+  assert child.returncode == 0
+  lines = err.splitlines()
+  count = len(lines)
+  said = f'of {count} sizes of steps'
+  assert lines == [f'compiled {i} {said}' for i in range(1, count + 1)]
+
+
+def test_a_port_that_is_taken_is_said():
+  with serving.bind('127.0.0.1', 0) as bound:
+    bound.listen()
+    with pytest.raises(errors.InputError, match='Address already in use'):
+      serving.bind(*bound.getsockname())
+  with pytest.raises(errors.InputError, match='host=::1%nowhere, port=1:'):
+    serving.bind('::1%nowhere', 1)
 
 
 def test_a_model_that_fails_ends_the_process():
