@@ -38,6 +38,11 @@ def _engine_flags(values: flags.FlagValues) -> None:
   )
 
 
+def _sharing_flags(values: flags.FlagValues) -> None:
+  about = 'The same bits whatever requests share a step; slow.'
+  flags.DEFINE_boolean('invariant', False, about, flag_values=values)
+
+
 def _load(values: flags.FlagValues) -> Any:
   """As `load`, for generation."""
   return load(values, values.dtype, num_drafts=values.num_drafts)
@@ -109,6 +114,7 @@ def _draws(values: flags.FlagValues) -> dict[str, Any]:
 def define_generate(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
   _draw_flags(values)
+  _sharing_flags(values)
   add = {'flag_values': values}
   flags.DEFINE_multi_string('prompt', [], 'Text; may be repeated.', **add)
   flags.DEFINE_string(
@@ -137,6 +143,7 @@ def generate(values: flags.FlagValues) -> None:
     ids,
     count,
     stop_id=loaded.tokenizer.eos_id,
+    invariant=values.invariant,
     **draws,
   )
   speed = {
@@ -237,6 +244,7 @@ def define_serve(values: flags.FlagValues, argv: list[str]) -> None:
   )
   flags.DEFINE_boolean('warm_up', True, 'Compile before it is ready.', **add)
   _engine_flags(values)
+  _sharing_flags(values)
 
 
 def serve(values: flags.FlagValues) -> None:
@@ -267,4 +275,5 @@ def serve(values: flags.FlagValues) -> None:
       max_tokens=values.max_tokens,
       api_key=key or '',
       warm_up=values.warm_up,
+      invariant=values.invariant,
     )

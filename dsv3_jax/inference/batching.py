@@ -18,6 +18,7 @@ from dsv3_jax.inference import pages, sampling, scheduler, steps
 from pallas_kernels.mla_decode import api as mla_decode
 
 PAGE = mla_decode.PAGE  # tokens; also the least of a prefill
+INVARIANT_ROWS = 16  # of every such decode step, where nobody asks for others
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,16 +108,25 @@ class Session:
     chunk: int = 1024,
     least_pages: int = 1,
     least_rows: int = 1,
+    invariant: bool = False,
   ):
     """Args:
     num_pages: of the cache. max_rows: requests that run at a time; others
       wait. chunk: most tokens of a prefill. least_pages: to which the block
       tables of rows are rounded up; least_rows: likewise, when decoding.
+      invariant: a request gets the same tokens, to the bit of what they are
+      drawn from, whatever shares its steps. All steps have their largest size
+      then, prefills one row: slow.
     """
     self.steps, self.pool = made, pages.Pool(num_pages, PAGE)
     # Drafts, and as many again by the module's own hidden states.
     ahead = 2 * made.num_drafts
-    self.scheduler = scheduler.Scheduler(self.pool, max_rows, chunk, ahead)
+    self.scheduler = scheduler.Scheduler(
+      self.pool, max_rows, chunk, ahead, alike=invariant
+    )
+    self.invariant = invariant
+    if invariant:  # all steps are of one size, which others must not change
+      least_pages = least_rows = 1
     self.least_pages, self._least_rows = least_pages, least_rows
     self._caches = made.empty_caches(num_pages, PAGE)
     self._requests: dict[scheduler.Job, Request] = {}
@@ -192,16 +202,18 @@ class Session:
     if found is None:
       return []
     fresh = all(job.row.length == 0 for job in found.jobs)
-    run = self.steps.prefill if fresh else self.steps.extend
     longest = max(found.counts, default=0)
+    if self.invariant:
+      fresh, longest = False, self.scheduler.chunk
+    run = self.steps.prefill if fresh else self.steps.extend
     made = self._run(found, run, PAGE * _round_up(-(-longest // PAGE)))
     told = []
     for b, (job, count) in enumerate(_pairs(found)):
       is_end = job.missing == count
       self.scheduler.done(job, count)
       if is_end:
-        told += self._add(job, made, b)
-        self._end_if(told[-1])
+        new = self._add(job, made, b)
+        told += self._tell(job, new)
     return told
 
   def decode(self) -> list[Told]:
@@ -214,12 +226,11 @@ class Session:
     for b, (job, count) in enumerate(_pairs(found)):
       new = self._add(job, made, b)
       self.decoded.rows += 1
-      self.decoded.tokens += len(new)
+      self.decoded.tokens += new
       self.decoded.drafted += count - 1
       self.decoded.accepted += made.count_B[b] - 1
-      self.scheduler.done(job, len(new))
-      self._end_if(new[-1])
-      told += new
+      self.scheduler.done(job, new)
+      told += self._tell(job, new)
     return told
 
   def _run(
@@ -235,30 +246,40 @@ class Session:
       return None  # there is nothing to wait for
     return steps.Made(*(x.tolist() for x in jax.device_get(made)))
 
-  def _add(self, job: scheduler.Job, made: steps.Made, b: int) -> list[Told]:
-    """New tokens of a job, none behind its last."""
-    request, told = self._requests[job], []
-    for token in made.tokens_Bt[b][: made.count_B[b]]:
-      job.tokens.append(token)
-      is_last = token in request.stop_ids or len(job.tokens) == job.most
-      told.append(Told(request, token, is_last))
-      if is_last:
-        break
+  def _add(self, job: scheduler.Job, made: steps.Made, b: int) -> int:
+    """Adds a job's new tokens, none behind its last; returns how many."""
+    new = made.tokens_Bt[b][: made.count_B[b]]
+    ends = [
+      i for i, t in enumerate(new, 1) if t in self._requests[job].stop_ids
+    ]
+    new = new[: min(ends, default=len(new))]
+    job.tokens += new
     job.drafts = made.drafts_Bk[b]
-    return told
+    return len(new)
 
-  def _end_if(self, told: Told) -> None:
-    if told.is_last:
-      self._end(told.request)
+  def _tell(self, job: scheduler.Job, new: int) -> list[Told]:
+    """Of the last tokens of a job those that were not told; ends it if over."""
+    request, size = self._requests[job], len(job.tokens)
+    over = job.tokens[-1] in request.stop_ids or size == job.most
+    told = [
+      Told(request, job.tokens[at], over and at == size - 1)
+      for at in range(max(size - new, job.told), size)
+    ]
+    if over:
+      self._end(request)
+    return told
 
   def _arrays(self, found: scheduler.Step, width: int):
     """What the compiled step takes, rounded up to sizes that it knows."""
     count, ahead = len(found.jobs), self.steps.num_drafts
+    furthest = max(job.row.length for job in found.jobs)
+    if self.invariant:
+      count = 1 if width else self.scheduler.max_rows
+      furthest = self.steps.cfg.model.max_seq_len
     if not width:
       width, count = 1 + ahead, max(count, self._least_rows)
-    furthest = max(job.row.length for job in found.jobs) + max(width, 2 * ahead)
-    most = max(self.pool.pages_for(furthest), self.least_pages)
-    rows, draws = self._empty(_round_up(count), width, _round_up(most))
+    most = self.pages_of_table(furthest, width)
+    rows, draws = self._empty(_round_up(count), width, most)
     for b, (job, count) in enumerate(_pairs(found)):
       start, end = job.row.length, job.row.length + count
       rows.tokens_BT[b, :count] = (job.tokens[start:end] + job.drafts)[:count]
@@ -273,6 +294,14 @@ class Session:
       draws.temperature_B[b], draws.top_p_B[b] = draw.temperature, draw.top_p
       draws.top_k_B[b] = draw.top_k
     return rows, draws
+
+  def pages_of_table(self, furthest: int, width: int) -> int:
+    """Pages of a step's block tables, padding and later drafts included.
+
+    Args: furthest: tokens that the longest row has. width: that are computed.
+    """
+    ends = furthest + max(width, 2 * self.steps.num_drafts)
+    return _round_up(max(self.pool.pages_for(ends), self.least_pages))
 
   def _empty(
     self, count: int, width: int, num_pages: int

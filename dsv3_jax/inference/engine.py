@@ -61,8 +61,13 @@ class Engine:
     top_p: float = 1.0,
     seed: int = 0,
     stop_id: int = -1,
+    invariant: bool = False,
   ) -> Generation:
     """Continues each prompt until `stop_id` or `max_new_tokens`.
+
+    Args:
+      invariant: the bits of a prompt's continuation do not depend on the other
+        prompts; slow (see `batching.Session`).
 
     Raises:
       InputError: an empty prompt, a token outside the vocabulary, or a prompt
@@ -77,9 +82,10 @@ class Engine:
     session = batching.Session(
       self.steps,
       num_pages=sum(each),
-      max_rows=len(prompts),
+      max_rows=batching.INVARIANT_ROWS if invariant else len(prompts),
       least_pages=max(each),
       least_rows=len(prompts),
+      invariant=invariant,
     )
     draw = functools.partial(
       batching.Draw,

@@ -126,10 +126,17 @@ class Pool:
     row.pages += [self._take() for _ in range(more)]
     return copies
 
-  def written(self, row: Row, tokens: Sequence[int]) -> None:
-    """Says that the row now holds these tokens, all from its first on."""
+  def written(
+    self, row: Row, tokens: Sequence[int], known: int | None = None
+  ) -> None:
+    """Says that the row now holds these tokens, all from its first on.
+
+    Args:
+      known: how many of them others may find; None: all.
+    """
     row.length = len(tokens)
-    for page in row.pages[len(row.nodes) : row.length // self.size]:
+    end = row.length if known is None else min(known, row.length)
+    for page in row.pages[len(row.nodes) : end // self.size]:
       start = len(row.nodes) * self.size
       key = (row.node, tuple(tokens[start : start + self.size]))
       if key not in self._tree:  # else another row was quicker

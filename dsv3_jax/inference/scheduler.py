@@ -28,7 +28,8 @@ class Job:
   tokens: prompt and generated ones. most: how many there may be in the end.
   number: of its arrival. row: what of it is in the cache, None while it waits.
   found: how many tokens of the prompt the cache had when it first began.
-  drafts: what may follow its tokens.
+  drafts: what may follow its tokens. asked: tokens of its prompt. told: tokens
+  that it had when it was last told to give way.
   twin: an earlier job that computes the same prompt, as long as this one waits
   for it, in its place but without pages, to take them over.
   """
@@ -40,6 +41,8 @@ class Job:
   found: int | None = None
   drafts: list[int] = dataclasses.field(default_factory=list)
   twin: 'Job | None' = None
+  asked: int = 0
+  told: int = 0
 
   @property
   def missing(self) -> int:
@@ -64,16 +67,24 @@ class Scheduler:
   """Jobs, waiting and running, and the pages that they have."""
 
   def __init__(
-    self, pool: pages.Pool, max_rows: int, chunk: int, ahead: int = 0
+    self,
+    pool: pages.Pool,
+    max_rows: int,
+    chunk: int,
+    ahead: int = 0,
+    *,
+    alike: bool = False,
   ):
     """Args:
     max_rows: jobs that run at a time. chunk: tokens of a prefill. ahead: places
-      behind its tokens that a job has too, for drafts.
+      behind its tokens that a job has too, for drafts. alike: all tokens of
+      prompts are computed by prefills of one job, and all others, which no
+      other job reads, by decoding, whatever happens on the way.
     """
     if max_rows < 1 or chunk < 1:
       raise ValueError(f'max_rows={max_rows} and chunk={chunk} must be >= 1')
     self.pool, self.max_rows, self.chunk = pool, max_rows, chunk
-    self.ahead = ahead
+    self.ahead, self.alike = ahead, alike
     self.waiting: list[Job] = []
     self.running: list[Job] = []
     self.preempted = 0
@@ -104,6 +115,7 @@ class Scheduler:
     self.check(len(prompt), max_new_tokens)
     most = len(prompt) + max_new_tokens
     job = Job(list(prompt), most, next(self._numbers), twin=twin)
+    job.asked = len(prompt)
     self.waiting.append(job)
     return job
 
@@ -124,9 +136,9 @@ class Scheduler:
     """
     copies, jobs, counts = self._admit(), [], []
     for job in self.running:
-      if (
-        job.twin or _decodes(job) or (jobs and _is_new(job) != _is_new(jobs[0]))
-      ):
+      if job.twin or self._decodes(job):
+        continue
+      if jobs and (self.alike or _is_new(job) != _is_new(jobs[0])):
         continue
       count = min(job.missing, self.chunk)
       longest = self.pool.size * self.pool.pages_for(max([count, *counts]))
@@ -140,7 +152,7 @@ class Scheduler:
     """The last token of all jobs that miss no other, and their drafts."""
     jobs, copies = [], []
     for job in list(self.running):
-      while job.row is not None and _decodes(job):
+      while job.row is not None and self._decodes(job):
         try:
           copies += self.pool.extend(job.row, self._places(job))
         except pages.OutOfPages:  # the last one: no job is before its turn
@@ -157,7 +169,8 @@ class Scheduler:
 
   def done(self, job: Job, count: int) -> None:
     """Says that `count` more of its tokens are in the cache."""
-    self.pool.written(job.row, job.tokens[: job.row.length + count])
+    known = job.asked if self.alike else None
+    self.pool.written(job.row, job.tokens[: job.row.length + count], known)
     for other in self._twins(job):
       if job.row.length == len(other.tokens):
         other.row, other.twin = self.pool.fork(job.row), None
@@ -183,12 +196,21 @@ class Scheduler:
       self.running.append(self.waiting.pop(0))
     return copies
 
+  def _decodes(self, job: Job) -> bool:
+    """All but its last token are in the cache."""
+    if self.alike:
+      return job.row.length >= job.asked
+    return job.missing == 1 and not _is_new(job)
+
   def _places(self, job: Job) -> int:
     return min(len(job.tokens) + self.ahead, job.most)
 
   def _preempt(self, job: Job) -> None:
     self.running.remove(job)
     self._leave(job)
+    job.told = max(job.told, len(job.tokens))
+    if self.alike:  # what was generated must not become part of a prefill
+      del job.tokens[job.asked :]
     bisect.insort(self.waiting, job, key=lambda other: other.number)
 
   def _leave(self, job: Job) -> None:
@@ -214,8 +236,3 @@ def _has_to_wait(job: Job) -> bool:
 def _is_new(job: Job) -> bool:
   """Nothing of it is in the cache."""
   return job.row.length == 0
-
-
-def _decodes(job: Job) -> bool:
-  """All but its last token are in the cache."""
-  return job.missing == 1 and not _is_new(job)

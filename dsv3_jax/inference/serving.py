@@ -46,6 +46,7 @@ def run(
   max_tokens: int,
   api_key: str,
   warm_up: bool,
+  invariant: bool,
 ) -> None:
   """Serves a model on a bound socket; returns after SIGINT or SIGTERM.
 
@@ -54,6 +55,7 @@ def run(
   Args:
     cache_tokens: places of the cache; 0: those of two rows of full length.
     warm_up: compiles ahead; `/health` is 503 and requests wait until then.
+    invariant: as in `batching.Session`.
 
   Raises:
     SystemExit: 1, where the model failed, which ends the server.
@@ -65,6 +67,7 @@ def run(
     num_pages=-(-places // batching.PAGE),
     max_rows=max_rows,
     least_pages=warming.least_pages(min(longest, places)),
+    invariant=invariant,
   )
   warm = warming.sizes(session, min(longest, places)) if warm_up else []
   progress = lambda done: _say_progress(done, len(warm))

@@ -23,6 +23,8 @@ def sizes(session: batching.Session, max_seq_len: int) -> list[batching.Size]:
   Args:
     max_seq_len: of a row.
   """
+  if session.invariant:
+    return _invariant(session)
   most_rows = _powers(session.scheduler.max_rows)
   full = _powers(-(-max_seq_len // batching.PAGE))
   least, drafts = session.least_pages, session.steps.num_drafts
@@ -51,6 +53,20 @@ def sizes(session: batching.Session, max_seq_len: int) -> list[batching.Size]:
   alone = [size for size in prefill if size.rows == 1]
   others = [size for size in prefill if size.rows > 1]
   return alone + decode + more + others
+
+
+def _invariant(session: batching.Session) -> list[batching.Size]:
+  """The two that there are."""
+  longest = session.steps.cfg.model.max_seq_len
+  widths = {'extend': session.scheduler.chunk}
+  widths['decode'] = 1 + session.steps.num_drafts
+  rows = {'extend': 1, 'decode': _powers(session.scheduler.max_rows)[-1]}
+  return [
+    batching.Size(
+      rows[kind], width, session.pages_of_table(longest, width), kind
+    )
+    for kind, width in widths.items()
+  ]
 
 
 def _powers(most: int) -> list[int]:

@@ -40,6 +40,7 @@ serving.run(
   max_waiting=2,
   max_tokens=500,
   api_key='',
+  invariant=False,
   warm_up={warm_up},
 )
 """
@@ -76,7 +77,7 @@ def test_a_signal_ends_streams_with_a_word_and_the_process_with_0(number):
 
 
 def test_an_address_of_ipv6_after_a_warm_up():
-  child, ask, parts = begun(10**9, host='::1', warm_up=True)
+  child, ask, parts = begun(10**9, host='::1', invariant=False, warm_up=True)
   with child, ask:
     assert ask.base_url.host == '::1'
     parts.close()

@@ -6,13 +6,14 @@ from dsv3_jax.inference import batching, warming
 from tests.inference import counting
 
 
-def opened(room, max_rows=16, num_pages=200, num_drafts=0):
+def opened(room, max_rows=16, num_pages=200, num_drafts=0, **how):
   made = counting.Steps(room=room, num_drafts=num_drafts)
   return batching.Session(
     made,
     num_pages=num_pages,
     max_rows=max_rows,
     least_pages=warming.least_pages(room),
+    **how,
   )
 
 
@@ -79,3 +80,15 @@ def test_bursts_of_short_prompts_meet_no_other_size(monkeypatch):
     while not session.is_idle:
       session.step()
   assert found <= set(warming.sizes(session, 256))
+
+
+@pytest.mark.parametrize('num_drafts', [0, 1])
+def test_an_invariant_session_has_two_sizes(monkeypatch, num_drafts):
+  session = opened(256, num_drafts=num_drafts, invariant=True)
+  found = recorded(session, monkeypatch)
+  for i, length in enumerate((1, 70, 200)):
+    session.submit([i] * length, 9)
+  while not session.is_idle:
+    session.step()
+  sizes = warming.sizes(session, 256)
+  assert found == set(sizes) and len(sizes) == 2
