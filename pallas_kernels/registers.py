@@ -57,6 +57,7 @@ def add(sums: tuple, pairs: tuple, staging=None) -> tuple:
 
   staging: memory for a left operand, of the interpreter alone, which knows
   neither such operands in registers nor accumulators that begin with a value.
+  (The fence behind it hides where the caller's own is absent.)
   """
   if staging is not None:
     return tuple(
