@@ -12,6 +12,8 @@ own with its own share of the time, so that a kernel that hangs ends one part:
   checks      every kernel against the reference, again on poisoned outputs
   benchmark   `fp8_matmul`, with rivals
   layer       `fp8_layer`, the quantisers' share; this part needs Flax too
+  decode      `mla_decode`
+  attention   `mla_attention`, with rivals
   sweep       block sizes over V3's shapes, until the time is over
 
 DIR gets PART.jsonl, a row as soon as it is measured, PART.log and, at the end,
@@ -31,12 +33,27 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 from benchmarks.common import hopper_parts, report
 
 # Second of the run at which each part must have ended, of 470.
-PARTS = {'checks': 110, 'benchmark': 300, 'layer': 340, 'sweep': 460}
-_BENCHMARKS = {'benchmark': 'fp8_matmul', 'layer': 'fp8_layer'}
+PARTS = {
+  'checks': 125,
+  'benchmark': 260,
+  'layer': 295,
+  'decode': 340,
+  'attention': 410,
+  'sweep': 460,
+}
+_BENCHMARKS = {
+  'benchmark': 'fp8_matmul',
+  'layer': 'fp8_layer',
+  'decode': 'mla_decode',
+  'attention': 'mla_attention',
+}
 SECONDS = 470
 # Ceilings are the library's: XLA would also try its own Triton kernels for
 # seconds a shape.
 _FLAGS = '--xla_gpu_enable_triton_gemm=false'
+# A CPU has as many threads as devices or cores, and each interpreted warpgroup
+# waits in one of its own.
+_DRY_FLAGS = '--xla_force_host_platform_device_count=8'
 _GRACE = 5.0  # between a part's own end and that of its process
 
 
@@ -91,6 +108,7 @@ def _start(name: str, args: argparse.Namespace, seconds: float) -> str:
     command += [f'--seconds={own}']
   command += ['--dry_run'] if args.dry_run else []
   flags = f'{os.environ.get("XLA_FLAGS", "")} {_FLAGS}'.strip()
+  flags += f' {_DRY_FLAGS}' if args.dry_run else ''
   with (folder / f'{name}.log').open('w', encoding='utf-8') as log:
     child = subprocess.Popen(
       [sys.executable, '-m', *command],
@@ -115,7 +133,7 @@ def render(folder: pathlib.Path, ended: dict[str, str], seconds: float) -> str:
     path = folder / f'{name}.jsonl'
     lines = path.read_text().splitlines() if path.exists() else []
     rows[name] = report.read_rows(lines)
-  lines = ['# FP8 kernels on a Hopper GPU', '']
+  lines = ['# Kernels on a Hopper GPU', '']
   lines += [report.where_line() + f' {seconds:.0f} s in all.', '']
   lines += ['## Aims', '', report.table(aims(rows)), '']
   for name, found in rows.items():

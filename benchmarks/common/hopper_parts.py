@@ -1,8 +1,9 @@
 """The checks and the sweep of `benchmarks.hopper`: rows, as they come.
 
 A product is one of four: 'block' and 'row' have 128 x 128 and 1 x 128 scales
-of b, 'grouped' and 'grouped_k' are those of many experts. The quantisers 'both'
-and 'transposed' are checked too, and must give the bits of the reference.
+of b, 'grouped' and 'grouped_k' are those of many experts. Checked too are the
+quantisers 'both' and 'transposed', which must give the bits of the reference,
+and both attentions (`attention_checks`).
 """
 
 import concurrent.futures
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.common import clock, report
+from benchmarks.common import attention_checks, clock, report
 from pallas_kernels import compat, numerics, quantized
 from pallas_kernels.fp8_matmul import (
   cases,
@@ -46,6 +47,16 @@ class Kernel:
   @property
   def out_dtype(self):
     return BF16 if self.kind in ('block', 'grouped') else F32
+
+  @property
+  def bound(self) -> float:
+    """Of `error`."""
+    if self.kind in QUANTISERS:
+      return 0.0
+    return numerics.SAME_OPERANDS[jnp.dtype(self.out_dtype).name]
+
+  def error(self, got, want) -> float:
+    return float(_relative_error(got, want))
 
   @property
   def flop(self) -> float:
@@ -163,7 +174,9 @@ def kernels(how: str, dry_run: bool, small: bool) -> list[Kernel]:
 def checks(how: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
   """Each kernel against the reference, and again on poisoned outputs."""
   end = time.monotonic() + seconds
-  for number, kernel in enumerate(kernels(how, dry_run, small=True)):
+  every = attention_checks.kernels(how, dry_run)
+  every += kernels(how, dry_run, small=True)
+  for number, kernel in enumerate(every):
     if time.monotonic() > end:
       yield {'kernel': kernel.kind, 'case': kernel.name, 'note': 'no time'}
       continue
@@ -175,7 +188,9 @@ def checks(how: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
       yield row | {'wrong': True, 'note': _reason(error)}
 
 
-def _check(kernel: Kernel, key: jax.Array, repeats: int) -> report.Row:
+def _check(
+  kernel: Kernel | attention_checks.Kernel, key: jax.Array, repeats: int
+) -> report.Row:
   """Fresh operands thrice; of each the same bits `repeats` times."""
   run = jax.jit(kernel.function(kernel.how))
   want_of = jax.jit(kernel.function('reference'))
@@ -183,23 +198,20 @@ def _check(kernel: Kernel, key: jax.Array, repeats: int) -> report.Row:
   for at in range(3):
     operands = kernel.draw(jax.random.fold_in(key, at))
     first = jax.block_until_ready(run(*operands))
-    error = max(error, float(_relative_error(first, want_of(*operands))))
+    error = max(error, kernel.error(first, want_of(*operands)))
     finite &= bool(_finite(first))
     for _ in range(repeats):
       before = _poison(first)
       again = jax.block_until_ready(run(*operands))
       poisoned += not before.isdisjoint(_addresses(again))
       other_bits += not bool(_same_bits(again, first))
-  bound = 0.0
-  if isinstance(first, jax.Array):
-    bound = numerics.SAME_OPERANDS[str(first.dtype)]
   return {
-    'relative_error': error,
-    'bound': bound,
+    'error': error,
+    'bound': kernel.bound,
     'runs': 3 * repeats,
     'runs_over_nan': int(poisoned),
     'runs_with_other_bits': other_bits,
-    'wrong': not (error <= bound and finite and not other_bits),
+    'wrong': not (error <= kernel.bound and finite and not other_bits),
   }
 
 

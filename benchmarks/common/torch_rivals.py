@@ -1,15 +1,17 @@
-"""PyTorch's block-scaled FP8 product (cuBLASLt) as a rival, in its own process.
+"""PyTorch's FP8 product (cuBLASLt) and attention as rivals, in a process.
 
-The parent asks for one product at a time, between its own measurements, so that
-both sides see the same state of the device:
+The parent asks for one measurement at a time, between its own, so that both
+sides see the same state of the device:
 
-  rivals = Rivals()             starts this module as a process
-  rivals.time(m, n, k, block)   rows: name, samples in seconds, difference
+  rivals = Rivals()                starts this module as a process
+  rivals.time(m, n, k, block)      rows: name, samples in seconds, difference
+  rivals.attend(shape, x, u)       rows: name, pass, samples in seconds
 
 `rivals.absent` says why there are none. A recipe that this PyTorch or cuBLASLt
 refuses is a row with the reason.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -39,9 +41,17 @@ class Rivals:
 
   def time(self, m: int, n: int, k: int, block: bool) -> list[dict[str, Any]]:
     """Rows of [m, k] x [n, k]^T; block: b has 128 x 128 scales, BF16 out."""
+    return self._ask({'m': m, 'n': n, 'k': k, 'block': block})
+
+  def attend(
+    self, shape: tuple[int, int, int], x: int, u: int
+  ) -> list[dict[str, Any]]:
+    """Rows of causal attention. shape: sequences, tokens, heads; u: values."""
+    return self._ask({'shape': shape, 'x': x, 'u': u})
+
+  def _ask(self, ask: dict[str, Any]) -> list[dict[str, Any]]:
     if self.absent:
       return []
-    ask = {'m': m, 'n': n, 'k': k, 'block': block}
     print(json.dumps(ask), file=self._child.stdin, flush=True)
     told = self._read()
     self.absent = told.get('absent', '')
@@ -71,13 +81,51 @@ def serve() -> int:
   versions = f'torch {torch.__version__}, CUDA {torch.version.cuda}, {cublas}'
   _answer({'versions': versions})
   for line in sys.stdin:
-    _answer({'rows': _measure(torch, **json.loads(line))})
+    ask = json.loads(line)
+    measure = _attend if 'shape' in ask else _measure
+    _answer({'rows': measure(torch, **ask)})
   return 0
 
 
 def _answer(told: dict[str, Any]) -> int:
   print(json.dumps(told), flush=True)
   return 0
+
+
+def _attend(torch, shape: list[int], x: int, u: int) -> list[dict]:
+  """Both passes of each backend that PyTorch has for it."""
+  batch, length, heads = shape
+  normal = lambda width: torch.randn(
+    (batch, heads, length, width), device='cuda', dtype=torch.bfloat16
+  )
+  q, k, v = (normal(width).requires_grad_() for width in (x, x, u))
+  do = normal(u)
+  rows = []
+  for backend in ('CUDNN_ATTENTION', 'FLASH_ATTENTION'):
+    rows += _attend_by(torch, backend, (q, k, v), do)
+  return rows
+
+
+def _attend_by(torch, backend: str, inputs: tuple, do) -> list[dict]:
+  head = {'name': f'torch sdpa {backend.split("_")[0].lower()}'}
+  run = functools.partial(
+    torch.nn.functional.scaled_dot_product_attention, *inputs, is_causal=True
+  )
+  try:
+    attention = torch.nn.attention
+    kind = getattr(attention.SDPBackend, backend)
+    with attention.sdpa_kernel(kind):
+      out = run()
+      pull = lambda: torch.autograd.grad(out, inputs, do, retain_graph=True)
+      passes = {'forward': run, 'backward': pull}
+      return [
+        head | {'pass': name} | _timed(torch, [call])
+        for name, call in passes.items()
+      ]
+  except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    # What a version lacks differs by version; the reason goes in the table.
+    why = ' '.join(str(error).split())[:300]
+    return [head | {'pass': 'forward', 'absent': why}]
 
 
 def _measure(torch, m: int, n: int, k: int, block: bool) -> list[dict]:

@@ -203,11 +203,11 @@ def pad(x, rows: int, columns: int):
   return jnp.pad(x, ends) if any(missing) else x
 
 
-def swizzled(shape, dtype):
+def swizzled(shape, dtype, line: int = LINE):
   """Shared memory of matrices as wgmma and TMA have it."""
-  line = plgpu.TilingTransform((GROUP, LINE // jnp.dtype(dtype).itemsize))
-  swizzle = plgpu.SwizzleTransform(LINE)
-  return plgpu.SMEM(shape, dtype, transforms=(line, swizzle))
+  tiling = plgpu.TilingTransform((GROUP, line // jnp.dtype(dtype).itemsize))
+  swizzle = plgpu.SwizzleTransform(line)
+  return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
 def _scratch(plan: Plan, out_dtype) -> dict:

@@ -24,16 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import quantized
+from pallas_kernels import quantized, tpu
 from pallas_kernels.fp8_matmul import reference
 
 Quantized = quantized.Quantized
 
 TILE = 128  # of K between promotions; lanes of a register
 GROUP = 8  # sublanes of a register
-NT = (((1,), (1,)), ((), ()))
-# Of the 64 MiB of the smallest core (v5p, v7x); Mosaic's default is 16.
-VMEM_BYTES = 48 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +96,7 @@ def matmul(
     scratch_shapes=[pltpu.VMEM((blocks.m, blocks.n), jnp.float32)],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary'),
-      vmem_limit_bytes=VMEM_BYTES,
+      vmem_limit_bytes=tpu.VMEM_BYTES,
     ),
     cost_estimate=cost(2 * m * n * k, (a, b), m * n, out_dtype),
     interpret=interpret,
@@ -151,7 +148,9 @@ def add_tiles(sum_MN, a_MK, b_NK, scale_a_gM, scale_b_gN, dtype):
 
 def product(a_MK, b_NK):
   """a b^T of one tile of K: the matrix unit, f32 sums."""
-  return jax.lax.dot_general(a_MK, b_NK, NT, preferred_element_type=jnp.float32)
+  return jax.lax.dot_general(
+    a_MK, b_NK, tpu.NT, preferred_element_type=jnp.float32
+  )
 
 
 def operand_dtype(a: Quantized, b: Quantized, interpret):

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from pallas_kernels import quantized
+from pallas_kernels import quantized, tpu
 from pallas_kernels.fp8_matmul import pallas_tpu, reference
 
 Quantized = quantized.Quantized
@@ -73,7 +73,7 @@ def quantize_both(
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel'),
-      vmem_limit_bytes=pallas_tpu.VMEM_BYTES,
+      vmem_limit_bytes=tpu.VMEM_BYTES,
     ),
     cost_estimate=pallas_tpu.cost(4 * m * d, x_MD, 2 * m * d, quantized.E4M3),
     interpret=interpret,

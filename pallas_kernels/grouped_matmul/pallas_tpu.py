@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import quantized
+from pallas_kernels import quantized, tpu
 from pallas_kernels.fp8_matmul import pallas_tpu as dense
 from pallas_kernels.fp8_matmul import reference
 from pallas_kernels.grouped_matmul.reference import ROWS
@@ -87,7 +87,7 @@ def grouped(
     grid_spec=_grouped_grid(rows, n, k, blocks, dtype != b_values.dtype),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary', 'arbitrary'),
-      vmem_limit_bytes=dense.VMEM_BYTES,
+      vmem_limit_bytes=tpu.VMEM_BYTES,
     ),
     cost_estimate=dense.cost(2 * rows * n * k, (a, b), rows * n, out_dtype),
     interpret=interpret,
@@ -219,7 +219,7 @@ def grouped_k(
     grid_spec=_grouped_k_grid(m, n, len(steps.expert_Z), blocks),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary'),
-      vmem_limit_bytes=dense.VMEM_BYTES,
+      vmem_limit_bytes=tpu.VMEM_BYTES,
     ),
     cost_estimate=dense.cost(
       2 * m * n * depth, (a, b), num_experts * m * n, jnp.float32

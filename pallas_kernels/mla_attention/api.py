@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.mla_attention import backward_tpu, pallas_tpu, reference
+from pallas_kernels.mla_attention import (
+  backward_gpu,
+  backward_tpu,
+  blocks_gpu,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+)
 
 
 def attention(
@@ -24,13 +31,14 @@ def attention(
   """Causal attention of sequences on themselves (TR eqs. 5, 10).
 
   Differentiable in q, both parts of the keys and v, through both results.
-  There is no kernel for GPUs yet: 'auto' is the reference there.
 
   Args:
     q_BTNX: X = H + R, rotary part last; all four of one type, BF16 or f32.
     k_rope_BSR: shared by all heads. S = T >= 1.
     segments_BT: int32; tokens see their own segment only. None: one segment.
     scale: factor on the logits; softmax in f32.
+    implementation: see `dispatch`; 'auto' on a GPU is the reference where the
+      kernels do not take the arguments: f32, heads wider than 128 + 64 or 128.
   Returns:
     The output, in q's type, and the log-sum-exp of the logits, f32.
   Raises:
@@ -39,17 +47,17 @@ def attention(
   """
   _check(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
   chosen = dispatch.resolve(implementation)
-  if chosen == 'pallas_gpu':
-    chosen = _without_gpu_kernel(implementation)
-  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
-  return _attention(*args, scale, chosen)
+  operands = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU)
+  if chosen == 'pallas_gpu' and (why := blocks_gpu.refusal(*operands)):
+    chosen = _without_kernel(why, implementation)
+  return _attention(*operands, segments_BT, scale, chosen)
 
 
 @functools.cache
-def _without_gpu_kernel(implementation: str) -> str:
+def _without_kernel(why: str, implementation: str) -> str:
   if implementation != 'auto':
-    raise NotImplementedError('mla_attention has no kernel for GPUs')
-  logging.getLogger(__name__).info('mla_attention on gpu: reference')
+    raise NotImplementedError(why)
+  logging.getLogger(__name__).info('mla_attention: reference, %s', why)
   return 'reference'
 
 
@@ -60,6 +68,8 @@ def _attention(
   args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale)
   if chosen == 'reference':
     return reference.forward(*args)
+  if chosen == 'pallas_gpu':
+    return pallas_gpu.forward(*args)
   return pallas_tpu.forward(*args, interpret=chosen == 'pallas_interpret')
 
 
@@ -82,6 +92,8 @@ def _backward(scale, chosen, residuals, cotangents):
   args = (*args, scale, lse_BNT, delta_BNT, do_BTNU)
   if chosen == 'reference':
     return *reference.backward(*args), None
+  if chosen == 'pallas_gpu':
+    return *backward_gpu.backward(*args), None
   interpret = chosen == 'pallas_interpret'
   return *backward_tpu.backward(*args, interpret=interpret), None
 

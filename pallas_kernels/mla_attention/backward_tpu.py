@@ -24,7 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.mla_attention import pallas_tpu as tpu
+from pallas_kernels import softmax, tpu
+from pallas_kernels.mla_attention import pallas_tpu as forwards
 
 
 def backward(
@@ -38,7 +39,7 @@ def backward(
   delta_BNT: Float[Array, 'B N T'],
   do_BTNU: Float[Array, 'B T N U'],
   *,
-  blocks: tpu.BlockSizes | None = None,
+  blocks: forwards.BlockSizes | None = None,
   interpret=False,
 ) -> tuple[Array, Array, Array, Array]:
   """Gradients of q, k_nope, k_rope and v; see `reference.backward`.
@@ -48,23 +49,25 @@ def backward(
     interpret: as of `pl.pallas_call`: True or `pltpu.InterpretParams`.
   """
   length = q_BTNX.shape[1]
-  blocks = blocks or tpu.choose_blocks(length)
-  in_lanes = lambda x_BNT: tpu.pad(x_BNT, 2, blocks)[:, :, None]
+  blocks = blocks or forwards.choose_blocks(length)
+  in_lanes = lambda x_BNT: forwards.pad(x_BNT, 2, blocks)[:, :, None]
   args = (
-    *tpu.operands(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, blocks),
+    *forwards.operands(
+      q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, blocks
+    ),
     # Padding: zero queries have zero scores, and their gradient is zero.
-    tpu.heads_first(do_BTNU, blocks),
-    in_lanes(lse_BNT * tpu.LOG2_E),
+    forwards.heads_first(do_BTNU, blocks),
+    in_lanes(lse_BNT * softmax.LOG2_E),
     in_lanes(delta_BNT),
   )
   how = {'scale': scale, 'blocks': blocks, 'interpret': interpret}
   dk_nope_BNSH, dk_rope_BSR, dv_BNSU = _of_keys(args, **how)
   dq_BNTX = _of_queries(args, **how)
   return (
-    tpu.tokens_first(dq_BNTX, length),
-    tpu.tokens_first(dk_nope_BNSH, length),
+    forwards.tokens_first(dq_BNTX, length),
+    forwards.tokens_first(dk_nope_BNSH, length),
     dk_rope_BSR[:, :length],
-    tpu.tokens_first(dv_BNSU, length),
+    forwards.tokens_first(dv_BNSU, length),
   )
 
 
@@ -79,7 +82,7 @@ def _of_queries(args, *, scale, blocks, interpret):
     out_shape=jax.ShapeDtypeStruct(args[0].shape, args[0].dtype),
     grid=(batch, heads, padded // blocks.queries, padded // blocks.keys),
     in_specs=_specs(args, blocks, query, key),
-    out_specs=tpu.of_head(blocks.queries, width, query),
+    out_specs=forwards.of_head(blocks.queries, width, query),
     scratch_shapes=[
       column(jnp.int32),
       column(jnp.float32),
@@ -90,7 +93,7 @@ def _of_queries(args, *, scale, blocks, interpret):
       dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary'),
       vmem_limit_bytes=tpu.VMEM_BYTES,
     ),
-    cost_estimate=tpu.cost(args[:6], products=2, of_values=1),
+    cost_estimate=forwards.cost(args[:6], products=2, of_values=1),
     interpret=interpret,
     name='mla_attention_dq',
   )(*args)
@@ -119,25 +122,25 @@ def _kernel_of_queries(
 
   @pl.when(j == 0)
   def _():
-    segments_T1[...] = tpu.column(segments_1T[...])
-    lse_T1[...] = tpu.column(lse_1T[...])
-    delta_T1[...] = tpu.column(delta_1T[...])
+    segments_T1[...] = forwards.column(segments_1T[...])
+    lse_T1[...] = forwards.column(lse_1T[...])
+    delta_T1[...] = forwards.column(delta_1T[...])
     sum_TX[...] = jnp.zeros_like(sum_TX)
 
   @pl.when(j <= blocks.last_key(i))
   def _():
     width = k_nope_SH.shape[-1]
-    scores_TS = tpu.dot(q_TX[:, :width], k_nope_SH[...], tpu.NT)
-    scores_TS += tpu.dot(q_TX[:, width:], k_rope_SR[...], tpu.NT)
-    ahead_TS = tpu.iota(scores_TS, 1) - tpu.iota(scores_TS, 0)
+    scores_TS = forwards.dot(q_TX[:, :width], k_nope_SH[...], tpu.NT)
+    scores_TS += forwards.dot(q_TX[:, width:], k_rope_SR[...], tpu.NT)
+    ahead_TS = forwards.iota(scores_TS, 1) - forwards.iota(scores_TS, 0)
     seen_TS = ahead_TS <= i * blocks.queries - j * blocks.keys
     seen_TS &= segments_T1[...] == segments_1S[...]
-    p_TS = jnp.exp2(scores_TS * (scale * tpu.LOG2_E) - lse_T1[...])
+    p_TS = jnp.exp2(scores_TS * (scale * softmax.LOG2_E) - lse_T1[...])
     p_TS = jnp.where(seen_TS, p_TS, 0.0)
-    dp_TS = tpu.dot(do_TU[...], v_SU[...], tpu.NT)
+    dp_TS = forwards.dot(do_TU[...], v_SU[...], tpu.NT)
     ds_TS = (p_TS * (dp_TS - delta_T1[...]) * scale).astype(q_TX.dtype)
-    sum_TX[:, :width] += tpu.dot(ds_TS, k_nope_SH[...], tpu.NN)
-    sum_TX[:, width:] += tpu.dot(ds_TS, k_rope_SR[...], tpu.NN)
+    sum_TX[:, :width] += forwards.dot(ds_TS, k_nope_SH[...], tpu.NN)
+    sum_TX[:, width:] += forwards.dot(ds_TS, k_rope_SR[...], tpu.NN)
 
   @pl.when(j == blocks.last_key(i))
   def _():
@@ -168,7 +171,7 @@ def _of_keys(args, *, scale, blocks, interpret):
       dimension_semantics=('parallel', 'parallel', 'arbitrary', 'arbitrary'),
       vmem_limit_bytes=tpu.VMEM_BYTES,
     ),
-    cost_estimate=tpu.cost(args[:6], products=2, of_values=2),
+    cost_estimate=forwards.cost(args[:6], products=2, of_values=2),
     interpret=interpret,
     name='mla_attention_dkv',
   )(*args)
@@ -205,24 +208,24 @@ def _kernel_of_keys(
 
   @pl.when((i == 0) & (head == 0))
   def _():
-    segments_S1[...] = tpu.column(segments_1S[...])
+    segments_S1[...] = forwards.column(segments_1S[...])
     sum_SR[...] = jnp.zeros_like(sum_SR)
 
   @pl.when(i >= blocks.first_query(j))
   def _():
     width = k_nope_SH.shape[-1]
-    scores_ST = tpu.dot(k_nope_SH[...], q_TX[:, :width], tpu.NT)
-    scores_ST += tpu.dot(k_rope_SR[...], q_TX[:, width:], tpu.NT)
-    ahead_ST = tpu.iota(scores_ST, 0) - tpu.iota(scores_ST, 1)
+    scores_ST = forwards.dot(k_nope_SH[...], q_TX[:, :width], tpu.NT)
+    scores_ST += forwards.dot(k_rope_SR[...], q_TX[:, width:], tpu.NT)
+    ahead_ST = forwards.iota(scores_ST, 0) - forwards.iota(scores_ST, 1)
     seen_ST = ahead_ST <= i * blocks.queries - j * blocks.keys
     seen_ST &= segments_S1[...] == segments_1T[...]
-    p_ST = jnp.exp2(scores_ST * (scale * tpu.LOG2_E) - lse_1T[...])
+    p_ST = jnp.exp2(scores_ST * (scale * softmax.LOG2_E) - lse_1T[...])
     p_ST = jnp.where(seen_ST, p_ST, 0.0)
-    sum_SU[...] += tpu.dot(p_ST.astype(do_TU.dtype), do_TU[...], tpu.NN)
-    dp_ST = tpu.dot(v_SU[...], do_TU[...], tpu.NT)
+    sum_SU[...] += forwards.dot(p_ST.astype(do_TU.dtype), do_TU[...], tpu.NN)
+    dp_ST = forwards.dot(v_SU[...], do_TU[...], tpu.NT)
     ds_ST = (p_ST * (dp_ST - delta_1T[...]) * scale).astype(q_TX.dtype)
-    sum_SH[...] += tpu.dot(ds_ST, q_TX[:, :width], tpu.NN)
-    sum_SR[...] += tpu.dot(ds_ST, q_TX[:, width:], tpu.NN)
+    sum_SH[...] += forwards.dot(ds_ST, q_TX[:, :width], tpu.NN)
+    sum_SR[...] += forwards.dot(ds_ST, q_TX[:, width:], tpu.NN)
 
   @pl.when(is_last)
   def _():
@@ -234,11 +237,11 @@ def _kernel_of_keys(
     dk_rope_SR[...] = sum_SR[...].astype(dk_rope_SR.dtype)
 
 
-def _specs(args, blocks: tpu.BlockSizes, query, key) -> list[pl.BlockSpec]:
+def _specs(args, blocks: forwards.BlockSizes, query, key) -> list[pl.BlockSpec]:
   """Of the operands, then do, log-sum-exp and delta."""
   return [
-    *tpu.operand_specs(args[:6], blocks, query, key),
-    tpu.of_head(blocks.queries, args[6].shape[-1], query),
-    tpu.row_of_head(blocks.queries, query),
-    tpu.row_of_head(blocks.queries, query),
+    *forwards.operand_specs(args[:6], blocks, query, key),
+    forwards.of_head(blocks.queries, args[6].shape[-1], query),
+    forwards.row_of_head(blocks.queries, query),
+    forwards.row_of_head(blocks.queries, query),
   ]

@@ -26,14 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-VMEM_BYTES = 48 * 2**20  # of the 64 MiB of the smallest core (v5p, v7x)
-LANES = 128
-LOG2_E = math.log2(math.e)
-# Scores of what is not seen, and where largest scores begin. Not -inf, whose
-# differences are NaN; 2 to the power of HIDDEN - LEAST is zero.
-HIDDEN, LEAST = -1e30, -5e29
-NT = (((1,), (1,)), ((), ()))
-NN = (((1,), (0,)), ((), ()))
+from pallas_kernels import softmax, tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +38,10 @@ class BlockSizes:
 
   def __post_init__(self):
     for name, size in dataclasses.asdict(self).items():
-      if size < LANES or size % LANES:
-        raise ValueError(f'blocks.{name}={size} must be a multiple of {LANES}')
+      if size < tpu.LANES or size % tpu.LANES:
+        raise ValueError(
+          f'blocks.{name}={size} must be a multiple of {tpu.LANES}'
+        )
 
   @property
   def common(self) -> int:
@@ -70,7 +65,7 @@ def choose_blocks(length: int) -> BlockSizes:
   its start. Not measured.
   """
   size = pl.cdiv(length, pl.cdiv(length, 512))
-  size = pl.cdiv(size, LANES) * LANES
+  size = pl.cdiv(size, tpu.LANES) * tpu.LANES
   return BlockSizes(size, size)
 
 
@@ -100,7 +95,7 @@ def forward(
   key = lambda b, n, i, j: (b, n, jnp.minimum(j, blocks.last_key(i)))
   f32 = functools.partial(pltpu.VMEM, dtype=jnp.float32)
   o_BNTU, lse_BN1T = pl.pallas_call(
-    functools.partial(_kernel, scale=scale * LOG2_E, blocks=blocks),
+    functools.partial(_kernel, scale=scale * softmax.LOG2_E, blocks=blocks),
     out_shape=(
       jax.ShapeDtypeStruct((batch, heads, padded, values), q_BTNX.dtype),
       jax.ShapeDtypeStruct((batch, heads, 1, padded), jnp.float32),
@@ -119,7 +114,7 @@ def forward(
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'parallel', 'arbitrary'),
-      vmem_limit_bytes=VMEM_BYTES,
+      vmem_limit_bytes=tpu.VMEM_BYTES,
     ),
     cost_estimate=cost(args, products=1, of_values=1),
     interpret=interpret,
@@ -150,32 +145,32 @@ def _kernel(
   @pl.when(j == 0)
   def _():
     segments_T1[...] = column(segments_1T[...])
-    most_T1[...] = jnp.full_like(most_T1, LEAST)
+    most_T1[...] = jnp.full_like(most_T1, softmax.LEAST)
     total_T1[...] = jnp.zeros_like(total_T1)
     sum_TU[...] = jnp.zeros_like(sum_TU)
 
   @pl.when(j <= blocks.last_key(i))
   def _():
     width = k_nope_SH.shape[-1]
-    scores_TS = dot(q_TX[:, :width], k_nope_SH[...], NT)
-    scores_TS += dot(q_TX[:, width:], k_rope_SR[...], NT)
+    scores_TS = dot(q_TX[:, :width], k_nope_SH[...], tpu.NT)
+    scores_TS += dot(q_TX[:, width:], k_rope_SR[...], tpu.NT)
     ahead_TS = iota(scores_TS, 1) - iota(scores_TS, 0)
     seen_TS = ahead_TS <= i * blocks.queries - j * blocks.keys
     seen_TS &= segments_T1[...] == segments_1S[...]
-    scores_TS = jnp.where(seen_TS, scores_TS * scale, HIDDEN)
+    scores_TS = jnp.where(seen_TS, scores_TS * scale, softmax.HIDDEN)
     before_T1 = most_T1[...]
     most = jnp.maximum(before_T1, jnp.max(scores_TS, axis=1, keepdims=True))
     p_TS = jnp.exp2(scores_TS - most)
     decay_T1 = jnp.exp2(before_T1 - most)
     most_T1[...] = most
     total_T1[...] = total_T1[...] * decay_T1 + jnp.sum(p_TS, 1, keepdims=True)
-    part_TU = dot(p_TS.astype(v_SU.dtype), v_SU[...], NN)
+    part_TU = dot(p_TS.astype(v_SU.dtype), v_SU[...], tpu.NN)
     sum_TU[...] = sum_TU[...] * decay_T1 + part_TU
 
   @pl.when(j == blocks.last_key(i))
   def _():
     o_TU[...] = (sum_TU[...] / total_T1[...]).astype(o_TU.dtype)
-    lse_1T[...] = row(most_T1[...] / LOG2_E + jnp.log(total_T1[...]))
+    lse_1T[...] = row(most_T1[...] / softmax.LOG2_E + jnp.log(total_T1[...]))
 
 
 def operands(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, blocks):
@@ -245,12 +240,12 @@ def tokens_first(x_BNTD, length: int):
 
 def column(x_1T):
   """[T, 1]; whole tiles are turned."""
-  return jnp.broadcast_to(x_1T, (LANES, x_1T.shape[1])).T[:, :1]
+  return jnp.broadcast_to(x_1T, (tpu.LANES, x_1T.shape[1])).T[:, :1]
 
 
 def row(x_T1):
   """[1, T]; whole tiles are turned."""
-  return jnp.broadcast_to(x_T1, (x_T1.shape[0], LANES)).T[:1]
+  return jnp.broadcast_to(x_T1, (x_T1.shape[0], tpu.LANES)).T[:1]
 
 
 def iota(like, axis: int):

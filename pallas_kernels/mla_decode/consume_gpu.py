@@ -4,7 +4,6 @@ Letters: as there.
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import compat
+from pallas_kernels import compat, registers, softmax
 from pallas_kernels.mla_decode import parts
 from pallas_kernels.mla_decode.cache import PAGE
 
@@ -23,10 +22,6 @@ CONSUMERS = 2
 STAGES = 2  # pages in shared memory
 PIECE = 64  # columns of swizzled memory
 TILE = 128  # of FP8 latents that share a scale
-LOG2_E = math.log2(math.e)
-# Scores of what is not seen, and where largest scores begin. Not -inf, whose
-# differences are NaN; 2 to the power of HIDDEN - LEAST is zero.
-HIDDEN, LEAST = -1e30, -5e29
 
 
 class Plan(NamedTuple):
@@ -70,17 +65,19 @@ def consume(outputs, work: Work, warpgroup, scratch, plan: Plan):
   """
   turns = work.bounds.end - work.bounds.first
   plgpu.barrier_wait(scratch['q_full'])
-  full = lambda value: _row(jnp.full((ROWS,), value, jnp.float32))
-  zeros = lambda columns: _tile(jnp.zeros((ROWS, columns), jnp.float32))
+  full = lambda value: registers.row(jnp.full((ROWS,), value, jnp.float32))
+  zeros = lambda columns: registers.tile(
+    jnp.zeros((ROWS, columns), jnp.float32)
+  )
   body = functools.partial(_turn, work, warpgroup, scratch, plan)
-  carry = (full(LEAST), full(0.0), zeros(plan.half))
+  carry = (full(softmax.LEAST), full(0.0), zeros(plan.half))
   most, total, sums = lax.fori_loop(0, turns, body, carry)
   _wait_until_used(turns, scratch)
   of_rows = scratch['of_rows']
   of_rows[1 + warpgroup] = total
   plgpu.barrier_arrive(scratch['summed'])
   plgpu.barrier_wait(scratch['summed'])
-  total = _row(of_rows[1]) + _row(of_rows[2])
+  total = registers.row(of_rows[1]) + registers.row(of_rows[2])
   _store(outputs, (most, total, sums), work, warpgroup, plan)
 
 
@@ -89,10 +86,12 @@ def _widen(page, slot, warpgroup, scratch, plan: Plan):
   for tile in range(plan.half // TILE):
     k = warpgroup * (plan.half // TILE) + tile
     columns = pl.ds(k * TILE, TILE)
-    x_IC = _tile(scratch['loaded'][slot, :, columns])
-    scale_I = _row(scratch['scales'][k])
-    x_IC = _tile(x_IC.astype(jnp.float32) * _spread(scale_I, x_IC.shape))
-    page[:, columns] = _tile(x_IC.astype(jnp.bfloat16))
+    x_IC = registers.tile(scratch['loaded'][slot, :, columns])
+    scale_I = registers.row(scratch['scales'][k])
+    x_IC = registers.tile(
+      x_IC.astype(jnp.float32) * registers.from_rows(scale_I, x_IC.shape)
+    )
+    page[:, columns] = registers.tile(x_IC.astype(jnp.bfloat16))
   plgpu.commit_smem()
   plgpu.barrier_arrive(scratch['widened'])
   plgpu.barrier_wait(scratch['widened'])
@@ -106,7 +105,9 @@ def _score(page, k_rope, scratch):
       plgpu.wgmma(acc, scratch[q], k.transpose((1, 0)))
     return acc[...]
 
-  return _tile(pl.run_scoped(product, plgpu.ACC((ROWS, PAGE), jnp.float32)))
+  return registers.tile(
+    pl.run_scoped(product, plgpu.ACC((ROWS, PAGE), jnp.float32))
+  )
 
 
 def _turn(work: Work, warpgroup, scratch, plan: Plan, turn, carry):
@@ -128,14 +129,14 @@ def _turn(work: Work, warpgroup, scratch, plan: Plan, turn, carry):
   def wait():
     # Every barrier is waited for once a turn by both.
     _wait_until_used(turn, scratch)
-    return _row(jnp.zeros_like(most))
+    return registers.row(jnp.zeros_like(most))
 
   mine = lax.rem(turn, jnp.int32(CONSUMERS)) == warpgroup
   p_sum = lax.cond(mine, soften, wait)
   plgpu.barrier_wait(scratch['ready'])
-  before, most = most, _row(scratch['of_rows'][0])
-  decay = _row(jnp.exp2(before - most))
-  total = _row(total * decay + p_sum)
+  before, most = most, registers.row(scratch['of_rows'][0])
+  decay = registers.row(jnp.exp2(before - most))
+  total = registers.row(total * decay + p_sum)
   page_SC = page.at[:, columns]
   block = work.bounds.first + turn
 
@@ -143,7 +144,7 @@ def _turn(work: Work, warpgroup, scratch, plan: Plan, turn, carry):
   def _():
     _clear(page_SC, work.length - block * PAGE, plan)
 
-  sums = _tile(sums * _spread(decay, sums.shape))
+  sums = registers.tile(sums * registers.from_rows(decay, sums.shape))
   sums = _add(sums, scratch['p'], page_SC, plan)
   plgpu.barrier_arrive(scratch['used'])
   plgpu.barrier_arrive(scratch['empty'].at[slot])
@@ -158,32 +159,21 @@ def _wait_until_used(turn, scratch):
     plgpu.barrier_wait(scratch['used'])
 
 
-def _tile(x):
-  """x as wgmma has its output; unsaid layouts are searched for, slowly."""
-  return plgpu.layout_cast(x, plgpu.Layout.WGMMA)
-
-
-def _row(x):
-  """A number for each row of such a tile."""
-  return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
-
-
-def _spread(x_X, shape: tuple[int, int]):
-  """The number of its row for each of a tile."""
-  return _tile(lax.broadcast_in_dim(x_X, shape, (0,)))
-
-
 def _soften(scores, most, work: Work, turn, scratch, plan: Plan):
   """Probabilities and largest scores to shared memory; sums of the former."""
   seen_XS = _seen(work, turn, plan)
-  scores = _tile(jnp.where(seen_XS, scores * plan.scale, HIDDEN))
-  most = _row(jnp.maximum(most, jnp.max(scores, axis=1)))
-  p_XS = _tile(jnp.exp2(scores - _spread(most, scores.shape)))
+  scores = registers.tile(
+    jnp.where(seen_XS, scores * plan.scale, softmax.HIDDEN)
+  )
+  most = registers.row(jnp.maximum(most, jnp.max(scores, axis=1)))
+  p_XS = registers.tile(
+    jnp.exp2(scores - registers.from_rows(most, scores.shape))
+  )
   _wait_until_used(turn, scratch)
-  scratch['p'][...] = _tile(p_XS.astype(jnp.bfloat16))
+  scratch['p'][...] = registers.tile(p_XS.astype(jnp.bfloat16))
   scratch['of_rows'][0] = most
   plgpu.commit_smem()
-  return _row(jnp.sum(p_XS, axis=1))
+  return registers.row(jnp.sum(p_XS, axis=1))
 
 
 def _seen(work: Work, turn, plan: Plan):
@@ -208,8 +198,10 @@ def _clear(page_SC, tokens, plan: Plan):
   s_SC = plgpu.broadcasted_iota(jnp.int32, (PAGE, PIECE), 0, layout=layout)
   for start in range(0, plan.half, PIECE):
     piece = page_SC.at[:, pl.ds(start, PIECE)]
-    x_SC = _tile(piece[...])
-    piece[...] = _tile(jnp.where(s_SC < tokens, x_SC, jnp.zeros_like(x_SC)))
+    x_SC = registers.tile(piece[...])
+    piece[...] = registers.tile(
+      jnp.where(s_SC < tokens, x_SC, jnp.zeros_like(x_SC))
+    )
   plgpu.commit_smem()
 
 
@@ -223,7 +215,7 @@ def _add(sums, p_XS, page_SC, plan: Plan):
 
     return sums + pl.run_scoped(product, plgpu.ACC(sums.shape, jnp.float32))
   add = lambda acc: plgpu.wgmma(acc, p_XS, page_SC)
-  return _tile(pl.run_state(add)(plgpu.ACC.init(sums)))
+  return registers.tile(pl.run_state(add)(plgpu.ACC.init(sums)))
 
 
 def _store(outputs, carry, work: Work, warpgroup, plan: Plan):
@@ -231,11 +223,15 @@ def _store(outputs, carry, work: Work, warpgroup, plan: Plan):
   o_ZBXC, lse_ZBX = outputs
   most, total, sums = carry
   none = total == 0
-  total = _row(jnp.where(none, 1.0, total))
-  sums = _tile(sums * _spread(_row(1.0 / total), sums.shape))
+  total = registers.row(jnp.where(none, 1.0, total))
+  sums = registers.tile(
+    sums * registers.from_rows(registers.row(1.0 / total), sums.shape)
+  )
   columns = pl.ds(warpgroup * plan.half, plan.half)
   o_ZBXC[work.part, work.row, work.rows, columns] = sums
-  lse = _row(jnp.where(none, -jnp.inf, most / LOG2_E + jnp.log(total)))
+  lse = registers.row(
+    jnp.where(none, -jnp.inf, most / softmax.LOG2_E + jnp.log(total))
+  )
 
   @pl.when(warpgroup == 0)
   def _():

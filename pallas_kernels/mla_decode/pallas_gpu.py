@@ -48,7 +48,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import compat, quantized
+from pallas_kernels import compat, quantized, softmax
 from pallas_kernels.fp8_matmul import pallas_gpu as dense
 from pallas_kernels.mla_decode import cache as caches
 from pallas_kernels.mla_decode import consume_gpu, parts
@@ -89,9 +89,7 @@ def decode(
   blocks_X = pl.cdiv(queries * heads, ROWS)
   splits = splits or choose_splits(rows * blocks_X, table_Bj.shape[1])
   widths = (heads, queries, latent, rotary, splits)
-  plan = Plan(
-    *widths, scale * consume_gpu.LOG2_E, cache.is_quantized, interpret
-  )
+  plan = Plan(*widths, scale * softmax.LOG2_E, cache.is_quantized, interpret)
   x = blocks_X * ROWS
   kernel = plgpu.kernel(
     functools.partial(_kernel, plan=plan),

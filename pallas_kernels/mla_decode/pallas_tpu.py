@@ -21,7 +21,6 @@ tokens of a step, Z parts; J pages, I tokens of a page, k tiles of 128 of C.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -29,18 +28,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import softmax, tpu
 from pallas_kernels.mla_decode import cache as caches
 from pallas_kernels.mla_decode import parts
 from pallas_kernels.mla_decode.cache import PAGE
-
-VMEM_BYTES = 48 * 2**20  # of the 64 MiB of the smallest core (v5p, v7x)
-LANES = 128
-LOG2_E = math.log2(math.e)
-# Scores of what is not seen, and where largest scores begin. Not -inf, whose
-# differences are NaN; 2 to the power of HIDDEN - LEAST is zero.
-HIDDEN, LEAST = -1e30, -5e29
-NT = (((1,), (1,)), ((), ()))
-NN = (((1,), (0,)), ((), ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +87,7 @@ def decode(
       queries=queries,
       splits=splits,
       pages=blocks.pages,
-      scale=scale * LOG2_E,
+      scale=scale * softmax.LOG2_E,
     ),
     out_shape=(
       jax.ShapeDtypeStruct((rows, splits, *q_BXC.shape[1:]), jnp.float32),
@@ -105,7 +96,7 @@ def decode(
     grid_spec=_grid(q_BXC, q_BXR, inputs, table_Bj, splits, blocks.pages),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary'),
-      vmem_limit_bytes=VMEM_BYTES,
+      vmem_limit_bytes=tpu.VMEM_BYTES,
     ),
     cost_estimate=_cost(q_BTNY, cache, table_Bj),
     interpret=interpret,
@@ -178,7 +169,7 @@ def _kernel(
 
   @pl.when(step == 0)
   def _():
-    most_X1[...] = jnp.full_like(most_X1, LEAST)
+    most_X1[...] = jnp.full_like(most_X1, softmax.LEAST)
     total_X1[...] = jnp.zeros_like(total_X1)
     sum_XC[...] = jnp.zeros_like(sum_XC)
 
@@ -187,20 +178,22 @@ def _kernel(
     start = (first + step * pages) * PAGE
     until = jnp.minimum(length, end * PAGE)  # the next part has what is beyond
     c_SC, k_rope_SR = _load(inputs, pages, start, until, q_XC.dtype)
-    scores_XS = _dot(q_XC[...], c_SC, NT) + _dot(q_XR[...], k_rope_SR, NT)
+    scores_XS = _dot(q_XC[...], c_SC, tpu.NT) + _dot(
+      q_XR[...], k_rope_SR, tpu.NT
+    )
     shape = scores_XS.shape
     s_XS = start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     x_XS = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     t_XS = sum((x_XS >= t * heads).astype(jnp.int32) for t in range(1, queries))
     seen_XS = s_XS < jnp.minimum(until, length - queries + 1 + t_XS)
-    scores_XS = jnp.where(seen_XS, scores_XS * scale, HIDDEN)
+    scores_XS = jnp.where(seen_XS, scores_XS * scale, softmax.HIDDEN)
     before_X1 = most_X1[...]
     most = jnp.maximum(before_X1, jnp.max(scores_XS, axis=1, keepdims=True))
     p_XS = jnp.exp2(scores_XS - most)
     decay_X1 = jnp.exp2(before_X1 - most)
     most_X1[...] = most
     total_X1[...] = total_X1[...] * decay_X1 + jnp.sum(p_XS, 1, keepdims=True)
-    part_XC = _dot(p_XS.astype(c_SC.dtype), c_SC, NN)
+    part_XC = _dot(p_XS.astype(c_SC.dtype), c_SC, tpu.NN)
     sum_XC[...] = sum_XC[...] * decay_X1 + part_XC
 
   @pl.when(step == pl.num_programs(2) - 1)
@@ -209,7 +202,7 @@ def _kernel(
     none = total == 0
     total = jnp.where(none, 1.0, total)
     o_XC[...] = sum_XC[...] / total
-    lse = most_X1[...] / LOG2_E + jnp.log(total)
+    lse = most_X1[...] / softmax.LOG2_E + jnp.log(total)
     lse_X1[...] = jnp.where(none, -jnp.inf, lse)
 
 
@@ -234,7 +227,7 @@ def _dequantize(values_IC, scale_kI, dtype):
   """value * scale in f32, rounded; 128 columns to a scale."""
   scale_Ik = scale_kI.T
   tiles = [
-    values_IC[:, k * LANES : (k + 1) * LANES].astype(jnp.float32)
+    values_IC[:, k * tpu.LANES : (k + 1) * tpu.LANES].astype(jnp.float32)
     * scale_Ik[:, k : k + 1]
     for k in range(scale_Ik.shape[1])
   ]

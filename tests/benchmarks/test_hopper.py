@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import hopper
-from benchmarks.common import hopper_parts
+from benchmarks.common import attention_checks, hopper_parts
 from pallas_kernels.fp8_matmul import cases, pallas_gpu, reference
 
 
@@ -28,7 +28,7 @@ def test_dry_run_does_all_parts(tmp_path, capsys):
     assert not any(json.loads(row).get('wrong') for row in rows)
   for kind in ('block', 'row', 'grouped', 'grouped_k'):
     assert text.count(f'| {kind} | tiny |') >= 3  # checked, and swept
-  for kind in hopper_parts.QUANTISERS:
+  for kind in (*hopper_parts.QUANTISERS, 'attention', 'decode'):
     assert f'| {kind} | tiny |' in text
 
 
@@ -90,6 +90,47 @@ def test_a_quantiser_must_give_the_bits_of_the_reference(monkeypatch):
     assert told['bound'] == 0 and told['wrong'] is wrong
 
 
+@pytest.mark.parametrize('at', [None, 0, 1, 2, 4])
+def test_checks_find_a_wrong_result_of_attention(monkeypatch, at):
+  """Output, log-sum-exp, and gradients of queries and the rotary key."""
+  reference = attention_checks.attention_reference
+
+  def like(run, first):
+    def call(*args, interpret):
+      outs = list(run(*args))
+      if at is not None and 0 <= at - first < len(outs):
+        outs[at - first] = outs[at - first].at[..., 0].mul(1.02)
+      return tuple(outs)
+
+    return call
+
+  forward, backward = (reference.forward, 0), (reference.backward, 2)
+  for module, name, run in (
+    (attention_checks.attention_gpu, 'forward', forward),
+    (attention_checks.backward_gpu, 'backward', backward),
+  ):
+    monkeypatch.setattr(module, name, like(*run))
+  case = attention_checks.attention_cases.SMALL['tiny']
+  kernel = attention_checks.Kernel('attention', 'tiny', case, 'gpu')
+  told = hopper_parts._check(kernel, jax.random.key(0), repeats=1)
+  assert told['wrong'] is (at is not None), told
+
+
+def test_checks_find_a_wrong_decoding(monkeypatch):
+  reference = attention_checks.decode_reference.decode
+  case = attention_checks.decode_cases.SMALL['tiny']
+  kernel = attention_checks.Kernel('decode', 'tiny', case, 'gpu')
+  for factor, wrong in ((1.0, False), (1.02, True)):
+
+    def decode(*args, interpret, factor=factor, **how):
+      o_BTNC, lse_BNT = reference(*args, **how)
+      return o_BTNC.at[0].mul(factor), lse_BNT
+
+    monkeypatch.setattr(attention_checks.decode_gpu, 'decode', decode)
+    told = hopper_parts._check(kernel, jax.random.key(0), repeats=1)
+    assert told['wrong'] is wrong
+
+
 def test_checks_find_bits_that_change(monkeypatch):
   calls = itertools.count()
 
@@ -111,6 +152,7 @@ def test_a_kernel_that_raises_is_a_row(monkeypatch):
 
   kernel = one_kernel(monkeypatch, fail)
   monkeypatch.setattr(hopper_parts, 'kernels', lambda *_, **__: [kernel])
+  monkeypatch.setattr(attention_checks, 'kernels', lambda *_: [])
   (row,) = hopper_parts.checks('gpu', dry_run=True, seconds=60.0)
   assert row['wrong'] and 'no such instruction' in row['note']
   rows = list(hopper_parts.sweep('gpu', dry_run=True, seconds=60.0))

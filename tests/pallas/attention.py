@@ -1,7 +1,37 @@
 """Inputs of MLA's attention, and its float64 oracle, a query at a time."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels import numerics
+from pallas_kernels.mla_attention import api
+
+NAMES = ('o', 'lse', 'dq', 'dk_nope', 'dk_rope', 'dv')
+BOUND = {jnp.bfloat16: 1e-5, jnp.float32: 1e-10}
+
+
+@functools.partial(jax.jit, static_argnames=('scale', 'how', 'remat'))
+def run(args, scale, how='reference', remat=False):
+  """o, lse and every gradient."""
+  *operands, segments, do, dlse = args
+
+  def call(*operands):
+    return api.attention(*operands, segments, scale=scale, implementation=how)
+
+  call = jax.checkpoint(call) if remat else call
+  out, pull = jax.vjp(call, *operands)
+  return *out, *pull((do, dlse))
+
+
+def assert_close(got, want, bound=BOUND[jnp.bfloat16]):
+  for name, x, y in zip(NAMES, got, want, strict=True):
+    assert np.isfinite(np.asarray(x, np.float32)).all(), name
+    assert x.shape == y.shape, name
+    error = numerics.difference(x, y)
+    assert error < bound, f'{name}: {error} >= {bound}'
 
 
 def inputs(case, dtype=jnp.bfloat16, seed=0):

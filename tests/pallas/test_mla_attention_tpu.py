@@ -15,35 +15,16 @@ from pallas_kernels.mla_attention import (
   backward_tpu,
   cases,
   pallas_tpu,
-  reference,
 )
 from tests.pallas import attention, products
 
 BlockSizes = pallas_tpu.BlockSizes
-NAMES = ('o', 'lse', 'dq', 'dk_nope', 'dk_rope', 'dv')
-BOUND = {jnp.bfloat16: 1e-5, jnp.float32: 1e-10}
+BOUND = attention.BOUND
 V3 = [n for n in without_tpu.programs() if n.startswith('attention')]
 
 
-@functools.partial(jax.jit, static_argnames=('scale', 'how', 'remat'))
-def run(args, scale, how='pallas_interpret', remat=False):
-  """o, lse and every gradient."""
-  *operands, segments, do, dlse = args
-
-  def call(*operands):
-    return api.attention(*operands, segments, scale=scale, implementation=how)
-
-  call = jax.checkpoint(call) if remat else call
-  out, pull = jax.vjp(call, *operands)
-  return *out, *pull((do, dlse))
-
-
-def assert_close(got, want, bound):
-  for name, x, y in zip(NAMES, got, want, strict=True):
-    assert np.isfinite(np.asarray(x, np.float32)).all(), name
-    assert x.shape == y.shape, name
-    error = numerics.difference(x, y)
-    assert error < bound, f'{name}: {error} >= {bound}'
+run = functools.partial(attention.run, how='pallas_interpret')
+assert_close = attention.assert_close
 
 
 @pytest.mark.parametrize(
@@ -56,7 +37,7 @@ def assert_close(got, want, bound):
 def test_is_the_reference_and_the_oracle(name, dtype):
   case = cases.SMALL[name]
   args, scale = attention.inputs(case, dtype), attention.scale(case)
-  got, want = run(args, scale), run(args, scale, 'reference')
+  got, want = run(args, scale), attention.run(args, scale)
   assert [x.dtype for x in got] == [x.dtype for x in want]
   assert_close(got, want, BOUND[dtype])
   assert_close(got, attention.oracle(*args, scale), BOUND[dtype])
@@ -92,7 +73,7 @@ def test_many_blocks_and_rows_with_other_segments(sizes, samples):
     first[130:] = 7  # beside it a row of three samples, one of one token
     second[1:20], second[20:] = -3, 5
     args[4] = jnp.asarray([first, second])
-  want = run(args, scale, 'reference')
+  want = attention.run(args, scale)
   got = with_blocks(args, scale, BlockSizes(*sizes))
   assert_close(got, want, BOUND[jnp.bfloat16])
 
@@ -172,7 +153,7 @@ def test_no_race_and_nothing_read_that_was_not_written(capfd):
     random_seed=0,
   )
   got = with_blocks(args, scale, BlockSizes(128, 128), strict)
-  assert_close(got, run(args, scale, 'reference'), BOUND[jnp.bfloat16])
+  assert_close(got, attention.run(args, scale), BOUND[jnp.bfloat16])
   assert 'RACE' not in capfd.readouterr().out
 
 
@@ -218,17 +199,3 @@ def test_gradient_by_api_lowers_for_a_tpu(monkeypatch):
   program = without_tpu.Program(gradient, forward.args)
   text = without_tpu.lower(program, without_tpu.CHIPS['v5p']).as_text()
   assert text.count('@tpu_custom_call') == 3
-
-
-def test_no_kernel_for_gpus(monkeypatch, caplog):
-  case = cases.SMALL['tiny']
-  args, scale = attention.inputs(case)[:4], attention.scale(case)
-  monkeypatch.setattr(dispatch, 'resolve', lambda name: 'pallas_gpu')
-  api._without_gpu_kernel.cache_clear()
-  with pytest.raises(NotImplementedError, match='no kernel for GPUs'):
-    api.attention(*args, scale=scale, implementation='pallas')
-  want = reference.forward(*args, None, scale)
-  with caplog.at_level('INFO', logger=api.__name__):
-    for _ in range(2):
-      products.assert_bitwise(api.attention(*args, scale=scale), want)
-  assert caplog.messages == ['mla_attention on gpu: reference']

@@ -1,0 +1,96 @@
+"""Registers of a Hopper warpgroup, as wgmma has them, and its products.
+
+A tile is a matrix over the registers of a warpgroup; a row has a number for
+each of its rows, a column one for each of its columns. Layouts that are not
+said are searched for, slowly.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+
+plgpu = compat.mosaic_gpu
+
+ROWS = 64  # of one wgmma
+
+
+def tile(x):
+  """x as wgmma has its output."""
+  return plgpu.layout_cast(x, plgpu.Layout.WGMMA)
+
+
+def row(x):
+  """A number for each row of a tile."""
+  return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(1))
+
+
+def column(x):
+  """A number for each column of a tile."""
+  return plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(0))
+
+
+def from_rows(x, shape: tuple[int, int]):
+  """The number of its row for each of a tile."""
+  return tile(lax.broadcast_in_dim(x, shape, (0,)))
+
+
+def from_columns(x, shape: tuple[int, int]):
+  """The number of its column for each of a tile."""
+  return tile(lax.broadcast_in_dim(x, shape, (1,)))
+
+
+def iota(shape: tuple[int, int], dim: int):
+  return plgpu.broadcasted_iota(
+    jnp.int32, shape, dim, layout=plgpu.Layout.WGMMA
+  )
+
+
+def zeros(shape: tuple[int, int]):
+  return tile(jnp.zeros(shape, jnp.float32))
+
+
+def add(sums: tuple, pairs: tuple, staging=None) -> tuple:
+  """Each of `sums` and the product of its pair, all under way at once.
+
+  staging: memory for a left operand, of the interpreter alone, which knows
+  neither such operands in registers nor accumulators that begin with a value.
+  (The fence behind it hides where the caller's own is absent.)
+  """
+  if staging is not None:
+    return tuple(
+      tile(total + _staged_product(total.shape, *pair, staging))
+      for total, pair in zip(sums, pairs, strict=True)
+    )
+
+  def multiply(accumulators):
+    for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
+      plgpu.wgmma(accumulator, a, b)
+
+  begun = tuple(plgpu.ACC.init(x) for x in sums)
+  return tuple(tile(x) for x in pl.run_state(multiply)(begun))
+
+
+def _staged_product(shape, a, b, staging):
+  if isinstance(a, jax.Array):
+    memory = staging.at[:, pl.ds(0, a.shape[1])]
+    memory[...] = a
+    plgpu.commit_smem()
+    a = memory
+  return products(shape, [(a, b)])[0]
+
+
+def products(shape: tuple[int, int], *sums_of, then=lambda: None) -> list:
+  """f32; each is the sum of its pairs' products. `then` while they are done."""
+
+  def multiply(*accumulators):
+    for accumulator, pairs in zip(accumulators, sums_of, strict=True):
+      for a, b in pairs:
+        plgpu.wgmma(accumulator, a, b)
+    then()
+    return [accumulator[...] for accumulator in accumulators]
+
+  accumulators = [plgpu.ACC(shape, jnp.float32) for _ in sums_of]
+  return [tile(x) for x in pl.run_scoped(multiply, *accumulators)]
