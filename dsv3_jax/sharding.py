@@ -55,6 +55,9 @@ class ShardingRules:
 
 
 RULES = ShardingRules()
+# Of inference: heads and FFN width over `model`, whose devices have the same
+# tokens and add up what each makes of its part.
+TENSOR_RULES = ShardingRules(heads='model', ffn='model')
 _RULES = contextvars.ContextVar('rules', default=RULES)
 
 
@@ -216,6 +219,13 @@ def psum(x: Any, axes: MeshAxes) -> Any:
   """Sum of a tree of arrays over the devices along axes."""
   along = tuple(axis for axis in axes_of(axes) if size(axis) > 1)
   return jax.lax.psum(x, along) if along else x
+
+
+def add_up(x: jax.Array, axes: MeshAxes) -> jax.Array:
+  """Sum of each device's part of a product, in f32, rounded once."""
+  if size(axes) == 1:
+    return x
+  return psum(x.astype(jnp.float32), axes).astype(x.dtype)
 
 
 def pmax(x: jax.Array, axes: MeshAxes) -> jax.Array:
