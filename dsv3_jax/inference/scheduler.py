@@ -27,14 +27,16 @@ class Job:
 
   tokens: prompt and generated ones. most: how many there may be in the end.
   number: of its arrival. row: what of it is in the cache, None while it waits.
-  found: how many tokens of the prompt the cache had when it first began.
-  drafts: what may follow its tokens.
+  number: of its arrival. row: what of it is in the cache, None while it waits.
+  rank: whose cache that is. found: how many tokens of the prompt the cache had
+  when it first began. drafts: what may follow its tokens.
   """
 
   tokens: list[int]
   most: int
   number: int
   row: pages.Row | None = None
+  rank: int = 0
   found: int | None = None
   drafts: list[int] = dataclasses.field(default_factory=list)
 
@@ -56,6 +58,11 @@ class Step:
   counts: list[int]
   copies: list[pages.Copy]
 
+  @property
+  def is_new(self) -> bool:
+    """Its jobs have nothing in the cache."""
+    return all(map(_is_new, self.jobs))
+
 
 class Scheduler:
   """Jobs, waiting and running, and the pages that they have."""
@@ -72,8 +79,9 @@ class Scheduler:
     self.pool, self.max_rows, self.chunk = pool, max_rows, chunk
     self.ahead = ahead
     self.waiting: list[Job] = []
-    self.running: list[Job] = []
+    self.running: list[Job] = []  # in order of arrival
     self.preempted = 0
+    self._copies: list[pages.Copy] = []  # for jobs that have been let in
     self._numbers = itertools.count()
 
   @property
@@ -112,13 +120,19 @@ class Scheduler:
       job.row = None
 
   def prefill(self) -> Step | None:
+    """Lets jobs in while they find room; then `next_chunk`."""
+    while self.waiting and self.admit(self.waiting[0]):
+      self.waiting.pop(0)
+    return self.next_chunk()
+
+  def next_chunk(self) -> Step | None:
     """A chunk of the oldest job that is not ready to decode.
 
     Younger ones come along if theirs fit into the chunk too, all padded to the
     longest and to whole pages; jobs that have nothing in the cache, and those
     that have, not together.
     """
-    copies, jobs, counts = self._admit(), [], []
+    jobs, counts = [], []
     for job in self.running:
       if _decodes(job) or (jobs and _is_new(job) != _is_new(jobs[0])):
         continue
@@ -128,6 +142,7 @@ class Scheduler:
         break
       jobs.append(job)
       counts.append(count)
+    copies, self._copies = self._copies, []
     return Step(jobs, counts, copies) if jobs or copies else None
 
   def decode(self) -> Step | None:
@@ -152,22 +167,21 @@ class Scheduler:
     """Says that `count` more of its tokens are in the cache."""
     self.pool.written(job.row, job.tokens[: job.row.length + count])
 
-  def _admit(self) -> list[pages.Copy]:
-    """Lets jobs in while there are rows, and pages for all they have so far."""
-    copies = []
-    while self.waiting and len(self.running) < self.max_rows:
-      job = self.waiting[0]
-      row = self.pool.begin(job.tokens)
-      try:
-        copies += self.pool.extend(row, self._places(job))
-      except pages.OutOfPages:
-        self.pool.release(row)
-        break
-      job.row = row
-      if job.found is None:
-        job.found = row.length
-      self.running.append(self.waiting.pop(0))
-    return copies
+  def admit(self, job: Job) -> bool:
+    """Lets a job in if it finds a row, and pages for all it has so far."""
+    if len(self.running) == self.max_rows:
+      return False
+    row = self.pool.begin(job.tokens)
+    try:
+      self._copies += self.pool.extend(row, self._places(job))
+    except pages.OutOfPages:
+      self.pool.release(row)
+      return False
+    job.row = row
+    if job.found is None:
+      job.found = row.length
+    bisect.insort(self.running, job, key=_number)
+    return True
 
   def _places(self, job: Job) -> int:
     return min(len(job.tokens) + self.ahead, job.most)
@@ -176,8 +190,12 @@ class Scheduler:
     self.running.remove(job)
     self.pool.release(job.row)
     job.row, job.drafts = None, []
-    bisect.insort(self.waiting, job, key=lambda other: other.number)
+    bisect.insort(self.waiting, job, key=_number)
     self.preempted += 1
+
+
+def _number(job: Job) -> int:
+  return job.number
 
 
 def _is_new(job: Job) -> bool:
