@@ -131,6 +131,23 @@ def without_pipe(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
   return jax.sharding.Mesh(grid, AXES, axis_types=mesh.axis_types)
 
 
+def place(specs: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Where arrays of these partitions, a tree, are."""
+  is_spec = lambda x: isinstance(x, Spec)
+
+  def one(spec):
+    # Spelt as JAX spells what a step returns, or the second would compile anew.
+    real = lambda axes: tuple(
+      axis for axis in axes_of(axes) if mesh.shape[axis] > 1
+    )
+    parts = [real(axes) or None for axes in spec]
+    while parts and parts[-1] is None:
+      parts.pop()
+    return jax.sharding.NamedSharding(mesh, Spec(*parts))
+
+  return jax.tree.map(one, specs, is_leaf=is_spec)
+
+
 def mapped(
   function: Callable,
   mesh: jax.sharding.Mesh,

@@ -7,6 +7,7 @@ a few sizes, each compiled once.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from dsv3_jax import config, errors
-from dsv3_jax.inference import pages, sampling, scheduler, steps
+from dsv3_jax.inference import pages, ranks, sampling, scheduler, steps
 from pallas_kernels.mla_decode import api as mla_decode
 
 PAGE = mla_decode.PAGE  # tokens; also the least of a prefill
@@ -99,12 +100,17 @@ class Session:
     """Args:
     num_pages: of the cache. max_rows: requests that run at a time; others
       wait. chunk: most tokens of a prefill. least_pages: to which the block
-      tables of rows are rounded up; least_rows: likewise, when decoding.
+      tables of rows are rounded up; least_rows: likewise, when decoding. On a
+      mesh, all numbers are those of each rank.
     """
-    self.steps, self.pool = made, pages.Pool(num_pages, PAGE)
+    self.steps = made
     # Drafts, and as many again by the module's own hidden states.
     ahead = 2 * made.num_drafts
-    self.scheduler = scheduler.Scheduler(self.pool, max_rows, chunk, ahead)
+    each = [
+      scheduler.Scheduler(pages.Pool(num_pages, PAGE), max_rows, chunk, ahead)
+      for _ in range(made.num_ranks)
+    ]
+    self.scheduler, self.pool = ranks.Ranks(each), each[0].pool
     self._least_pages, self._least_rows = least_pages, least_rows
     self._caches = made.empty_caches(num_pages, PAGE)
     self._requests: dict[scheduler.Job, Request] = {}
@@ -164,14 +170,16 @@ class Session:
 
   def prefill(self) -> list[Told]:
     """The prefill of a step alone."""
-    found = self.scheduler.prefill()
-    if found is None:
-      return []
-    fresh = all(job.row.length == 0 for job in found.jobs)
-    run = self.steps.prefill if fresh else self.steps.extend
-    longest = max(found.counts, default=0)
-    made = self._run(found, run, PAGE * _round_up(-(-longest // PAGE)))
     told = []
+    for found in self.scheduler.prefill():
+      told += self._prefill(found)
+    return told
+
+  def _prefill(self, found: scheduler.Step) -> list[Told]:
+    """Of rows that begin, or of rows that go on."""
+    run = self.steps.prefill if found.is_new else self.steps.extend
+    longest, told = max(found.counts, default=0), []
+    made = self._run(found, run, PAGE * _round_up(-(-longest // PAGE)))
     for b, (job, count) in enumerate(_pairs(found)):
       is_end = job.missing == count
       self.scheduler.done(job, count)
@@ -201,15 +209,19 @@ class Session:
   def _run(
     self, found: scheduler.Step, run, width: int = 0
   ) -> steps.Made | None:
-    """Args: width: tokens of a row; 0: those of a decode step."""
+    """What is made of the jobs, in their order.
+
+    Args:
+      width: tokens of a row; 0: those of a decode step.
+    """
     self._caches = self.steps.copy(found.copies, self._caches)
     if not found.jobs:
       return None
-    rows, draws = self._arrays(found, width)
+    places, rows, draws = self._arrays(found, width)
     made, self._caches = run(rows, self._caches, draws)
     if all(job.missing > count for job, count in _pairs(found)):
       return None  # there is nothing to wait for
-    return steps.Made(*(x.tolist() for x in jax.device_get(made)))
+    return steps.Made(*(x[places].tolist() for x in jax.device_get(made)))
 
   def _add(self, job: scheduler.Job, made: steps.Made, b: int) -> list[Told]:
     """New tokens of a job, none behind its last."""
@@ -228,11 +240,14 @@ class Session:
       self._end(told.request)
 
   def _arrays(self, found: scheduler.Step, width: int):
-    """What the compiled step takes, rounded up to sizes that it knows."""
-    count, ahead = len(found.jobs), self.steps.num_drafts
+    """What the compiled step takes, rounded up to sizes that it knows.
+
+    First comes where in it each job is.
+    """
+    ahead, least = self.steps.num_drafts, 1
     if not width:
-      width, count = 1 + ahead, max(count, self._least_rows)
-    count = _round_up(count)
+      width, least = 1 + ahead, self._least_rows
+    places, count = self._places(found.jobs, least)
     tokens_BT = np.zeros((count, width), np.int32)
     index_BT = np.full((count, width), -1, np.int32)
     last_B, after_B = np.zeros((2, count), np.int32)
@@ -244,7 +259,7 @@ class Session:
     keys_B2 = np.zeros((count, 2), np.uint32)
     temperature_B, top_p_B = np.zeros((2, count), np.float32)
     top_k_B = np.zeros(count, np.int32)
-    for b, (job, end) in enumerate(zip(found.jobs, ends, strict=True)):
+    for b, job, end in zip(places, found.jobs, ends, strict=True):
       start, n = job.row.length, end - job.row.length
       tokens_BT[b, :n] = (job.tokens[start:end] + job.drafts)[:n]
       index_BT[b, :n] = range(start, end)
@@ -257,7 +272,18 @@ class Session:
       temperature_B[b], top_p_B[b] = draw.temperature, draw.top_p
       top_k_B[b] = draw.top_k
     rows = steps.Rows(tokens_BT, index_BT, last_B, after_B, table_Bb)
-    return rows, sampling.Draws(keys_B2, temperature_B, top_k_B, top_p_B)
+    draws = sampling.Draws(keys_B2, temperature_B, top_k_B, top_p_B)
+    return places, rows, draws
+
+  def _places(
+    self, jobs: list[scheduler.Job], least: int
+  ) -> tuple[list[int], int]:
+    """A row for each job, among as many for every rank, and how many in all."""
+    ranks_of = [job.rank for job in jobs]
+    each = _round_up(max(least, *map(ranks_of.count, ranks_of)))
+    numbers = [itertools.count(r * each) for r in range(self.steps.num_ranks)]
+    places = [next(numbers[rank]) for rank in ranks_of]
+    return places, each * self.steps.num_ranks
 
   def _end(self, request: Request) -> None:
     request.done = True

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from dsv3_jax import config, errors
 from dsv3_jax.inference import batching, steps
@@ -38,18 +39,18 @@ class Generation:
 
 
 class Engine:
-  """Generates from parameters and router biases on one device."""
+  """Generates from parameters and router biases, on one device or a mesh."""
 
   def __init__(
     self,
     cfg: config.Config,
     params: dict,
     router: model.Router,
-    num_drafts: int = 0,
+    **how: Any,
   ):
     """As `steps.Steps`."""
     self.cfg = cfg
-    self.steps = steps.Steps(cfg, params, router, num_drafts)
+    self.steps = steps.Steps(cfg, params, router, **how)
 
   def generate(
     self,
@@ -74,12 +75,13 @@ class Engine:
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     each = [-(-length // batching.PAGE) for length in lengths]
     start = time.perf_counter()
+    rows = -(-len(prompts) // self.steps.num_ranks)  # of each rank
     session = batching.Session(
       self.steps,
-      num_pages=sum(each),
-      max_rows=len(prompts),
+      num_pages=sum(sorted(each)[-rows:]),
+      max_rows=rows,
       least_pages=max(each),
-      least_rows=len(prompts),
+      least_rows=rows,
     )
     draw = functools.partial(
       batching.Draw,

@@ -27,7 +27,6 @@ class Job:
 
   tokens: prompt and generated ones. most: how many there may be in the end.
   number: of its arrival. row: what of it is in the cache, None while it waits.
-  number: of its arrival. row: what of it is in the cache, None while it waits.
   rank: whose cache that is. found: how many tokens of the prompt the cache had
   when it first began. drafts: what may follow its tokens.
   """

@@ -36,7 +36,7 @@ class Telemetry(registry.Collector):
     for name, about in _COUNTERS.items():
       count = model.counts[name]
       yield core.CounterMetricFamily(f'dsv3_{name}', about, value=count)
-    scheduler, pool = model.session.scheduler, model.session.pool
+    scheduler = model.session.scheduler
     yield core.CounterMetricFamily(
       'dsv3_preempted',
       'Times that a request had to give its pages back.',
@@ -53,8 +53,11 @@ class Telemetry(registry.Collector):
     gauges = {
       'running_requests': ('Requests that have a row.', model.running),
       'waiting_requests': ('Requests that have none yet.', model.waiting),
-      'pages_in_use': ('Pages of the cache that rows have.', pool.in_use),
-      'pages': ('Pages of the cache.', pool.count),
+      'pages_in_use': (
+        'Pages of the cache that rows have.',
+        scheduler.pages_in_use,
+      ),
+      'pages': ('Pages of the cache.', scheduler.num_pages),
     }
     for name, (about, value) in gauges.items():
       yield core.GaugeMetricFamily(f'dsv3_{name}', about, value=value)
