@@ -10,6 +10,13 @@ from absl import flags
 
 from dsv3_jax import errors
 
+_AXES = {  # of a mesh
+  'data': 'requests alone',
+  'node': 'requests and experts, by whole groups of experts',
+  'expert': 'requests and experts',
+  'model': 'heads and the width of FFNs',
+}
+
 
 def checkpoint_flags(values: flags.FlagValues) -> None:
   """Which weights."""
@@ -21,12 +28,16 @@ def checkpoint_flags(values: flags.FlagValues) -> None:
 
 def load(values: flags.FlagValues, dtype: str = 'float32', **how: Any) -> Any:
   """The model that `checkpoint_flags` name; see `dsv3_jax.load`."""
-  if not values.checkpoint:
-    raise errors.InputError('--checkpoint=DIR is missing')
+  _check_checkpoint(values)
   import dsv3_jax
 
   how |= {'step': values.step, 'ema': values.ema}
   return dsv3_jax.load(values.checkpoint, dtype, **how)
+
+
+def _check_checkpoint(values: flags.FlagValues) -> None:
+  if not values.checkpoint:
+    raise errors.InputError('--checkpoint=DIR is missing')
 
 
 def _engine_flags(values: flags.FlagValues) -> None:
@@ -35,11 +46,39 @@ def _engine_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     'num_drafts', 0, 'Tokens that the MTP module drafts a step.', **add
   )
+  for axis, cut in _AXES.items():
+    name, about = f'parallel.{axis}', f'Devices over which it cuts {cut}.'
+    flags.DEFINE_integer(name, 1, about, **add)
+  flags.DEFINE_integer(
+    'redundant_experts', 0, 'Slots for copies of busy experts.', **add
+  )
+  flags.DEFINE_integer(
+    'rebalance_every',
+    0,
+    'Steps until experts are placed anew; 0: never.',
+    **add,
+  )
 
 
 def _load(values: flags.FlagValues) -> Any:
   """As `load`, for generation."""
-  return load(values, values.dtype, num_drafts=values.num_drafts)
+  _check_checkpoint(values)
+  sizes = {axis: values[f'parallel.{axis}'].value for axis in _AXES}
+  for axis, size in sizes.items():
+    if size < 1:
+      raise errors.InputError(f'parallel.{axis}={size} must be >= 1')
+  redundant, every = values.redundant_experts, values.rebalance_every
+  for name in ('redundant_experts', 'rebalance_every'):
+    if values[name].value < 0:
+      raise errors.InputError(f'{name}={values[name].value} must be >= 0')
+  from dsv3_jax.inference import balancer, layout
+
+  how: dict[str, Any] = {'num_drafts': values.num_drafts}
+  if any(size > 1 for size in sizes.values()):
+    how['mesh'] = layout.make_mesh(**sizes)
+  if redundant or every:
+    how['plan'] = balancer.Plan(redundant=redundant, every=every)
+  return load(values, values.dtype, **how)
 
 
 def _draw_flags(values: flags.FlagValues) -> None:
@@ -102,6 +141,9 @@ def generate(values: flags.FlagValues) -> None:
   if values.num_drafts:
     speed['acceptance'] = made.counts.acceptance
     speed['tokens_per_step'] = made.counts.tokens_per_step
+  balancer = loaded.engine.steps.balancer
+  if balancer is not None and balancer.balancedness is not None:
+    speed['balancedness'] = balancer.balancedness[0]
   as_json = values.json or values.prompts
   for prompt, row in zip(prompts, made.tokens, strict=True):
     text = loaded.tokenizer.decode(row, skip_special=True)
@@ -179,11 +221,16 @@ def define_serve(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.', **add)
   flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any.', **add)
   flags.DEFINE_string('name', '', 'Of the model; default: its folder.', **add)
-  flags.DEFINE_integer('max_rows', 16, 'Requests that run at a time.', **add)
+  flags.DEFINE_integer(
+    'max_rows', 16, 'Requests that run at a time, on each rank.', **add
+  )
   flags.DEFINE_integer('max_waiting', 256, 'Requests that wait.', **add)
   flags.DEFINE_integer('max_tokens', 4096, 'Of an answer at most.', **add)
   flags.DEFINE_integer(
-    'cache_tokens', 0, 'Places of the cache; 0: two rows of full length.', **add
+    'cache_tokens',
+    0,
+    'Places of the cache of each rank; 0: two full rows.',
+    **add,
   )
   _engine_flags(values)
 

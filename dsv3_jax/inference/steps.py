@@ -21,8 +21,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dsv3_jax import config, errors
-from dsv3_jax.inference import balancer, pages, sampling
+from dsv3_jax.inference import balancer as balancers
 from dsv3_jax.inference import layout as layouts
+from dsv3_jax.inference import pages, sampling
 from dsv3_jax.nn import attention, model
 
 
@@ -58,6 +59,7 @@ class Steps:
   """
 
   num_ranks = 1
+  balancer: balancers.Balancer | None = None
 
   def __init__(
     self,
@@ -66,7 +68,7 @@ class Steps:
     router: model.Router,
     num_drafts: int = 0,
     mesh: jax.sharding.Mesh | None = None,
-    plan: balancer.Plan | None = None,
+    plan: balancers.Plan | None = None,
   ):
     """Args:
       num_drafts: tokens that the first MTP module drafts in a step.
@@ -86,11 +88,11 @@ class Steps:
     params = jax.tree_util.tree_map_with_path(cast, params)
     params = self.layout.place(params, self.layout.params)
     self.router = self.layout.place(router, layouts.WHOLE)
-    self._variables, self.balancer = {'params': params}, None
+    self._plain = {'params': params}
     specs = {'params': self.layout.params}
     if plan is not None:
-      self.balancer = balancer.Balancer(cfg, self.layout, plan, params)
-      specs['copies'] = layouts.WHOLE
+      self.balancer = balancers.Balancer(cfg, self.layout, plan, params)
+      self._plain, specs['copies'] = {}, layouts.WHOLE
     naive, absorbed = model.build(cfg), model.build(cfg, absorbed=True)
     first = _Forward(naive, absorbed, num_drafts)
     later = _Forward(absorbed, absorbed, num_drafts)
@@ -108,6 +110,15 @@ class Steps:
     self._copy = self.layout.jit(
       _copy, (rows, rows, cached), cached, donate_argnums=2
     )
+
+  @property
+  def variables(self) -> dict:
+    """What the model takes: parameters and, with a balancer, copies."""
+    return self._plain if self.balancer is None else self.balancer.variables
+
+  @property
+  def params(self) -> dict:
+    return self.variables['params']
 
   def empty_caches(self, count: int, size: int) -> model.Caches:
     """`count` pages of `size` tokens, for each rank."""
@@ -159,10 +170,8 @@ class Steps:
 
   def _run(self, run, rows, caches, draws) -> tuple[Made, model.Caches]:
     """A compiled step; the balancer hears of the load."""
-    variables, load_RLE = self._variables, None
-    if self.balancer is not None:
-      variables, load_RLE = self.balancer.variables, self.balancer.load_RLE
-    args = (variables, self.router, rows, caches, draws, load_RLE)
+    load_RLE = None if self.balancer is None else self.balancer.load_RLE
+    args = (self.variables, self.router, rows, caches, draws, load_RLE)
     made, caches, load_RLE = run(*args)
     if self.balancer is not None:
       self.balancer.took_step(load_RLE)
