@@ -142,7 +142,10 @@ def check(cfg: config.ModelConfig, layout: layouts.Layout, plan: Plan) -> None:
     InputError: they cannot, numbers are negative, or there are no experts.
   """
   spare, holders = plan.redundant, layout.num_holders
-  for name, value in (('redundant_experts', spare), ('every', plan.every)):
+  for name, value in (
+    ('redundant_experts', spare),
+    ('rebalance_every', plan.every),
+  ):
     if value < 0:
       raise errors.InputError(f'{name}={value} must be >= 0')
   if not cfg.num_moe_layers:
