@@ -50,6 +50,12 @@ def command(name, trained, *args):
     (['serve', '--checkpoint=x', '--max_rows=0'], 'max_rows=0 must be >= 1'),
     (['serve', '--checkpoint=x', '--port=99999'], 'port=99999 must be in'),
     (['serve', '--checkpoint=x', '--cache_tokens=-1'], 'cache_tokens=-1 must'),
+    (['serve', '--checkpoint=x', '--parallel.data=9'], 'need 9 devices, 8 are'),
+    (['chat', '--checkpoint=x', '--parallel.model=0'], 'parallel.model=0 must'),
+    (
+      ['generate', '--checkpoint=x', '--rebalance_every=-1'],
+      'every=-1 must be',
+    ),
   ],
 )
 def test_bad_input_is_one_line(capsys, args, said):
@@ -88,6 +94,31 @@ def test_prompts_of_a_file(trained, tmp_path, capsys):
   drafted = json.loads(capsys.readouterr().out)
   assert drafted['text'] == rows[1]['text'] and 'acceptance' not in rows[1]
   assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_same_text(trained, capsys):
+  args = [f'--checkpoint={trained}', '--max_new_tokens=6', '--temperature=0']
+  args += ['--json', '--prompt=import ', '--prompt=def f(', '--prompt=x']
+  mesh = ['--parallel.data=2', '--parallel.expert=2', '--parallel.model=2']
+  mesh += ['--redundant_experts=4', '--rebalance_every=3']
+  told = []
+  for more in ([], mesh):
+    assert cli.main(['generate', *args, *more]) == 0
+    told.append(list(map(json.loads, capsys.readouterr().out.splitlines())))
+  texts = [[row['text'] for row in rows] for rows in told]
+  assert texts[0] == texts[1]
+  assert 'balancedness' not in told[0][0]
+  assert 0.5 <= told[1][0]['balancedness'] <= 1
+
+
+def test_a_mesh_that_the_model_does_not_fit_is_one_line(trained, capsys):
+  args = ['generate', f'--checkpoint={trained}']
+  assert cli.main([*args, '--parallel.expert=3']) == 2
+  assert '= 3 must divide model.moe.num_experts=' in capsys.readouterr().err
+  args += ['--parallel.expert=2', '--redundant_experts=3']
+  assert cli.main(args) == 2
+  assert '= 2 slots: 2 or 4' in capsys.readouterr().err
 
 
 @pytest.mark.slow

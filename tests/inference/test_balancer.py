@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import errors
-from dsv3_jax.inference import balancer, layout, steps
+from dsv3_jax.inference import balancer, layout, steps, telemetry, worker
 from tests import settings
 from tests.inference import meshes
 
@@ -76,7 +76,6 @@ def test_the_load_is_spread_better_than_before():
     made.balancer.rebalance()
     told.append(made.balancer.balancedness)
   (before, hoped), (after, _) = told
-  print(told)
   assert before + 0.1 < hoped
   assert after == hoped  # the same load, placed for
   assert made.balancer.rebalanced == 2
@@ -92,9 +91,17 @@ def test_requests_get_the_same_tokens_while_experts_move():
   assert meshes.traffic(made)[1] == meshes.expected()
   known, often = meshes.compiled(made), made.balancer.rebalanced
   assert often > 5
-  assert meshes.traffic(made)[1] == meshes.expected()
+  session, tokens = meshes.traffic(made)
+  assert tokens == meshes.expected()
   assert made.balancer.rebalanced > often
   assert meshes.compiled(made) == known
+  model = worker.Worker(session, 1)
+  told = telemetry.Telemetry(model).text().decode()
+  model.close()
+  lines = dict(line.split() for line in told.splitlines() if line[0] != '#')
+  assert float(lines['dsv3_rebalanced_total']) == made.balancer.rebalanced
+  assert 0.25 < float(lines['dsv3_expert_balancedness']) <= 1
+  assert float(lines['dsv3_pages']) == 28
 
 
 def check_slots(slots, told, experts):
