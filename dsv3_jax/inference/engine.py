@@ -72,17 +72,8 @@ class Engine:
     if max_new_tokens < 1:
       raise errors.InputError(f'max_new_tokens={max_new_tokens} must be >= 1')
     check_prompts(self.cfg.model, prompts, max_new_tokens)
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    each = [-(-length // batching.PAGE) for length in lengths]
     start = time.perf_counter()
-    rows = -(-len(prompts) // self.steps.num_ranks)  # of each rank
-    session = batching.Session(
-      self.steps,
-      num_pages=sum(sorted(each)[-rows:]),
-      max_rows=rows,
-      least_pages=max(each),
-      least_rows=rows,
-    )
+    session = self._session([len(p) + max_new_tokens for p in prompts])
     draw = functools.partial(
       batching.Draw,
       temperature=temperature,
@@ -111,6 +102,18 @@ class Engine:
       decode_seconds=time.perf_counter() - begun,
       decoded=decoded,
       counts=session.decoded,
+    )
+
+  def _session(self, lengths: Sequence[int]) -> batching.Session:
+    """With room for rows of these lengths, whichever go to a rank together."""
+    each = sorted(-(-length // batching.PAGE) for length in lengths)
+    rows = -(-len(lengths) // self.steps.num_ranks)  # of each rank
+    return batching.Session(
+      self.steps,
+      num_pages=sum(each[-rows:]),
+      max_rows=rows,
+      least_pages=each[-1],
+      least_rows=rows,
     )
 
 

@@ -7,6 +7,7 @@ have the same rows and the same latents. A step is one mapped program, as in
 training; without a mesh it is the plain one.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,18 +39,20 @@ def make_mesh(
 
 
 class Layout:
-  """A model on a mesh, or on one device."""
+  """A model on a mesh, or on one device.
+
+  params: a partition for each parameter. num_ranks: devices, or groups of them
+  along `model`, with rows of their own. num_holders: likewise, with experts.
+  """
 
   def __init__(self, cfg: config.Config, mesh: jax.sharding.Mesh | None):
     """Raises InputError where an axis does not divide what it cuts."""
     self.mesh = mesh
     self.sizes = dict.fromkeys(sharding.AXES, 1) if mesh is None else mesh.shape
     config_rules.check_inference(cfg.model, self.sizes)
-    self.num_ranks, self.num_holders = 1, 1  # of rows, of experts
-    for axis in sharding.BATCH_AXES:
-      self.num_ranks *= self.sizes[axis]
-    for axis in sharding.EXPERT_AXES:
-      self.num_holders *= self.sizes[axis]
+    count = lambda axes: math.prod(self.sizes[axis] for axis in axes)
+    self.num_ranks = count(sharding.BATCH_AXES)
+    self.num_holders = count(sharding.EXPERT_AXES)
     self.params = model.param_specs(model.build(cfg), RULES, self.sizes)
 
   def place(self, tree: Any, specs: Any) -> Any:

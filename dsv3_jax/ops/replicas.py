@@ -42,13 +42,16 @@ def choose(
 ) -> Int[Array, 'M K']:
   """A slot for every assignment; the number of slots, which is none, if void.
 
-  Tokens in a row on a device take the copies in turn, each device beginning
-  with another.
+  The tokens of an expert on a device take its copies in turn, each device
+  beginning with another.
   """
-  turn_M = jnp.arange(len(ids_MK)) + _home()
-  number_MK = turn_M[:, None] % copies.count_E[ids_MK]
-  slots_MK = copies.slots_Er[ids_MK, number_MK]
-  return jnp.where(valid_M[:, None] > 0, slots_MK, copies.num_slots)
+  valid_M1 = valid_M[:, None] > 0
+  hot_MKE = ids_MK[:, :, None] == jnp.arange(len(copies.count_E))
+  hot_ME = jnp.any(hot_MKE, axis=1) & valid_M1
+  before_ME = jnp.cumsum(hot_ME, axis=0, dtype=jnp.int32) - hot_ME
+  turn_MK = jnp.take_along_axis(before_ME, ids_MK, axis=1) + _home()
+  slots_MK = copies.slots_Er[ids_MK, turn_MK % copies.count_E[ids_MK]]
+  return jnp.where(valid_M1, slots_MK, copies.num_slots)
 
 
 def _home() -> Int[Array, ''] | int:
