@@ -91,7 +91,9 @@ class Ranks:
       rows = len(one.running) - one.pool.known(job.tokens)
       return rows, -one.pool.available
 
-    for rank in sorted(range(len(self.each)), key=cost):
+    pairs = enumerate(self.each)
+    free = [r for r, one in pairs if len(one.running) < one.max_rows]
+    for rank in sorted(free, key=cost):
       if self.each[rank].admit(job):
         job.rank = rank
         return True
