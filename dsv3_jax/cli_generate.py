@@ -71,6 +71,11 @@ def _load(values: flags.FlagValues) -> Any:
   for name in ('redundant_experts', 'rebalance_every'):
     if values[name].value < 0:
       raise errors.InputError(f'{name}={values[name].value} must be >= 0')
+  if redundant and not every:
+    raise errors.InputError(
+      f'redundant_experts={redundant} needs rebalance_every: which experts are '
+      'busy is not known before they run'
+    )
   from dsv3_jax.inference import balancer, layout
 
   how: dict[str, Any] = {'num_drafts': values.num_drafts}

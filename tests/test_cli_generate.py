@@ -51,6 +51,7 @@ def command(name, trained, *args):
     (['serve', '--checkpoint=x', '--port=99999'], 'port=99999 must be in'),
     (['serve', '--checkpoint=x', '--cache_tokens=-1'], 'cache_tokens=-1 must'),
     (['serve', '--checkpoint=x', '--parallel.data=9'], 'need 9 devices, 8 are'),
+    (['chat', '--checkpoint=x', '--redundant_experts=4'], 'needs rebalance_ev'),
     (['chat', '--checkpoint=x', '--parallel.model=0'], 'parallel.model=0 must'),
     (
       ['generate', '--checkpoint=x', '--rebalance_every=-1'],
@@ -117,7 +118,7 @@ def test_a_mesh_that_the_model_does_not_fit_is_one_line(trained, capsys):
   assert cli.main([*args, '--parallel.expert=3']) == 2
   assert '= 3 must divide model.moe.num_experts=' in capsys.readouterr().err
   args += ['--parallel.expert=2', '--redundant_experts=3']
-  assert cli.main(args) == 2
+  assert cli.main([*args, '--rebalance_every=9']) == 2
   assert '= 2 slots: 2 or 4' in capsys.readouterr().err
 
 
