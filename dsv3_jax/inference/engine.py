@@ -46,11 +46,12 @@ class Engine:
     cfg: config.Config,
     params: dict,
     router: model.Router,
+    *args: Any,
     **how: Any,
   ):
     """As `steps.Steps`."""
     self.cfg = cfg
-    self.steps = steps.Steps(cfg, params, router, **how)
+    self.steps = steps.Steps(cfg, params, router, *args, **how)
 
   def generate(
     self,
