@@ -45,9 +45,18 @@ class Layout:
   along `model`, with rows of their own. num_holders: likewise, with experts.
   """
 
-  def __init__(self, cfg: config.Config, mesh: jax.sharding.Mesh | None):
-    """Raises InputError where an axis does not divide what it cuts."""
-    self.mesh = mesh
+  def __init__(
+    self,
+    cfg: config.Config,
+    mesh: jax.sharding.Mesh | None,
+    home: jax.sharding.Sharding | None = None,
+  ):
+    """Args: home: without a mesh, where all is.
+
+    Raises:
+      InputError: an axis does not divide what it cuts.
+    """
+    self.mesh, self._home = mesh, home
     self.sizes = dict.fromkeys(sharding.AXES, 1) if mesh is None else mesh.shape
     config_rules.check_inference(cfg.model, self.sizes)
     count = lambda axes: math.prod(self.sizes[axis] for axis in axes)
@@ -57,9 +66,12 @@ class Layout:
 
   def place(self, tree: Any, specs: Any) -> Any:
     """Arrays where they belong; what is there stays as it is."""
-    if self.mesh is None:
-      return tree
-    return jax.device_put(tree, sharding.place(specs, self.mesh))
+    # Bound to its place even if there is no other: what steps return is, and
+    # a step would be compiled once more for what is not.
+    where = self._home
+    if self.mesh is not None:
+      where = sharding.place(specs, self.mesh)
+    return jax.device_put(tree, where)
 
   def jit(
     self,
@@ -82,5 +94,5 @@ class Layout:
   def zeros(self, make: Callable[[], Any], spec: Spec) -> Any:
     """What `make` makes of nothing, each device its part of it."""
     if self.mesh is None:
-      return make()
+      return self.place(make(), spec)
     return jax.jit(make, out_shardings=sharding.place(spec, self.mesh))()

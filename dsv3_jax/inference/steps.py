@@ -80,12 +80,13 @@ class Steps:
     """
     check_drafts(cfg.model, num_drafts)
     self.cfg, self.num_drafts = cfg, num_drafts
-    self.layout = layouts.Layout(cfg, mesh)
-    self.num_ranks = self.layout.num_ranks
     self.dtype = model.compute_dtype(cfg)
     kept = lambda path: model.is_f32(path[-1].key)
     cast = lambda path, x: x if kept(path) else x.astype(self.dtype)
     params = jax.tree_util.tree_map_with_path(cast, params)
+    home = jax.tree.leaves(params)[0].sharding
+    self.layout = layouts.Layout(cfg, mesh, home)
+    self.num_ranks = self.layout.num_ranks
     params = self.layout.place(params, self.layout.params)
     self.router = self.layout.place(router, layouts.WHOLE)
     self._plain = {'params': params}

@@ -19,7 +19,7 @@ CHANGES = {
   'model__moe__d_ff': 8,
 }
 CONFIG = settings.small(**CHANGES)
-ROWS, SIZE, LENGTH = 8, 16, 12
+ROWS, LENGTH = 8, 12
 
 
 @functools.cache
@@ -65,7 +65,7 @@ class Passes:
     vocab = self.cfg.model.vocab_size
     tokens_BT = rng.integers(0, vocab, (ROWS, LENGTH + 1)).astype(np.int32)
     table_Bb = np.tile(np.arange(ROWS // ranks)[:, None], (ranks, 1))
-    args = (self.cfg.model, ROWS, SIZE, jnp.float32)
+    args = (self.cfg.model, ROWS, batching.PAGE, jnp.float32)
     make = functools.partial(steps.empty_caches, *args, drafting=False)
     caches = self.place.zeros(make, layout.PAGES)
     tokens = (tokens_BT, table_Bb.astype(np.int32))
