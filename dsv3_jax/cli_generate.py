@@ -11,6 +11,12 @@ from absl import flags
 from dsv3_jax import errors
 
 _TOKENS = 128
+_AXES = {  # of a mesh
+  'data': 'requests alone',
+  'node': 'requests and experts, by whole groups of experts',
+  'expert': 'requests and experts',
+  'model': 'heads and the width of FFNs',
+}
 
 
 def checkpoint_flags(values: flags.FlagValues) -> None:
@@ -36,6 +42,18 @@ def _engine_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     'num_drafts', 0, 'Tokens that the MTP module drafts a step.', **add
   )
+  for axis, cut in _AXES.items():
+    name, about = f'parallel.{axis}', f'Devices over which it cuts {cut}.'
+    flags.DEFINE_integer(name, 1, about, **add)
+  flags.DEFINE_integer(
+    'redundant_experts', 0, 'Slots for copies of busy experts.', **add
+  )
+  flags.DEFINE_integer(
+    'rebalance_every',
+    0,
+    'Steps until experts are placed anew; 0: never.',
+    **add,
+  )
 
 
 def _sharing_flags(values: flags.FlagValues) -> None:
@@ -45,7 +63,27 @@ def _sharing_flags(values: flags.FlagValues) -> None:
 
 def _load(values: flags.FlagValues) -> Any:
   """As `load`, for generation."""
-  return load(values, values.dtype, num_drafts=values.num_drafts)
+  sizes = {axis: values[f'parallel.{axis}'].value for axis in _AXES}
+  for axis, size in sizes.items():
+    if size < 1:
+      raise errors.InputError(f'parallel.{axis}={size} must be >= 1')
+  redundant, every = values.redundant_experts, values.rebalance_every
+  for name in ('redundant_experts', 'rebalance_every'):
+    if values[name].value < 0:
+      raise errors.InputError(f'{name}={values[name].value} must be >= 0')
+  if redundant and not every:
+    raise errors.InputError(
+      f'redundant_experts={redundant} needs rebalance_every: which experts are '
+      'busy is not known before they run'
+    )
+  from dsv3_jax.inference import balancer, layout
+
+  how: dict[str, Any] = {'num_drafts': values.num_drafts}
+  if any(size > 1 for size in sizes.values()):
+    how['mesh'] = layout.make_mesh(**sizes)
+  if redundant or every:
+    how['plan'] = balancer.Plan(redundant=redundant, every=every)
+  return load(values, values.dtype, **how)
 
 
 def check_checkpoint(values: flags.FlagValues) -> None:
@@ -154,6 +192,9 @@ def generate(values: flags.FlagValues) -> None:
   if values.num_drafts:
     speed['acceptance'] = made.counts.acceptance
     speed['tokens_per_step'] = made.counts.tokens_per_step
+  balancer = loaded.engine.steps.balancer
+  if balancer is not None and balancer.balancedness is not None:
+    speed['balancedness'] = balancer.balancedness[0]
   as_json = values.json or values.prompts
   for prompt, row in zip(prompts, made.tokens, strict=True):
     text = loaded.tokenizer.decode(row, skip_special=True)
@@ -236,11 +277,16 @@ def define_serve(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.', **add)
   flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any.', **add)
   flags.DEFINE_string('name', '', 'Of the model; default: its folder.', **add)
-  flags.DEFINE_integer('max_rows', 16, 'Requests that run at a time.', **add)
+  flags.DEFINE_integer(
+    'max_rows', 16, 'Requests that run at a time, on each rank.', **add
+  )
   flags.DEFINE_integer('max_waiting', 256, 'Requests that wait.', **add)
   flags.DEFINE_integer('max_tokens', 4096, 'Of an answer at most.', **add)
   flags.DEFINE_integer(
-    'cache_tokens', 0, 'Places of the cache; 0: two rows of full length.', **add
+    'cache_tokens',
+    0,
+    'Places of the cache of each rank; 0: two full rows.',
+    **add,
   )
   flags.DEFINE_boolean('warm_up', True, 'Compile before it is ready.', **add)
   _engine_flags(values)

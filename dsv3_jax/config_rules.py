@@ -6,7 +6,7 @@ what to do. Rules are read in order, so that a later one may rely on an earlier.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dsv3_jax import errors, precision
@@ -82,6 +82,37 @@ def check(config: Any) -> None:
     for holds, message in group:
       if not holds:
         raise errors.InputError(message)
+
+
+def check_inference(model: Any, sizes: Mapping[str, int]) -> None:
+  """Raises InputError with the first axis of a mesh that a model does not fit.
+
+  Args:
+    model: a `ModelConfig`. sizes: devices along each axis.
+  """
+  for holds, message in _inference(model, sizes):
+    if not holds:
+      raise errors.InputError(message)
+
+
+def _inference(model: Any, sizes: Mapping[str, int]) -> Iterator[Rule]:
+  """Rules that tie a model alone to the mesh that it runs on."""
+  for axis in ('pipe', 'context'):
+    size = sizes[axis]
+    yield size == 1, f'parallel.{axis}={size} must be 1: inference has none'
+  moe, tensor = model.moe, sizes['model']
+  widths = {
+    'model.mla.num_heads': model.mla.num_heads,
+    'model.d_ff': model.d_ff,
+    'model.moe.d_ff': moe.d_ff,
+  }
+  for name, width in widths.items():
+    yield (
+      width % tensor == 0,
+      f'parallel.model={tensor} must divide {name}={width}, which it cuts: '
+      f'{_divisors(tensor, width)}',
+    )
+  yield from _experts(moe, sizes['node'], sizes['expert'])
 
 
 def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
@@ -252,7 +283,7 @@ def _parallel(config: Any) -> Iterator[Rule]:
   yield from _context(config)
   yield from _fsdp(config)
   yield from _deterministic(config)
-  shards, holders = p.data * p.node * p.expert, p.node * p.expert
+  shards = p.data * p.node * p.expert
   micro, windows = config.train.microbatch_size, config.eval.batch_size
   yield (
     micro % shards == 0,
@@ -266,12 +297,6 @@ def _parallel(config: Any) -> Iterator[Rule]:
     f'eval.batch_size={windows} must be a multiple of {devices} = '
     'parallel.pipe * parallel.data * parallel.node * parallel.expert: '
     f'{_multiples(windows, devices)}',
-  )
-  yield (
-    moe.num_experts % holders == 0,
-    f'parallel.node * parallel.expert = {holders} must divide '
-    f'model.moe.num_experts={moe.num_experts}: '
-    f'{_divisors(holders, moe.num_experts)}',
   )
   each = 2 if p.schedule in ('interleaved', 'dualpipev') else 1
   stages, layers = p.pipe * each, config.model.num_layers
@@ -287,11 +312,21 @@ def _parallel(config: Any) -> Iterator[Rule]:
     f'parallel.pipe={p.pipe} must divide model.vocab_size={vocab}, which it '
     f'cuts: {_divisors(p.pipe, vocab)}',
   )
+  yield from _experts(moe, p.node, p.expert)
+
+
+def _experts(moe: Any, nodes: int, each: int) -> Iterator[Rule]:
+  """Experts are spread evenly over nodes and the devices of each."""
+  holders, experts, groups = nodes * each, moe.num_experts, moe.num_groups
   yield (
-    moe.num_groups % p.node == 0,
-    f'parallel.node={p.node} must divide '
-    f'model.moe.num_groups={moe.num_groups}, so that a group is on one node: '
-    f'{_divisors(p.node, moe.num_groups)}',
+    experts % holders == 0,
+    f'parallel.node * parallel.expert = {holders} must divide '
+    f'model.moe.num_experts={experts}: {_divisors(holders, experts)}',
+  )
+  yield (
+    groups % nodes == 0,
+    f'parallel.node={nodes} must divide model.moe.num_groups={groups}, so that '
+    f'a group is on one node: {_divisors(nodes, groups)}',
   )
 
 

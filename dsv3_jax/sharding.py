@@ -55,6 +55,9 @@ class ShardingRules:
 
 
 RULES = ShardingRules()
+# Of inference: heads and FFN width over `model`, whose devices have the same
+# tokens and add up what each makes of its part.
+TENSOR_RULES = ShardingRules(heads='model', ffn='model')
 _RULES = contextvars.ContextVar('rules', default=RULES)
 
 
@@ -126,6 +129,23 @@ def without_pipe(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
   pipe, data, *rest = mesh.devices.shape
   grid = mesh.devices.reshape(1, pipe * data, *rest)
   return jax.sharding.Mesh(grid, AXES, axis_types=mesh.axis_types)
+
+
+def place(specs: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Where arrays of these partitions, a tree, are."""
+  is_spec = lambda x: isinstance(x, Spec)
+
+  def one(spec):
+    # Spelt as JAX spells what a step returns, or the second would compile anew.
+    real = lambda axes: tuple(
+      axis for axis in axes_of(axes) if mesh.shape[axis] > 1
+    )
+    parts = [real(axes) or None for axes in spec]
+    while parts and parts[-1] is None:
+      parts.pop()
+    return jax.sharding.NamedSharding(mesh, Spec(*parts))
+
+  return jax.tree.map(one, specs, is_leaf=is_spec)
 
 
 def mapped(
@@ -216,6 +236,13 @@ def psum(x: Any, axes: MeshAxes) -> Any:
   """Sum of a tree of arrays over the devices along axes."""
   along = tuple(axis for axis in axes_of(axes) if size(axis) > 1)
   return jax.lax.psum(x, along) if along else x
+
+
+def add_up(x: jax.Array, axes: MeshAxes) -> jax.Array:
+  """Sum of each device's part of a product, in f32, rounded once."""
+  if size(axes) == 1:
+    return x
+  return psum(x.astype(jnp.float32), axes).astype(x.dtype)
 
 
 def pmax(x: jax.Array, axes: MeshAxes) -> jax.Array:

@@ -97,7 +97,7 @@ class Trainer:
 
   def shardings(self) -> State:
     """Where each array of the state lives."""
-    return _place(self.specs(), self.mesh)
+    return sharding.place(self.specs(), self.mesh)
 
   def model_shardings(self) -> State:
     """Where each array of a state in the model's form lives, cut as much."""
@@ -110,11 +110,11 @@ class Trainer:
     masters = zero.masters(placed)
     opt = specs['opt']._replace(mean=masters, square=masters)
     specs |= {'params': masters, 'opt': opt}
-    return _place(specs, self.model_mesh)
+    return sharding.place(specs, self.model_mesh)
 
   def batch_sharding(self) -> jax.sharding.NamedSharding:
     """Of [micro-batch, B, T] arrays: rows are cut over the batch axes."""
-    return _place(_BATCH, self.mesh)
+    return sharding.place(_BATCH, self.mesh)
 
   def init(self, key: jax.Array) -> State:
     """A fresh state."""
@@ -171,22 +171,6 @@ class Trainer:
 
 def _jit(function: Callable, shardings: Any) -> Callable:
   return processes.in_step(jax.jit(function, out_shardings=shardings))
-
-
-def _place(specs: Any, mesh: jax.sharding.Mesh) -> Any:
-  is_spec = lambda x: isinstance(x, Spec)
-
-  def place(spec):
-    # Spelt as JAX spells what a step returns, or the second would compile anew.
-    real = lambda axes: tuple(
-      axis for axis in sharding.axes_of(axes) if mesh.shape[axis] > 1
-    )
-    parts = [real(axes) or None for axes in spec]
-    while parts and parts[-1] is None:
-      parts.pop()
-    return jax.sharding.NamedSharding(mesh, Spec(*parts))
-
-  return jax.tree.map(place, specs, is_leaf=is_spec)
 
 
 def _convert(change: Callable, state: State) -> State:

@@ -57,6 +57,13 @@ def command(name, trained, *args):
     (['chat', '--checkpoint=x', '--max_new_tokens=0'], 'max_new_tokens=0 must'),
     (['serve', '--checkpoint=x', '--step=-2'], 'step=-2 must be >= -1'),
     (['generate', '--checkpoint=x'], 'x/config.json'),
+    (['serve', '--checkpoint=x', '--parallel.data=9'], 'need 9 devices, 8 are'),
+    (['chat', '--checkpoint=x', '--redundant_experts=4'], 'needs rebalance_ev'),
+    (['chat', '--checkpoint=x', '--parallel.model=0'], 'parallel.model=0 must'),
+    (
+      ['generate', '--checkpoint=x', '--rebalance_every=-1'],
+      'every=-1 must be',
+    ),
   ],
 )
 def test_bad_input_is_one_line(capsys, args, said):
@@ -117,6 +124,31 @@ def test_without_a_number_as_many_tokens_as_fit(trained, capsys):
   args = [f'--checkpoint={trained}', '--temperature=0', '--json']
   assert cli.main(['generate', '--prompt=import ', *args]) == 0
   assert json.loads(capsys.readouterr().out)['text']
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_same_text(trained, capsys):
+  args = [f'--checkpoint={trained}', '--max_new_tokens=6', '--temperature=0']
+  args += ['--json', '--prompt=import ', '--prompt=def f(', '--prompt=x']
+  mesh = ['--parallel.data=2', '--parallel.expert=2', '--parallel.model=2']
+  mesh += ['--redundant_experts=4', '--rebalance_every=3']
+  told = []
+  for more in ([], mesh):
+    assert cli.main(['generate', *args, *more]) == 0
+    told.append(list(map(json.loads, capsys.readouterr().out.splitlines())))
+  texts = [[row['text'] for row in rows] for rows in told]
+  assert texts[0] == texts[1]
+  assert 'balancedness' not in told[0][0]
+  assert 0.5 <= told[1][0]['balancedness'] <= 1
+
+
+def test_a_mesh_that_the_model_does_not_fit_is_one_line(trained, capsys):
+  args = ['generate', f'--checkpoint={trained}']
+  assert cli.main([*args, '--parallel.expert=3']) == 2
+  assert '= 3 must divide model.moe.num_experts=' in capsys.readouterr().err
+  args += ['--parallel.expert=2', '--redundant_experts=3']
+  assert cli.main([*args, '--rebalance_every=9']) == 2
+  assert '= 2 slots: 2 or 4' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ a few sizes, each compiled once.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import jax
 import numpy as np
 
 from dsv3_jax import config, errors
-from dsv3_jax.inference import pages, sampling, scheduler, steps
+from dsv3_jax.inference import pages, ranks, sampling, scheduler, steps
 from pallas_kernels.mla_decode import api as mla_decode
 
 PAGE = mla_decode.PAGE  # tokens; also the least of a prefill
@@ -113,20 +114,25 @@ class Session:
     """Args:
     num_pages: of the cache. max_rows: requests that run at a time; others
       wait. chunk: most tokens of a prefill. least_pages: to which the block
-      tables of rows are rounded up; least_rows: likewise, when decoding.
+      tables of rows are rounded up; least_rows: likewise, when decoding. On a
+      mesh, these are the numbers of each rank.
       invariant: a request gets the same tokens, to the bit of what they are
       drawn from, whatever shares its steps. All steps have their largest size
       then, prefills one row: slow.
     """
-    self.steps, self.pool = made, pages.Pool(num_pages, PAGE)
+    self.steps = made
     # Drafts, and as many again by the module's own hidden states.
     ahead = 2 * made.num_drafts
-    self.scheduler = scheduler.Scheduler(
-      self.pool, max_rows, chunk, ahead, alike=invariant
-    )
+    each = [
+      scheduler.Scheduler(
+        pages.Pool(num_pages, PAGE), max_rows, chunk, ahead, alike=invariant
+      )
+      for _ in range(made.num_ranks)
+    ]
+    self.scheduler, self.pool = ranks.Ranks(each), each[0].pool
     self.invariant = invariant
     if invariant:  # all steps are of one size, which others must not change
-      least_pages = least_rows = 1
+      least_pages, least_rows = 1, max_rows
     self.least_pages, self._least_rows = least_pages, least_rows
     self._caches = made.empty_caches(num_pages, PAGE)
     self._requests: dict[scheduler.Job, Request] = {}
@@ -198,16 +204,19 @@ class Session:
 
   def prefill(self) -> list[Told]:
     """The prefill of a step alone."""
-    found = self.scheduler.prefill()
-    if found is None:
-      return []
-    fresh = all(job.row.length == 0 for job in found.jobs)
+    told = []
+    for found in self.scheduler.prefill():
+      told += self._prefill(found)
+    return told
+
+  def _prefill(self, found: scheduler.Step) -> list[Told]:
+    """Of rows that begin, or of rows that go on."""
+    is_new, told = found.is_new, []
     longest = max(found.counts, default=0)
     if self.invariant:
-      fresh, longest = False, self.scheduler.chunk
-    run = self.steps.prefill if fresh else self.steps.extend
+      is_new, longest = False, self.scheduler.chunk
+    run = self.steps.prefill if is_new else self.steps.extend
     made = self._run(found, run, PAGE * _round_up(-(-longest // PAGE)))
-    told = []
     for b, (job, count) in enumerate(_pairs(found)):
       is_end = job.missing == count
       self.scheduler.done(job, count)
@@ -236,15 +245,19 @@ class Session:
   def _run(
     self, found: scheduler.Step, run, width: int = 0
   ) -> steps.Made | None:
-    """Args: width: tokens of a row; 0: those of a decode step."""
+    """What is made of the jobs, in their order.
+
+    Args:
+      width: tokens of a row; 0: those of a decode step.
+    """
     self._caches = self.steps.copy(found.copies, self._caches)
     if not found.jobs:
       return None
-    rows, draws = self._arrays(found, width)
+    places, rows, draws = self._arrays(found, width)
     made, self._caches = run(rows, self._caches, draws)
     if all(job.missing > count for job, count in _pairs(found)):
       return None  # there is nothing to wait for
-    return steps.Made(*(x.tolist() for x in jax.device_get(made)))
+    return steps.Made(*(x[places].tolist() for x in jax.device_get(made)))
 
   def _add(self, job: scheduler.Job, made: steps.Made, b: int) -> int:
     """Adds a job's new tokens, none behind its last; returns how many."""
@@ -270,17 +283,19 @@ class Session:
     return told
 
   def _arrays(self, found: scheduler.Step, width: int):
-    """What the compiled step takes, rounded up to sizes that it knows."""
-    count, ahead = len(found.jobs), self.steps.num_drafts
+    """What the compiled step takes, rounded up to sizes that it knows.
+
+    First comes where in it each job is.
+    """
     furthest = max(job.row.length for job in found.jobs)
     if self.invariant:
-      count = 1 if width else self.scheduler.max_rows
       furthest = self.steps.cfg.model.max_seq_len
-    if not width:
-      width, count = 1 + ahead, max(count, self._least_rows)
+    least = 1 if width else self._least_rows
+    width = width or 1 + self.steps.num_drafts
+    places, total = self._places(found.jobs, least)
     most = self.pages_of_table(furthest, width)
-    rows, draws = self._empty(_round_up(count), width, most)
-    for b, (job, count) in enumerate(_pairs(found)):
+    rows, draws = self._empty(total, width, most)
+    for b, (job, count) in zip(places, _pairs(found), strict=True):
       start, end = job.row.length, job.row.length + count
       rows.tokens_BT[b, :count] = (job.tokens[start:end] + job.drafts)[:count]
       rows.index_BT[b, :count] = range(start, end)
@@ -293,7 +308,17 @@ class Session:
       draws.keys_B2[b], draw = request.key_2, request.draw
       draws.temperature_B[b], draws.top_p_B[b] = draw.temperature, draw.top_p
       draws.top_k_B[b] = draw.top_k
-    return rows, draws
+    return places, rows, draws
+
+  def _places(
+    self, jobs: list[scheduler.Job], least: int
+  ) -> tuple[list[int], int]:
+    """A row for each job, among as many for every rank, and how many in all."""
+    ranks_of = [job.rank for job in jobs]
+    each = _round_up(max(least, *map(ranks_of.count, ranks_of)))
+    numbers = [itertools.count(r * each) for r in range(self.steps.num_ranks)]
+    places = [next(numbers[rank]) for rank in ranks_of]
+    return places, each * self.steps.num_ranks
 
   def pages_of_table(self, furthest: int, width: int) -> int:
     """Pages of a step's block tables, padding and later drafts included.

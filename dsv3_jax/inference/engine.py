@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from dsv3_jax import config, errors
 from dsv3_jax.inference import batching, steps
@@ -38,18 +39,19 @@ class Generation:
 
 
 class Engine:
-  """Generates from parameters and router biases on one device."""
+  """Generates from parameters and router biases, on one device or a mesh."""
 
   def __init__(
     self,
     cfg: config.Config,
     params: dict,
     router: model.Router,
-    num_drafts: int = 0,
+    *args: Any,
+    **how: Any,
   ):
     """As `steps.Steps`."""
     self.cfg = cfg
-    self.steps = steps.Steps(cfg, params, router, num_drafts)
+    self.steps = steps.Steps(cfg, params, router, *args, **how)
 
   def generate(
     self,
@@ -76,17 +78,9 @@ class Engine:
     if max_new_tokens < 1:
       raise errors.InputError(f'max_new_tokens={max_new_tokens} must be >= 1')
     check_prompts(self.cfg.model, prompts, max_new_tokens)
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    each = [-(-length // batching.PAGE) for length in lengths]
     start = time.perf_counter()
-    session = batching.Session(
-      self.steps,
-      num_pages=sum(each),
-      max_rows=batching.INVARIANT_ROWS if invariant else len(prompts),
-      least_pages=max(each),
-      least_rows=len(prompts),
-      invariant=invariant,
-    )
+    lengths = [len(p) + max_new_tokens for p in prompts]
+    session = self._session(lengths, invariant)
     draw = functools.partial(
       batching.Draw,
       temperature=temperature,
@@ -115,6 +109,21 @@ class Engine:
       decode_seconds=time.perf_counter() - begun,
       decoded=decoded,
       counts=session.decoded,
+    )
+
+  def _session(
+    self, lengths: Sequence[int], invariant: bool
+  ) -> batching.Session:
+    """With room for rows of these lengths, whichever go to a rank together."""
+    each = sorted(-(-length // batching.PAGE) for length in lengths)
+    rows = -(-len(lengths) // self.steps.num_ranks)  # of each rank
+    return batching.Session(
+      self.steps,
+      num_pages=sum(each[-rows:]),
+      max_rows=batching.INVARIANT_ROWS if invariant else rows,
+      least_pages=each[-1],
+      least_rows=rows,
+      invariant=invariant,
     )
 
 

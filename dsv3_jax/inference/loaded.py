@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import config, errors, workdir
 from dsv3_jax.checkpoint import importing, shards, store
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.inference import engine, steps
+from dsv3_jax.inference import balancer, engine, layout, steps
 from dsv3_jax.nn import model
 
 Tokens = Int[Array, 'B T'] | Int[np.ndarray, 'B T']
@@ -32,9 +32,10 @@ class LoadedModel:
     params: dict,
     router: model.Router,
     tokenizer: tokenizers.Tokenizer | None,
-    num_drafts: int = 0,
+    **how: Any,
   ):
-    self.num_drafts = num_drafts
+    """Args: how: of `steps.Steps`, for generation."""
+    self._how = how
     self.config, self.params, self.router = cfg, params, router
     self._tokenizer = tokenizer
     self._forward = jax.jit(model.build(cfg).apply)
@@ -85,8 +86,8 @@ class LoadedModel:
   @functools.cached_property
   def engine(self) -> engine.Engine:
     """Prefill and decode steps, compiled at first use."""
-    args = (self.config, self.params, self.router, self.num_drafts)
-    return engine.Engine(*args)
+    args = (self.config, self.params, self.router)
+    return engine.Engine(*args, **self._how)
 
   def _apply(self, tokens_BT):
     rows = np.asarray(tokens_BT).tolist()
@@ -112,6 +113,7 @@ def load(
   ema: bool = False,
   num_drafts: int = 0,
   mesh: jax.sharding.Mesh | None = None,
+  plan: balancer.Plan | None = None,
 ) -> LoadedModel:
   """Loads a training workdir or a Hugging Face folder, hashes checked.
 
@@ -121,21 +123,28 @@ def load(
     step: of a workdir; -1 is the newest.
     ema: of a workdir: the average of the weights (TR 3.2.3) in their place.
     num_drafts: tokens that the MTP module drafts a step of generation.
-    mesh: where the parameters go, sharded; None is the first device.
+    mesh: where the parameters go, sharded, and generation runs
+      (`inference.layout.make_mesh`); None is the first device.
+    plan: of copies of busy experts; None: there are none.
 
   Raises:
     InputError: bad `dtype`, nothing to load in `directory`, no such step, no
-      average, or damage.
+      average, damage, or a mesh or a plan that the model does not fit.
   """
   if dtype not in _PRECISIONS:
     raise errors.InputError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
   directory = pathlib.Path(directory)
   with opened(directory, base, step=step, ema=ema) as (cfg, leaves):
     steps.check_drafts(cfg.model, num_drafts)
+    where = layout.Layout(cfg, mesh)
+    if plan is not None:
+      balancer.check(cfg.model, where, plan)
     cfg = dataclasses.replace(cfg, precision=_PRECISIONS[dtype])
-    params, router = importing.to_devices(leaves, cfg, dtype, mesh)
-  tokenizer = read_tokenizer(directory)
-  return LoadedModel(cfg, params, router, tokenizer, num_drafts)
+    params, router = importing.to_devices(
+      leaves, cfg, dtype, mesh, layout.RULES
+    )
+  how = {'num_drafts': num_drafts, 'mesh': mesh, 'plan': plan}
+  return LoadedModel(cfg, params, router, read_tokenizer(directory), **how)
 
 
 def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:

@@ -15,7 +15,7 @@ unused first, children before parents.
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 _ROOT = 0  # the parent of first pages
@@ -85,16 +85,16 @@ class Pool:
     At least one token is left to be computed: it gives the next one.
     """
     row, most = Row(), len(tokens) - 1
-    for start in range(0, most, self.size):
-      key = (row.node, tuple(tokens[start : start + self.size]))
-      if key not in self._tree:
-        break
-      node, page = self._tree[key]
+    for node, page in self._known(tokens):
       self._use(page)
       row.pages.append(page)
       row.nodes.append(node)
     row.length = max(min(len(row.pages) * self.size, most), 0)
     return row
+
+  def known(self, tokens: Sequence[int]) -> int:
+    """How many pages `begin` would find."""
+    return sum(1 for _ in self._known(tokens))
 
   def fork(self, row: Row) -> Row:
     """A second row with the same tokens, on the same pages."""
@@ -149,6 +149,16 @@ class Pool:
     for page in reversed(row.pages):  # children are given up before parents
       self._leave(page)
     row.pages, row.length, row.nodes = [], 0, []
+
+  def _known(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Nodes and pages of what the tree knows, all but the last token wanted."""
+    node = _ROOT
+    for start in range(0, len(tokens) - 1, self.size):
+      key = (node, tuple(tokens[start : start + self.size]))
+      if key not in self._tree:
+        return
+      node, page = self._tree[key]
+      yield node, page
 
   def _is_read(self, page: int) -> bool:
     """By another row, now or after it has begun with what is known."""

@@ -27,9 +27,9 @@ class Job:
 
   tokens: prompt and generated ones. most: how many there may be in the end.
   number: of its arrival. row: what of it is in the cache, None while it waits.
-  found: how many tokens of the prompt the cache had when it first began.
-  drafts: what may follow its tokens. asked: tokens of its prompt. told: tokens
-  that it had when it was last told to give way.
+  rank: whose cache that is. found: how many tokens of the prompt the cache had
+  when it first began. drafts: what may follow its tokens. asked: tokens of its
+  prompt. told: tokens that it had when it was last told to give way.
   twin: an earlier job that computes the same prompt, as long as this one waits
   for it, in its place but without pages, to take them over.
   """
@@ -38,6 +38,7 @@ class Job:
   most: int
   number: int
   row: pages.Row | None = None
+  rank: int = 0
   found: int | None = None
   drafts: list[int] = dataclasses.field(default_factory=list)
   twin: 'Job | None' = None
@@ -61,6 +62,11 @@ class Step:
   jobs: list[Job]
   counts: list[int]
   copies: list[pages.Copy]
+
+  @property
+  def is_new(self) -> bool:
+    """Its jobs have nothing in the cache."""
+    return all(map(_is_new, self.jobs))
 
 
 class Scheduler:
@@ -86,8 +92,9 @@ class Scheduler:
     self.pool, self.max_rows, self.chunk = pool, max_rows, chunk
     self.ahead, self.alike = ahead, alike
     self.waiting: list[Job] = []
-    self.running: list[Job] = []
+    self.running: list[Job] = []  # in order of arrival
     self.preempted = 0
+    self._copies: list[pages.Copy] = []  # for jobs that have been let in
     self._numbers = itertools.count()
 
   @property
@@ -128,13 +135,19 @@ class Scheduler:
       self._leave(job)
 
   def prefill(self) -> Step | None:
+    """Lets jobs in while they find room; then `next_chunk`."""
+    while self.waiting and self.admit(self.waiting[0]):
+      self.waiting.pop(0)
+    return self.next_chunk()
+
+  def next_chunk(self) -> Step | None:
     """A chunk of the oldest job that is not ready to decode.
 
     Younger ones come along if theirs fit into the chunk too, all padded to the
     longest and to whole pages; jobs that have nothing in the cache, and those
     that have, not together.
     """
-    copies, jobs, counts = self._admit(), [], []
+    jobs, counts = [], []
     for job in self.running:
       if job.twin or self._decodes(job):
         continue
@@ -146,6 +159,7 @@ class Scheduler:
         break
       jobs.append(job)
       counts.append(count)
+    copies, self._copies = self._copies, []
     return Step(jobs, counts, copies) if jobs or copies else None
 
   def decode(self) -> Step | None:
@@ -177,24 +191,24 @@ class Scheduler:
         # Its last token is computed again: the next one is drawn after it.
         other.row.length = other.found = len(other.tokens) - 1
 
-  def _admit(self) -> list[pages.Copy]:
-    """Lets jobs in while there are rows, and pages for all they have so far."""
-    copies = []
-    while self.waiting and len(self.running) < self.max_rows:
-      job = self.waiting[0]
-      if not _has_to_wait(job):
-        job.twin = None
-      row = pages.Row() if job.twin else self.pool.begin(job.tokens)
-      try:
-        copies += self.pool.extend(row, 0 if job.twin else self._places(job))
-      except pages.OutOfPages:
-        self.pool.release(row)
-        break
-      job.row = row
-      if job.found is None and not job.twin:
-        job.found = row.length
-      self.running.append(self.waiting.pop(0))
-    return copies
+  def admit(self, job: Job) -> bool:
+    """Lets a job in if it finds a row, and pages for all it has so far."""
+    if len(self.running) == self.max_rows:
+      return False
+    if not waits_for_twin(job):
+      job.twin = None
+    row = pages.Row() if job.twin else self.pool.begin(job.tokens)
+    places = 0 if job.twin else self._places(job)
+    try:
+      self._copies += self.pool.extend(row, places)
+    except pages.OutOfPages:
+      self.pool.release(row)
+      return False
+    job.row = row
+    if job.found is None and not job.twin:
+      job.found = row.length
+    bisect.insort(self.running, job, key=_number)
+    return True
 
   def _decodes(self, job: Job) -> bool:
     """All but its last token are in the cache."""
@@ -211,7 +225,7 @@ class Scheduler:
     job.told = max(job.told, len(job.tokens))
     if self.alike:  # what was generated must not become part of a prefill
       del job.tokens[job.asked :]
-    bisect.insort(self.waiting, job, key=lambda other: other.number)
+    bisect.insort(self.waiting, job, key=_number)
 
   def _leave(self, job: Job) -> None:
     """Gives its pages back; who waits for them queues again."""
@@ -225,12 +239,16 @@ class Scheduler:
     return [other for other in self.running if other.twin is job]
 
 
-def _has_to_wait(job: Job) -> bool:
+def waits_for_twin(job: Job) -> bool:
   """Its twin computes their prompt, of which more than a token is left."""
   twin = job.twin
   if twin is None or twin.row is None or len(job.tokens) < 2:
     return False
   return twin.row.length < len(job.tokens)
+
+
+def _number(job: Job) -> int:
+  return job.number
 
 
 def _is_new(job: Job) -> bool:

@@ -12,6 +12,7 @@ what is compiled; who calls keeps them few.
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dsv3_jax import config, errors
+from dsv3_jax.inference import balancer as balancers
+from dsv3_jax.inference import layout as layouts
 from dsv3_jax.inference import pages, sampling
 from dsv3_jax.nn import attention, model
 
@@ -48,7 +51,15 @@ class Made(NamedTuple):
 
 
 class Steps:
-  """Parameters and router biases on one device, and what runs with them."""
+  """Parameters and router biases on their devices, and what runs with them.
+
+  num_ranks: of a mesh, devices or groups of them with rows of their own. Arrays
+  of rows hold equally many of each rank, one rank after the other, and block
+  tables count the pages of the row's rank.
+  """
+
+  num_ranks = 1
+  balancer: balancers.Balancer | None = None
 
   def __init__(
     self,
@@ -56,51 +67,78 @@ class Steps:
     params: dict,
     router: model.Router,
     num_drafts: int = 0,
+    mesh: jax.sharding.Mesh | None = None,
+    plan: balancers.Plan | None = None,
   ):
     """Args:
       num_drafts: tokens that the first MTP module drafts in a step.
+      mesh: None is the device that the parameters are on.
+      plan: of copies of experts; None: there are none.
 
     Raises:
-      InputError: as `check_drafts`.
+      InputError: as `check_drafts`, `layout.Layout` and `balancer.check`.
     """
     check_drafts(cfg.model, num_drafts)
     self.cfg, self.num_drafts = cfg, num_drafts
     self.dtype = model.compute_dtype(cfg)
     kept = lambda path: model.is_f32(path[-1].key)
     cast = lambda path, x: x if kept(path) else x.astype(self.dtype)
-    self.params = jax.tree_util.tree_map_with_path(cast, params)
-    self.router = router
-    how = {'donate_argnames': ('caches',)}
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    home = jax.tree.leaves(params)[0].sharding
+    self.layout = layouts.Layout(cfg, mesh, home)
+    self.num_ranks = self.layout.num_ranks
+    params = self.layout.place(params, self.layout.params)
+    self.router = self.layout.place(router, layouts.WHOLE)
+    self._plain = {'params': params}
+    specs = {'params': self.layout.params}
+    if plan is not None:
+      self.balancer = balancers.Balancer(cfg, self.layout, plan, params)
+      self._plain, specs['copies'] = {}, layouts.WHOLE
     naive, absorbed = model.build(cfg), model.build(cfg, absorbed=True)
-
     first = _Forward(naive, absorbed, num_drafts)
     later = _Forward(absorbed, absorbed, num_drafts)
-    self._prefill = jax.jit(first.follow, **how)
-    self._extend = jax.jit(later.follow, **how)
-    self._decode = jax.jit(later.verify, **how)
-    self._copy = jax.jit(_copy, **how)
+    rows, cached = layouts.ROWS, layouts.PAGES
+
+    def compiled(forward):
+      run = functools.partial(_counted, forward)
+      taken = (specs, layouts.WHOLE, rows, cached, rows, rows)
+      given = (rows, cached, rows)
+      return self.layout.jit(run, taken, given, donate_argnums=3)
+
+    self._prefill = compiled(first.follow)
+    self._extend = compiled(later.follow)
+    self._decode = compiled(later.verify)
+    self._copy = self.layout.jit(
+      _copy, (rows, rows, cached), cached, donate_argnums=2
+    )
+
+  @property
+  def variables(self) -> dict:
+    """What the model takes: parameters and, with a balancer, copies."""
+    return self._plain if self.balancer is None else self.balancer.variables
+
+  @property
+  def params(self) -> dict:
+    return self.variables['params']
 
   def empty_caches(self, count: int, size: int) -> model.Caches:
-    """`count` pages of `size` tokens."""
+    """`count` pages of `size` tokens, for each rank."""
+    args = (self.cfg.model, count * self.num_ranks, size, self.dtype)
     how = {'drafting': self.num_drafts > 0}
-    made = empty_caches(self.cfg.model, count, size, self.dtype, **how)
-    # Bound to a device, as all later ones are: else the first step of each
-    # shape would be compiled for caches that are not.
-    return jax.device_put(made, jax.tree.leaves(self.params)[0].sharding)
+    make = functools.partial(empty_caches, *args, **how)
+    return self.layout.zeros(make, layouts.PAGES)
 
   def prefill(
     self, rows: Rows, caches: model.Caches, draws: sampling.Draws
   ) -> tuple[Made, model.Caches]:
     """One new token of each row; the caches given are used up."""
-    args = (self.params, self.router, rows)
-    return self._prefill(*args, caches=caches, draws=draws)
+    return self._run(self._prefill, rows, caches, draws)
 
   def extend(
     self, rows: Rows, caches: model.Caches, draws: sampling.Draws
   ) -> tuple[Made, model.Caches]:
     """Likewise, of rows with a beginning in the cache."""
-    args = (self.params, self.router, rows)
-    return self._extend(*args, caches=caches, draws=draws)
+    return self._run(self._extend, rows, caches, draws)
 
   def decode(
     self, rows: Rows, caches: model.Caches, draws: sampling.Draws
@@ -111,16 +149,34 @@ class Steps:
       rows: of each the last token, then drafts, and -1 in `index_BT` where a
         row has fewer. `last_B` and `after_B` are not read.
     """
-    args = (self.params, self.router, rows)
-    return self._decode(*args, caches=caches, draws=draws)
+    return self._run(self._decode, rows, caches, draws)
 
   def copy(
     self, copies: list[pages.Copy], caches: model.Caches
   ) -> model.Caches:
-    """Copies whole pages, one after the other."""
+    """Copies whole pages, one after the other.
+
+    Args:
+      copies: pages counted over all ranks; each within its rank.
+    """
+    count = caches.moe.c_LpsC.shape[1] // self.num_ranks
+    ranks = [[] for _ in range(self.num_ranks)]
     for source, target in copies:
-      caches = self._copy(source, target, caches=caches)
+      ranks[source // count].append((source % count, target % count))
+    # Where a rank has none left, a page goes onto itself.
+    for pairs in itertools.zip_longest(*ranks, fillvalue=(0, 0)):
+      source_R, target_R = np.array(pairs, np.int32).T
+      caches = self._copy(source_R, target_R, caches)
     return caches
+
+  def _run(self, run, rows, caches, draws) -> tuple[Made, model.Caches]:
+    """A compiled step; the balancer hears of the load."""
+    load_RLE = None if self.balancer is None else self.balancer.load_RLE
+    args = (self.variables, self.router, rows, caches, draws, load_RLE)
+    made, caches, load_RLE = run(*args)
+    if self.balancer is not None:
+      self.balancer.took_step(load_RLE)
+    return made, caches
 
 
 def check_drafts(cfg: config.ModelConfig, num_drafts: int) -> None:
@@ -157,11 +213,11 @@ class _Forward(NamedTuple):
   absorbed: model.Model
   num_drafts: int
 
-  def follow(self, params, router, rows, caches, draws):
+  def follow(self, variables, router, rows, caches, draws):
     """One pass over a chunk, and the token behind the last."""
     last_B1 = rows.last_B[:, None]
-    logits_B1V, previous_BTD, caches = self.net.apply(
-      {'params': params},
+    logits_B1V, previous_BTD, caches, load_LE = self.net.apply(
+      variables,
       *(rows.tokens_BT, rows.index_BT, last_B1, rows.table_Bb),
       *(router, caches),
       method='cached',
@@ -174,15 +230,18 @@ class _Forward(NamedTuple):
     next_BT = jnp.roll(rows.tokens_BT, -1, axis=1)
     next_BT = jnp.where(is_last_BT, follows_B[:, None], next_BT)
     behind = (previous_BTD, next_BT, last_B1)
-    drafts_Bk, caches = self._draft(params, router, rows, behind, caches, draws)
-    return Made(token_B[:, None], jnp.ones_like(token_B), drafts_Bk), caches
+    drafts_Bk, caches = self._draft(
+      variables, router, rows, behind, caches, draws
+    )
+    made = Made(token_B[:, None], jnp.ones_like(token_B), drafts_Bk)
+    return made, caches, load_LE
 
-  def verify(self, params, router, rows, caches, draws):
+  def verify(self, variables, router, rows, caches, draws):
     """One pass over last tokens and drafts, and what follows each of them."""
     batch, width = rows.tokens_BT.shape
     at_BT = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    logits_BTV, previous_BTD, caches = self.net.apply(
-      {'params': params},
+    logits_BTV, previous_BTD, caches, load_LE = self.net.apply(
+      variables,
       *(rows.tokens_BT, rows.index_BT, at_BT, rows.table_Bb),
       *(router, caches),
       method='cached',
@@ -194,10 +253,12 @@ class _Forward(NamedTuple):
     agrees_Bk &= rows.index_BT[:, 1:] >= 0
     kept_B1 = jnp.sum(jnp.cumprod(agrees_Bk, axis=1), axis=1, keepdims=True)
     behind = (previous_BTD, token_BT, kept_B1)
-    drafts_Bk, caches = self._draft(params, router, rows, behind, caches, draws)
-    return Made(token_BT, kept_B1[:, 0] + 1, drafts_Bk), caches
+    drafts_Bk, caches = self._draft(
+      variables, router, rows, behind, caches, draws
+    )
+    return Made(token_BT, kept_B1[:, 0] + 1, drafts_Bk), caches, load_LE
 
-  def _draft(self, params, router, rows, behind, caches, draws):
+  def _draft(self, variables, router, rows, behind, caches, draws):
     """The tokens behind `next_BT[at_B1]`, as the MTP module would have them.
 
     The first comes with the latents of all tokens; further ones by the module's
@@ -209,7 +270,7 @@ class _Forward(NamedTuple):
     place_B1 = jnp.take_along_axis(index_BT, at_B1, axis=1)
     for _ in range(self.num_drafts):
       logits_B1V, previous_BTD, caches = net.apply(
-        {'params': params},
+        variables,
         *(previous_BTD, next_BT, index_BT, at_B1, rows.table_Bb),
         *(router, caches),
         method='drafted',
@@ -223,9 +284,19 @@ class _Forward(NamedTuple):
     return jnp.stack(drafts, axis=1) if drafts else empty_B0, caches
 
 
-def _copy(source, target, caches):
+def _counted(forward, variables, router, rows, caches, draws, load_RLE):
+  """A step on one rank of a mesh; adds its load to that of earlier ones."""
+  made, caches, load_LE = forward(variables, router, rows, caches, draws)
+  if load_RLE is not None:
+    load_RLE += load_LE
+  return made, caches, load_RLE
+
+
+def _copy(source_R, target_R, caches):
+  """On one rank of a mesh, whose page is all there is in `source_R`."""
+
   def move(x):
-    page = jax.lax.dynamic_index_in_dim(x, source, axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(x, page, target, axis=1)
+    page = jax.lax.dynamic_index_in_dim(x, source_R[0], axis=1)
+    return jax.lax.dynamic_update_slice_in_dim(x, page, target_R[0], axis=1)
 
   return jax.tree.map(move, caches)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import prometheus_client
 from prometheus_client import core, registry
 
-from dsv3_jax.inference import worker
+from dsv3_jax.inference import balancer, worker
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 _COUNTERS = {
@@ -36,7 +36,7 @@ class Telemetry(registry.Collector):
     for name, about in _COUNTERS.items():
       count = model.counts[name]
       yield core.CounterMetricFamily(f'dsv3_{name}', about, value=count)
-    scheduler, pool = model.session.scheduler, model.session.pool
+    scheduler = model.session.scheduler
     yield core.CounterMetricFamily(
       'dsv3_preempted',
       'Times that a request had to give its pages back.',
@@ -50,11 +50,30 @@ class Telemetry(registry.Collector):
     }
     for name, (about, value) in drafts.items():
       yield core.CounterMetricFamily(f'dsv3_{name}', about, value=value)
+    yield from _of_experts(model.session.steps.balancer)
     gauges = {
       'running_requests': ('Requests that have a row.', model.running),
       'waiting_requests': ('Requests that have none yet.', model.waiting),
-      'pages_in_use': ('Pages of the cache that rows have.', pool.in_use),
-      'pages': ('Pages of the cache.', pool.count),
+      'pages_in_use': (
+        'Pages of the cache that rows have.',
+        scheduler.pages_in_use,
+      ),
+      'pages': ('Pages of the cache.', scheduler.num_pages),
     }
     for name, (about, value) in gauges.items():
       yield core.GaugeMetricFamily(f'dsv3_{name}', about, value=value)
+
+
+def _of_experts(found: balancer.Balancer | None) -> Iterator[core.Metric]:
+  """How well their load is spread, once that is known."""
+  if found is None:
+    return
+  yield core.CounterMetricFamily(
+    'dsv3_rebalanced', 'Times that experts were placed.', value=found.rebalanced
+  )
+  if found.balancedness is not None:
+    yield core.GaugeMetricFamily(
+      'dsv3_expert_balancedness',
+      'Mean load of a device / highest, before experts were placed last.',
+      value=found.balancedness[0],
+    )

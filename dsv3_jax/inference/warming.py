@@ -25,7 +25,9 @@ def sizes(session: batching.Session, max_seq_len: int) -> list[batching.Size]:
   """
   if session.invariant:
     return _invariant(session)
-  most_rows = _powers(session.scheduler.max_rows)
+  ranks = session.steps.num_ranks
+  each = _powers(session.scheduler.max_rows // ranks)
+  most_rows = [ranks * rows for rows in each]
   full = _powers(-(-max_seq_len // batching.PAGE))
   least, drafts = session.least_pages, session.steps.num_drafts
   tables = [pages for pages in full if pages >= least]
@@ -35,7 +37,7 @@ def sizes(session: batching.Session, max_seq_len: int) -> list[batching.Size]:
     batching.Size(rows, batching.PAGE * width, max(width, least), 'prefill')
     for rows in most_rows
     for width in widths
-    if rows * width <= chunk
+    if rows // ranks * width <= chunk
   ]
   beyond = 2 * full[-1]  # where what a row is padded with passes its end
   decode = [
@@ -45,13 +47,13 @@ def sizes(session: batching.Session, max_seq_len: int) -> list[batching.Size]:
     if pages < beyond or drafts
   ]
   more = [
-    batching.Size(1, batching.PAGE * width, pages, 'extend')
+    batching.Size(ranks, batching.PAGE * width, pages, 'extend')
     for pages in (*tables, beyond)
     for width in widths
     if width <= pages < beyond or width >= 4
   ]
-  alone = [size for size in prefill if size.rows == 1]
-  others = [size for size in prefill if size.rows > 1]
+  alone = [size for size in prefill if size.rows == ranks]
+  others = [size for size in prefill if size.rows > ranks]
   return alone + decode + more + others
 
 
@@ -60,7 +62,9 @@ def _invariant(session: batching.Session) -> list[batching.Size]:
   longest = session.steps.cfg.model.max_seq_len
   widths = {'extend': session.scheduler.chunk}
   widths['decode'] = 1 + session.steps.num_drafts
-  rows = {'extend': 1, 'decode': _powers(session.scheduler.max_rows)[-1]}
+  ranks = session.steps.num_ranks
+  each = _powers(session.scheduler.max_rows // ranks)[-1]
+  rows = {'extend': ranks, 'decode': ranks * each}
   return [
     batching.Size(
       rows[kind], width, session.pages_of_table(longest, width), kind

@@ -90,10 +90,12 @@ class LatentAttention(nn.Module):
   ) -> tuple[Float[Array, 'B T D'], Cache | None]:
     cfg, m, policy = self.cfg, self.cfg.mla, self.policy
     cos, sin = context.cos_BTr, context.sin_BTr
+    over = sharding.rules().heads
+    heads = m.num_heads // sharding.size(over)  # of this device
     flat = lambda x: x.reshape(-1, x.shape[-1])
     tokens = x_BTD.shape[:2]
     x = linear.operand(flat(x_BTD), policy)
-    q_BTNX = self._queries(x).reshape(*tokens, m.num_heads, m.qk_head_dim)
+    q_BTNX = self._queries(x).reshape(*tokens, heads, m.qk_head_dim)
     w_dkv_DY = self._weight(
       'w_dkv', (cfg.d_model, m.cache_width), 'embed', None
     )
@@ -118,9 +120,9 @@ class LatentAttention(nn.Module):
       latents = mla.Latents(*map(sharding.whole_rows, latents))
       c = linear.operand(flat(latents.c_BSC), policy)
       with jax.named_scope('kv_up'):
-        heads = (*latents.c_BSC.shape[:2], m.num_heads, -1)
-        k_nope_BSNH = linear.project(c, w_uk_CNH, policy).reshape(heads)
-        v_BSNU = linear.project(c, w_uv_CNU, policy).reshape(heads)
+        each = (*latents.c_BSC.shape[:2], heads, -1)
+        k_nope_BSNH = linear.project(c, w_uk_CNH, policy).reshape(each)
+        v_BSNU = linear.project(c, w_uv_CNU, policy).reshape(each)
       keys = (k_nope_BSNH, latents.k_rope_BSR, v_BSNU)
       o_BTNU, packed = attention.causal(
         q_BTNX, *keys, context.segments_BS, scale, pack=policy.fp8
@@ -128,10 +130,11 @@ class LatentAttention(nn.Module):
     shape = (m.num_heads, m.v_head_dim, cfg.d_model)
     w_o_NUD = self._weight('w_o', shape, 'heads', 'head_dim', 'embed')
     with jax.named_scope('attention_out'):
-      o = o_BTNU.reshape(-1, m.num_heads * m.v_head_dim)
+      o = o_BTNU.reshape(-1, heads * m.v_head_dim)
       if policy.fp8:
         o = fp8_linear.operand(o, policy, pow2=True)._replace(kept=packed)
       y_MD = linear.project(o, w_o_NUD, policy, pow2=True)
+      y_MD = sharding.add_up(y_MD, over)
       return y_MD.reshape(x_BTD.shape), cache
 
   def _queries(self, x: linear.Operand) -> Float[Array, 'M NX']:

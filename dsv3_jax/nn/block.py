@@ -63,6 +63,7 @@ class Block(nn.Module):
       ffn = layers.SwiGLU(cfg, cfg.d_ff, self.policy, name='ffn')
       normed_MD = normed.reshape(-1, cfg.d_model)
       y_MD = linear.swiglu(normed_MD, *ffn(), self.policy)
+      y_MD = sharding.add_up(y_MD, sharding.rules().ffn)
       y_BTD, stats = y_MD.reshape(x_BTD.shape), None
     return (x_BTD + y_BTD, cache), stats
 
@@ -93,7 +94,7 @@ class Stack(nn.Module):
     if self.cfg.scan_layers:
       scanned = nn.scan(
         block,
-        variable_axes={'params': 0, 'quantized': 0},
+        variable_axes={'params': 0, 'quantized': 0, 'copies': 0},
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast),
         length=self.length,

@@ -129,21 +129,25 @@ class Model(nn.Module):
     table_Bb: Int[Array, 'B b'],
     router: Router,
     caches: Caches,
-  ) -> tuple[Float[Array, 'B t V'], Float[Array, 'B T D'], Caches]:
+  ) -> tuple[
+    Float[Array, 'B t V'], Float[Array, 'B T D'], Caches, Float[Array, 'L E']
+  ]:
     """Logits after the tokens `at_Bt` of each row, f32; fills the caches.
 
     Args:
       index_BT: place of each token in its row, also its rotary position;
         negative ones belong to no row. table_Bb: pages of each row.
     Returns:
-      Also the hidden states that `drafted` takes.
+      Also the hidden states that `drafted` takes, and how many tokens each
+      expert got, those of no row left out.
     """
     context = _cached_context(self.cfg, index_BT, table_Bb)
-    raw_BTD, caches, _ = self._stacks(tokens_BT, router, context, caches)
+    raw_BTD, caches, stats = self._stacks(tokens_BT, router, context, caches)
     h_BTD = self.final_norm(raw_BTD)
     h_BtD = jnp.take_along_axis(h_BTD, at_Bt[:, :, None], axis=1)
     previous_BTD = h_BTD if self._takes_normed else raw_BTD
-    return _logits(h_BtD, self.head()), previous_BTD, caches
+    logits_BtV = _logits(h_BtD, self.head())
+    return logits_BtV, previous_BTD, caches, stats.load_E
 
   def drafted(
     self,
@@ -217,8 +221,8 @@ def make_context(
 
 
 def _cached_context(cfg, index_BT, table_Bb) -> attention.Context:
-  """Likewise, where rows go on in a cache; every token counts."""
-  valid_BT = jnp.ones(index_BT.shape, jnp.float32)
+  """Likewise, where rows go on in a cache; tokens of no row do not count."""
+  valid_BT = (index_BT >= 0).astype(jnp.float32)
   args = (index_BT, valid_BT, None, index_BT, table_Bb)
   return attention.make_context(cfg, *args)
 

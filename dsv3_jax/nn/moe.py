@@ -1,4 +1,8 @@
-"""DeepSeekMoE as a module: router, shared expert, routed experts (TR 2.1.2)."""
+"""DeepSeekMoE as a module: router, shared expert, routed experts (TR 2.1.2).
+
+In inference experts can have copies (TR 3.4): the collection 'copies' then says
+in which slots each is, and the weights of experts are those of slots.
+"""
 
 from typing import NamedTuple
 
@@ -8,7 +12,14 @@ from jaxtyping import Array, Float
 
 from dsv3_jax import config, precision, sharding
 from dsv3_jax.nn import layers
-from dsv3_jax.ops import dispatch, fp8_experts, linear, losses, routing
+from dsv3_jax.ops import (
+  dispatch,
+  fp8_experts,
+  linear,
+  losses,
+  replicas,
+  routing,
+)
 
 
 class MoeStats(NamedTuple):
@@ -41,8 +52,15 @@ class DeepSeekMoE(nn.Module):
     unflat = lambda x: x.reshape(batch, length, -1)
     ids_BTK, gates_BTK, scores_BTE = map(unflat, routing_M)
 
+    copies = None
+    if self.has_variable('copies', 'slots'):
+      names = ('slots', 'count')
+      found = (self.get_variable('copies', name) for name in names)
+      copies = replicas.Copies(*found)
+    slots = count if copies is None else copies.num_slots
+
     def experts_weight(name, rows, columns, *axes):
-      full = (count, rows, columns)
+      full = (slots, rows, columns)
       return layers.matrix(self, name, full, ('experts', *axes), std)
 
     experts = dispatch.Experts(
@@ -50,7 +68,8 @@ class DeepSeekMoE(nn.Module):
       experts_weight('w_up', cfg.d_model, moe.d_ff, 'embed', 'ffn'),
       experts_weight('w_down', moe.d_ff, cfg.d_model, 'ffn', 'embed'),
     )
-    y_BTD = _routed(x_BTD, ids_BTK, gates_BTK, experts, moe, self.policy)
+    tokens = (x_BTD, ids_BTK, gates_BTK, valid_BT)
+    y_BTD = _routed(tokens, experts, copies, moe, self.policy)
     if moe.num_shared_experts:
       width = moe.num_shared_experts * moe.d_ff
       shared = layers.SwiGLU(cfg, width, self.policy, name='shared')()
@@ -58,6 +77,7 @@ class DeepSeekMoE(nn.Module):
         x_MD = x_BTD.reshape(-1, dim)
         y_MD = linear.swiglu(x_MD, *shared, self.policy)
         y_BTD += y_MD.reshape(x_BTD.shape)
+    y_BTD = sharding.add_up(y_BTD, sharding.rules().ffn)
     stats = MoeStats(
       load_E=routing.count_load(ids_BTK, count, valid_BT),
       balance=losses.balance_loss(
@@ -67,16 +87,20 @@ class DeepSeekMoE(nn.Module):
     return y_BTD, stats
 
 
-def _routed(x_BTD, ids_BTK, gates_BTK, experts, moe, policy):
+def _routed(tokens, experts, copies, moe, policy):
   """The routed product of this device's tokens, wherever the experts are."""
+  x_BTD, ids_BTK, gates_BTK, valid_BT = tokens
   flat = lambda x: x.reshape(-1, x.shape[-1])
-  tokens = (flat(x_BTD), flat(ids_BTK), flat(gates_BTK))
+  routed = (flat(x_BTD), flat(ids_BTK), flat(gates_BTK))
   # A hop over nodes, then one within the node (TR 3.2.2).
   spread = sharding.axes_of(sharding.rules().experts)
   axes = tuple(axis for axis in spread if sharding.size(axis) > 1)
-  if policy.fp8:
-    y_MD = fp8_experts.expert_ffn(*tokens, experts, policy, axes)
+  how = (moe.product, moe.block_size, axes)
+  if copies is not None:
+    valid_M = valid_BT.reshape(-1)
+    y_MD = replicas.expert_ffn(*routed, valid_M, experts, copies, *how)
+  elif policy.fp8:
+    y_MD = fp8_experts.expert_ffn(*routed, experts, policy, axes)
   else:
-    how = (moe.product, moe.block_size, axes)
-    y_MD = dispatch.expert_ffn(*tokens, experts, *how)
+    y_MD = dispatch.expert_ffn(*routed, experts, *how)
   return y_MD.reshape(x_BTD.shape)

@@ -74,24 +74,39 @@ def expert_ffn(
     block_size: most rows of a block; few assignments take smaller blocks.
     axes, transport: as in `exchange`; for the body of a shard_map.
   """
-  if product == 'auto':
-    product = 'blocks' if jax.default_backend() == 'cpu' else 'ragged'
   num_local = experts.w_up_EDF.shape[0]
   # Of an even load, which the exchange does not change.
-  rows = _block_rows(ids_MK.size, num_local, block_size)
+  rows = block_rows(ids_MK.size, num_local, block_size)
   plan = exchange.make_plan(ids_MK, num_local, axes, transport)
   x_ID, gates_IK = exchange.dispatch((x_MD, gates_MK), plan)
-  with jax.named_scope('experts'):
-    if product == 'blocks':
-      y_ID = _blocks(x_ID, gates_IK, experts, plan.ids_IK, rows)
-    else:
-      multiply = {'dense': _dense, 'ragged': _ragged}[product]
-      experts = _cast(experts, x_MD.dtype)
-      y_ID = multiply(x_ID, plan.ids_IK, gates_IK, experts)
+  y_ID = multiply(x_ID, plan.ids_IK, gates_IK, experts, product, rows)
   return exchange.combine(y_ID, plan)
 
 
-def _block_rows(num_assignments: int, num_experts: int, most: int) -> int:
+def multiply(
+  x_ID: Float[Array, 'I D'],
+  ids_IK: Int[Array, 'I K'],
+  gates_IK: Float[Array, 'I K'],
+  experts: Experts,
+  product: str,
+  rows: int,
+) -> Float[Array, 'I D']:
+  """What the experts here make of rows that may lie anyhow.
+
+  Args:
+    ids_IK: of experts here, distinct in a row; their number is none of them.
+    rows: of a block.
+  """
+  if product == 'auto':
+    product = 'blocks' if jax.default_backend() == 'cpu' else 'ragged'
+  with jax.named_scope('experts'):
+    if product == 'blocks':
+      return _blocks(x_ID, gates_IK, experts, ids_IK, rows)
+    other = {'dense': _dense, 'ragged': _ragged}[product]
+    return other(x_ID, ids_IK, gates_IK, _cast(experts, x_ID.dtype))
+
+
+def block_rows(num_assignments: int, num_experts: int, most: int) -> int:
   """The power of two below an expert's mean share, within [4, most].
 
   A few rows cost what one does: a block's time is that of reading its weights.

@@ -123,7 +123,7 @@ def check_cached(cfg, params, router, tokens_BT, out):
     index_BT = jnp.broadcast_to(jnp.arange(begin, end), part_BT.shape)
     last_B1 = jnp.full((len(part_BT), 1), end - begin - 1)
     args = ({'params': params}, part_BT, index_BT, last_B1, table_B1)
-    logits_B1V, _, caches = apply[begin > 0](*args, router, caches)
+    logits_B1V, _, caches, _ = apply[begin > 0](*args, router, caches)
     want_BV = out.logits[:, end - 1].numpy()
     np.testing.assert_allclose(logits_B1V[:, 0], want_BV, **close)
     begin, end = end, end + 1

@@ -26,16 +26,15 @@ def over(shape, body, data=1):
 
   data: as many groups of these devices, each with its own part of the arrays.
   """
+  return on(mesh(shape, data), body)
+
+
+def mesh(shape, data=1):
+  """The first devices as data x node x expert."""
   sizes = dict.fromkeys(sharding.AXES, 1)
   sizes |= dict(zip(AXES, shape, strict=True), data=data)
-  return on(
-    sharding.make_mesh(
-      config.ParallelConfig(
-        **sizes, schedule='dualpipe', fsdp=(), deterministic=False
-      )
-    ),
-    body,
-  )
+  how = {'schedule': 'dualpipe', 'fsdp': (), 'deterministic': False}
+  return sharding.make_mesh(config.ParallelConfig(**sizes, **how))
 
 
 def on(mesh, body):

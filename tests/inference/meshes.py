@@ -1,0 +1,126 @@
+"""One small model on many meshes: passes through its cache, and traffic."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.inference import batching, layout, steps
+from dsv3_jax.nn import model
+from tests import settings
+from tests.nn import models
+
+CHANGES = {
+  'precision': 'f32',
+  'model__max_seq_len': 400,
+  'model__rope__original_seq_len': 400,
+  'model__num_layers': 2,
+  'model__moe__d_ff': 8,
+}
+CONFIG = settings.small(**CHANGES)
+ROWS, LENGTH = 8, 12
+
+
+@functools.cache
+def weights(cfg=CONFIG):
+  """Parameters and router biases; what is seen decides."""
+  params, router = map(models.f32, models.random_params(cfg))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    scale = {'w_uk': 4.0, 'w_o': 20.0}.get(path[-1].key, 1.0)
+    node = params
+    for key in path[:-1]:
+      node = node[key.key]
+    node[path[-1].key] = leaf * scale
+  return params, router
+
+
+class Passes:
+  """Logits of all tokens of rows in one pass, and of one token more."""
+
+  def __init__(self, mesh, has_copies=False, cfg=CONFIG):
+    self.cfg, self.place = cfg, layout.Layout(cfg, mesh)
+    specs, rows = {'params': self.place.params}, layout.ROWS
+    if has_copies:
+      specs['copies'] = layout.WHOLE
+    taken = (specs, layout.WHOLE, rows, rows, layout.PAGES)
+    self.run = self.place.jit(self._run, taken, (rows, rows))
+
+  def _run(self, variables, router, tokens_BT, table_Bb, caches):
+    naive = model.build(self.cfg)
+    absorbed = model.build(self.cfg, absorbed=True)
+    made, load_LE = [], 0
+    for net, start, end in ((naive, 0, LENGTH), (absorbed, LENGTH, None)):
+      part_BT = tokens_BT[:, start:end]
+      at_Bt = jnp.zeros_like(part_BT) + jnp.arange(part_BT.shape[1])
+      args = (part_BT, start + at_Bt, at_Bt, table_Bb, router, caches)
+      found = net.apply(variables, *args, method='cached')
+      made.append(found[0])
+      caches, load_LE = found[2], load_LE + found[3]
+    return jnp.concatenate(made, axis=1), load_LE[None]
+
+  def __call__(self, variables, router):
+    """Logits, and how many tokens each expert got, by rank."""
+    rng, ranks = np.random.default_rng(1), self.place.num_ranks
+    vocab = self.cfg.model.vocab_size
+    tokens_BT = rng.integers(0, vocab, (ROWS, LENGTH + 1)).astype(np.int32)
+    table_Bb = np.tile(np.arange(ROWS // ranks)[:, None], (ranks, 1))
+    args = (self.cfg.model, ROWS, batching.PAGE, jnp.float32)
+    make = functools.partial(steps.empty_caches, *args, drafting=False)
+    caches = self.place.zeros(make, layout.PAGES)
+    tokens = (tokens_BT, table_Bb.astype(np.int32))
+    made_BTV, load_RLE = self.run(variables, router, *tokens, caches)
+    return np.asarray(made_BTV), load_RLE
+
+
+def prompt(seed, size):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
+
+
+def _draw(seed):
+  return batching.Draw(temperature=1.0, top_p=0.9, seed=seed)
+
+
+# A prompt; how many tokens; how they are drawn.
+REQUESTS = [
+  (prompt(1, 5), 20, batching.Draw()),
+  (prompt(2, 130), 9, _draw(3)),
+  (prompt(3, 1), 30, _draw(4)),
+  (prompt(4, 64), 5, batching.Draw()),
+  (prompt(2, 130)[:100] + [1, 2], 4, batching.Draw()),
+  (prompt(5, 62), 70, _draw(5)),
+  (prompt(6, 30), 40, batching.Draw()),
+  (prompt(4, 64), 5, batching.Draw()),
+]
+
+
+def traffic(made, **how):
+  """They come at different times; the session, and what each was told."""
+  how = {'num_pages': 7, 'max_rows': 2, 'least_rows': 2} | how
+  # One size of a prefill and of block tables: fewer programs to compile.
+  session = batching.Session(made, **how, chunk=64, least_pages=4)
+  requests = []
+  for case in REQUESTS:
+    requests.append(session.submit(*case))
+    session.step()
+  for _ in range(1000):
+    if session.is_idle:
+      break
+    session.step()
+  assert all(request.done for request in requests)
+  assert all(one.pool.in_use == 0 for one in session.scheduler.each)
+  return session, [request.tokens for request in requests]
+
+
+@functools.cache
+def expected():
+  """Of one device, as many rows and pages as two ranks have."""
+  made = steps.Steps(CONFIG, *weights())
+  return traffic(made, num_pages=14, max_rows=4, least_rows=4)[1]
+
+
+def compiled(made):
+  """How many programs each kind of step has become."""
+  each = (made._prefill, made._extend, made._decode, made._copy)
+  return [function._cache_size() for function in each]

@@ -1,0 +1,125 @@
+"""Inference on a mesh is that of one device, whatever is cut over what."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import config, errors, sharding
+from dsv3_jax.inference import batching, engine, layout, pages, steps
+from tests.inference import meshes
+
+F32 = 2e-6  # sums in another order, relative to the largest logit
+ALL = {'data': 2, 'expert': 2, 'model': 2}
+LAYOUTS = (
+  {'data': 2},
+  {'expert': 2},
+  {'expert': 4},
+  {'node': 2},
+  {'model': 2},
+  ALL,
+)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def quick_compile():
+  """Compiles with few optimisations: the same arithmetic."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+  meshes.expected.cache_clear()
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  params, router = meshes.weights()
+  return meshes.Passes(None)({'params': params}, router)
+
+
+@pytest.mark.parametrize('axes', LAYOUTS, ids=str)
+def test_logits_are_those_of_one_device(one_device, axes):
+  want_BTV, want_1LE = one_device
+  passes = meshes.Passes(layout.make_mesh(**axes))
+  params, router = meshes.weights()
+  params = passes.place.place(params, passes.place.params)
+  got_BTV, load_RLE = passes({'params': params}, router)
+  limit = F32 * np.max(np.abs(want_BTV))
+  np.testing.assert_allclose(got_BTV, want_BTV, rtol=0, atol=limit)
+  load_LE = np.sum(np.asarray(load_RLE), axis=0)
+  np.testing.assert_array_equal(load_LE, want_1LE[0])
+  tokens = meshes.ROWS * (meshes.LENGTH + 1)
+  assert np.sum(load_LE) == tokens * meshes.CONFIG.model.moe.top_k
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('axes', 'drafts'), [(ALL, 1), ({'node': 2, 'expert': 2}, 0)], ids=str
+)
+def test_requests_get_the_tokens_of_one_device(axes, drafts):
+  """Preempted, cached, drafted and drawn ones; and nothing is left behind."""
+  mesh = layout.make_mesh(**axes)
+  made = steps.Steps(meshes.CONFIG, *meshes.weights(), drafts, mesh)
+  session, tokens = meshes.traffic(made)
+  assert tokens == meshes.expected()
+  assert session.scheduler.num_pages == 7 * 4
+  known = meshes.compiled(made)
+  _, tokens = meshes.traffic(made)
+  assert tokens == meshes.expected() and meshes.compiled(made) == known
+
+
+def test_a_rank_may_have_no_prompt():
+  prompts = [meshes.prompt(i, 3 + i) for i in range(3)]
+  cfg, weights = meshes.CONFIG, meshes.weights()
+  want = engine.Engine(cfg, *weights).generate(prompts, 6).tokens
+  net = engine.Engine(cfg, *weights, mesh=layout.make_mesh(data=4))
+  assert net.generate(prompts, 6).tokens == want
+
+
+def test_pages_are_copied_on_their_rank():
+  made = steps.Steps(
+    meshes.CONFIG, *meshes.weights(), mesh=layout.make_mesh(data=2, expert=2)
+  )
+  caches = made.empty_caches(3, batching.PAGE)
+  assert caches.moe.c_LpsC.shape[1] == 4 * 3
+  number = lambda x: x + jnp.arange(12.0)[:, None, None]
+  copies = [pages.Copy(9, 11), pages.Copy(1, 2), pages.Copy(11, 10)]
+  caches = made.copy(copies, jax.tree.map(number, caches))
+  want = np.array([0, 1, 1, 3, 4, 5, 6, 7, 8, 9, 9, 9])
+  for leaf in jax.tree.leaves(caches):
+    got = np.asarray(leaf)
+    assert np.all(got == want[:, None, None])
+
+
+def test_weights_lie_cut_and_latents_too():
+  mesh = layout.make_mesh(**ALL)
+  made = steps.Steps(meshes.CONFIG, *meshes.weights(), mesh=mesh)
+  shape = lambda x: x.addressable_shards[0].data.shape
+  moe = made.params['moe_layers']['layers']['moe']
+  assert shape(moe['w_up']) == (1, 4, 16, 4)  # half of E and of F
+  attention = made.params['moe_layers']['layers']['attention']
+  assert shape(attention['w_o'])[1] == 1  # of two heads
+  assert attention['w_dkv'].is_fully_replicated
+  caches = made.empty_caches(3, batching.PAGE)
+  assert shape(caches.moe.c_LpsC)[1] == 3
+
+
+@pytest.mark.parametrize(
+  ('axes', 'said'),
+  [
+    ({'data': 9}, 'need 9 devices, 8 are here'),
+    ({'expert': 3}, 'parallel.expert = 3 must divide model.moe.num_experts=8'),
+    ({'node': 8}, 'parallel.node=8 must divide model.moe.num_groups=4'),
+    ({'model': 4}, r'parallel.model=4 must divide model.mla.num_heads=2'),
+  ],
+)
+def test_what_does_not_divide_is_refused(axes, said):
+  with pytest.raises(errors.InputError, match=said):
+    layout.Layout(meshes.CONFIG, layout.make_mesh(**axes))
+
+
+def test_a_pipeline_is_refused():
+  rest = {'schedule': '1f1b', 'fsdp': (), 'deterministic': False}
+  sizes = dict.fromkeys(sharding.AXES, 1) | {'pipe': 2}
+  mesh = sharding.make_mesh(config.ParallelConfig(**sizes, **rest))
+  with pytest.raises(errors.InputError, match=r'parallel.pipe=2 must be 1'):
+    steps.Steps(meshes.CONFIG, *meshes.weights(), mesh=mesh)
