@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from benchmarks.common import report, shared_model
+from dsv3_jax import config
 from dsv3_jax.inference import batching, steps
 from dsv3_jax.nn import model
 
@@ -36,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
   if args.longest < 8:
     parser.error(f'--longest={args.longest} must be at least 8')
   rows = report.Rows(args)
-  for row in measure(args.requests, args.rounds, args.longest):
+  cfg = shared_model.make_config(512, 4)
+  for row in measure(cfg, args.requests, args.rounds, args.longest):
     rows.append(row)
   about = (
     f'{args.requests} requests: prompts of {args.longest // 8} to '
@@ -47,9 +49,8 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def measure(requests: int, rounds: int, longest: int):
+def measure(cfg: config.Config, requests: int, rounds: int, longest: int):
   """A row for either way."""
-  cfg = shared_model.make_config(512, 4)
   net = model.build(cfg)
   params = jax.jit(lambda: model.init_params(net, jax.random.key(0)))()
   made = steps.Steps(cfg, params, model.init_router(cfg.model))

@@ -20,7 +20,6 @@ from benchmarks.common import report
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.inference import engine, loaded
 
-PROMPT = 64  # tokens
 TEMPERATURES = (0.0, 1.0)
 
 
@@ -28,11 +27,12 @@ def main(argv: list[str] | None = None) -> int:
   parser = report.parser('speculation', __doc__)
   parser.add_argument('--checkpoint', type=pathlib.Path, required=True)
   parser.add_argument('--prompts', type=int, default=16)
+  parser.add_argument('--prompt_tokens', type=int, default=64)
   parser.add_argument('--new_tokens', type=int, default=128)
   parser.add_argument('--most', type=int, default=2)
   parser.add_argument('--rounds', type=int, default=3)
   args = parser.parse_args(argv)
-  for name in ('prompts', 'most', 'rounds'):
+  for name in ('prompts', 'prompt_tokens', 'most', 'rounds'):
     if getattr(args, name) < 1:
       parser.error(f'--{name}={getattr(args, name)} must be at least 1')
   if args.new_tokens < 3:
@@ -42,8 +42,8 @@ def main(argv: list[str] | None = None) -> int:
   for row in measure(model, args):
     rows.append(row)
   about = (
-    f'{args.prompts} prompts of {PROMPT} held-out tokens, each alone, '
-    f'{args.new_tokens} new tokens, f32; best of {args.rounds} rounds.'
+    f'{args.prompts} prompts of {args.prompt_tokens} held-out tokens, each '
+    f'alone, {args.new_tokens} new tokens, f32; best of {args.rounds} rounds.'
   )
   report.publish('speculation', about, rows, args)
   return 0
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def measure(model: loaded.LoadedModel, args):
   """A row for each temperature and number of drafts."""
-  prompts = held_out(model, args.prompts)
+  prompts = held_out(model, args.prompts, args.prompt_tokens)
   weights = (model.config, model.params, model.router)
   engines = [engine.Engine(*weights, k) for k in range(args.most + 1)]
   for temperature in TEMPERATURES:
@@ -103,21 +103,23 @@ def _total(made: list[engine.Generation]) -> Total:
   )
 
 
-def held_out(model: loaded.LoadedModel, count: int) -> list[list[int]]:
+def held_out(
+  model: loaded.LoadedModel, count: int, size: int
+) -> list[list[int]]:
   """The first tokens of so many held-out documents, each from its middle."""
   corpus = corpora.open_corpus(model.config.data)
   found = []
   for record in corpus.valid:
     text = corpora.document_text(record)
     middle = text[len(text) // 2 :]
-    ids = model.tokenizer.encode(middle[: 16 * PROMPT]).tolist()
-    if len(ids) >= PROMPT:
-      found.append(ids[:PROMPT])
+    ids = model.tokenizer.encode(middle[: 16 * size]).tolist()
+    if len(ids) >= size:
+      found.append(ids[:size])
     if len(found) == count:
       return found
   raise SystemExit(
     f'dsv3: --prompts={count}: only {len(found)} held-out documents have '
-    f'{PROMPT} tokens in their second half'
+    f'{size} tokens in their second half'
   )
 
 

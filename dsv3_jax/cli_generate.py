@@ -61,8 +61,12 @@ def _sharing_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_boolean('invariant', False, about, flag_values=values)
 
 
-def _load(values: flags.FlagValues) -> Any:
-  """As `load`, for generation."""
+def _engine_options(values: flags.FlagValues) -> dict[str, Any]:
+  """What `load` takes for generation, of `_engine_flags`.
+
+  Raises:
+    InputError: one is out of range, or more devices are asked for than are.
+  """
   sizes = {axis: values[f'parallel.{axis}'].value for axis in _AXES}
   for axis, size in sizes.items():
     if size < 1:
@@ -79,11 +83,12 @@ def _load(values: flags.FlagValues) -> Any:
   from dsv3_jax.inference import balancer, layout
 
   how: dict[str, Any] = {'num_drafts': values.num_drafts}
+  how['dtype'] = values.dtype
   if any(size > 1 for size in sizes.values()):
     how['mesh'] = layout.make_mesh(**sizes)
   if redundant or every:
     how['plan'] = balancer.Plan(redundant=redundant, every=every)
-  return load(values, values.dtype, **how)
+  return how
 
 
 def check_checkpoint(values: flags.FlagValues) -> None:
@@ -168,6 +173,7 @@ def generate(values: flags.FlagValues) -> None:
   if values.prompts:
     prompts += _read_prompts(pathlib.Path(values.prompts))
   prompts = prompts or ['']
+  options = _engine_options(values)
   cfg, tokenizer = _described(values)
   encode = lambda prompt: tokenizer.encode(prompt, add_bos=True).tolist()
   ids = list(map(encode, prompts))
@@ -176,7 +182,7 @@ def generate(values: flags.FlagValues) -> None:
   room = cfg.model.max_seq_len - max(map(len, ids))
   count = values.max_new_tokens or max(min(_TOKENS, room), 1)
   engine.check_prompts(cfg.model, ids, count)
-  loaded = _load(values)
+  loaded = load(values, **options)
   made = loaded.engine.generate(
     ids,
     count,
@@ -245,6 +251,7 @@ def define_chat(values: flags.FlagValues, argv: list[str]) -> None:
 def chat(values: flags.FlagValues) -> None:
   """Talks in the terminal; an empty line or end of input ends it."""
   draws = _draws(values)
+  options = _engine_options(values)
   cfg, tokenizer = _described(values)
   from dsv3_jax.inference import batching, talk
 
@@ -252,7 +259,7 @@ def chat(values: flags.FlagValues) -> None:
   first = talk.encode(tokenizer, asked)
   name = 'the prompt, before a word is said,'
   batching.check_prompt(cfg.model, first, values.max_new_tokens or 1, name)
-  loaded = _load(values)
+  loaded = load(values, **options)
   draw = batching.Draw(**draws)
   conversation = talk.Conversation(
     loaded, draw, values.max_new_tokens or _TOKENS, values.system
@@ -307,12 +314,13 @@ def serve(values: flags.FlagValues) -> None:
     raise errors.InputError('DSV3_API_KEY is empty: unset it to ask for no key')
   if not values.host:
     raise errors.InputError('--host=ADDRESS is empty: 0.0.0.0 or :: are all')
+  options = _engine_options(values)
   _described(values)
   from dsv3_jax.inference import serving
 
   with serving.bind(values.host, values.port) as bound:
     serving.run(
-      _load(values),
+      load(values, **options),
       bound,
       name=values.name or pathlib.Path(values.checkpoint).resolve().name,
       cache_tokens=values.cache_tokens,

@@ -13,6 +13,7 @@ import openai
 import pytest
 
 import dsv3_jax
+from benchmarks import speculation
 from dsv3_jax import cli, train
 from tests import tiny_run
 
@@ -149,6 +150,26 @@ def test_a_mesh_that_the_model_does_not_fit_is_one_line(trained, capsys):
   args += ['--parallel.expert=2', '--redundant_experts=3']
   assert cli.main([*args, '--rebalance_every=9']) == 2
   assert '= 2 slots: 2 or 4' in capsys.readouterr().err
+
+
+def test_the_benchmark_of_drafts(trained, tmp_path, capsys):
+  path = tmp_path / 'told.md'
+  args = ['--prompts=2', '--new_tokens=4', '--rounds=1', '--most=1', '--json']
+  args += ['--prompt_tokens=20', f'--checkpoint={trained}', f'--output={path}']
+  assert speculation.main(args) == 0
+  rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
+  assert [(r['temperature'], r['drafts']) for r in rows] == [
+    (0.0, 0),
+    (0.0, 1),
+    (1.0, 0),
+    (1.0, 1),
+  ]
+  assert rows[0]['speed_ratio'] == 1.0 and rows[0]['accepted'] is None
+  assert 0 <= rows[1]['accepted'] <= 1 and rows[1]['tokens_per_step'] <= 2
+  assert 'held-out tokens' in path.read_text()
+  with pytest.raises(SystemExit) as stopped:
+    speculation.main([f'--checkpoint={trained}', '--new_tokens=2'])
+  assert stopped.value.code == 2
 
 
 @pytest.mark.slow

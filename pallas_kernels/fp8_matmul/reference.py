@@ -101,7 +101,10 @@ def matmul(
   (rows, depth), columns = a.shape, b.shape[0]
   blocks = a.scales.shape[1]
   # Every FP8 number is a BF16 number: the products are the same, and faster.
-  split = lambda q: _pad_columns(q.values.astype(jnp.bfloat16), depth).reshape(
+  # But XLA's CPU backend cannot multiply BF16 by its transpose, which is what
+  # it makes of a single block.
+  dtype = jnp.bfloat16 if blocks > 1 else jnp.float32
+  split = lambda q: _pad_columns(q.values.astype(dtype), depth).reshape(
     q.shape[0], blocks, 128
   )
   a_MkI, b_NkI = split(a), split(b)

@@ -303,6 +303,20 @@ def test_more_than_sixteen_blocks_are_added_in_order_too():
     assert got == 2.0**24 + 2 * ((blocks - 1) // 2)
 
 
+def test_a_weight_gradient_of_one_block_of_tokens():
+  # Both operands transposed in one program: XLA's CPU backend has no such BF16
+  # product, and finds none to make where there are several blocks.
+  x_MK, dy_MN = normal(0, 128, 16), normal(1, 128, 7)
+
+  @jax.jit
+  def gradient(x_MK, dy_MN):
+    x, dy = (quantize(x.T, tile=quantized.ROW) for x in (x_MK, dy_MN))
+    return reference.matmul(dy, x, jnp.float32)
+
+  got_NK = gradient(x_MK, dy_MN)
+  assert numerics.difference(got_NK, dy_MN.T @ x_MK) < 1e-3
+
+
 def test_api_names_what_does_not_fit():
   a, b = quantize(normal(0, 4, 256)), quantize(normal(1, 8, 256))
 
