@@ -50,7 +50,13 @@ def _draw(logits_BV, draws: Draws, place_B) -> Int[Array, 'B']:
   # From the largest down: a tiny temperature makes large numbers of no others.
   logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)
   logits_BV /= temperature_B[:, None]
-  kept_BV = jnp.where(_kept(logits_BV, draws), logits_BV, -jnp.inf)
+  # Sorting takes longer than all else, and most have nothing to leave out.
+  is_cut_B = (draws.top_k_B > 0) | (draws.top_p_B < 1.0)
+  kept_BV = jax.lax.cond(
+    jnp.any(is_cut_B & (draws.temperature_B > 0)),
+    lambda: jnp.where(_kept(logits_BV, draws), logits_BV, -jnp.inf),
+    lambda: logits_BV,
+  )
   drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
   return drawn_B.astype(jnp.int32)
 

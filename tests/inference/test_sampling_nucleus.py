@@ -113,3 +113,17 @@ def test_greedy_takes_the_first_of_equals_and_no_key_matters():
     keys = jax.random.split(jax.random.key(seed), 3)
     ids_B = sample(logits_BV, keys, jnp.float32(0.0), jnp.float32(0.3))
     assert ids_B.tolist() == [1, 0, 2] and ids_B.dtype == jnp.int32
+
+
+@pytest.mark.parametrize('beside', [(0, 1.0), (3, 1.0), (0, 0.7)])
+def test_who_keeps_all_draws_alike_beside_one_who_does_not(beside):
+  logits_BV = jax.random.normal(jax.random.key(0), (2, 50))
+  keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(1), 2))
+  top_k_B = jnp.array([0, beside[0]])
+  how = sampling.Draws(keys_B2, jnp.ones(2), top_k_B, jnp.array([1, beside[1]]))
+  drawn = jax.jit(sampling.sample)
+  at = lambda count, i: jnp.full(count, i, jnp.int32)
+  got = [int(drawn(logits_BV, how, at(2, i))[0]) for i in range(40)]
+  one = jax.tree.map(lambda x: x[:1], how)
+  want = [int(drawn(logits_BV[:1], one, at(1, i))[0]) for i in range(40)]
+  assert got == want and len(set(got)) > 10
