@@ -84,6 +84,8 @@ class Balancer:
   def rebalance(self) -> None:
     """Places experts for the load so far, in which old load counts less."""
     load_LE = np.sum(np.asarray(self.load_RLE, np.float64), axis=0)
+    if not np.any(load_LE):  # nothing has run yet, as in a warm-up
+      return
     self.load_RLE = self._layout.zeros(self._no_load, layouts.ROWS)
     self._seen_LE = _KEPT * self._seen_LE + load_LE
     old, new = self._placement, self._place(self._seen_LE)

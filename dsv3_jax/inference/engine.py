@@ -97,7 +97,7 @@ class Engine:
     prefilled = begun = time.perf_counter()
     decoded, turns = 0, 0
     while not session.is_idle:
-      told = session.decode()
+      told = session.step()
       turns += 1
       if turns == 1:
         begun = time.perf_counter()

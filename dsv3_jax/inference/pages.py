@@ -80,16 +80,16 @@ class Pool:
     return -(-length // self.size)
 
   def begin(self, tokens: Sequence[int]) -> Row:
-    """A row that holds what is known of these tokens, but for the last.
+    """A row that holds what is known of these tokens, in whole pages.
 
     At least one token is left to be computed: it gives the next one.
     """
-    row, most = Row(), len(tokens) - 1
+    row = Row()
     for node, page in self._known(tokens):
       self._use(page)
       row.pages.append(page)
       row.nodes.append(node)
-    row.length = max(min(len(row.pages) * self.size, most), 0)
+    row.length = len(row.pages) * self.size
     return row
 
   def known(self, tokens: Sequence[int]) -> int:
@@ -97,10 +97,14 @@ class Pool:
     return sum(1 for _ in self._known(tokens))
 
   def fork(self, row: Row) -> Row:
-    """A second row with the same tokens, on the same pages."""
-    for page in row.pages:
+    """A second row with the same tokens, on the same pages.
+
+    Without those that the first has for later tokens: each writes its own.
+    """
+    shared = row.pages[: self.pages_for(row.length)]
+    for page in shared:
       self._use(page)
-    return Row(list(row.pages), row.length, list(row.nodes))
+    return Row(shared, row.length, list(row.nodes))
 
   def extend(self, row: Row, length: int) -> list[Copy]:
     """Makes room to write the row's tokens from its length up to `length`.
@@ -151,9 +155,9 @@ class Pool:
     row.pages, row.length, row.nodes = [], 0, []
 
   def _known(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Nodes and pages of what the tree knows, all but the last token wanted."""
-    node = _ROOT
-    for start in range(0, len(tokens) - 1, self.size):
+    """Nodes and pages of what the tree knows, none with the last token."""
+    node, end = _ROOT, (len(tokens) - 1) // self.size * self.size
+    for start in range(0, end, self.size):
       key = (node, tuple(tokens[start : start + self.size]))
       if key not in self._tree:
         return

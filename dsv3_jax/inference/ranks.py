@@ -104,7 +104,10 @@ class Ranks:
     pairs = enumerate(self.each)
     free = [r for r, one in pairs if len(one.running) < one.max_rows]
     if scheduler.waits_for_twin(job):  # whose pages it will take over
-      free = [rank for rank in free if rank == job.twin.rank]
+      if job.twin.rank in free:
+        free = [job.twin.rank]
+      else:  # others need not wait behind it
+        job.twin = None
     for rank in sorted(free, key=cost):
       if self.each[rank].admit(job):
         job.rank = rank

@@ -94,7 +94,6 @@ class Scheduler:
     self.waiting: list[Job] = []
     self.running: list[Job] = []  # in order of arrival
     self.preempted = 0
-    self._copies: list[pages.Copy] = []  # for jobs that have been let in
     self._numbers = itertools.count()
 
   @property
@@ -159,8 +158,7 @@ class Scheduler:
         break
       jobs.append(job)
       counts.append(count)
-    copies, self._copies = self._copies, []
-    return Step(jobs, counts, copies) if jobs or copies else None
+    return Step(jobs, counts, []) if jobs else None
 
   def decode(self) -> Step | None:
     """The last token of all jobs that miss no other, and their drafts."""
@@ -195,12 +193,12 @@ class Scheduler:
     """Lets a job in if it finds a row, and pages for all it has so far."""
     if len(self.running) == self.max_rows:
       return False
-    if not waits_for_twin(job):
+    if self.alike or not waits_for_twin(job):
       job.twin = None
     row = pages.Row() if job.twin else self.pool.begin(job.tokens)
     places = 0 if job.twin else self._places(job)
     try:
-      self._copies += self.pool.extend(row, places)
+      self.pool.extend(row, places)  # copies nothing: it has whole pages
     except pages.OutOfPages:
       self.pool.release(row)
       return False
@@ -244,7 +242,9 @@ def waits_for_twin(job: Job) -> bool:
   twin = job.twin
   if twin is None or twin.row is None or len(job.tokens) < 2:
     return False
-  return twin.row.length < len(job.tokens)
+  # One that comes back with more tokens would pass by where they part.
+  is_there = len(twin.tokens) == len(job.tokens)
+  return is_there and twin.row.length < len(job.tokens)
 
 
 def _number(job: Job) -> int:

@@ -193,10 +193,15 @@ def _of_layer(
   A row's tokens follow one another from the first, which tells its length;
   what comes behind them belongs to no row, and sees what it may.
   """
-  count = cache.c_LpsC.shape[1]
+  _, count, size, _ = cache.c_LpsC.shape
   flat = lambda x: x.reshape(-1, *x.shape[2:])
-  table_Bj = context.table_Bb + layer * count
+  # Where a row has no page, one of its own stands: another's may not be finite.
+  own_B1 = jnp.minimum(context.table_Bb[:, :1], count - 1)
+  table_Bj = jnp.where(context.table_Bb < count, context.table_Bb, own_B1)
+  table_Bj += layer * count
   first_B, length = context.index_BT[:, 0], context.index_BT.shape[1]
   lengths_B = jnp.where(first_B < 0, 0, first_B + length)
+  # Drafts behind drafts may pass the end of the table.
+  lengths_B = jnp.minimum(lengths_B, table_Bj.shape[1] * size)
   pages = mla_decode.Cache(flat(cache.c_LpsC), flat(cache.k_rope_LpsR))
   return pages, table_Bj, lengths_B

@@ -62,22 +62,28 @@ def test_full_pages_are_shared_also_after_their_row_has_gone(memory):
   assert found == 0
 
 
-@pytest.mark.parametrize('stays', [True, False])
-def test_a_prompt_that_is_known_computes_its_last_token_in_a_copy(
-  memory, stays
-):
-  """Which others, who read the page now or later, never notice."""
-  pool = pages.Pool(COUNT, SIZE)
-  prompt = list(range(8))
+def test_the_page_of_the_last_token_is_never_taken(memory):
+  """It would have to be copied, for which there may be no page."""
+  pool = pages.Pool(3, SIZE)
+  prompt = list(range(2 * SIZE))
   first, _ = begun(pool, memory, prompt)
-  known = list(first.pages)
-  if not stays:
-    pool.release(first)
+  pool.release(first)
   row = pool.begin(prompt)
-  assert row.length == 7 and row.pages == known
-  (copy,) = pool.extend(row, 8)
-  assert copy.source == known[1] and copy.target == row.pages[1]
-  assert row.pages[1] != known[1] and row.pages[0] == known[0]
+  assert row.length == SIZE and len(row.pages) == 1
+  assert pool.extend(row, 2 * SIZE + 2) == [] and len(row.pages) == 3
+
+
+def test_forks_do_not_share_what_a_row_has_for_later_tokens(memory):
+  pool = pages.Pool(COUNT, SIZE)
+  one = pool.begin([1, 2, 3])
+  pool.extend(one, SIZE + 2)
+  write(pool, one, memory, [1, 2, 3])
+  two = pool.fork(one)
+  assert len(one.pages) == 2 and len(two.pages) == 1
+  left, right = [1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9]
+  write(pool, two, memory, right)
+  write(pool, one, memory, left)
+  assert read(one, memory) == left and read(two, memory) == right
 
 
 def test_forks_part_where_they_are_written(memory):

@@ -231,3 +231,30 @@ def test_a_model_without_mtp_cannot_draft():
     engine.Engine(cfg, {}, {}, 1)
   with pytest.raises(errors.InputError, match='num_drafts=-1 must be >= 0'):
     engine.Engine(CONFIG, {}, {}, -1)
+
+
+@pytest.mark.parametrize(('num_drafts', 'size'), [(1, 63), (2, 62)])
+def test_answers_to_one_prompt_draft_each_for_itself(num_drafts, size):
+  """Where drafts of the first pass the end of a page, no other sees them."""
+  params, router = weights(CONFIG)
+  flat = params | {'head': {'w': 0.5 * params['head']['w']}}
+  tokens, draws = (
+    prompt(7, size),
+    [batching.Draw(temperature=1.0, stream=i) for i in (0, 1, 2)],
+  )
+  plain, want = steps.Steps(CONFIG, flat, router), []
+  for draw in draws:
+    session = batching.Session(plain, num_pages=8, max_rows=3)
+    request = session.submit(tokens, 20, draw)
+    while not request.done:
+      session.step()
+    want.append(request.tokens)
+  made = steps.Steps(CONFIG, flat, router, num_drafts)
+  session = batching.Session(made, num_pages=8, max_rows=3)
+  first = session.submit(tokens, 20, draws[0])
+  rest = [session.submit(tokens, 20, draw, twin=first) for draw in draws[1:]]
+  while not session.is_idle:
+    session.step()
+  assert [request.tokens for request in (first, *rest)] == want
+  assert session.decoded.accepted > 0 and session.pool.in_use == 0
+  assert [request.job.found for request in rest] == [size - 1] * 2
