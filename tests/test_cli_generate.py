@@ -167,6 +167,7 @@ def test_the_benchmark_of_drafts(trained, tmp_path, capsys):
   assert rows[0]['speed_ratio'] == 1.0 and rows[0]['accepted'] is None
   assert 0 <= rows[1]['accepted'] <= 1 and rows[1]['tokens_per_step'] <= 2
   assert 'held-out tokens' in path.read_text()
+  assert all(row['equal'] == 1.0 for row in rows)
   with pytest.raises(SystemExit) as stopped:
     speculation.main([f'--checkpoint={trained}', '--new_tokens=2'])
   assert stopped.value.code == 2

@@ -49,7 +49,7 @@ def made(request):
 
 
 def session(made, num_pages=24):
-  how = {'num_pages': num_pages, 'max_rows': 4, 'chunk': 64}
+  how = {'num_pages': num_pages, 'max_rows': 4, 'chunk': 128}
   return batching.Session(made, **how, invariant=True)
 
 
