@@ -7,12 +7,17 @@ before W_UV: one latent serves all heads as key and as value (TR 2.1.1).
 import functools
 import logging
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, quantized
 from pallas_kernels.mla_decode import cache as caches
 from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, parts, reference
+
+# Of one kernel call: masks are made query by query, and sums of all are held.
+# More come as slices, as when a prompt goes on behind what a cache has of it.
+MOST_QUERIES = 16
 
 Cache = caches.Cache
 PAGE = caches.PAGE
@@ -62,10 +67,33 @@ def decode(
     chosen = _reference(reason)
   if chosen == 'reference':
     return reference.decode(*args, splits=splits or 1)
+  kernel = functools.partial(
+    pallas_tpu.decode, interpret=chosen == 'pallas_interpret'
+  )
   if chosen == 'pallas_gpu':
-    return pallas_gpu.decode(*args, splits=splits)
-  interpret = chosen == 'pallas_interpret'
-  return pallas_tpu.decode(*args, splits=splits, interpret=interpret)
+    kernel = pallas_gpu.decode
+  run = lambda q_BTNY, lengths_B: kernel(
+    q_BTNY, cache, table_Bj, lengths_B, scale, splits=splits
+  )
+  few = q_BTNY.shape[1] <= MOST_QUERIES
+  return (run if few else functools.partial(_in_slices, run))(q_BTNY, lengths_B)
+
+
+def _in_slices(run, q_BTNY, lengths_B):
+  """`run` on a few queries at a time, each slice ending where its last does."""
+  batch, queries = q_BTNY.shape[:2]
+  count = -(-queries // MOST_QUERIES)
+  before = count * MOST_QUERIES - queries  # queries of nothing, in front
+  q_BTNY = jnp.pad(q_BTNY, ((0, 0), (before, 0), (0, 0), (0, 0)))
+  shape = (batch, count, MOST_QUERIES, *q_BTNY.shape[2:])
+  later_n1 = MOST_QUERIES * jnp.arange(count, dtype=jnp.int32)[::-1, None]
+  lengths_nB = jnp.maximum(lengths_B - later_n1, 0)
+  slices = (jnp.moveaxis(q_BTNY.reshape(shape), 1, 0), lengths_nB)
+  o_nBTNC, lse_nBNT = jax.lax.map(lambda one: run(*one), slices)
+  o_BnTNC, lse_BNnT = jnp.moveaxis(o_nBTNC, 0, 1), jnp.moveaxis(lse_nBNT, 0, 2)
+  o_BTNC = o_BnTNC.reshape(batch, -1, *o_BnTNC.shape[3:])
+  lse_BNT = lse_BNnT.reshape(*lse_BNnT.shape[:2], -1)
+  return o_BTNC[:, before:], lse_BNT[:, :, before:]
 
 
 @functools.cache

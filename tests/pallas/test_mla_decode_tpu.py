@@ -36,6 +36,15 @@ def test_is_the_reference_over_poisoned_pages(name):
   products.assert_bitwise(decode(*args), got)
 
 
+@pytest.mark.parametrize('queries', [16, 17, 40])
+def test_many_queries_come_in_slices(queries):
+  case = cases.Case((130, 40, 3, 0), 2, queries=queries, latent=128)
+  args = decoding.draw(case, 'float32')
+  want = reference_decode(*args)
+  decoding.assert_close(decode(*args), want, 'float32')
+  decoding.assert_close(want, decoding.naive(args), 'float32')
+
+
 @pytest.mark.parametrize('name', ['ragged', 'speculative', 'v3_heads_16'])
 def test_fp8_cache(name):
   args = decoding.draw(cases.SMALL[name], fp8=True)
