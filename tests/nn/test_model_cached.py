@@ -1,5 +1,6 @@
 """Decoding through the latent cache gives the logits of the full forward."""
 
+import dataclasses
 import functools
 
 import jax
@@ -45,8 +46,10 @@ def empty(cfg):
 
 
 @functools.cache
-def step(cfg, absorbed):
+def step(cfg, absorbed, implementation='auto'):
   net = model.build(cfg, absorbed=absorbed)
+  how = {'implementation': implementation}
+  net = net.clone(policy=dataclasses.replace(net.policy, **how))
 
   def run(params, tokens_BT, index_BT, last_B, *args):
     args = (tokens_BT, index_BT, last_B[:, None], *args)
@@ -169,3 +172,19 @@ def test_bf16_cache_stays_near_the_bf16_forward():
   logits_BV, caches = step(cfg, False)(params, *args)
   assert {c.dtype for c in jax.tree.leaves(caches)} == {jnp.dtype('bfloat16')}
   assert_rows_match(logits_BV, full_BTV, [LENGTH - 1] * 3, 'bfloat16')
+
+
+def test_the_decode_kernel_gives_the_same():
+  """Interpreted: over a prompt of two pages, then a token and a draft."""
+  cfg, params, router, tokens_BT = setup('scanned')
+  full_BTV = full_logits(cfg, params, router, tokens_BT)
+  run, caches = step(cfg, True, 'pallas_interpret'), empty(cfg)
+  for start, end in ((0, SIZE + 2), (SIZE + 2, SIZE + 4)):
+    shape = (3, end - start)
+    index_BT = jnp.broadcast_to(jnp.arange(start, end), shape)
+    last_B = jnp.full(3, end - start - 1)
+    args = (tokens_BT[:, start:end], index_BT, last_B, TABLE_Bb, router, caches)
+    logits_BV, caches = run(params, *args)
+    assert_rows_match(logits_BV, full_BTV, np.full(3, end - 1))
+  plain = jax.jit(step(cfg, True)).lower(params, *args).as_text()
+  assert jax.jit(run).lower(params, *args).as_text() != plain
