@@ -110,7 +110,10 @@ def refused(done, *said):
     (['generate', '--checkpoint=x', '--seed=-1'], 'seed=-1 must be in'),
     (['eval', '--checkpoint=nowhere'], 'nowhere/config.json'),
     (['eval', '--checkpoint=x', '--task=sing'], "task='sing' must be one of"),
-    (['bench'], "'' must be one of: compile_kernels_tpu, ep_overhead, "),
+    (
+      ['bench'],
+      "'' must be one of: compile_kernels_tpu, continuous_batching, ",
+    ),
     (['bench', 'fly'], "'fly' must be one of: "),
     (['bench', 'common'], "'common' must be one of: "),
     (['bench', 'fp8_step', '--speed=9'], 'unrecognized arguments: --speed=9'),
