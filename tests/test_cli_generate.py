@@ -14,7 +14,8 @@ import pytest
 
 import dsv3_jax
 from benchmarks import speculation
-from dsv3_jax import cli, train
+from dsv3_jax import cli, config, train
+from experiments import v3_671b
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -158,19 +159,28 @@ def test_the_benchmark_of_drafts(trained, tmp_path, capsys):
   args += ['--prompt_tokens=20', f'--checkpoint={trained}', f'--output={path}']
   assert speculation.main(args) == 0
   rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
-  assert [(r['temperature'], r['drafts']) for r in rows] == [
-    (0.0, 0),
-    (0.0, 1),
-    (1.0, 0),
-    (1.0, 1),
-  ]
+  wanted = [(t, b, k) for t in (0.0, 1.0) for b in (1, 2) for k in (0, 1)]
+  assert [(r['temperature'], r['batch'], r['drafts']) for r in rows] == wanted
   assert rows[0]['speed_ratio'] == 1.0 and rows[0]['accepted'] is None
   assert 0 <= rows[1]['accepted'] <= 1 and rows[1]['tokens_per_step'] <= 2
+  assert rows[0]['read'] == 1.0 and rows[1]['read'] > 1.0
   assert 'held-out tokens' in path.read_text()
   assert all(row['equal'] == 1.0 for row in rows)
   with pytest.raises(SystemExit) as stopped:
     speculation.main([f'--checkpoint={trained}', '--new_tokens=2'])
   assert stopped.value.code == 2
+
+
+def test_weights_that_a_step_with_drafts_reads():
+  model = config.from_config_dict(v3_671b.get_config()).model
+  table = 129_280 * 7_168  # the embedding, and the head
+  main, mtp = 671_026_419_200 - table, 11_610_068_224 + table
+  for drafts in (0, 1, 2):  # so many tokens reach every expert
+    read = speculation.weights_read(model, 4096, drafts)
+    assert read == pytest.approx(main + drafts * mtp)
+  alone = speculation.weights_read(model, 1, 0)
+  active = 37_552_282_624 - table
+  assert alone == pytest.approx(active, rel=1e-4)  # active has no router bias
 
 
 @pytest.mark.slow

@@ -81,6 +81,7 @@ class Decoded:
   were to verify, and how many of these were accepted.
   """
 
+  steps: int = 0
   rows: int = 0
   tokens: int = 0
   drafted: int = 0
@@ -231,6 +232,7 @@ class Session:
     if found is None:
       return []
     made = self._run(found, self.steps.decode)
+    self.decoded.steps += 1
     told = []
     for b, (job, count) in enumerate(_pairs(found)):
       new = self._add(job, made, b)

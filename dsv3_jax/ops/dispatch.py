@@ -100,6 +100,8 @@ def multiply(
   if product == 'auto':
     product = 'blocks' if jax.default_backend() == 'cpu' else 'ragged'
   with jax.named_scope('experts'):
+    if product == 'blocks' and len(x_ID) == 1:
+      return _one_row(x_ID, ids_IK, gates_IK, _cast(experts, x_ID.dtype))
     if product == 'blocks':
       return _blocks(x_ID, gates_IK, experts, ids_IK, rows)
     other = {'dense': _dense, 'ragged': _ragged}[product]
@@ -329,6 +331,22 @@ def _add_product(sum_EDF, e, a_JD, b_JF):
     'jd,jf->df', a_JD, b_JF, preferred_element_type=jnp.float32
   )
   return sum_EDF.at[e].add(product)
+
+
+def _one_row(x_1D, ids_1K, gates_1K, experts):
+  """A single token: nothing to sort, and a product with a vector each."""
+  here_K = ids_1K[0] < len(experts.w_up_EDF)
+  gates_K = jnp.where(here_K, gates_1K[0], 0).astype(x_1D.dtype)
+
+  def body(k, y_1D):
+    e = ids_1K[0, k]  # that of none reads the last, and adds zeros
+    gate_1F = x_1D @ experts.w_gate_EDF[e]
+    hidden_1F = jax.nn.silu(gate_1F) * (x_1D @ experts.w_up_EDF[e])
+    return y_1D + (hidden_1F * gates_K[k]) @ experts.w_down_EFD[e]
+
+  zeros_1D = jnp.zeros(x_1D.shape, jnp.float32)
+  y_1D = jax.lax.fori_loop(0, len(gates_K), body, zeros_1D)
+  return y_1D.astype(x_1D.dtype)
 
 
 def _dense(x_MD, ids_MK, gates_MK, experts):
