@@ -368,6 +368,11 @@ def check_prompt(
   room = cfg.max_seq_len - max_new_tokens
   if not prompt:
     raise errors.InputError(f'{name} is empty: it needs one token at least')
+  if room < 1:
+    raise errors.InputError(
+      f'max_new_tokens={max_new_tokens} must be below model.max_seq_len='
+      f'{cfg.max_seq_len}, which a prompt shares'
+    )
   if len(prompt) > room:
     raise errors.InputError(
       f'{name} has {len(prompt)} tokens; with max_new_tokens='

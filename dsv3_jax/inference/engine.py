@@ -1,8 +1,9 @@
-"""Text generation from a list of prompts, all at once (TR 2.1.1).
+"""Text generation from a list of prompts (TR 2.1.1).
 
 Prefill fills the latent cache, prompts of up to 1,024 tokens whole and in the
 naive form; each decode step attends to it in the absorbed form. Rows may have
-prompts of different lengths.
+prompts of different lengths. Up to `MOST_ROWS` prompts run at a time, on each
+rank of a mesh; others join as these end.
 """
 
 import dataclasses
@@ -15,6 +16,8 @@ from dsv3_jax import config, errors
 from dsv3_jax.inference import batching, steps
 from dsv3_jax.nn import model
 
+MOST_ROWS = 64
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
@@ -22,7 +25,8 @@ class Generation:
 
   Prefill gives each row its first token and the first decode step its second;
   decoding is timed from there, as that step may have to compile. So may
-  prefill, at a new shape. `decoded` counts tokens of rows not yet at their end.
+  prefill, at a new shape; that of prompts which join later is timed as decoding.
+  `decoded` counts tokens of rows not yet at their end.
   counts: of all decode steps, that first one too.
   """
 
@@ -92,7 +96,8 @@ class Engine:
       session.submit(prompt, max_new_tokens, draw(stream=b), [stop_id])
       for b, prompt in enumerate(prompts)
     ]
-    while not all(request.tokens for request in requests):
+    first = requests[: MOST_ROWS * self.steps.num_ranks]
+    while not all(request.tokens for request in first):
       session.prefill() or session.decode()
     prefilled = begun = time.perf_counter()
     decoded, turns = 0, 0
@@ -117,6 +122,7 @@ class Engine:
     """With room for rows of these lengths, whichever go to a rank together."""
     each = sorted(-(-length // batching.PAGE) for length in lengths)
     rows = -(-len(lengths) // self.steps.num_ranks)  # of each rank
+    rows = min(rows, MOST_ROWS)
     return batching.Session(
       self.steps,
       num_pages=sum(each[-rows:]),

@@ -58,6 +58,16 @@ def test_a_row_does_not_depend_on_the_others(net, temperature):
   assert together[0] == first[0] == swapped[0]
 
 
+def test_more_prompts_than_rows_join_as_others_end(net, monkeypatch):
+  prompts = [prompt[:cut] for prompt in _PROMPTS for cut in (1, 2, 3)]
+  together = net.generate(prompts, 9)
+  monkeypatch.setattr(engine, 'MOST_ROWS', 2)
+  made = net.generate(prompts, 9)
+  assert made.tokens == together.tokens
+  assert made.counts.rows == together.counts.rows == len(prompts) * 8
+  assert made.counts.steps >= len(prompts) * 8 / 2 > together.counts.steps
+
+
 def test_seeds_repeat_and_differ(net):
   how = {'temperature': 2.0}
   runs = [net.generate(_PROMPTS, 12, seed=s, **how).tokens for s in (1, 1, 2)]
@@ -83,6 +93,7 @@ def test_decode_compiles_once(weights):
     ([[1, -1]], 4, r'ids outside 0\.\.22'),
     ([[1]], 0, 'max_new_tokens=0 must be >= 1'),
     ([[1] * 38], 4, 'at most 36 fit'),
+    ([[1]], 40, 'must be below model.max_seq_len=40'),
   ],
 )
 def test_bad_requests(net, prompts, count, said):
