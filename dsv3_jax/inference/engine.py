@@ -25,7 +25,7 @@ class Generation:
 
   Prefill gives each row its first token and the first decode step its second;
   decoding is timed from there, as that step may have to compile. So may
-  prefill, at a new shape; that of prompts which join later is timed as decoding.
+  prefill, at a new shape; of prompts that join later it counts as decoding.
   `decoded` counts tokens of rows not yet at their end.
   counts: of all decode steps, that first one too.
   """
