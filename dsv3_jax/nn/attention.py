@@ -125,7 +125,8 @@ class LatentAttention(nn.Module):
         v_BSNU = linear.project(c, w_uv_CNU, policy).reshape(each)
       keys = (k_nope_BSNH, latents.k_rope_BSR, v_BSNU)
       o_BTNU, packed = attention.causal(
-        q_BTNX, *keys, context.segments_BS, scale, pack=policy.fp8
+        *(q_BTNX, *keys, context.segments_BS, scale),
+        *(policy.fp8, policy.implementation),
       )
     shape = (m.num_heads, m.v_head_dim, cfg.d_model)
     w_o_NUD = self._weight('w_o', shape, 'heads', 'head_dim', 'embed')

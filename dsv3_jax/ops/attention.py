@@ -24,6 +24,7 @@ from dsv3_jax import sharding
 from dsv3_jax.ops import context_attention
 from pallas_kernels import quantized
 from pallas_kernels.fp8_matmul import e5m6
+from pallas_kernels.mla_attention import api as mla_attention
 
 _product = context_attention.product
 _QUERY_BLOCK = 128  # rows of one causal block
@@ -37,6 +38,7 @@ def causal(
   segments_BS: Int[Array, 'B S'] | None,
   scale: float,
   pack: bool = False,
+  implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N U'], quantized.Packed | None]:
   """Causal attention of a sequence on itself (TR eqs. 2, 5, 10).
 
@@ -46,24 +48,31 @@ def causal(
     segments_BS: tokens attend within their segment only; None: to all before.
     scale: factor on the logits; softmax in f32.
     pack: keep the output as E5M6, [B * T, N * U].
+    implementation: of `mla_attention`; its reference is the code below. Where
+      `context` cuts the rows, there is one way only.
   Returns:
     The output, and with `pack` what the backward pass has instead of it.
   """
   args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS)
-  return _causal(*args, scale, pack)
+  chosen = 'context'
+  if sharding.size(chosen) == 1:
+    chosen = mla_attention.choose(implementation, *args)
+  return _causal(*args, scale, pack, chosen)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _causal(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS, scale, pack):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _causal(
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS, scale, pack, chosen
+):
   args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS)
-  return _causal_fwd(*args, scale, pack)[0]
+  return _causal_fwd(*args, scale, pack, chosen)[0]
 
 
 def _causal_fwd(
-  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS, scale, pack
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS, scale, pack, chosen
 ):
   keys = context_attention.Keys(k_nope_BSNH, k_rope_BSR, v_BSNU)
-  forward, _ = _ways()
+  forward, _ = _ways(chosen)
   with jax.named_scope('attention'):
     o_BTNU, lse_BNT = forward(q_BTNX, keys, segments_BS, scale)
     o_BTNU = o_BTNU.astype(v_BSNU.dtype)
@@ -81,11 +90,11 @@ def _causal_fwd(
   return (kept, None), (inputs, lse_BNT, kept)
 
 
-def _causal_bwd(scale, pack, residuals, cotangents):
+def _causal_bwd(scale, pack, chosen, residuals, cotangents):
   inputs, lse_BNT, kept = residuals
   do_BTNU, dtype, f32 = cotangents[0], inputs[0].dtype, jnp.float32
   o_BTNU = e5m6.unpack(kept).reshape(do_BTNU.shape) if pack else kept
-  _, backward = _ways()
+  _, backward = _ways(chosen)
   with jax.named_scope('attention'):
     delta_BNT = jnp.einsum(
       'btnu,btnu->bnt', o_BTNU.astype(f32), do_BTNU.astype(f32)
@@ -95,11 +104,19 @@ def _causal_bwd(scale, pack, residuals, cotangents):
     return dq_BTNX, *keys, None
 
 
-def _ways():
+def _ways(chosen: str):
   """Forward and backward: of a sequence on itself, or of a device's part."""
-  if sharding.size('context') > 1:
+  if chosen == 'context':
     return context_attention.forward, context_attention.backward
-  return _forward, _backward
+  if chosen == 'reference':
+    return _forward, _backward
+  forward, backward = mla_attention.ways(chosen)
+
+  def gradients(q_BTNX, keys, *rest):
+    dq_BTNX, *dkeys = backward(q_BTNX, *keys, *rest)
+    return dq_BTNX, context_attention.Keys(*dkeys)
+
+  return lambda q, keys, *rest: forward(q, *keys, *rest), gradients
 
 
 def _forward(q_BTNX, keys, segments_BT, scale):

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -45,12 +46,33 @@ def attention(
     ValueError: shapes, types or the implementation's name do not fit.
     NotImplementedError: legal, but not by this implementation.
   """
-  _check(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT)
-  chosen = dispatch.resolve(implementation)
   operands = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU)
-  if chosen == 'pallas_gpu' and (why := blocks_gpu.refusal(*operands)):
-    chosen = _without_kernel(why, implementation)
+  chosen = choose(implementation, *operands, segments_BT)
   return _attention(*operands, segments_BT, scale, chosen)
+
+
+def choose(implementation: str, q, k_nope, k_rope, v, segments) -> str:
+  """What `implementation` stands for with such arguments; see `ways`.
+
+  Raises: as `attention`.
+  """
+  _check(q, k_nope, k_rope, v, segments)
+  chosen = dispatch.resolve(implementation)
+  refused = chosen == 'pallas_gpu' and blocks_gpu.refusal(q, k_nope, k_rope, v)
+  return _without_kernel(refused, implementation) if refused else chosen
+
+
+def ways(chosen: str) -> tuple[Callable, Callable]:
+  """Forward and backward passes of what `choose` gave, as in `reference`."""
+  if chosen == 'reference':
+    return reference.forward, reference.backward
+  if chosen == 'pallas_gpu':
+    return pallas_gpu.forward, backward_gpu.backward
+  how = {'interpret': chosen == 'pallas_interpret'}
+  return (
+    functools.partial(pallas_tpu.forward, **how),
+    functools.partial(backward_tpu.backward, **how),
+  )
 
 
 @functools.cache
@@ -65,12 +87,8 @@ def _without_kernel(why: str, implementation: str) -> str:
 def _attention(
   q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, chosen
 ):
-  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale)
-  if chosen == 'reference':
-    return reference.forward(*args)
-  if chosen == 'pallas_gpu':
-    return pallas_gpu.forward(*args)
-  return pallas_tpu.forward(*args, interpret=chosen == 'pallas_interpret')
+  forward, _ = ways(chosen)
+  return forward(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale)
 
 
 def _forward(*args):
@@ -89,13 +107,8 @@ def _backward(scale, chosen, residuals, cotangents):
     precision=jax.lax.Precision.HIGHEST,
   )
   delta_BNT -= dlse_BNT
-  args = (*args, scale, lse_BNT, delta_BNT, do_BTNU)
-  if chosen == 'reference':
-    return *reference.backward(*args), None
-  if chosen == 'pallas_gpu':
-    return *backward_gpu.backward(*args), None
-  interpret = chosen == 'pallas_interpret'
-  return *backward_tpu.backward(*args, interpret=interpret), None
+  _, backward = ways(chosen)
+  return *backward(*args, scale, lse_BNT, delta_BNT, do_BTNU), None
 
 
 _attention.defvjp(_forward, _backward)

@@ -1,10 +1,14 @@
 """One model in many forms: scanned, rematerialised, micro-batched, in bf16."""
 
+import dataclasses
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax import precision
 from dsv3_jax.nn import model
 from tests import settings, tolerances
 from tests.nn import models
@@ -35,6 +39,23 @@ def assert_same(got, want):
   for name in ('loss', 'mtp_loss', 'balance'):
     tolerances.assert_close(parts[name], want_parts[name])
   tolerances.assert_trees_close(grads, want_grads)
+
+
+def test_the_attention_kernel_trains_the_same():
+  """Interpreted; samples share rows, and layers are made again."""
+  cfg = settings.small(**BASE, model__remat='full')
+  kernel = dataclasses.replace(
+    precision.POLICIES[cfg.precision], implementation='pallas_interpret'
+  )
+  params, router = map(models.f32, models.random_params(cfg))
+  batch, _ = models.make_batch(cfg, SAMPLES)
+  scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
+  args = (params, router, batch, scales)
+  plain = jax.jit(models.plain_loss_and_grads(cfg)).lower(*args)
+  with mock.patch.dict(precision.POLICIES, {cfg.precision: kernel}):
+    other = jax.jit(models.plain_loss_and_grads(cfg)).lower(*args)
+  assert other.as_text() != plain.as_text()
+  assert_same(other.compile()(*args), plain.compile()(*args))
 
 
 def unstack(stack):

@@ -267,8 +267,11 @@ def test_gates_get_the_plain_gradient_within_fp8():
   assert fp8_gemm.difference(np.asarray(dgates), np.asarray(want)) < 5e-3
 
 
+@pytest.mark.parametrize('implementation', ['reference', 'pallas_interpret'])
 @pytest.mark.parametrize('length', [6, 130])
-def test_attention_differentiates_through_its_12_bit_output(length):
+def test_attention_differentiates_through_its_12_bit_output(
+  length, implementation
+):
   heads = (length, 3, 16)
   q, k_nope = normal(0, length, 3, 24), normal(1, *heads, scale=0.1)
   k_rope, v = normal(2, length, 8, scale=0.1), normal(3, *heads)
@@ -276,7 +279,7 @@ def test_attention_differentiates_through_its_12_bit_output(length):
   batched = [jnp.float32(x)[None] for x in (q, k_nope, k_rope, v)]
 
   def loss(*args):
-    o, packed = attention.causal(*args, None, 0.2, pack=True)
+    o, packed = attention.causal(*args, None, 0.2, True, implementation)
     return jnp.sum(o * jnp.float32(do)), (o, packed)
 
   grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True))
