@@ -5,13 +5,15 @@ its ceilings and PyTorch, and which block sizes are best?
 
   python3 -m benchmarks.hopper --output=DIR [--seconds=470] [--parts=checks,...]
 
-Needs a source tree, JAX with CUDA, NumPy and jaxtyping; no network, no install.
+Needs a source tree, JAX with CUDA, NumPy and jaxtyping (`layer` also Flax,
+`routing` ml_collections); no network, no install.
 PyTorch is a rival if the same python3 has it. Each part is a process of its
 own with its own share of the time, so that a kernel that hangs ends one part:
 
   checks      every kernel against the reference, again on poisoned outputs
   benchmark   `fp8_matmul`, with rivals
-  layer       `fp8_layer`, the quantisers' share; this part needs Flax too
+  layer       `fp8_layer`, the quantisers' share
+  routing     `routing`: the gate, and tokens in the order of experts
   decode      `mla_decode`
   attention   `mla_attention`, with rivals
   sweep       block sizes over V3's shapes, until the time is over
@@ -36,14 +38,16 @@ from benchmarks.common import hopper_parts, report
 PARTS = {
   'checks': 125,
   'benchmark': 260,
-  'layer': 295,
-  'decode': 340,
-  'attention': 410,
+  'layer': 290,
+  'routing': 310,
+  'decode': 350,
+  'attention': 415,
   'sweep': 460,
 }
 _BENCHMARKS = {
   'benchmark': 'fp8_matmul',
   'layer': 'fp8_layer',
+  'routing': 'routing',
   'decode': 'mla_decode',
   'attention': 'mla_attention',
 }
