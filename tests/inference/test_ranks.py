@@ -81,6 +81,7 @@ REQUESTS = st.lists(
     st.integers(1, 12),  # new tokens
     st.integers(0, 3),  # steps until it comes
     st.booleans(),  # whether its client stays
+    st.booleans(),  # whether it has the prompt of the one before
   ),
   min_size=1,
   max_size=12,
@@ -98,10 +99,13 @@ def test_every_request_gets_what_it_would_get_alone(
   requests, num_ranks, count, rows
 ):
   player, jobs = Player(num_ranks, count, rows), []
-  for prompt, new, gap, stays in requests:
+  for prompt, new, gap, stays, again in requests:
     for _ in range(gap):
       player.step()
-    jobs.append((player.ranks.add(prompt, new), prompt, new, stays))
+    twin = None
+    if again and jobs:
+      twin, prompt, *_ = jobs[-1]
+    jobs.append((player.ranks.add(prompt, new, twin), prompt, new, stays))
     for one in player.ranks.each:
       assert len(one.running) <= rows
       numbers = [job.number for job in one.running]
@@ -118,6 +122,19 @@ def test_every_request_gets_what_it_would_get_alone(
     assert job.row is None
   assert all(one.pool.in_use == 0 for one in player.ranks.each)
   assert player.ranks.pages_in_use == 0
+
+
+def test_a_twin_takes_over_the_pages_of_its_rank():
+  player, prompt = Player(2, count=20), [0, 1, 2, 1] * 4
+  first = player.ranks.add(prompt, 4)
+  others = [player.ranks.add(prompt, 4, first) for _ in range(2)]
+  player.step()
+  assert [job.rank for job in (first, *others)] == [0, 0, 0]
+  player.step()
+  # The last page is its own: its last token is computed once more.
+  assert all(job.row.pages[:3] == first.row.pages[:3] for job in others)
+  player.finish()
+  assert first.tokens == others[0].tokens == others[1].tokens
 
 
 def test_rows_are_spread_evenly():
