@@ -67,6 +67,21 @@ def test_requests_get_the_tokens_of_one_device(axes, drafts):
   assert tokens == meshes.expected() and meshes.compiled(made) == known
 
 
+@pytest.mark.slow
+def test_what_shares_a_step_changes_nothing_on_a_mesh():
+  """All together, and one after the other on either rank."""
+  mesh = layout.make_mesh(data=2)
+  made = steps.Steps(meshes.CONFIG, *meshes.weights(), mesh=mesh)
+  session, together = meshes.traffic(made, invariant=True)
+  for case, want in list(zip(meshes.REQUESTS, together, strict=True))[::3]:
+    request = session.submit(*case)
+    while not session.is_idle:
+      session.step()
+    assert request.tokens == want
+  assert together == meshes.expected()
+  assert meshes.compiled(made)[:3] == [0, 1, 1]
+
+
 def test_a_rank_may_have_no_prompt():
   prompts = [meshes.prompt(i, 3 + i) for i in range(3)]
   cfg, weights = meshes.CONFIG, meshes.weights()
