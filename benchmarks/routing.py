@@ -114,9 +114,13 @@ def parts(net: config.ModelConfig, tokens: int) -> dict[str, Part]:
     )
   )
   ids_MK = gate(x_MD, w_DE, bias_E).ids_MK
-  rows = dispatch.block_rows(ids_MK.size, moe.num_experts, 128)
+  rows = 1  # as for `ragged_dot`; on a CPU, blocks
+  if jax.default_backend() == 'cpu':
+    rows = dispatch.block_rows(ids_MK.size, moe.num_experts, 128)
   sort = jax.jit(lambda ids: dispatch.block_layout(ids, moe.num_experts, rows))
   layout = sort(ids_MK)
+  if rows == 1:
+    layout = layout._replace(source_J=layout.source_J[: ids_MK.size])
   there = jax.jit(lambda x, at: dispatch.permute(x, at, moe.top_k))
   back = jax.jit(
     lambda y, at: dispatch.unpermute(y, at, moe.top_k, moe.num_experts)

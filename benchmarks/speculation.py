@@ -44,8 +44,11 @@ def main(argv: list[str] | None = None) -> int:
   for name in ('prompts', 'prompt_tokens', 'most', 'rounds'):
     if getattr(args, name) < 1:
       parser.error(f'--{name}={getattr(args, name)} must be at least 1')
-  if args.new_tokens < 3:
-    parser.error(f'--new_tokens={args.new_tokens} must be at least 3')
+  if args.new_tokens < 3 + args.most:  # the first step is not timed
+    parser.error(
+      f'--new_tokens={args.new_tokens} must be at least 3 + --most='
+      f'{3 + args.most}'
+    )
   model = dsv3_jax.load(args.checkpoint)
   rows = report.Rows(args)
   for row in measure(model, args):
@@ -119,9 +122,8 @@ def weights_read(cfg: config.ModelConfig, batch: int, drafts: int) -> float:
     )
 
   total = read(flops.main_parts(cfg), batch * (1 + drafts))
-  for draft in range(
-    drafts
-  ):  # the first is given all tokens, a later one its own
+  for draft in range(drafts):
+    # The first is given all tokens, a later one its own.
     tokens = batch * (1 if draft else 1 + drafts)
     total += read(flops.mtp_parts(cfg), tokens) / cfg.mtp.depth
     total += cfg.vocab_size * cfg.d_model  # the head, once more

@@ -316,6 +316,8 @@ def bench(argv: list[str]) -> int:
   before, sys.argv = sys.argv, [name, *argv[1:]]
   try:  # as `python -m benchmarks.NAME` does, so that every script fits
     return importlib.import_module(f'benchmarks.{name}').main() or 0
+  except errors.InputError as error:
+    return _fail(str(error))
   except SystemExit as ended:
     return ended.code or 0
   finally:

@@ -220,7 +220,8 @@ def generate(values: flags.FlagValues) -> None:
 
 def _read_prompts(path: pathlib.Path) -> list[str]:
   try:
-    lines = path.read_text(encoding='utf-8').splitlines()
+    # Not `splitlines`: JSON strings may hold what else ends a line.
+    lines = path.read_text(encoding='utf-8').split('\n')
   except (OSError, UnicodeDecodeError) as error:
     raise errors.InputError(f'prompts={path}: {error}') from error
   found = []
@@ -229,7 +230,7 @@ def _read_prompts(path: pathlib.Path) -> list[str]:
       continue
     try:
       row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise errors.InputError(f'{path}:{number} is no JSON') from error
     if not isinstance(row, dict) or not isinstance(row.get('prompt'), str):
       raise errors.InputError(
@@ -268,7 +269,10 @@ def chat(values: flags.FlagValues) -> None:
   while True:
     if is_terminal:
       print('> ', end='', flush=True)
-    line = sys.stdin.readline().strip()
+    try:
+      line = sys.stdin.readline().strip()
+    except UnicodeDecodeError as error:
+      raise errors.InputError(f'what was said is no text: {error}') from error
     if not line:
       return
     for is_thought, piece in conversation.say(line):
@@ -312,6 +316,9 @@ def serve(values: flags.FlagValues) -> None:
   key = os.environ.get('DSV3_API_KEY')
   if key == '':
     raise errors.InputError('DSV3_API_KEY is empty: unset it to ask for no key')
+  for named, text in (('DSV3_API_KEY', key), ('name', values.name)):
+    if not (text or '').isprintable():  # as are bytes that are no UTF-8
+      raise errors.InputError(f'{named} must have printable characters only')
   if not values.host:
     raise errors.InputError('--host=ADDRESS is empty: 0.0.0.0 or :: are all')
   options = _engine_options(values)

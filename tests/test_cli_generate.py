@@ -79,6 +79,7 @@ def test_bad_input_is_one_line(capsys, args, said):
   [
     ('{"prompt": "a"}\n{"prompt": 3}\n', 'in.jsonl:2 must be an object with'),
     ('{"prompt": "a"\n', 'in.jsonl:1 is no JSON'),
+    ('[' * 100_000, 'in.jsonl:1 is no JSON'),
     ('\n\n', 'in.jsonl has no prompt'),
   ],
 )
@@ -91,8 +92,9 @@ def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, said):
 
 def test_prompts_of_a_file(trained, tmp_path, capsys):
   path = tmp_path / 'in.jsonl'
-  prompts = ['import ', 'def f(', 'x']
-  path.write_text('\n'.join(json.dumps({'prompt': p}) for p in prompts))
+  prompts = ['import ', 'def f(', 'x\u2028']  # which ends no line of JSON
+  lines = [json.dumps({'prompt': p}, ensure_ascii=False) for p in prompts]
+  path.write_text('\n'.join(lines), encoding='utf-8')
   args = [f'--checkpoint={trained}', '--max_new_tokens=6', '--temperature=0']
   assert cli.main(['generate', f'--prompts={path}', *args]) == 0
   rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
@@ -111,9 +113,9 @@ def test_all_is_checked_before_weights_are_read(trained, monkeypatch, capsys):
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]
     for name, args, said in (
-      ('generate', ['--prompt=a', '--max_new_tokens=999'], 'prompt 0 has'),
+      ('generate', ['--max_new_tokens=999'], '=999 must be below model.max_s'),
       ('chat', ['--system=' + 'a b ' * 999], 'before a word is said, has'),
-      ('chat', ['--max_new_tokens=999'], 'before a word is said, has'),
+      ('chat', ['--max_new_tokens=999'], '=999 must be below model.max_s'),
       ('serve', [f'--port={port}'], f'port={port}: Address already in use'),
       ('serve', ['--host=::1%nowhere'], 'host=::1%nowhere, port=8000:'),
     ):
@@ -167,7 +169,7 @@ def test_the_benchmark_of_drafts(trained, tmp_path, capsys):
   assert 'held-out tokens' in path.read_text()
   assert all(row['equal'] == 1.0 for row in rows)
   with pytest.raises(SystemExit) as stopped:
-    speculation.main([f'--checkpoint={trained}', '--new_tokens=2'])
+    speculation.main([f'--checkpoint={trained}', '--new_tokens=4'])
   assert stopped.value.code == 2
 
 
@@ -229,3 +231,17 @@ def test_an_empty_key_is_no_key(monkeypatch, capsys):
   monkeypatch.setenv('DSV3_API_KEY', '')
   assert cli.main(['serve', '--checkpoint=x']) == 2
   assert 'DSV3_API_KEY is empty' in capsys.readouterr().err
+  monkeypatch.setenv('DSV3_API_KEY', os.fsdecode(b'k\xff'))
+  assert cli.main(['serve', '--checkpoint=x']) == 2
+  assert 'DSV3_API_KEY must have printable' in capsys.readouterr().err
+  monkeypatch.delenv('DSV3_API_KEY')
+  assert cli.main(['serve', '--checkpoint=x', '--name=a\n']) == 2
+  assert 'name must have printable' in capsys.readouterr().err
+
+
+def test_what_is_said_must_be_text(trained, env):
+  args = command('chat', trained, '--max_new_tokens=1')
+  env = env | {'PYTHONIOENCODING': 'utf-8:strict'}
+  done = subprocess.run(args, input=b'\xff\n', capture_output=True, env=env)
+  assert done.returncode == 2
+  assert done.stderr.count(b'\n') == 1 and b'is no text' in done.stderr

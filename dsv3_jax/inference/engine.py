@@ -125,7 +125,8 @@ class Engine:
     rows = min(rows, MOST_ROWS)
     return batching.Session(
       self.steps,
-      num_pages=sum(each[-rows:]),
+      # Rounded, as each size is compiled anew.
+      num_pages=1 << (sum(each[-rows:]) - 1).bit_length(),
       max_rows=batching.INVARIANT_ROWS if invariant else rows,
       least_pages=each[-1],
       least_rows=rows,

@@ -48,15 +48,19 @@ def causal(
     segments_BS: tokens attend within their segment only; None: to all before.
     scale: factor on the logits; softmax in f32.
     pack: keep the output as E5M6, [B * T, N * U].
-    implementation: of `mla_attention`; its reference is the code below. Where
-      `context` cuts the rows, there is one way only.
+    implementation: of `mla_attention`; its reference is the code below.
   Returns:
     The output, and with `pack` what the backward pass has instead of it.
+  Raises:
+    ValueError, NotImplementedError: as `mla_attention.attention`; and there is
+      no kernel where `context` cuts the rows.
   """
   args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS)
   chosen = 'context'
   if sharding.size(chosen) == 1:
     chosen = mla_attention.choose(implementation, *args)
+  elif implementation not in ('auto', 'reference'):
+    raise NotImplementedError(f'no {implementation!r} where rows are cut')
   return _causal(*args, scale, pack, chosen)
 
 

@@ -85,6 +85,9 @@ def expert_ffn(
   rows = dispatch.block_rows(ids_MK.size, sharing, block_size)
   with jax.named_scope('choose_copies'):
     slots_MK = choose(ids_MK, valid_M, copies)
+  if tokens == 1 and not exchange.live(axes):  # as it would be without copies
+    args = (x_MD, slots_MK, gates_MK, experts, product, rows)
+    return dispatch.multiply(*args)
   slots_A1, gates_A1 = slots_MK.reshape(-1, 1), gates_MK.reshape(-1, 1)
   x_AD = jnp.repeat(x_MD, top_k, axis=0)
   plan = exchange.make_plan(slots_A1, num_local, axes)

@@ -80,6 +80,7 @@ def test_decode_compiles_once(weights):
     made = fresh.generate(_PROMPTS, count, temperature=count / 10, seed=count)
     assert made.decoded == 3 * (count - 2)
     assert made.tokens_per_second > 0
+  fresh.generate([*_PROMPTS, [5]], 9)  # three rows have the size of four
   assert fresh.steps._decode._cache_size() == 1
   assert fresh.steps._prefill._cache_size() == 1
 

@@ -106,6 +106,19 @@ def test_any_placement_gives_the_same_bits(expert_Z, seed):
   assert over((2, 2)).step._cache_size() <= 2  # one for each number of slots
 
 
+@pytest.mark.parametrize('valid', [0, 1])
+def test_one_row_alone_has_the_bits_that_it_has_without_copies(valid):
+  x_MD, gates_MK, experts = draw(4)
+  ids_MK = spread.draw_ids('random', TOKENS, TOP_K, EXPERTS)
+  for m in range(8):
+    row = slice(m, m + 1)
+    args = (x_MD[row], ids_MK[row], gates_MK[row])
+    want = valid * np.asarray(alone()(*args, experts))
+    expert_Z = np.random.default_rng(m).permutation([*range(EXPERTS)] * 2)
+    got = over((1, 1))(expert_Z, *args, np.full(1, valid), experts)
+    np.testing.assert_array_equal(got, want)
+
+
 def test_bf16_rounds_once_an_assignment():
   """As one device does, so that here too bits are equal."""
   x_MD, gates_MK, experts = draw(2)
