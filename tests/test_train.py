@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import config, errors, metrics, optim, sharding, train
+from dsv3_jax import config, errors, metrics, optim, train
 from dsv3_jax import train_step as steps
 from dsv3_jax.checkpoint import store
 from dsv3_jax.data import tokenizer as tokenizers
@@ -260,25 +260,6 @@ def compiled_step(**changes):
 def tiny_step(**changes):
   """The same, in containers of its own."""
   return jax.tree.map(lambda x: x, compiled_step(**changes))
-
-
-def test_two_devices_make_the_step_of_one():
-  """Each on half of the rows: the same loss, state and router to rounding."""
-  cfg, step, state, batch, hyper = tiny_step()
-  one, told_one = step(state, batch, jnp.int32(2), hyper)
-  mesh = sharding.make_mesh(dataclasses.replace(cfg.parallel, data=2))
-  trainer = steps.Trainer(cfg, mesh)
-  batch = jax.device_put(batch, trainer.batch_sharding())
-  state = jax.device_put(state, trainer.shardings())
-  args = (state, batch, trainer.plan.amount(2), hyper)
-  two, told_two = jax.jit(trainer.step)(*args)
-  assert len(two['params']['head']['w'].sharding.device_set) == 2
-  for name in ('loss', 'mtp_loss', 'balance', 'grad_norm', 'max_violation'):
-    np.testing.assert_allclose(told_two[name], told_one[name], rtol=1e-5)
-  means = [s['opt'].mean for s in (one, two)]
-  for a, b in zip(*map(jax.tree.leaves, means), strict=True):
-    np.testing.assert_allclose(b, a, rtol=0, atol=1e-6)
-  assert equal(jax.device_get(two['router']), jax.device_get(one['router']))
 
 
 def equal(a, b):
