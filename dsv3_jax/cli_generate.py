@@ -1,9 +1,11 @@
 """The commands that make text: generate, chat, serve."""
 
+import contextlib
 import json
 import os
 import pathlib
 import sys
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from absl import flags
@@ -251,6 +253,11 @@ def define_chat(values: flags.FlagValues, argv: list[str]) -> None:
 
 def chat(values: flags.FlagValues) -> None:
   """Talks in the terminal; an empty line or end of input ends it."""
+  with contextlib.suppress(KeyboardInterrupt):  # a way to leave it
+    _chat(values)
+
+
+def _chat(values: flags.FlagValues) -> None:
   draws = _draws(values)
   options = _engine_options(values)
   cfg, tokenizer = _described(values)
@@ -275,10 +282,26 @@ def chat(values: flags.FlagValues) -> None:
       raise errors.InputError(f'what was said is no text: {error}') from error
     if not line:
       return
-    for is_thought, piece in conversation.say(line):
-      dim = is_thought and sys.stdout.isatty()
-      print(f'\x1b[2m{piece}\x1b[0m' if dim else piece, end='', flush=True)
+    for piece in _shown(conversation.say(line), sys.stdout.isatty()):
+      print(piece, end='', flush=True)
     print(flush=True)
+
+
+def _shown(
+  pieces: Iterable[tuple[bool, str]], is_terminal: bool
+) -> Iterator[str]:
+  """Thoughts are dim on a terminal, and in their tags elsewhere."""
+  inside = False
+  for is_thought, piece in pieces:
+    if is_terminal:
+      yield f'\x1b[2m{piece}\x1b[0m' if is_thought else piece
+      continue
+    if is_thought != inside:
+      yield '<think>' if is_thought else '</think>'
+    inside = is_thought
+    yield piece
+  if inside:
+    yield '</think>'
 
 
 def define_serve(values: flags.FlagValues, argv: list[str]) -> None:

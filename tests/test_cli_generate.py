@@ -14,7 +14,7 @@ import pytest
 
 import dsv3_jax
 from benchmarks import speculation
-from dsv3_jax import cli, config, train
+from dsv3_jax import cli, cli_generate, config, train
 from experiments import v3_671b
 from tests import tiny_run
 
@@ -237,6 +237,27 @@ def test_an_empty_key_is_no_key(monkeypatch, capsys):
   monkeypatch.delenv('DSV3_API_KEY')
   assert cli.main(['serve', '--checkpoint=x', '--name=a\n']) == 2
   assert 'name must have printable' in capsys.readouterr().err
+
+
+def test_thoughts_are_told_apart():
+  pieces = [(True, 'a'), (True, 'b'), (False, 'c'), (False, 'd'), (True, 'e')]
+  shown = lambda *args: ''.join(cli_generate._shown(*args))
+  assert shown(pieces, False) == '<think>ab</think>cd<think>e</think>'
+  assert shown(pieces[2:4], False) == 'cd'
+  dim = '\x1b[2m{}\x1b[0m'.format
+  assert shown(pieces[1:3], True) == dim('b') + 'c'
+
+
+def test_chat_is_left_by_an_interrupt(trained, monkeypatch, capsys):
+  class Input:
+    isatty = staticmethod(lambda: True)
+
+    def readline(self):
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(sys, 'stdin', Input())
+  assert cli.main(['chat', f'--checkpoint={trained}']) == 0
+  assert capsys.readouterr().out == '> '
 
 
 def test_what_is_said_must_be_text(trained, env):
