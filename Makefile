@@ -27,13 +27,14 @@ test: .venv/.tested
 	$(BIN)/pytest -n 2 --dist worksteal -q
 
 # The newer JAX that GPU users have: its interpreter runs Hopper kernels on a CPU.
-# TPU kernels and the FP8 model, which uses none there, are tested with the other.
 .venv312/.tested: constraints312.txt
 	test -x .venv312/bin/python || $(PYTHON312) -m venv .venv312
 	.venv312/bin/pip install -q -c constraints312.txt jax flax optax \
 	  ml_collections jaxtyping beartype hypothesis pytest pytest-timeout pytest-xdist
 	touch $@
 
+# TPU kernels, and the FP8 model, whose products are simulated on a CPU, are
+# tested with the other JAX.
 test312: .venv312/.tested
 	.venv312/bin/python -m pytest -n 2 --dist worksteal -q -k 'not tpu' \
 	  tests/pallas tests/ops/test_fp8_linear.py tests/ops/test_exchange.py \

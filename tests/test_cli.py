@@ -118,7 +118,7 @@ def refused(done, *said):
     (['bench', 'common'], "'common' must be one of: "),
     (['bench', 'fp8_step', '--speed=9'], 'unrecognized arguments: --speed=9'),
     (['bench', 'fp8_step', '--rounds=x'], "--rounds: invalid int value: 'x'"),
-    (['bench', 'speculation', '--checkpoint=x'], 'x'),
+    (['bench', 'speculation', '--checkpoint=x'], 'x/config.json'),
   ],
 )
 def test_bad_input_is_one_line(capsys, monkeypatch, args, said):

@@ -217,7 +217,7 @@ class Session:
     if self.invariant:
       is_new, longest = False, self.scheduler.chunk
     run = self.steps.prefill if is_new else self.steps.extend
-    made = self._run(found, run, PAGE * _round_up(-(-longest // PAGE)))
+    made = self._run(found, run, PAGE * round_up(-(-longest // PAGE)))
     for b, (job, count) in enumerate(_pairs(found)):
       is_end = job.missing == count
       self.scheduler.done(job, count)
@@ -317,7 +317,7 @@ class Session:
   ) -> tuple[list[int], int]:
     """A row for each job, among as many for every rank, and how many in all."""
     ranks_of = [job.rank for job in jobs]
-    each = _round_up(max(least, *map(ranks_of.count, ranks_of)))
+    each = round_up(max(least, *map(ranks_of.count, ranks_of)))
     numbers = [itertools.count(r * each) for r in range(self.steps.num_ranks)]
     places = [next(numbers[rank]) for rank in ranks_of]
     return places, each * self.steps.num_ranks
@@ -328,7 +328,7 @@ class Session:
     Args: furthest: tokens that the longest row has. width: that are computed.
     """
     ends = furthest + max(width, 2 * self.steps.num_drafts)
-    return _round_up(max(self.pool.pages_for(ends), self.least_pages))
+    return round_up(max(self.pool.pages_for(ends), self.least_pages))
 
   def _empty(
     self, count: int, width: int, num_pages: int
@@ -393,6 +393,6 @@ def _key(draw: Draw) -> np.ndarray:
   return np.asarray(jax.random.key_data(key))
 
 
-def _round_up(count: int) -> int:
+def round_up(count: int) -> int:
   """The next power of two."""
   return 1 << max(count - 1, 0).bit_length()

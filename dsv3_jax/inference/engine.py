@@ -126,7 +126,7 @@ class Engine:
     return batching.Session(
       self.steps,
       # Rounded, as each size is compiled anew.
-      num_pages=1 << (sum(each[-rows:]) - 1).bit_length(),
+      num_pages=batching.round_up(sum(each[-rows:])),
       max_rows=batching.INVARIANT_ROWS if invariant else rows,
       least_pages=each[-1],
       least_rows=rows,
