@@ -109,7 +109,7 @@ def _compare(
   cfg: config.Config, calm: pathlib.Path, rough: pathlib.Path
 ) -> None:
   """Both runs must end in the same bits and have told the same losses."""
-  state = jax.eval_shape(lambda: steps.init_state(cfg, jax.random.key(0)))
+  state = steps.state_shapes(cfg)
   ema = state['params'] if cfg.optim.ema_decay else {}
   ends = []
   for workdir in (calm, rough):

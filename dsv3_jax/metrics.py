@@ -5,6 +5,7 @@ recomputation, against the peak of all devices (the convention of the report's
 figures).
 """
 
+import functools
 import json
 import math
 import os
@@ -155,6 +156,15 @@ def peak_flops(per_device: float, mesh: jax.sharding.Mesh) -> float:
   per_device = per_device or hardware.BF16_FLOPS.get(device.device_kind, 0.0)
   if per_device:
     return per_device * mesh.size
+  # CPU devices share the cores, which one product uses already; so do
+  # processes, each of which measures its part.
+  on_cpu = device.platform == 'cpu'
+  return _measured(device) * (jax.process_count() if on_cpu else mesh.size)
+
+
+@functools.lru_cache
+def _measured(device: jax.Device) -> float:
+  """FLOP/s of the best of a few square matmuls."""
   on_cpu = device.platform == 'cpu'
   size, dtype = (2048, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
   x = jax.device_put(jnp.ones((size, size), dtype), device)
@@ -165,7 +175,4 @@ def peak_flops(per_device: float, mesh: jax.sharding.Mesh) -> float:
     start = time.perf_counter()
     product(x, x).block_until_ready()
     times.append(time.perf_counter() - start)
-  # CPU devices share the cores, which one product uses already; so do
-  # processes, each of which measures its part.
-  count = jax.process_count() if on_cpu else mesh.size
-  return 2.0 * size**3 / min(times) * count
+  return 2.0 * size**3 / min(times)

@@ -208,7 +208,7 @@ def _state(
     if leaves is not None:
       state = warm_start.start(trainer, state, leaves)
     return state, optim.HostEma(decay, state['params']), {}
-  shapes = jax.eval_shape(functools.partial(steps.init_state, cfg), key)
+  shapes = steps.state_shapes(cfg)
   place = lambda shape, sharding: jax.ShapeDtypeStruct(
     shape.shape, shape.dtype, sharding=sharding
   )

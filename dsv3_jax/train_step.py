@@ -38,7 +38,17 @@ _SPIKE_PATIENCE = 5  # skipped in a row; then the loss has moved for good
 
 def init_state(cfg: config.Config, key: jax.Array) -> State:
   """Fresh parameters, zero moments and biases (traceable)."""
-  params = model.init_params(model.build(cfg), key)
+  return _started(cfg, model.init_params(model.build(cfg), key))
+
+
+def state_shapes(cfg: config.Config) -> State:
+  """What `init_state` would give, as `jax.ShapeDtypeStruct`s."""
+  started = functools.partial(_started, cfg)
+  return jax.eval_shape(started, model.param_shapes(model.build(cfg)))
+
+
+def _started(cfg, params):
+  """The state of a run that begins with these parameters."""
   zero = jnp.zeros((), jnp.float32)
   return {
     'params': params,
@@ -68,7 +78,6 @@ class Trainer:
     # Where there are no stages, ranks take more of the batch.
     self.model_mesh = sharding.without_pipe(mesh)
     self.plan = plans.make(cfg, mesh.shape)
-    self._init = functools.partial(init_state, cfg)
     self.step = sharding.mapped(
       functools.partial(_step, cfg, self.plan),
       mesh,
@@ -88,8 +97,7 @@ class Trainer:
 
   def specs(self) -> State:
     """How each array of the state is cut: masters and moments exist once."""
-    state = jax.eval_shape(self._init, jax.random.key(0))
-    specs = jax.tree.map(lambda _: Spec(), state)
+    specs = jax.tree.map(lambda _: Spec(), state_shapes(self.cfg))
     masters = zero.masters(self.plan.placed)
     opt = specs['opt']._replace(mean=masters, square=masters)
     router = self.plan.router_specs()
@@ -103,8 +111,7 @@ class Trainer:
     """Where each array of a state in the model's form lives, cut as much."""
     if self.plan.pipe is None:
       return self.shardings()
-    state = jax.eval_shape(self._init, jax.random.key(0))
-    specs = jax.tree.map(lambda _: Spec(), state)
+    specs = jax.tree.map(lambda _: Spec(), state_shapes(self.cfg))
     net = model.build(self.cfg)
     placed = zero.model_placements(net, self.model_mesh.shape)
     masters = zero.masters(placed)
@@ -118,7 +125,7 @@ class Trainer:
 
   def init(self, key: jax.Array) -> State:
     """A fresh state."""
-    init = lambda key: self._from_model(self._init(key))
+    init = lambda key: self._from_model(init_state(self.cfg, key))
     return _jit(init, self.shardings())(key)
 
   def from_model(self, state: State) -> State:
@@ -287,7 +294,8 @@ def _grad(cfg, params, router, scales):
     total, parts = net.apply(variables, batch, router, scales, method='loss')
     return total, parts | {'total': total}
 
-  return jax.grad(loss, has_aux=True)
+  # Its shapes are asked for before it is used: it is traced once for both.
+  return jax.jit(jax.grad(loss, has_aux=True), inline=True)
 
 
 def _accumulate_in_order(cfg, params, router, batch_nBT, scales, num_micro):

@@ -38,12 +38,11 @@ def until(cfg, steps_):
 def committed(cfg, workdir, step):
   """Every array and document of a committed step."""
   kept = store.Store(workdir / 'checkpoints', keep=10)
-  like = steps.init_state(cfg, jax.random.key(0))
-  ema = optim.HostEma(cfg.optim.ema_decay, like['params'])
+  like = steps.state_shapes(cfg)
+  ema = like['params'] if cfg.optim.ema_decay else {}
   try:
-    return kept.restore(step, {'train': like, 'ema': ema.tree()})
+    return kept.restore(step, {'train': like, 'ema': ema})
   finally:
-    ema.close()
     kept.close()
 
 

@@ -133,9 +133,7 @@ def leaf_shapes(
 ) -> Mapping[tuple[str, ...], tuple[int, ...]]:
   """Shapes of all parameters and router biases, by path; allocates nothing."""
   tree = {
-    'params': jax.eval_shape(
-      lambda: model.init_params(model.build(cfg), jax.random.key(0))
-    ),
+    'params': model.param_shapes(model.build(cfg)),
     'router': jax.eval_shape(lambda: model.init_router(cfg.model)),
   }
   flat = jax.tree_util.tree_leaves_with_path(tree)

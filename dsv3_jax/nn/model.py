@@ -11,6 +11,7 @@ each is there only if there are such layers.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -359,6 +360,11 @@ def init_params(model: Model, key: Array) -> dict:
   return nn.meta.unbox(_init_boxed(model, key))
 
 
+def param_shapes(model: Model) -> dict:
+  """What `init_params` would give, as `jax.ShapeDtypeStruct`s."""
+  return nn.meta.unbox(_boxed_shapes(model))
+
+
 def param_specs(
   model: Model,
   rules: sharding.ShardingRules = sharding.RULES,
@@ -370,13 +376,17 @@ def param_specs(
     sizes: devices along each mesh axis, which `rules.fsdp` needs.
   """
   sizes = sizes or dict.fromkeys(sharding.AXES, 1)
-  boxed = jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
   is_boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)
   return jax.tree.map(
     lambda box: sharding.stored(box.value.shape, box.names, rules, sizes).spec,
-    boxed,
+    _boxed_shapes(model),
     is_leaf=is_boxed,
   )
+
+
+@functools.lru_cache(maxsize=4)  # tracing takes a while
+def _boxed_shapes(model: Model) -> dict:
+  return jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
 
 
 def _init_boxed(model: Model, key: Array) -> dict:

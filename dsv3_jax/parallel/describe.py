@@ -34,11 +34,9 @@ def rows(cfg: config.Config) -> list[Row]:
   sizes = {axis: getattr(cfg.parallel, axis) for axis in sharding.AXES}
   plan = plans.make(cfg, sizes)
 
-  def form():
-    params = model.init_params(model.build(cfg), jax.random.key(0))
-    return plan.from_model(params, model.init_router(cfg.model))
-
-  params, router = jax.eval_shape(form)
+  form = lambda params: plan.from_model(params, model.init_router(cfg.model))
+  shapes = model.param_shapes(model.build(cfg))
+  params, router = jax.eval_shape(form, shapes)
   found = []
   leaves = jax.tree_util.tree_leaves_with_path(params)
   for (path, leaf), place in zip(leaves, zero.leaves(plan.placed), strict=True):

@@ -93,9 +93,7 @@ def make(cfg: config.Config, sizes: Mapping[str, int]) -> Plan:
   if sizes['pipe'] == 1:
     return Plan(cfg, None, zero.model_placements(net, sizes, rules), rules)
   pipe = make_pipeline(cfg)
-  shapes = jax.eval_shape(
-    lambda: pipe.layout.from_model(model.init_params(net, jax.random.key(0)))
-  )
+  shapes = jax.eval_shape(pipe.layout.from_model, model.param_shapes(net))
   specs = model.param_specs(net, rules, sizes)
   # All ranks share the work of both ends, which no module does.
   whole = model.param_specs(net)

@@ -54,8 +54,8 @@ def model_placements(
   rules: sharding.ShardingRules = sharding.RULES,
 ) -> Tree:
   """Those of a model in its own form, on a mesh without a pipeline."""
-  shapes = jax.eval_shape(lambda: model.init_params(net, jax.random.key(0)))
-  return placements(model.param_specs(net, rules, sizes), shapes, sizes)
+  specs = model.param_specs(net, rules, sizes)
+  return placements(specs, model.param_shapes(net), sizes)
 
 
 def _place(spec: Spec, shape: tuple[int, ...], sizes) -> Placement:

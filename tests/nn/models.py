@@ -18,7 +18,7 @@ def random_params(cfg, seed=0):
   """
   rng = np.random.default_rng(seed)
   net = model.build(cfg)
-  shapes = jax.eval_shape(lambda: model.init_params(net, jax.random.key(0)))
+  shapes = model.param_shapes(net)
 
   def draw(path, leaf):
     centre = 1.0 if 'norm' in path[-1].key else 0.0

@@ -135,7 +135,7 @@ def test_blockwise_dgrad_is_another_gradient_of_the_same_loss():
 def test_weights_are_quantised_once_a_step():
   """No FP8 form of a weight is made inside the loop over micro-batches."""
   cfg = settings.small(**FP8)
-  state = jax.eval_shape(lambda: train_step.init_state(cfg, jax.random.key(0)))
+  state = train_step.state_shapes(cfg)
   shape = (3, 2, cfg.data.seq_len)
   ints = jax.ShapeDtypeStruct(shape, jnp.int32)
   batch = model.Batch(*[ints] * 4, jax.ShapeDtypeStruct(shape, jnp.float32))

@@ -52,7 +52,7 @@ def shapes(draw):
 def test_parts_add_up_to_the_arrays_of_the_model(changes):
   cfg = settings.small(**changes)
   net = model.build(cfg)
-  params = jax.eval_shape(lambda: model.init_params(net, jax.random.key(0)))
+  params = model.param_shapes(net)
   router = jax.eval_shape(lambda: model.init_router(cfg.model))
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   total = count(params) + count(router)
