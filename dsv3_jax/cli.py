@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dsv3_jax import (
+  cli_engine,
   cli_generate,
   cli_schedule,
   config,
@@ -187,7 +188,7 @@ def inspect(values: flags.FlagValues) -> None:
 
 def _define_eval(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
-  cli_generate.checkpoint_flags(values)
+  cli_engine.checkpoint_flags(values)
   add = {'flag_values': values}
   flags.DEFINE_multi_string(
     'task', ['heldout', 'baselines'], 'heldout, baselines.', **add
@@ -204,7 +205,7 @@ def evaluate(values: flags.FlagValues) -> None:
     if task not in evaluators.EVALUATORS:
       known = ', '.join(evaluators.EVALUATORS)
       raise errors.InputError(f'task={task!r} must be one of: {known}')
-  loaded = cli_generate.load(values)
+  loaded = cli_engine.load(values)
   text = corpus.open_corpus(loaded.config.data)
   about = evaluators.Evaluation(
     cfg=loaded.config,
@@ -225,7 +226,7 @@ def evaluate(values: flags.FlagValues) -> None:
 
 def _define_export(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
-  cli_generate.checkpoint_flags(values)
+  cli_engine.checkpoint_flags(values)
   add = {'flag_values': values}
   flags.DEFINE_string('output', None, 'Folder to make.', **add)
   flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, 'Of matrices.', **add)

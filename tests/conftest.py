@@ -1,5 +1,6 @@
 """Eight fake CPU devices and reproducible examples, for every test."""
 
+import os
 import pathlib
 
 import hypothesis
@@ -9,6 +10,12 @@ import pytest
 # Before anything touches a backend: afterwards both are fixed.
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
+
+# Compiling is most of the time, and what LLVM makes of a program is not ours to
+# test; processes that tests start inherit it. 0 asks for all of it; so does
+# `optimized`, for claims on bits.
+_FEW = os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+jax.config.update('jax_disable_most_optimizations', _FEW != '0')
 
 # The same examples in every run, and no failure because a machine is slow.
 hypothesis.settings.register_profile(
@@ -31,6 +38,15 @@ def _forget_compiled():
   """
   yield
   jax.clear_caches()
+
+
+@pytest.fixture(scope='module')
+def optimized():
+  """Compiles as users do, for claims on bits, which a compiler may change."""
+  name = 'jax_disable_most_optimizations'
+  jax.config.update(name, False)
+  yield
+  jax.config.update(name, _FEW != '0')
 
 
 def pytest_collection_modifyitems(items):

@@ -251,7 +251,8 @@ def test_generate(env, trained):
   assert not runs[0].returncode, runs[0].stderr
   rows = [json.loads(line) for line in runs[0].stdout.splitlines()]
   assert [row['prompt'] for row in rows] == ['def ', 'import os\n']
-  assert all(row['text'] and row['tokens_per_second'] > 0 for row in rows)
+  assert all(row['text'] and row['tokens'] == 5 for row in rows)
+  assert json.loads(runs[0].stderr.splitlines()[-1])['tokens_per_second'] > 0
   again = [json.loads(line) for line in runs[1].stdout.splitlines()]
   assert [r['text'] for r in again] == [r['text'] for r in rows]
 

@@ -81,6 +81,7 @@ def test_bad_input_is_one_line(capsys, args, said):
     ('{"prompt": "a"\n', 'in.jsonl:1 is no JSON'),
     ('[' * 100_000, 'in.jsonl:1 is no JSON'),
     ('\n\n', 'in.jsonl has no prompt'),
+    ('{"prompt": "a", "seed": 3}', '1 has "seed": --seed sets it for all'),
   ],
 )
 def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, said):
@@ -93,18 +94,28 @@ def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, said):
 def test_prompts_of_a_file(trained, tmp_path, capsys):
   path = tmp_path / 'in.jsonl'
   prompts = ['import ', 'def f(', 'x\u2028']  # which ends no line of JSON
-  lines = [json.dumps({'prompt': p}, ensure_ascii=False) for p in prompts]
+  lines = [
+    json.dumps({'prompt': p, 'id': i}, ensure_ascii=False)
+    for i, p in enumerate(prompts)
+  ]
   path.write_text('\n'.join(lines), encoding='utf-8')
   args = [f'--checkpoint={trained}', '--max_new_tokens=6', '--temperature=0']
   assert cli.main(['generate', f'--prompts={path}', *args]) == 0
-  rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
-  assert [row['prompt'] for row in rows] == prompts
+  out, err = capsys.readouterr()
+  rows = list(map(json.loads, out.splitlines()))
+  assert [(row['id'], row['prompt']) for row in rows] == [*enumerate(prompts)]
+  assert [row['tokens'] for row in rows] == [6, 6, 6]
+  speed = json.loads(err.splitlines()[-1])
+  assert speed['tokens_per_second'] > 0 and 'acceptance' not in speed
   one = ['generate', '--prompt=def f(', '--json', *args]
   assert cli.main(one) == 0
   assert json.loads(capsys.readouterr().out)['text'] == rows[1]['text']
   assert cli.main([*one, '--num_drafts=2']) == 0
-  drafted = json.loads(capsys.readouterr().out)
-  assert drafted['text'] == rows[1]['text'] and 'acceptance' not in rows[1]
+  out, err = capsys.readouterr()
+  assert json.loads(out)['text'] == rows[1]['text']
+  drafted = json.loads(err.splitlines()[-1])
+  assert cli.main([*one, '--fp8_cache']) == 0
+  assert json.loads(capsys.readouterr().out)['tokens'] == 6
   assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
 
 
@@ -139,11 +150,11 @@ def test_a_mesh_gives_the_same_text(trained, capsys):
   told = []
   for more in ([], mesh):
     assert cli.main(['generate', *args, *more]) == 0
-    told.append(list(map(json.loads, capsys.readouterr().out.splitlines())))
-  texts = [[row['text'] for row in rows] for rows in told]
-  assert texts[0] == texts[1]
-  assert 'balancedness' not in told[0][0]
-  assert 0.5 <= told[1][0]['balancedness'] <= 1
+    told.append(capsys.readouterr())
+  assert told[0].out == told[1].out
+  speed = [json.loads(each.err.splitlines()[-1]) for each in told]
+  assert 'balancedness' not in speed[0]
+  assert 0.5 <= speed[1]['balancedness'] <= 1
 
 
 def test_a_mesh_that_the_model_does_not_fit_is_one_line(trained, capsys):

@@ -36,6 +36,7 @@ LAYERS = {
   'dsv3_jax.workdir': 5,
   'dsv3_jax': 6,  # `load`
   'dsv3_jax.cli': 6,
+  'dsv3_jax.cli_engine': 6,
   'dsv3_jax.cli_generate': 6,
   'dsv3_jax.cli_schedule': 6,
   'experiments': 6,

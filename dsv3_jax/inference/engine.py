@@ -9,7 +9,7 @@ rank of a mesh; others join as these end.
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsv3_jax import config, errors
@@ -68,12 +68,15 @@ class Engine:
     seed: int = 0,
     stop_id: int = -1,
     invariant: bool = False,
+    tell: Callable[[int, list[int]], None] = lambda number, tokens: None,
   ) -> Generation:
     """Continues each prompt until `stop_id` or `max_new_tokens`.
 
     Args:
       invariant: the bits of a prompt's continuation do not depend on the other
         prompts; slow (see `batching.Session`).
+      tell: hears of each prompt's continuation as soon as it and all before it
+        are at their ends.
 
     Raises:
       InputError: an empty prompt, a token outside the vocabulary, or a prompt
@@ -85,13 +88,8 @@ class Engine:
     start = time.perf_counter()
     lengths = [len(p) + max_new_tokens for p in prompts]
     session = self._session(lengths, invariant)
-    draw = functools.partial(
-      batching.Draw,
-      temperature=temperature,
-      top_k=top_k,
-      top_p=top_p,
-      seed=seed,
-    )
+    how = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p}
+    draw = functools.partial(batching.Draw, seed=seed, **how)
     requests = [
       session.submit(prompt, max_new_tokens, draw(stream=b), [stop_id])
       for b, prompt in enumerate(prompts)
@@ -100,14 +98,14 @@ class Engine:
     while not all(request.tokens for request in first):
       session.prefill() or session.decode()
     prefilled = begun = time.perf_counter()
-    decoded, turns = 0, 0
+    decoded, told = 0, _tell_ended(requests, 0, tell)
+    if not session.is_idle:
+      session.step()
+      begun = time.perf_counter()
     while not session.is_idle:
-      told = session.step()
-      turns += 1
-      if turns == 1:
-        begun = time.perf_counter()
-      else:
-        decoded += len(told)
+      decoded += len(session.step())
+      told = _tell_ended(requests, told, tell)
+    _tell_ended(requests, told, tell)
     return Generation(
       tokens=[request.tokens for request in requests],
       prefill_seconds=prefilled - start,
@@ -132,6 +130,18 @@ class Engine:
       least_rows=rows,
       invariant=invariant,
     )
+
+
+def _tell_ended(
+  requests: Sequence[batching.Request],
+  told: int,
+  tell: Callable[[int, list[int]], None],
+) -> int:
+  """Tells of those at their ends, in order; how many were told of in all."""
+  while told < len(requests) and requests[told].done:
+    tell(told, requests[told].tokens)
+    told += 1
+  return told
 
 
 def check_prompts(

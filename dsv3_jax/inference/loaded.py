@@ -112,6 +112,7 @@ def load(
   step: int = -1,
   ema: bool = False,
   num_drafts: int = 0,
+  fp8_cache: bool = False,
   mesh: jax.sharding.Mesh | None = None,
   plan: balancer.Plan | None = None,
 ) -> LoadedModel:
@@ -123,6 +124,7 @@ def load(
     step: of a workdir; -1 is the newest.
     ema: of a workdir: the average of the weights (TR 3.2.3) in their place.
     num_drafts: tokens that the MTP module drafts a step of generation.
+    fp8_cache: generation keeps latents in e4m3, 128 values under one scale.
     mesh: where the parameters go, sharded, and generation runs
       (`inference.layout.make_mesh`); None is the first device.
     plan: of copies of busy experts; None: there are none.
@@ -143,7 +145,8 @@ def load(
     params, router = importing.to_devices(
       leaves, cfg, dtype, mesh, layout.RULES
     )
-  how = {'num_drafts': num_drafts, 'mesh': mesh, 'plan': plan}
+  how = {'num_drafts': num_drafts, 'fp8_cache': fp8_cache}
+  how |= {'mesh': mesh, 'plan': plan}
   return LoadedModel(cfg, params, router, read_tokenizer(directory), **how)
 
 

@@ -69,9 +69,12 @@ class Steps:
     num_drafts: int = 0,
     mesh: jax.sharding.Mesh | None = None,
     plan: balancers.Plan | None = None,
+    *,
+    fp8_cache: bool = False,
   ):
     """Args:
       num_drafts: tokens that the first MTP module drafts in a step.
+      fp8_cache: latents are kept in e4m3, 128 values under one scale.
       mesh: None is the device that the parameters are on.
       plan: of copies of experts; None: there are none.
 
@@ -79,7 +82,7 @@ class Steps:
       InputError: as `check_drafts`, `layout.Layout` and `balancer.check`.
     """
     check_drafts(cfg.model, num_drafts)
-    self.cfg, self.num_drafts = cfg, num_drafts
+    self.cfg, self.num_drafts, self.fp8_cache = cfg, num_drafts, fp8_cache
     self.dtype = model.compute_dtype(cfg)
     kept = lambda path: model.is_f32(path[-1].key)
     cast = lambda path, x: x if kept(path) else x.astype(self.dtype)
@@ -124,7 +127,7 @@ class Steps:
   def empty_caches(self, count: int, size: int) -> model.Caches:
     """`count` pages of `size` tokens, for each rank."""
     args = (self.cfg.model, count * self.num_ranks, size, self.dtype)
-    how = {'drafting': self.num_drafts > 0}
+    how = {'drafting': self.num_drafts > 0, 'fp8': self.fp8_cache}
     make = functools.partial(empty_caches, *args, **how)
     return self.layout.zeros(make, layouts.PAGES)
 
@@ -195,10 +198,16 @@ def check_drafts(cfg: config.ModelConfig, num_drafts: int) -> None:
 
 
 def empty_caches(
-  cfg: config.ModelConfig, count: int, size: int, dtype, *, drafting: bool
+  cfg: config.ModelConfig,
+  count: int,
+  size: int,
+  dtype,
+  *,
+  drafting: bool,
+  fp8: bool = False,
 ) -> model.Caches:
   """Caches of all stacks: `count` pages of `size` tokens."""
-  make = functools.partial(attention.empty_cache, cfg)
+  make = functools.partial(attention.empty_cache, cfg, fp8=fp8)
   return model.Caches(
     make(cfg.num_dense_layers, count, size, dtype),
     make(cfg.num_moe_layers, count, size, dtype),

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax import config, precision, sharding
 from dsv3_jax.nn import layers
 from dsv3_jax.ops import attention, fp8_linear, linear, mla, norm, rope
+from pallas_kernels import quantized
 from pallas_kernels.mla_decode import api as mla_decode
 
 
@@ -48,23 +49,32 @@ def make_context(
 class Cache(NamedTuple):
   """Latents of all layers of one stack, in p pages of s tokens.
 
-  Key i of row r is in page table_Bb[r, i // s], at place i % s.
+  Key i of row r is in page table_Bb[r, i // s], at place i % s. Latents are in
+  the rotary keys' dtype, or `Quantized` with a scale for each 128 of a token.
   """
 
-  c_LpsC: Array
+  c_LpsC: Array | quantized.Quantized
   k_rope_LpsR: Array
 
 
 def empty_cache(
-  cfg: config.ModelConfig, num_layers: int, pages: int, size: int, dtype
+  cfg: config.ModelConfig,
+  num_layers: int,
+  pages: int,
+  size: int,
+  dtype,
+  *,
+  fp8: bool = False,
 ) -> Cache:
   """A cache of zeros: pages of `size` tokens."""
-  mla_cfg = cfg.mla
-  shape = (num_layers, pages, size)
-  return Cache(
-    jnp.zeros((*shape, mla_cfg.kv_lora_rank), dtype),
-    jnp.zeros((*shape, mla_cfg.qk_rope_head_dim), dtype),
-  )
+
+  def shapes():
+    each = lambda width: jnp.zeros((num_layers, pages, size, width), dtype)
+    widths = (cfg.mla.kv_lora_rank, cfg.mla.qk_rope_head_dim)
+    return Cache(*_kept(mla_decode.Cache(*map(each, widths)), fp8))
+
+  zeros = lambda like: jnp.zeros(like.shape, like.dtype)
+  return jax.tree.map(zeros, jax.eval_shape(shapes))
 
 
 class LatentAttention(nn.Module):
@@ -117,6 +127,8 @@ class LatentAttention(nn.Module):
       )
     else:
       q_BTNX = jnp.concatenate(mla.split_query(q_BTNX, cos, sin), axis=-1)
+      if _is_fp8(cache):  # all tokens see the same, whichever form is used
+        latents = _rounded(latents)
       latents = mla.Latents(*map(sharding.whole_rows, latents))
       c = linear.operand(flat(latents.c_BSC), policy)
       with jax.named_scope('kv_up'):
@@ -180,10 +192,31 @@ def _write(
   )
   page_BT = jnp.where(index_BT < 0, pages, page_BT)
   at = (layer, page_BT, index_BT % size)
-  return Cache(
-    cache.c_LpsC.at[at].set(latents.c_BSC, mode='drop'),
-    cache.k_rope_LpsR.at[at].set(latents.k_rope_BSR, mode='drop'),
-  )
+
+  def put(old, new):
+    bits = mla_decode.bits
+    written = bits(old).at[at].set(bits(new), mode='drop')
+    return jax.lax.bitcast_convert_type(written, old.dtype)
+
+  new = Cache(*_kept(mla_decode.Cache(*latents), _is_fp8(cache)))
+  return jax.tree.map(put, cache, new)
+
+
+def _is_fp8(cache: Cache | None) -> bool:
+  return cache is not None and isinstance(cache.c_LpsC, quantized.Quantized)
+
+
+def _kept(latents: mla_decode.Cache, fp8: bool) -> tuple:
+  """Latents and rotary keys as the cache has them."""
+  kept = mla_decode.quantize(latents) if fp8 else latents
+  return kept.c_JIC, kept.k_rope_JIR
+
+
+def _rounded(latents: mla.Latents) -> mla.Latents:
+  """Latents as they are read from an FP8 cache."""
+  kept = mla_decode.quantize(mla_decode.Cache(*latents))
+  read = mla_decode.dequantize(kept, latents.c_BSC.dtype)
+  return mla.Latents(read.c_JIC, read.k_rope_JIR)
 
 
 def _of_layer(
@@ -204,5 +237,5 @@ def _of_layer(
   lengths_B = jnp.where(first_B < 0, 0, first_B + length)
   # Drafts behind drafts may pass the end of the table.
   lengths_B = jnp.minimum(lengths_B, table_Bj.shape[1] * size)
-  pages = mla_decode.Cache(flat(cache.c_LpsC), flat(cache.k_rope_LpsR))
+  pages = mla_decode.Cache(*jax.tree.map(flat, cache))
   return pages, table_Bj, lengths_B

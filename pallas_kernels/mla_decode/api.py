@@ -21,6 +21,7 @@ MOST_QUERIES = 16
 
 Cache = caches.Cache
 PAGE = caches.PAGE
+bits = caches.bits
 combine = parts.combine
 dequantize = caches.dequantize
 quantize = caches.quantize

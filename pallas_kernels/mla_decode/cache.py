@@ -58,6 +58,18 @@ def dequantize(cache: Cache, dtype: jax.typing.DTypeLike) -> Cache:
   return dataclasses.replace(cache, c_JIC=c_JIC)
 
 
+def bits(x: jax.Array) -> jax.Array:
+  """On a CPU, numbers of less than 32 bits as integers, to be moved unread.
+
+  XLA:CPU knows no arithmetic on them, and to read or write a few places of a
+  cache it would widen all of it. Elsewhere they stay: there, this is a copy.
+  """
+  unsigned = {1: jnp.uint8, 2: jnp.uint16}
+  if jax.default_backend() != 'cpu' or x.dtype.itemsize not in unsigned:
+    return x
+  return jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize])
+
+
 def bytes_per_token(cache: Cache) -> int:
   """What one token takes, scales included."""
   leaves = jax.tree.leaves(cache)

@@ -70,7 +70,10 @@ def gather(
   """Latents and rotary keys of each row in order, zeros beyond its length."""
   with jax.named_scope('gather'):
     owned_Bj = parts.owned(table_Bj, lengths_B, cache.pages)
-    mine = jax.tree.map(lambda x: x[owned_Bj], cache)
+    own = lambda x: jax.lax.bitcast_convert_type(
+      caches.bits(x)[owned_Bj], x.dtype
+    )
+    mine = jax.tree.map(own, cache)
     mine = caches.dequantize(mine, dtype)
     s_S = jnp.arange(owned_Bj.shape[1] * PAGE, dtype=jnp.int32)
     inside_BS1 = (s_S < lengths_B[:, None])[..., None]

@@ -13,15 +13,6 @@ from tests.inference import meshes
 MESHES = ({}, {'node': 2, 'expert': 2}, {'data': 2, 'expert': 2, 'model': 2})
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compile():
-  """Compiles with few optimisations: the same arithmetic."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-  meshes.expected.cache_clear()
-
-
 def mesh_of(axes):
   return layout.make_mesh(**axes) if axes else None
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import errors
-from dsv3_jax.inference import engine
+from dsv3_jax.inference import batching, engine
 from dsv3_jax.nn import model
 from tests import settings
 from tests.nn import models
@@ -66,6 +66,32 @@ def test_more_prompts_than_rows_join_as_others_end(net, monkeypatch):
   assert made.tokens == together.tokens
   assert made.counts.rows == together.counts.rows == len(prompts) * 8
   assert made.counts.steps >= len(prompts) * 8 / 2 > together.counts.steps
+
+
+def test_who_waits_hears_of_each_as_it_ends_in_order(net, monkeypatch):
+  how = {'temperature': 2.0, 'seed': 3}
+  first, second, third = net.generate(_PROMPTS, 12, **how).tokens
+  # The second ends by itself, before the first.
+  stop_id = next(t for t in second[3:9] if t not in first + third)
+  monkeypatch.setattr(engine, 'MOST_ROWS', 2)
+  heard, running = [], []
+  step = batching.Session.step
+
+  def watched(session):
+    running.append(len(heard))
+    return step(session)
+
+  monkeypatch.setattr(batching.Session, 'step', watched)
+  made = net.generate(
+    _PROMPTS,
+    12,
+    stop_id=stop_id,
+    tell=lambda *each: heard.append(each),
+    **how,
+  )
+  assert heard == list(enumerate(made.tokens))
+  assert len(made.tokens[1]) < 12 == len(made.tokens[0])
+  assert 2 in running  # the third was still on its way
 
 
 def test_seeds_repeat_and_differ(net):

@@ -10,6 +10,7 @@ from tests import settings
 from tests.inference import counting
 from tests.nn import models
 
+pytestmark = pytest.mark.usefixtures('optimized')
 ROOM = 200
 # Wide enough that products of other sizes would round differently.
 CONFIG = settings.small(

@@ -21,15 +21,6 @@ LAYOUTS = (
 )
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compile():
-  """Compiles with few optimisations: the same arithmetic."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-  meshes.expected.cache_clear()
-
-
 @pytest.fixture(scope='module')
 def one_device():
   params, router = meshes.weights()

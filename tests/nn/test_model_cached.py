@@ -8,10 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax import config
 from dsv3_jax.nn import attention, model
+from experiments import v3_671b
 from pallas_kernels.mla_decode import api as mla_decode
-from tests import settings, tolerances
+from tests import reference, settings, tolerances
 from tests.nn import models
+from tests.oracles import fp8
+from tests.oracles import model as oracle
 
 SIZE = mla_decode.PAGE
 LENGTH, SPACE = SIZE + 6, 2 * SIZE
@@ -36,10 +40,10 @@ def setup(name, **changes):
   return cfg, params, router, tokens_BT
 
 
-def empty(cfg):
+def empty(cfg, fp8=False):
   def stack(count):
     args = (cfg.model, count, 6, SIZE, model.compute_dtype(cfg))
-    return attention.empty_cache(*args)
+    return attention.empty_cache(*args, fp8=fp8)
 
   counts = (cfg.model.num_dense_layers, cfg.model.num_moe_layers)
   return model.Caches(*map(stack, counts))
@@ -104,6 +108,48 @@ def test_prefill_then_token_by_token(name, prefill_absorbed):
     )
     logits_BV, caches = step(cfg, True)(params, *args)
     assert_rows_match(logits_BV, full_BTV, at_B)
+
+
+@pytest.mark.parametrize('prefill_absorbed', [False, True])
+def test_all_queries_see_latents_rounded_to_fp8(prefill_absorbed):
+  # Two scales a token, the second of 32 values.
+  cfg, _, _, tokens_BT = setup('scanned', model__mla__kv_lora_rank=160)
+  params, router = models.random_params(cfg)
+  row_T = np.asarray(tokens_BT[0, :9])
+  weights = reference.weights_of(params, router, cfg)
+  exact = oracle.settings_of(cfg.model)
+
+  def rounded(c_TC):
+    tile = (1, 128)
+    return fp8.dequantize_blocks(*fp8.quantize_blocks(c_TC, tile), tile)
+
+  want_TV = oracle.forward(
+    weights, row_T, dataclasses.replace(exact, kept=rounded)
+  )[0]
+  params, router = models.f32(params), models.f32(router)
+  caches, start, got = empty(cfg, fp8=True), 0, []
+  for count in (5, 1, 2, 1):
+    index_BT = jnp.arange(start, start + count)[None]
+    piece_BT, last_B = jnp.asarray(row_T)[index_BT], jnp.array([count - 1])
+    args = (piece_BT, index_BT, last_B, TABLE_Bb[:1], router, caches)
+    forward = step(cfg, prefill_absorbed or start > 0)
+    logits_BV, caches = forward(params, *args)
+    start += count
+    got.append(logits_BV[0])
+  tolerances.assert_close(got, want_TV[[4, 5, 7, 8]])
+  other_TV = oracle.forward(weights, row_T, exact)[0]
+  apart = np.max(np.abs(want_TV - other_TV)) / np.max(np.abs(want_TV))
+  assert 1e-3 < apart < 0.1  # what rounding does is seen, and small
+
+
+def test_an_fp8_token_of_v3_has_656_bytes():
+  cfg = config.from_config_dict(v3_671b.get_config())
+  layers, args = 61, (3, SIZE, jnp.bfloat16)
+  shapes = jax.eval_shape(
+    lambda: attention.empty_cache(cfg.model, layers, *args, fp8=True)
+  )
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+  assert size == 656 * layers * 3 * SIZE
 
 
 def test_several_tokens_at_once_onto_a_cache():

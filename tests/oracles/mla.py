@@ -67,6 +67,7 @@ def mla_naive(
   scale,
   eps,
   rope_factor=1.0,
+  kept=np.asarray,
 ):
   """Causal attention over one row, keys and values expanded (eqs. 1-11).
 
@@ -75,6 +76,7 @@ def mla_naive(
     segments_T: None, or integers: a token sees its own segment only. Order is
       that of the row, whatever the positions are.
     freqs, scale, rope_factor: from `rope`.
+    kept: what the cache makes of the normed latents, which queries then see.
   Returns:
     out_TD and the cache (c_TC, k_rope_TR).
   """
@@ -82,6 +84,7 @@ def mla_naive(
   args = (x_TD, weights, positions_T, freqs, eps, rope_factor)
   q_nope_TNH, q_rope_TNR = _queries(*args)
   c_TC, k_rope_TR = _latents(*args)
+  c_TC = kept(c_TC)
   k_nope_TNH = np.einsum('tc,cnh->tnh', c_TC, weights['w_uk_CNH'])
   v_TNU = np.einsum('tc,cnu->tnu', c_TC, weights['w_uv_CNU'])
   num_tokens, num_heads, _ = q_nope_TNH.shape

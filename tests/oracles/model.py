@@ -19,6 +19,7 @@ Which hidden state feeds the next module ('hidden'):
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -40,6 +41,7 @@ class Settings:
   norm_topk: bool
   route_scale: float
   hidden: str
+  kept: Callable = np.asarray  # as of `mla.mla_naive`
 
 
 def settings_of(config):
@@ -123,6 +125,7 @@ def block(x_TD, weights, settings, positions_T, segments_T):
     settings.scale,
     settings.eps,
     settings.rope_factor,
+    settings.kept,
   )
   x_TD = x_TD + attended_TD
   normed_TD = mla.rms_norm(x_TD, weights['ffn_norm_D'], settings.eps)

@@ -17,7 +17,7 @@ FOUR = {'model.num_layers': 4}
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_layers_may_all_be_dense(quick_compile):
+def test_layers_may_all_be_dense():
   cfg = layouts.make_config(AXES, FOUR | {'model.num_dense_layers': 4})
   row = layouts.compare(cfg, num_steps=1)
   assert not layouts.is_wrong(row, 'f32'), row
@@ -57,7 +57,7 @@ def trained(**axes):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_ramp_padding_spike_and_nan_are_as_on_one_device(quick_compile):
+def test_ramp_padding_spike_and_nan_are_as_on_one_device():
   told, compiled = trained(**AXES)
   want, _ = trained()
   assert compiled == [1] * 5  # the table is an input

@@ -11,6 +11,7 @@ from benchmarks import layouts
 from dsv3_jax import sharding
 from dsv3_jax import train_step as steps
 
+pytestmark = pytest.mark.usefixtures('optimized')
 STEPS = 50
 MESHES = (
   {'data': 2},

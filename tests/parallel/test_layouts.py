@@ -69,7 +69,7 @@ CASES = {
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize('name', CASES)
-def test_layout_is_one_device(quick_compile, name):
+def test_layout_is_one_device(name):
   cfg = layouts.make_config(*CASES[name][1:])
   row = layouts.compare(cfg, num_steps=5 if cfg.precision == 'f32' else 1)
   assert not layouts.is_wrong(row, cfg.precision), row

@@ -48,7 +48,7 @@ def until(cfg, steps_, **axes):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_run_goes_on_on_another_mesh(quick_compile, tmp_path):
+def test_a_run_goes_on_on_another_mesh(tmp_path):
   """Pipeline with experts over devices, then data, then one device."""
   cfg = tiny_run.make(tmp_path, optim__eps=1e-3)
   train.run(until(cfg, 12), tmp_path / 'one')

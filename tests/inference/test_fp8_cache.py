@@ -1,0 +1,100 @@
+"""The engine with latents in FP8: what it keeps, and what does not change."""
+
+import math
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.inference import batching, steps
+from pallas_kernels import quantized
+from tests import settings
+from tests.nn import models
+
+ROOM = 200
+CONFIG = settings.small(
+  precision='f32',
+  model__max_seq_len=ROOM,
+  model__rope__original_seq_len=ROOM,
+  model__num_layers=2,
+  model__mla__kv_lora_rank=160,  # two scales a token
+)
+
+
+def prompt(seed, size):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
+
+
+# Two begin alike, over a whole page.
+PROMPTS = [prompt(0, 120), prompt(1, 50), prompt(0, 120)[:70] + prompt(2, 5)]
+
+
+@pytest.fixture(scope='module')
+def weights():
+  """Of a model whose tokens depend much on what its attention reads."""
+  params, router = models.random_params(CONFIG)
+  factors = {'w_uq': 4.0, 'w_uk': 6.0, 'w_uv': 6.0, 'w_o': 6.0, 'w': 4.0}
+  louder = lambda path, w: w * factors.get(path[-1].key, 1.0)
+  params = jax.tree_util.tree_map_with_path(louder, params)
+  return models.f32(params), models.f32(router)
+
+
+@pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'drafts'])
+def made(request, weights):
+  return steps.Steps(CONFIG, *weights, request.param, fp8_cache=True)
+
+
+def traffic(made, prompts, num_pages=12, **how):
+  """Tokens of each request, and the session when all are at their ends."""
+  session = batching.Session(
+    made, num_pages=num_pages, max_rows=4, chunk=64, **how
+  )
+  draw = batching.Draw(temperature=1.0, seed=5)
+  requests = [session.submit(each, 40, draw) for each in prompts]
+  while not session.is_idle:
+    session.step()
+  assert session.pool.in_use == 0
+  return [request.tokens for request in requests], session
+
+
+@pytest.fixture(scope='module')
+def alone(weights):
+  """Without drafts."""
+  plain = steps.Steps(CONFIG, *weights, fp8_cache=True)
+  return [traffic(plain, [each])[0][0] for each in PROMPTS]
+
+
+def test_company_chunks_and_drafts_change_no_token(made, alone):
+  tokens, session = traffic(made, PROMPTS)
+  assert tokens == alone
+  caches = session._caches
+  assert isinstance(caches.moe.c_LpsC, quantized.Quantized)
+  assert caches.moe.c_LpsC.scales.shape[-1] == 2
+  assert (caches.mtp is not None) == (made.num_drafts > 0)
+  assert all(np.any(np.float32(x)) for x in jax.tree.leaves(caches))
+
+
+def test_who_gives_way_goes_on_the_same(made, alone):
+  tokens, session = traffic(made, PROMPTS, num_pages=4)
+  assert tokens == alone and session.scheduler.preempted > 0
+
+
+def test_other_roundings_give_other_tokens(weights, alone):
+  exact = steps.Steps(CONFIG, *weights)
+  tokens = [traffic(exact, [each])[0][0] for each in PROMPTS]
+  assert all(a != b for a, b in zip(tokens, alone, strict=True))
+
+
+def test_a_step_widens_no_whole_cache(weights):
+  made = steps.Steps(CONFIG, *weights, fp8_cache=True)
+  session = batching.Session(made, num_pages=50, max_rows=2)
+  (rows, draws), caches = session._empty(2, 1, 2), session._caches
+  lowered = made._decode.lower(
+    made.variables, made.router, rows, caches, draws, None
+  )
+  text = lowered.compile().as_text()
+  floats = re.findall(r'(?:f16|bf16|f32)\[([\d,]+)\]', text)
+  sizes = [math.prod(map(int, dims.split(','))) for dims in floats]
+  assert 0 < max(sizes) < caches.moe.c_LpsC.values.size
