@@ -196,7 +196,7 @@ def _write(
   def put(old, new):
     bits = mla_decode.bits
     written = bits(old).at[at].set(bits(new), mode='drop')
-    return jax.lax.bitcast_convert_type(written, old.dtype)
+    return mla_decode.from_bits(written, old.dtype)
 
   new = Cache(*_kept(mla_decode.Cache(*latents), _is_fp8(cache)))
   return jax.tree.map(put, cache, new)

@@ -24,6 +24,7 @@ PAGE = caches.PAGE
 bits = caches.bits
 combine = parts.combine
 dequantize = caches.dequantize
+from_bits = caches.from_bits
 quantize = caches.quantize
 
 

@@ -70,6 +70,12 @@ def bits(x: jax.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(x, unsigned[x.dtype.itemsize])
 
 
+def from_bits(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """Numbers again of what `bits` made of some of this dtype."""
+  same = x.dtype == dtype  # a bitcast would have no gradient
+  return x if same else jax.lax.bitcast_convert_type(x, dtype)
+
+
 def bytes_per_token(cache: Cache) -> int:
   """What one token takes, scales included."""
   leaves = jax.tree.leaves(cache)

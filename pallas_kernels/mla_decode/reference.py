@@ -70,9 +70,7 @@ def gather(
   """Latents and rotary keys of each row in order, zeros beyond its length."""
   with jax.named_scope('gather'):
     owned_Bj = parts.owned(table_Bj, lengths_B, cache.pages)
-    own = lambda x: jax.lax.bitcast_convert_type(
-      caches.bits(x)[owned_Bj], x.dtype
-    )
+    own = lambda x: caches.from_bits(caches.bits(x)[owned_Bj], x.dtype)
     mine = jax.tree.map(own, cache)
     mine = caches.dequantize(mine, dtype)
     s_S = jnp.arange(owned_Bj.shape[1] * PAGE, dtype=jnp.int32)
