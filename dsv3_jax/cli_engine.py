@@ -38,7 +38,7 @@ def engine_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_integer(
     'num_drafts', 0, 'Tokens that the MTP module drafts a step.', **add
   )
-  about = 'Keep latents in FP8: about half the memory, other roundings.'
+  about = 'Keep latents in FP8: less memory, other roundings.'
   flags.DEFINE_boolean('fp8_cache', False, about, **add)
   for axis, cut in _AXES.items():
     name, about = f'parallel.{axis}', f'Devices over which it cuts {cut}.'
