@@ -154,11 +154,9 @@ def lower(
 
 def _arguments(cfg, pipe, mesh, specs):
   """Shapes of parameters, biases and batch, and where they are."""
-  key, layout = jax.random.key(0), pipe.layout
+  layout = pipe.layout
   net, train = model.build(cfg), cfg.train
-  params = jax.eval_shape(
-    lambda: layout.from_model(model.init_params(net, key))
-  )
+  params = jax.eval_shape(layout.from_model, model.param_shapes(net))
   bias = model.init_router(cfg.model)['moe']
   router = {'moe': jax.eval_shape(lambda: layout.to_slots('moe', bias))}
   shape = (train.batch_size // train.microbatch_size, train.microbatch_size)

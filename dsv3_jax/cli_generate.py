@@ -13,8 +13,9 @@ from absl import flags
 from dsv3_jax import cli_engine, errors
 
 _SAY_SECONDS = 10.0  # between two words of how far a long list is
-# What a line of a file of prompts may not set.
-_OF_ALL = {'max_new_tokens', 'temperature', 'top_k', 'top_p', 'seed'}
+# What a line of a file of prompts may not have: it is one for all, or made.
+_OF_ALL = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'seed')
+_MADE = ('text', 'tokens')
 
 
 def define_generate(values: flags.FlagValues, argv: list[str]) -> None:
@@ -72,7 +73,8 @@ def _printer(rows: list[dict], tokenizer, as_json: bool):
       print(json.dumps(made), flush=True)
     else:
       print(f'{rows[number]["prompt"]}{text}\n', flush=True)
-    if (now := time.monotonic()) - said > _SAY_SECONDS:
+    now, left = time.monotonic(), len(rows) - number - 1
+    if left and now - said > _SAY_SECONDS:
       said = now
       about = f'{number + 1} of {len(rows)} prompts in {now - begun:.0f} s'
       print(about, file=sys.stderr, flush=True)
@@ -124,10 +126,11 @@ def _read_prompts(path: pathlib.Path) -> list[dict]:
       raise errors.InputError(
         f'{path}:{number} must be an object with a string "prompt"'
       )
-    for name in _OF_ALL & row.keys():
-      raise errors.InputError(
-        f'{path}:{number} has "{name}": --{name} sets it for all prompts'
-      )
+    for name in (*_OF_ALL, *_MADE):
+      if name in row:
+        rule = f'--{name} sets it for all prompts'
+        rule = 'what is made has that name' if name in _MADE else rule
+        raise errors.InputError(f'{path}:{number} has "{name}": {rule}')
     found.append(row)
   if not found:
     raise errors.InputError(f'prompts={path} has no prompt')

@@ -12,10 +12,12 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
 # Compiling is most of the time, and what LLVM makes of a program is not ours to
-# test; processes that tests start inherit it. 0 asks for all of it; so does
-# `optimized`, for claims on bits.
-_FEW = os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-jax.config.update('jax_disable_most_optimizations', _FEW != '0')
+# test; processes that tests start inherit it. A 0 from outside asks for all of
+# it; so does `optimized`, for claims on bits.
+_FEW = 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ
+if _FEW:
+  os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+  jax.config.update('jax_disable_most_optimizations', True)
 
 # The same examples in every run, and no failure because a machine is slow.
 hypothesis.settings.register_profile(
@@ -42,11 +44,15 @@ def _forget_compiled():
 
 @pytest.fixture(scope='module')
 def optimized():
-  """Compiles as users do, for claims on bits, which a compiler may change."""
-  name = 'jax_disable_most_optimizations'
-  jax.config.update(name, False)
+  """Compiles as users do, for claims on bits, which a compiler may change.
+
+  So do tests that follow in the module.
+  """
+  if _FEW:
+    jax.config.update('jax_disable_most_optimizations', False)
   yield
-  jax.config.update(name, _FEW != '0')
+  if _FEW:
+    jax.config.update('jax_disable_most_optimizations', True)
 
 
 def pytest_collection_modifyitems(items):

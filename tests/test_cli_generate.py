@@ -16,6 +16,7 @@ import dsv3_jax
 from benchmarks import speculation
 from dsv3_jax import cli, cli_generate, config, train
 from experiments import v3_671b
+from pallas_kernels import quantized
 from tests import tiny_run
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -82,6 +83,7 @@ def test_bad_input_is_one_line(capsys, args, said):
     ('[' * 100_000, 'in.jsonl:1 is no JSON'),
     ('\n\n', 'in.jsonl has no prompt'),
     ('{"prompt": "a", "seed": 3}', '1 has "seed": --seed sets it for all'),
+    ('{"prompt": "a", "text": "b"}', '1 has "text": what is made has that'),
   ],
 )
 def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, said):
@@ -114,9 +116,19 @@ def test_prompts_of_a_file(trained, tmp_path, capsys):
   out, err = capsys.readouterr()
   assert json.loads(out)['text'] == rows[1]['text']
   drafted = json.loads(err.splitlines()[-1])
-  assert cli.main([*one, '--fp8_cache']) == 0
-  assert json.loads(capsys.readouterr().out)['tokens'] == 6
   assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
+
+
+def test_the_engine_is_as_the_flags_say(trained, monkeypatch, capsys):
+  made, load = [], dsv3_jax.load
+  spy = lambda *args, **how: made.append(load(*args, **how)) or made[-1]
+  monkeypatch.setattr(dsv3_jax, 'load', spy)
+  args = ['generate', f'--checkpoint={trained}', '--max_new_tokens=2']
+  for more in ([], ['--fp8_cache']):
+    assert cli.main([*args, *more]) == 0
+  kept = [loaded.engine.steps.empty_caches(1, 64).moe for loaded in made]
+  is_fp8 = [isinstance(c.c_LpsC, quantized.Quantized) for c in kept]
+  assert is_fp8 == [False, True]
 
 
 def test_all_is_checked_before_weights_are_read(trained, monkeypatch, capsys):

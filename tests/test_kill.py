@@ -8,7 +8,9 @@ from tests import tiny_run
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_twenty_kills_lose_nothing(tmp_path):
+def test_twenty_kills_lose_nothing(tmp_path, monkeypatch):
+  # Bits are compared: compiled as users do.
+  monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '0')
   cfg = tiny_run.make(
     tmp_path / 'data', checkpoint__every_steps=2, checkpoint__keep=1000
   )

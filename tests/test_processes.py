@@ -177,8 +177,7 @@ def experiment(tmp_path_factory):
 def train(experiment, workdir, *args, **extra):
   """Starts a job that trains."""
   how = {
-    # Quicker to compile, and what the first process did, it has next time.
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+    # What the first process compiled, it has next time.
     'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.pytest_cache' / 'compiled'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
   }

@@ -56,6 +56,7 @@ def told(workdir):
   ]
 
 
+@pytest.mark.usefixtures('optimized')
 @pytest.mark.slow
 def test_resume_is_bitwise(folder):
   """40 == 20 + 20 == 7 + 13 + 20: arrays, EMA, loader, loss lines."""
@@ -123,6 +124,7 @@ def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+@pytest.mark.usefixtures('optimized')
 def test_going_back_makes_the_later_steps_anew(folder):
   """restore_step: later steps are moved aside, and come out the same."""
   cfg = tiny_run.make(folder, checkpoint__every_steps=4, eval__every_steps=4)

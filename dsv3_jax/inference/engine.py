@@ -26,7 +26,8 @@ class Generation:
   Prefill gives each row its first token and the first decode step its second;
   decoding is timed from there, as that step may have to compile. So may
   prefill, at a new shape; of prompts that join later it counts as decoding.
-  `decoded` counts tokens of rows not yet at their end.
+  `decoded` counts tokens of rows not yet at their end. Who is told of rows is
+  timed too.
   counts: of all decode steps, that first one too.
   """
 
@@ -94,18 +95,19 @@ class Engine:
       session.submit(prompt, max_new_tokens, draw(stream=b), [stop_id])
       for b, prompt in enumerate(prompts)
     ]
-    first = requests[: MOST_ROWS * self.steps.num_ranks]
+    decoded, told = 0, 0
+    first = requests[: session.scheduler.max_rows]
     while not all(request.tokens for request in first):
       session.prefill() or session.decode()
+      told = _tell_ended(requests, told, tell)
     prefilled = begun = time.perf_counter()
-    decoded, told = 0, _tell_ended(requests, 0, tell)
     if not session.is_idle:
       session.step()
+      told = _tell_ended(requests, told, tell)
       begun = time.perf_counter()
     while not session.is_idle:
       decoded += len(session.step())
       told = _tell_ended(requests, told, tell)
-    _tell_ended(requests, told, tell)
     return Generation(
       tokens=[request.tokens for request in requests],
       prefill_seconds=prefilled - start,

@@ -25,6 +25,7 @@ from dsv3_jax.inference import balancer as balancers
 from dsv3_jax.inference import layout as layouts
 from dsv3_jax.inference import pages, sampling
 from dsv3_jax.nn import attention, model
+from pallas_kernels.mla_decode import api as mla_decode
 
 
 class Rows(NamedTuple):
@@ -204,7 +205,7 @@ def empty_caches(
   dtype,
   *,
   drafting: bool,
-  fp8: bool = False,
+  fp8: bool,
 ) -> model.Caches:
   """Caches of all stacks: `count` pages of `size` tokens."""
   make = functools.partial(attention.empty_cache, cfg, fp8=fp8)
@@ -305,7 +306,10 @@ def _copy(source_R, target_R, caches):
   """On one rank of a mesh, whose page is all there is in `source_R`."""
 
   def move(x):
-    page = jax.lax.dynamic_index_in_dim(x, source_R[0], axis=1)
-    return jax.lax.dynamic_update_slice_in_dim(x, page, target_R[0], axis=1)
+    bits = mla_decode.bits(x)
+    page = jax.lax.dynamic_index_in_dim(bits, source_R[0], axis=1)
+    args = (bits, page, target_R[0])
+    moved = jax.lax.dynamic_update_slice_in_dim(*args, axis=1)
+    return mla_decode.from_bits(moved, x.dtype)
 
   return jax.tree.map(move, caches)

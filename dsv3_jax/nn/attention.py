@@ -64,7 +64,7 @@ def empty_cache(
   size: int,
   dtype,
   *,
-  fp8: bool = False,
+  fp8: bool,
 ) -> Cache:
   """A cache of zeros: pages of `size` tokens."""
 
@@ -195,7 +195,8 @@ def _write(
 
   def put(old, new):
     bits = mla_decode.bits
-    written = bits(old).at[at].set(bits(new), mode='drop')
+    new = bits(new.astype(old.dtype))
+    written = bits(old).at[at].set(new, mode='drop')
     return mla_decode.from_bits(written, old.dtype)
 
   new = Cache(*_kept(mla_decode.Cache(*latents), _is_fp8(cache)))

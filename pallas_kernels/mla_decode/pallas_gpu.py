@@ -28,8 +28,8 @@ scores, and spills none (ptxas, sm_90a).
 Of an FP8 cache two pages are loaded as they are, and a third buffer has the
 page of the turn in BF16: each consumer widens half of its columns. That saves
 43 % of the bytes and no product. The scales of a page, [4, 64], have one
-buffer, loaded anew when both have read it; XLA turns them to that shape before
-the kernel. Shared memory: 1 KB more than with BF16.
+buffer, loaded anew when both have read it; XLA gathers those of the rows and
+turns them before the kernel. Shared memory: 1 KB more than with BF16.
 
 The interpreter knows no accumulator that begins with a value: there a product
 is added to the output, which on a device would take registers that are not
@@ -110,10 +110,11 @@ def decode(
     ),
     interpret=compat.gpu_interpreter(interpret),
   )
+  owned_Bj = parts.owned(table_Bj, lengths_B, cache.pages)
   o_ZBXC, lse_ZBX = kernel(
     dense.pad(q_BTNY.reshape(rows, queries * heads, -1), ROWS, 1),
-    *_inputs(cache),
-    parts.owned(table_Bj, lengths_B, cache.pages),
+    *_inputs(cache, owned_Bj),
+    owned_Bj,
     lengths_B,
   )
   shape = (splits, rows, queries, heads)
@@ -135,12 +136,12 @@ def why_not(cache: caches.Cache) -> str | None:
   return None
 
 
-def _inputs(cache: caches.Cache) -> tuple:
-  """Latents, their scales or None, rotary keys."""
+def _inputs(cache: caches.Cache, owned_Bj) -> tuple:
+  """Latents, scales of the rows' pages or None, rotary keys."""
   if not cache.is_quantized:
     return cache.c_JIC, None, cache.k_rope_JIR
-  scale_JkI = jnp.swapaxes(cache.c_JIC.scales, -1, -2)
-  return cache.c_JIC.values, scale_JkI, cache.k_rope_JIR
+  scale_BjkI = parts.scales(cache.c_JIC, owned_Bj)
+  return cache.c_JIC.values, scale_BjkI, cache.k_rope_JIR
 
 
 def choose_splits(programs: int, table_blocks: int) -> int:
@@ -179,7 +180,7 @@ def _scratch(plan: Plan) -> dict:
 
 def _kernel(q_BXY, c_JIC, *rest, plan, scratch):
   """Of every warpgroup. rest: scales if there are any, and all others."""
-  *scale_JkI, k_rope_JIR, table_Bj, lengths_B, o, lse = rest
+  *scale_BjkI, k_rope_JIR, table_Bj, lengths_B, o, lse = rest
   row, part = lax.axis_index('row'), lax.axis_index('part')
   warpgroup = lax.axis_index('warpgroup')
   first_query = lax.axis_index('queries') * ROWS
@@ -190,7 +191,7 @@ def _kernel(q_BXY, c_JIC, *rest, plan, scratch):
 
   def load():
     plgpu.set_max_registers(LOADER_REGISTERS, action='decrease')
-    sources = (q_BXY, c_JIC, scale_JkI, k_rope_JIR, table_Bj)
+    sources = (q_BXY, c_JIC, scale_BjkI, k_rope_JIR, table_Bj)
     _load(sources, work, scratch, plan)
 
   def consume():
@@ -202,7 +203,7 @@ def _kernel(q_BXY, c_JIC, *rest, plan, scratch):
 
 def _load(sources, work: Work, scratch, plan: Plan):
   """Brings the queries, then page after page as buffers become free."""
-  q_BXY, c_JIC, scale_JkI, k_rope_JIR, table_Bj = sources
+  q_BXY, c_JIC, scale_BjkI, k_rope_JIR, table_Bj = sources
   first, end = work.bounds
   for name, start, width in (
     ('q_c', 0, plan.latent),
@@ -219,7 +220,8 @@ def _load(sources, work: Work, scratch, plan: Plan):
     def _():
       plgpu.barrier_wait(scratch['empty'].at[slot])
 
-    page, full = table_Bj[work.row, first + turn], scratch['full'].at[slot]
+    block, full = first + turn, scratch['full'].at[slot]
+    page = table_Bj[work.row, block]
     latents = scratch['loaded' if plan.fp8 else 'c'].at[slot]
     plgpu.copy_gmem_to_smem(c_JIC.at[page], latents, full)
     plgpu.copy_gmem_to_smem(
@@ -227,7 +229,9 @@ def _load(sources, work: Work, scratch, plan: Plan):
     )
     if plan.fp8:
       _wait_until_widened(turn, scratch)
-      plgpu.copy_gmem_to_smem(scale_JkI[0].at[page], scratch['scales'], full)
+      plgpu.copy_gmem_to_smem(
+        scale_BjkI[0].at[work.row, block], scratch['scales'], full
+      )
 
   if plan.fp8:
     _wait_until_widened(end - first, scratch)

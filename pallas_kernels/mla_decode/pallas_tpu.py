@@ -79,7 +79,8 @@ def decode(
   q_BXC, q_BXR = jnp.split(
     q_BTNY.reshape(rows, queries * heads, -1), [latent_dim], axis=-1
   )
-  inputs = _inputs(cache)
+  owned_Bj = parts.owned(table_Bj, lengths_B, cache.pages)
+  inputs = _inputs(cache, owned_Bj)
   out = pl.pallas_call(
     functools.partial(
       _kernel,
@@ -102,7 +103,7 @@ def decode(
     interpret=interpret,
     name='mla_decode',
   )(
-    parts.owned(table_Bj, lengths_B, cache.pages),
+    owned_Bj,
     lengths_B,
     q_BXC,
     q_BXR,
@@ -115,12 +116,12 @@ def decode(
   return parts.combine(o_ZBTNC, lse_ZBNT, q_BTNY.dtype)
 
 
-def _inputs(cache: caches.Cache) -> tuple:
+def _inputs(cache: caches.Cache, owned_Bj) -> tuple:
   """What is copied of a page: latents, rotary keys and, of FP8, scales."""
   if not cache.is_quantized:
     return cache.c_JIC, cache.k_rope_JIR
-  scale_JkI = jnp.swapaxes(cache.c_JIC.scales, -1, -2)
-  return cache.c_JIC.values, cache.k_rope_JIR, scale_JkI
+  scale_BjkI = parts.scales(cache.c_JIC, owned_Bj)
+  return cache.c_JIC.values, cache.k_rope_JIR, scale_BjkI
 
 
 def _grid(q_BXC, q_BXR, inputs, table_Bj, splits: int, pages: int):
@@ -128,12 +129,24 @@ def _grid(q_BXC, q_BXR, inputs, table_Bj, splits: int, pages: int):
   rows, queries, latent_dim = q_BXC.shape
   share = pl.cdiv(table_Bj.shape[1], splits)
 
-  def page(at, b, z, step, table, lengths):
+  def block(at, b, z, step, lengths):
     first, end = parts.bounds(lengths[b], z, splits)
     last_step = jnp.maximum(parts.div_up(end - first, pages) - 1, 0)
-    block = first + jnp.minimum(step, last_step) * pages + at
+    wanted = first + jnp.minimum(step, last_step) * pages + at
     last = jnp.maximum(end - 1, 0)  # 0: of an empty row, an owned page 0
-    return table[b, jnp.minimum(block, last)], 0, 0
+    return jnp.minimum(wanted, last)
+
+  def spec(x, at):
+    """Pages as they lie in the cache, or, of scales, in the rows' order."""
+    if x.ndim == 4:
+      place = lambda b, z, i, _, lengths: (b, block(at, b, z, i, lengths), 0, 0)
+      return pl.BlockSpec((None, None, *x.shape[2:]), place)
+    place = lambda b, z, i, table, lengths: (
+      table[b, block(at, b, z, i, lengths)],
+      0,
+      0,
+    )
+    return pl.BlockSpec((None, *x.shape[1:]), place)
 
   of_row = lambda b, z, step, *_: (b, 0, 0)
   of_part = lambda b, z, step, *_: (b, z, 0, 0)
@@ -144,11 +157,7 @@ def _grid(q_BXC, q_BXR, inputs, table_Bj, splits: int, pages: int):
     in_specs=[
       pl.BlockSpec((None, queries, q_BXC.shape[-1]), of_row),
       pl.BlockSpec((None, queries, q_BXR.shape[-1]), of_row),
-      *(
-        pl.BlockSpec((None, *x.shape[1:]), functools.partial(page, at))
-        for x in inputs
-        for at in range(pages)
-      ),
+      *(spec(x, at) for x in inputs for at in range(pages)),
     ],
     out_specs=(
       pl.BlockSpec((None, None, queries, latent_dim), of_part),

@@ -9,7 +9,7 @@ output of part z and lse_z = log sum_s exp(score_s) over its tokens:
 A part without tokens has o_z = 0 and lse_z = -inf, which counts for nothing.
 
 Letters: B rows, T queries of a row, N heads, C latent, Z parts, j blocks of a
-row.
+row, J pages, I tokens of a page, k scales of a token.
 """
 
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import quantized
 from pallas_kernels.mla_decode.cache import PAGE
 
 
@@ -48,6 +49,17 @@ def owned(
   at_j = jnp.arange(table_Bj.shape[1], dtype=jnp.int32)
   used_Bj = at_j < div_up(lengths_B, PAGE)[:, None]
   return jnp.where(used_Bj, jnp.clip(table_Bj, 0, pages - 1), 0)
+
+
+def scales(
+  c_JIC: quantized.Quantized, owned_Bj: Int[Array, 'B j']
+) -> Float[Array, 'B j k I']:
+  """Scales of the rows' pages, in their order and turned.
+
+  Of these pages only: the cache may have many more, and a step is to cost what
+  its rows have.
+  """
+  return jnp.swapaxes(c_JIC.scales[owned_Bj], -1, -2)
 
 
 def combine(

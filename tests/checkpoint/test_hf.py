@@ -114,7 +114,7 @@ def check_cached(cfg, params, router, tokens_BT, out):
   # A page a row.
   assert tokens_BT.shape[1] <= batching.PAGE
   args = (cfg.model, len(tokens_BT), batching.PAGE, jnp.float32)
-  caches = steps.empty_caches(*args, drafting=False)
+  caches = steps.empty_caches(*args, drafting=False, fp8=False)
   table_B1 = jnp.arange(len(tokens_BT))[:, None]
   close = {'rtol': 0, 'atol': 1e-5}
   begin, end = 0, tokens_BT.shape[1] - 3

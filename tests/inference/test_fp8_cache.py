@@ -1,5 +1,6 @@
 """The engine with latents in FP8: what it keeps, and what does not change."""
 
+import dataclasses
 import math
 import re
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax.inference import batching, steps
+from dsv3_jax.inference import batching, layout, pages, steps
 from pallas_kernels import quantized
 from tests import settings
 from tests.nn import models
@@ -87,14 +88,35 @@ def test_other_roundings_give_other_tokens(weights, alone):
   assert all(a != b for a, b in zip(tokens, alone, strict=True))
 
 
-def test_a_step_widens_no_whole_cache(weights):
-  made = steps.Steps(CONFIG, *weights, fp8_cache=True)
+def test_a_mesh_keeps_the_same(weights, alone):
+  mesh = layout.make_mesh(data=2, expert=2)
+  made = steps.Steps(CONFIG, *weights, mesh=mesh, fp8_cache=True)
+  tokens, session = traffic(made, PROMPTS)
+  assert tokens == alone
+  latents = session._caches.moe.c_LpsC
+  assert isinstance(latents, quantized.Quantized)
+  for leaf in jax.tree.leaves(latents):
+    assert leaf.shape[1] == 4 * 12  # pages of four ranks
+    assert leaf.addressable_shards[0].data.shape[1] == 12
+  caches = made.copy([pages.Copy(1, 2)], session._caches)
+  assert isinstance(caches.moe.c_LpsC, quantized.Quantized)
+
+
+@pytest.mark.parametrize('kind', ['prefill', 'extend', 'decode', 'copy'])
+@pytest.mark.parametrize(
+  ('precision', 'fp8'), [('f32', True), ('bf16', True), ('bf16', False)]
+)
+def test_a_step_widens_no_whole_cache(weights, kind, precision, fp8):
+  cfg = dataclasses.replace(CONFIG, precision=precision)
+  made = steps.Steps(cfg, *weights, fp8_cache=fp8)
   session = batching.Session(made, num_pages=50, max_rows=2)
-  (rows, draws), caches = session._empty(2, 1, 2), session._caches
-  lowered = made._decode.lower(
-    made.variables, made.router, rows, caches, draws, None
-  )
+  width = 1 if kind == 'decode' else 64
+  (rows, draws), caches = session._empty(2, width, 2), session._caches
+  args = (made.variables, made.router, rows, caches, draws, None)
+  if kind == 'copy':
+    args = (np.array([0], np.int32), np.array([1], np.int32), caches)
+  lowered = getattr(made, f'_{kind}').lower(*args)
   text = lowered.compile().as_text()
-  floats = re.findall(r'(?:f16|bf16|f32)\[([\d,]+)\]', text)
-  sizes = [math.prod(map(int, dims.split(','))) for dims in floats]
-  assert 0 < max(sizes) < caches.moe.c_LpsC.values.size
+  found = re.findall(r'\b(?:f16|f32)\[([\d,]+)\]', text)
+  sizes = [math.prod(map(int, dims.split(','))) for dims in found]
+  assert max(sizes, default=0) < math.prod(caches.moe.c_LpsC.shape)

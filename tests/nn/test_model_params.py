@@ -187,7 +187,8 @@ def test_the_absorbed_form_is_a_named_scope():
   cfg = settings.small()
   net = model.build(cfg, absorbed=True)
   params, router = map(models.f32, models.random_params(cfg))
-  make = lambda n: attention.empty_cache(cfg.model, n, 1, 64, jnp.float32)
+  args = (1, 64, jnp.float32)
+  make = lambda n: attention.empty_cache(cfg.model, n, *args, fp8=False)
   caches = model.Caches(make(1), make(2))
   zeros = jnp.zeros((1, 1), jnp.int32)
   run = lambda p: net.apply(

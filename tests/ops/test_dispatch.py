@@ -202,6 +202,7 @@ def test_unpermute_undoes_permute_up_to_the_sum_over_experts(rows):
   np.testing.assert_array_equal(back_MD, 3 * x_MD)
 
 
+@pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('product', PRODUCTS)
 def test_runs_again_bit_by_bit(product):
   values, ids_MK = draw(5, tokens=40, top_k=3, experts=5)

@@ -53,6 +53,7 @@ def test_other_products_equal_one_device(product, hops):
   assert_equal(got, one_device('dense')(values, ids_MK, dy_MD))
 
 
+@pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('hops', HOPS)
 def test_runs_again_bit_by_bit(hops):
   values, dy_MD = draw(2)

@@ -105,6 +105,7 @@ def test_two_hops_bring_the_same_rows_in_another_order(routing):
   assert_equal((got_MD[order_M], got), want)
 
 
+@pytest.mark.usefixtures('optimized')
 def test_runs_again_bit_by_bit():
   args = draw('random')
   run = devices((2, 4), spread.TWO_HOPS)

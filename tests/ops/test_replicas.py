@@ -81,6 +81,7 @@ def placements(draw, spare=8):
   return draw(st.permutations([*range(EXPERTS), *draw(more)]))
 
 
+@pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('routing', spread.ROUTINGS)
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
 def test_the_bits_of_one_device_without_copies(shape, routing):
@@ -95,6 +96,7 @@ def test_the_bits_of_one_device_without_copies(shape, routing):
     np.testing.assert_array_equal(over(shape)(expert_Z, *args), want)
 
 
+@pytest.mark.usefixtures('optimized')
 @hypothesis.given(expert_Z=placements(), seed=st.integers(0, 9))
 @hypothesis.settings(max_examples=25)
 def test_any_placement_gives_the_same_bits(expert_Z, seed):
@@ -106,6 +108,7 @@ def test_any_placement_gives_the_same_bits(expert_Z, seed):
   assert over((2, 2)).step._cache_size() <= 2  # one for each number of slots
 
 
+@pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('valid', [0, 1])
 def test_one_row_alone_has_the_bits_that_it_has_without_copies(valid):
   x_MD, gates_MK, experts = draw(4)

@@ -47,12 +47,14 @@ def test_parts_give_the_whole(name, splits):
   decoding.assert_close(in_parts, whole, 'float32')
 
 
+@pytest.mark.usefixtures('optimized')
 @SOME
 def test_where_pages_lie_changes_no_bit(name):
   args = decoding.draw(cases.SMALL[name])
   products.assert_bitwise(reference(*decoding.permuted(args)), reference(*args))
 
 
+@pytest.mark.usefixtures('optimized')
 def test_poison_changes_no_bit():
   case = cases.SMALL['ragged']
   clean, poisoned = (

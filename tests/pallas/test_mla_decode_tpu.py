@@ -3,12 +3,19 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import compile_kernels_tpu as without_tpu
-from pallas_kernels.mla_decode import api, cases, pallas_tpu, reference
+from pallas_kernels.mla_decode import (
+  api,
+  cases,
+  pallas_gpu,
+  pallas_tpu,
+  reference,
+)
 from tests.pallas import decoding, products
 
 BlockSizes = pallas_tpu.BlockSizes
@@ -120,6 +127,20 @@ def test_lowers_for_a_tpu(name, chip):
   program = without_tpu.programs()[name]
   text = without_tpu.lower(program, without_tpu.CHIPS[chip]).as_text()
   assert text.count('@tpu_custom_call') == 1
+
+
+@pytest.mark.parametrize('kernel', [pallas_tpu.decode, pallas_gpu.decode])
+def test_nothing_is_made_of_the_whole_cache(kernel):
+  """A call costs what its rows have, however many pages there are."""
+  shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
+  cache = api.Cache(shape(5000, 64, 512), shape(5000, 64, 64))
+  table = shape(2, 3, dtype=jnp.int32), shape(2, dtype=jnp.int32)
+  for kept in (cache, jax.eval_shape(api.quantize, cache)):
+    traced = jax.make_jaxpr(lambda *args: kernel(*args, 0.1, splits=1))(
+      shape(2, 1, 16, 576), kept, *table
+    )
+    made = [x.aval.shape for e in traced.eqns for x in e.outvars]
+    assert made and not [dims for dims in made if dims[:1] == (5000,)]
 
 
 def test_blocks_have_pages():
