@@ -66,7 +66,8 @@ class Passes:
     tokens_BT = rng.integers(0, vocab, (ROWS, LENGTH + 1)).astype(np.int32)
     table_Bb = np.tile(np.arange(ROWS // ranks)[:, None], (ranks, 1))
     args = (self.cfg.model, ROWS, batching.PAGE, jnp.float32)
-    make = functools.partial(steps.empty_caches, *args, drafting=False)
+    how = {'drafting': False, 'fp8': False}
+    make = functools.partial(steps.empty_caches, *args, **how)
     caches = self.place.zeros(make, layout.PAGES)
     tokens = (tokens_BT, table_Bb.astype(np.int32))
     made_BTV, load_RLE = self.run(variables, router, *tokens, caches)
