@@ -2,22 +2,28 @@
 
 import os
 import pathlib
+from unittest import mock
 
 import hypothesis
 import jax
 import pytest
+from jax._src import compiler
 
-# Before anything touches a backend: afterwards both are fixed.
+# Before anything touches a backend: afterwards these are fixed.
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_num_cpu_devices', 8)
 
 # Compiling is most of the time, and what LLVM makes of a program is not ours to
-# test; processes that tests start inherit it. A 0 from outside asks for all of
-# it; so does `optimized`, for claims on bits.
+# test: few of its optimisations, and not through MLIR. Processes that tests
+# start inherit both. A 0 from outside asks for all; so does `optimized`, for
+# claims on bits.
 _FEW = 'JAX_DISABLE_MOST_OPTIMIZATIONS' not in os.environ
+_EMITTERS = 'xla_cpu_use_fusion_emitters'
 if _FEW:
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   jax.config.update('jax_disable_most_optimizations', True)
+  flags = (os.environ.get('XLA_FLAGS', ''), f'--{_EMITTERS}=false')
+  os.environ['XLA_FLAGS'] = ' '.join(flags).strip()
 
 # The same examples in every run, and no failure because a machine is slow.
 hypothesis.settings.register_profile(
@@ -48,11 +54,23 @@ def optimized():
 
   So do tests that follow in the module.
   """
-  if _FEW:
-    jax.config.update('jax_disable_most_optimizations', False)
-  yield
-  if _FEW:
-    jax.config.update('jax_disable_most_optimizations', True)
+  if not _FEW:
+    yield
+    return
+  jax.config.update('jax_disable_most_optimizations', False)
+  with mock.patch.object(compiler, 'get_compile_options', _as_users_do):
+    yield
+  jax.config.update('jax_disable_most_optimizations', True)
+
+
+def _as_users_do(*args, _of_tests=compiler.get_compile_options, **kwargs):
+  """Options of one compilation, with the emitters that are the default."""
+  options = _of_tests(*args, **kwargs)
+  options.env_option_overrides = [
+    *options.env_option_overrides,
+    (_EMITTERS, True),
+  ]
+  return options
 
 
 def pytest_collection_modifyitems(items):

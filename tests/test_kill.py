@@ -11,6 +11,7 @@ from tests import tiny_run
 def test_twenty_kills_lose_nothing(tmp_path, monkeypatch):
   # Bits are compared: compiled as users do.
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '0')
+  monkeypatch.delenv('XLA_FLAGS', raising=False)
   cfg = tiny_run.make(
     tmp_path / 'data', checkpoint__every_steps=2, checkpoint__keep=1000
   )

@@ -1,10 +1,9 @@
-"""The loop: bitwise resume, ramp, guards, and what a run refuses."""
+"""The loop: ramp, guards, and what a run refuses."""
 
 import dataclasses
 import functools
 import importlib
 import json
-import pathlib
 import re
 import shutil
 
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import config, errors, metrics, optim, train
+from dsv3_jax import config, errors, optim, train
 from dsv3_jax import train_step as steps
 from dsv3_jax.checkpoint import store
 from dsv3_jax.data import tokenizer as tokenizers
@@ -27,66 +26,6 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp('run')
 
 
-def until(cfg, steps_):
-  """The same experiment, ended after so many steps."""
-  tokens = tiny_run.tokens_after(steps_)
-  return dataclasses.replace(
-    cfg, train=dataclasses.replace(cfg.train, total_tokens=tokens)
-  )
-
-
-def committed(cfg, workdir, step):
-  """Every array and document of a committed step."""
-  kept = store.Store(workdir / 'checkpoints', keep=10)
-  like = steps.state_shapes(cfg)
-  ema = like['params'] if cfg.optim.ema_decay else {}
-  try:
-    return kept.restore(step, {'train': like, 'ema': ema})
-  finally:
-    kept.close()
-
-
-def told(workdir):
-  """Lines of metrics.jsonl without the clock's."""
-  clock = ('tokens_per_second', 'mfu')
-  return [
-    {k: v for k, v in line.items() if k not in clock}
-    for line in metrics.read_metrics(workdir)
-    if line['kind'] == 'train'
-  ]
-
-
-@pytest.mark.usefixtures('optimized')
-@pytest.mark.slow
-def test_resume_is_bitwise(folder):
-  """40 == 20 + 20 == 7 + 13 + 20: arrays, EMA, loader, loss lines."""
-  cfg = tiny_run.make(folder)
-  straight = folder / '40'
-  train.run(cfg, straight)
-  want, documents = committed(cfg, straight, 40)
-  assert documents['progress'] == {'step': 40, 'tokens': cfg.train.total_tokens}
-  assert np.any(np.asarray(want['train']['router']['moe']))
-  assert np.any(np.asarray(want['train']['router']['mtp']))
-  for stops in ((20,), (7, 20)):
-    workdir = folder / '+'.join(map(str, stops))
-    for stop in (*stops, 40):
-      train.run(until(cfg, stop), workdir)
-    got, same = committed(cfg, workdir, 40)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert same == documents
-    assert told(workdir) == told(straight)
-  assert len(told(straight)) == 40
-  for line in told(straight):
-    done = line['step'] - 1
-    seen = tiny_run.tokens_after(done)
-    assert line['lr'] == np.float32(optim.lr_at(cfg.optim.lr, done, seen))
-    assert line['skipped'] == 0
-  for name in ('loss.png', 'samples.txt', 'config.json', 'tokenizer.json'):
-    assert (straight / name).stat().st_size > 0
-  first, *_, last = told(straight)
-  assert last['loss'] < first['loss'] - 0.5
-
-
 def test_batch_ramp_does_not_recompile(folder):
   """Two rows a step at first, four later: one program."""
   cfg = tiny_run.make(folder)
@@ -97,7 +36,7 @@ def test_batch_ramp_does_not_recompile(folder):
     train.run(cfg, folder / 'ramp')
   finally:
     jax.monitoring.clear_event_listeners()
-  rows = {line['tokens'] for line in told(folder / 'ramp')}
+  rows = {line['tokens'] for line in tiny_run.told(folder / 'ramp')}
   gaps = set(np.diff(sorted(rows)).tolist())
   assert gaps == {2 * 32, 4 * 32}
   assert compiled.count('step') + compiled.count('jit(step)') <= 3
@@ -107,8 +46,8 @@ def test_batch_ramp_does_not_recompile(folder):
 def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
   """The error tells step and metrics; the last checkpoint stands."""
   cfg, workdir = tiny_run.make(folder), folder / 'nan'
-  train.run(until(cfg, 5), workdir)
-  want, _ = committed(cfg, workdir, 5)
+  train.run(tiny_run.until(cfg, 5), workdir)
+  want, _ = tiny_run.committed(cfg, workdir, 5)
   real = optim.lr_at
   broken = lambda lr, step, tokens: (
     float('nan') if step == 6 else real(lr, step, tokens)
@@ -120,50 +59,8 @@ def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
   assert step == 8  # step 7 wrote NaN weights, step 8's loss showed it
   assert not np.isfinite(said['loss'])
   assert store.Store(workdir / 'checkpoints', keep=10).steps() == [5]
-  got, _ = committed(cfg, workdir, 5)
+  got, _ = tiny_run.committed(cfg, workdir, 5)
   jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-@pytest.mark.usefixtures('optimized')
-def test_going_back_makes_the_later_steps_anew(folder):
-  """restore_step: later steps are moved aside, and come out the same."""
-  cfg = tiny_run.make(folder, checkpoint__every_steps=4, eval__every_steps=4)
-  workdir = folder / 'back'
-  train.run(until(cfg, 12), workdir)
-  want, _ = committed(cfg, workdir, 12)
-  back = dataclasses.replace(cfg.checkpoint, restore_step=4)
-  backwards = dataclasses.replace(cfg, checkpoint=back)
-  # A start that does not get there leaves the request unanswered.
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(store.Store, 'roll_back', lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-      train.run(until(backwards, 12), workdir)
-  train.run(until(backwards, 12), workdir)
-  got, _ = committed(cfg, workdir, 12)
-  jax.tree.map(np.testing.assert_array_equal, got, want)
-  names = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
-  assert names == ['000000004', '000000008', '000000008.aside-1',
-                   '000000012', '000000012.aside-1']  # fmt: skip
-  assert [line['step'] for line in told(workdir)] == list(range(1, 13))
-  lines = metrics.read_metrics(workdir)
-  held_out = [line for line in lines if line['kind'] == 'eval']
-  assert [line['step'] for line in held_out] == [4, 8, 12]
-  assert held_out[-1]['tokens'] == tiny_run.tokens_after(12)
-
-  # It goes on with its own tokenizer, whatever becomes of the cache; with
-  # another corpus it does not.
-  shutil.rmtree(cfg.data.cache_dir)
-  # Asked again it goes on, so that a stopped run can be started again.
-  train.run(until(backwards, 13), workdir)
-  assert len(list((workdir / 'checkpoints').glob('*.aside-*'))) == 2
-  assert [line['step'] for line in told(workdir)] == list(range(1, 14))
-  (folder / 'corpus' / 'more.txt').write_text('more text', encoding='utf-8')
-  try:
-    with pytest.raises(errors.InputError, match=r'the corpus is .* but .*back'):
-      train.run(until(cfg, 14), workdir)
-  finally:
-    (folder / 'corpus' / 'more.txt').unlink()
-  assert not pathlib.Path(cfg.data.cache_dir).exists()
 
 
 @pytest.mark.parametrize(
@@ -216,19 +113,19 @@ def test_every_experiment_runs_locally(folder, name):
     assert cfg.model.scan_layers and cfg.model.remat == 'report'
   final = train.run(cfg, folder / name)
   assert 0 < final['loss_nats_per_token'] < 1.2 * np.log(cfg.model.vocab_size)
-  assert len(told(folder / name)) == 3
+  assert len(tiny_run.told(folder / name)) == 3
   assert (folder / name / 'samples.txt').stat().st_size > 0
 
 
 def test_probe_agrees_and_can_disagree(folder, monkeypatch):
   cfg = tiny_run.make(folder, train__probe_every=2)
-  cfg = until(cfg, 4)
+  cfg = tiny_run.until(cfg, 4)
   train.run(cfg, folder / 'probe')
   other = dataclasses.replace(cfg, train=dataclasses.replace(
     cfg.train, probe_every=0))  # fmt: skip
   train.run(other, folder / 'no probe')
-  a, _ = committed(cfg, folder / 'probe', 4)
-  b, _ = committed(cfg, folder / 'no probe', 4)
+  a, _ = tiny_run.committed(cfg, folder / 'probe', 4)
+  b, _ = tiny_run.committed(cfg, folder / 'no probe', 4)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   monkeypatch.setattr(steps, 'same_bits', lambda a, b: jnp.bool_(False))
   shutil.rmtree(folder / 'probe')

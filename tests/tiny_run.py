@@ -1,9 +1,11 @@
 """A real experiment that trains in seconds: text files, BPE, packing, all."""
 
+import dataclasses
 import pathlib
 import sysconfig
 
-from dsv3_jax import config
+from dsv3_jax import config, metrics, train_step
+from dsv3_jax.checkpoint import store
 from experiments import quickstart
 
 STEP_TOKENS = 4 * 32
@@ -67,3 +69,32 @@ def make(folder, **changes):
     for name, value in (overrides(folder) | named).items():
       source.update_from_flattened_dict({name: value})
   return config.from_config_dict(source)
+
+
+def until(cfg, steps):
+  """The same experiment, ended after so many steps."""
+  tokens = tokens_after(steps)
+  return dataclasses.replace(
+    cfg, train=dataclasses.replace(cfg.train, total_tokens=tokens)
+  )
+
+
+def committed(cfg, workdir, step):
+  """Every array and document of a committed step."""
+  kept = store.Store(workdir / 'checkpoints', keep=10)
+  like = train_step.state_shapes(cfg)
+  ema = like['params'] if cfg.optim.ema_decay else {}
+  try:
+    return kept.restore(step, {'train': like, 'ema': ema})
+  finally:
+    kept.close()
+
+
+def told(workdir):
+  """Lines of metrics.jsonl without the clock's."""
+  clock = ('tokens_per_second', 'mfu')
+  return [
+    {k: v for k, v in line.items() if k not in clock}
+    for line in metrics.read_metrics(workdir)
+    if line['kind'] == 'train'
+  ]
