@@ -1,5 +1,6 @@
 """Eight fake CPU devices and reproducible examples, for every test."""
 
+import gc
 import os
 import pathlib
 from unittest import mock
@@ -26,6 +27,9 @@ if _FEW:
 if _FEW and _CHOICE and _MLIR not in os.environ.get('XLA_FLAGS', ''):
   flags = (os.environ.get('XLA_FLAGS', ''), f'--{_MLIR}=false')
   os.environ['XLA_FLAGS'] = ' '.join(flags).strip()
+
+# Tracing makes many objects and few cycles: a twentieth of the time.
+gc.set_threshold(50_000, 20, 50)
 
 # The same examples in every run, and no failure because a machine is slow.
 hypothesis.settings.register_profile(
