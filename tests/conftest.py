@@ -63,6 +63,7 @@ def optimized():
   if not _FEW:
     yield
     return
+  jax.clear_caches()  # what was compiled before would be used again
   jax.config.update('jax_disable_most_optimizations', False)
   with mock.patch.object(compiler, 'get_compile_options', _as_users_do):
     yield

@@ -117,22 +117,6 @@ def test_every_experiment_runs_locally(folder, name):
   assert (folder / name / 'samples.txt').stat().st_size > 0
 
 
-def test_probe_agrees_and_can_disagree(folder, monkeypatch):
-  cfg = tiny_run.make(folder, train__probe_every=2)
-  cfg = tiny_run.until(cfg, 4)
-  train.run(cfg, folder / 'probe')
-  other = dataclasses.replace(cfg, train=dataclasses.replace(
-    cfg.train, probe_every=0))  # fmt: skip
-  train.run(other, folder / 'no probe')
-  a, _ = tiny_run.committed(cfg, folder / 'probe', 4)
-  b, _ = tiny_run.committed(cfg, folder / 'no probe', 4)
-  jax.tree.map(np.testing.assert_array_equal, a, b)
-  monkeypatch.setattr(steps, 'same_bits', lambda a, b: jnp.bool_(False))
-  shutil.rmtree(folder / 'probe')
-  with pytest.raises(train.CorruptionError, match='step 0 gave different bits'):
-    train.run(cfg, folder / 'probe')
-
-
 # The step alone.
 
 
@@ -259,3 +243,20 @@ def test_same_bits_sees_one_bit():
   assert not equal(state, other)
   minus = jax.tree.map(lambda x: -x, state['router'])  # 0.0 and -0.0
   assert not equal(state, state | {'router': minus})
+
+
+@pytest.mark.usefixtures('optimized')
+def test_probe_agrees_and_can_disagree(folder, monkeypatch):
+  cfg = tiny_run.make(folder, train__probe_every=2)
+  cfg = tiny_run.until(cfg, 4)
+  train.run(cfg, folder / 'probe')
+  other = dataclasses.replace(cfg, train=dataclasses.replace(
+    cfg.train, probe_every=0))  # fmt: skip
+  train.run(other, folder / 'no probe')
+  a, _ = tiny_run.committed(cfg, folder / 'probe', 4)
+  b, _ = tiny_run.committed(cfg, folder / 'no probe', 4)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  monkeypatch.setattr(steps, 'same_bits', lambda a, b: jnp.bool_(False))
+  shutil.rmtree(folder / 'probe')
+  with pytest.raises(train.CorruptionError, match='step 0 gave different bits'):
+    train.run(cfg, folder / 'probe')
