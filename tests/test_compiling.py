@@ -7,6 +7,8 @@ import pytest
 from jax._src import compiler
 
 ALL = os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS') == '0'
+# Where XLA has two kinds of emitters, and these tests choose.
+CHOSEN = jax.__version_info__ < (0, 11) and not ALL
 
 
 def level():
@@ -25,10 +27,11 @@ def emitters():
 def test_few_unless_asked():
   assert (level() == 0) != ALL
   assert emitters() is None
+  older = '--xla_cpu_use_fusion_emitters=false'
+  assert (older in os.environ.get('XLA_FLAGS', '')) == CHOSEN
 
 
 @pytest.mark.usefixtures('optimized')
 def test_all_for_bits():
   assert level() > 0
-  chosen = jax.__version_info__ < (0, 11) and not ALL
-  assert emitters() == (True if chosen else None)
+  assert emitters() == (True if CHOSEN else None)

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from dsv3_jax import errors, metrics, processes
+from dsv3_jax import errors, processes
 from tests import tiny_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -186,15 +186,6 @@ def train(experiment, workdir, *args, **extra):
   return launch(command, [*where, *args], **(how | extra))
 
 
-def losses(workdir):
-  clock = ('tokens_per_second', 'mfu')
-  return [
-    {k: v for k, v in line.items() if k not in clock}
-    for line in metrics.read_metrics(workdir)
-    if line['kind'] == 'train'
-  ]
-
-
 def wait_for(child, condition):
   """Reads what a job says, up to when it holds; returns that."""
   said = ''
@@ -218,7 +209,7 @@ def test_a_killed_process_loses_nothing(experiment, tmp_path):
   child = train(experiment, calm, **two)
   said, _ = child.communicate(timeout=900)
   assert child.returncode == 0, said
-  want = losses(calm)
+  want = tiny_run.told(calm)
   assert [line['step'] for line in want] == list(range(1, 9))
   for name in ('loss.png', 'samples.txt', 'config.json', 'tokenizer.json'):
     assert (calm / name).stat().st_size > 0
@@ -234,7 +225,7 @@ def test_a_killed_process_loses_nothing(experiment, tmp_path):
   rest, _ = child.communicate(timeout=300)
   assert child.returncode == 75, rest
   assert 'dsv3: stopped by a signal' in rest
-  got = losses(rough)
+  got = tiny_run.told(rough)
   assert got[:8] == want
 
   steps = len(got)
@@ -245,7 +236,7 @@ def test_a_killed_process_loses_nothing(experiment, tmp_path):
   said, _ = child.communicate(timeout=300)
   assert child.returncode == 0, said
   assert f'goes on after step {steps}' in said
-  *before, last = losses(rough)
+  *before, last = tiny_run.told(rough)
   assert before == got
   assert last['step'] == steps + 1
   assert last['loss'] < want[0]['loss']

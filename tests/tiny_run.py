@@ -71,11 +71,13 @@ def make(folder, **changes):
   return config.from_config_dict(source)
 
 
-def until(cfg, steps):
-  """The same experiment, ended after so many steps."""
+def until(cfg, steps, **axes):
+  """The same experiment, ended after so many steps, on a mesh of `axes`."""
   tokens = tokens_after(steps)
   return dataclasses.replace(
-    cfg, train=dataclasses.replace(cfg.train, total_tokens=tokens)
+    cfg,
+    train=dataclasses.replace(cfg.train, total_tokens=tokens),
+    parallel=dataclasses.replace(cfg.parallel, **axes),
   )
 
 

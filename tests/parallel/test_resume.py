@@ -37,26 +37,17 @@ def test_states_go_from_layout_to_layout_to_the_bit(scan):
   assert steps.same_bits(jax.device_get(state), jax.device_get(want))
 
 
-def until(cfg, steps_, **axes):
-  tokens = tiny_run.tokens_after(steps_)
-  return dataclasses.replace(
-    cfg,
-    train=dataclasses.replace(cfg.train, total_tokens=tokens),
-    parallel=dataclasses.replace(cfg.parallel, **axes),
-  )
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_goes_on_on_another_mesh(tmp_path):
   """Pipeline with experts over devices, then data, then one device."""
   cfg = tiny_run.make(tmp_path, optim__eps=1e-3)
-  train.run(until(cfg, 12), tmp_path / 'one')
+  train.run(tiny_run.until(cfg, 12), tmp_path / 'one')
   path = tmp_path / 'many'
-  train.run(until(cfg, 8, pipe=2, expert=2, schedule='gpipe'), path)
-  train.run(until(cfg, 10, data=2), path)
+  train.run(tiny_run.until(cfg, 8, pipe=2, expert=2, schedule='gpipe'), path)
+  train.run(tiny_run.until(cfg, 10, data=2), path)
   # The same steps in other micro-batches: another mesh may need them.
-  last = until(cfg, 12)
+  last = tiny_run.until(cfg, 12)
   halves = dataclasses.replace(last.train, microbatch_size=1)
   train.run(dataclasses.replace(last, train=halves), path)
   lines = [
