@@ -32,10 +32,10 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.common import shared_model
+from benchmarks.common import hf_tensors, shared_model
 from dsv3_jax import config
 from dsv3_jax import train_step as steps
-from dsv3_jax.checkpoint import hf, hf_config
+from dsv3_jax.checkpoint import hf_config
 from dsv3_jax.inference import engine
 from dsv3_jax.nn import model
 from dsv3_jax.planning import flops
@@ -68,7 +68,7 @@ class Ours:
 
   def weights(self) -> dict[str, np.ndarray]:
     state = self.state
-    return dict(hf.to_hf(self.cfg, state['params'], state['router']))
+    return dict(hf_tensors.tensors(self.cfg, state['params'], state['router']))
 
   def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
     args = ({'params': self.state['params']}, self._batch(tokens_BT))

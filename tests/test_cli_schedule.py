@@ -93,14 +93,14 @@ def test_text_and_picture(capsys, tmp_path):
 @pytest.mark.parametrize(
   ('args', 'said'),
   [
-    (['--kind=2f2b'], "pipeline.kind='2f2b' must be one of: gpipe, 1f1b, "),
+    (['--kind=2f2b'], "kind='2f2b' must be one of: gpipe, 1f1b, "),
     (
       ['--microbatches=12'],
       '>= 2 * stages = 16 under dualpipe: 16 is the near',
     ),
-    (['--stages=7'], 'pipeline.stages=7 must be a multiple of 2'),
-    (['--stages=-4', '--microbatches=-9'], 'pipeline.stages=-4'),
-    (['--chunks=2'], 'pipeline.chunks=2 is for interleaved, not for dualpipe'),
+    (['--stages=7'], 'stages=7 must be a multiple of 2'),
+    (['--stages=-4', '--microbatches=-9'], 'stages=-4'),
+    (['--chunks=2'], 'chunks=2 is for interleaved, not for dualpipe'),
     (['--split'], 'dualpipe splits its backwards by itself'),
     (['--f=fast'], "f='fast' must be a number"),
     (['--f='], 'f has 0 values'),

@@ -287,17 +287,6 @@ def _read_quantised(
   return out
 
 
-def to_hf(
-  cfg: config.Config, params: Tree, router: Tree
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Names and whole arrays of the Hugging Face layout, one after the other."""
-  state = {'params': params, 'router': router}
-  for place in places(cfg):
-    leaves = place.tensor.leaves
-    parts = [np.asarray(get(state, leaf.path)[leaf.index]) for leaf in leaves]
-    yield place.tensor.name, np.ascontiguousarray(place.join(parts))
-
-
 def get(tree: Tree, path: tuple[str, ...]) -> Any:
   """The leaf at the end of a path of keys."""
   for key in path:

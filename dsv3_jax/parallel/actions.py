@@ -19,7 +19,6 @@ BACKWARD = 'B'  # full: gradients of the input and of the weights
 INPUT = 'I'  # the half of the backward pass that the previous stage waits for
 WEIGHT = 'W'  # the other half, which nobody waits for
 PAIR = 'FB'  # a forward and a full backward of two stages, overlapped
-KINDS = (FORWARD, BACKWARD, INPUT, WEIGHT, PAIR)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,7 +31,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Action:
-  """One thing that a rank does, of a kind out of `KINDS`.
+  """One thing that a rank does, of one of the kinds above.
 
   F has a `forward` task, B, I and W a `backward` task, FB both.
   """

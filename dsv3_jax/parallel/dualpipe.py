@@ -1,4 +1,4 @@
-"""DualPipe and DualPipeV (TR 3.2.3; the released schedule's eight steps).
+"""DualPipe and DualPipeV (TR 3.2.1; the released schedule's eight steps).
 
 A rank runs two chunks. Under DualPipe micro-batches enter at both ends and each
 rank holds a stage for either direction; under DualPipeV all enter at rank 0, go

@@ -40,20 +40,6 @@ def lockstep(schedule: Schedule, latency: int = 1) -> Table:
   return tuple(map(tuple, table))
 
 
-def check_table(schedule: Schedule, table: Table, latency: int = 1) -> None:
-  """Is this table, from wherever it comes, a legal one of the schedule's work?
-
-  It may keep other orders than the schedule's.
-
-  Raises:
-    ValueError: as `verify.check_work`, or an action comes before what it needs.
-  """
-  played, ticks = _orders(schedule, table)
-  verify.check_work(played)
-  ends = [[tick + 1 for tick in row] for row in ticks]
-  verify.check_times(played, ticks, ends, latency - 1)
-
-
 def timeline(
   schedule: Schedule, table: Table, times: simulate.Times
 ) -> simulate.Timeline:
@@ -61,7 +47,7 @@ def timeline(
 
   `times.comm` passes after every tick but the last.
   """
-  played, ticks = _orders(schedule, table)
+  played, ticks = orders(schedule, table)
   durations = times.durations(played)
   longest = [0] * len(table)
   for row, lengths in zip(ticks, durations, strict=True):
@@ -78,7 +64,7 @@ def timeline(
   return simulate.Timeline(starts=starts, ends=ends)
 
 
-def _orders(
+def orders(
   schedule: Schedule, table: Table
 ) -> tuple[Schedule, list[list[int]]]:
   """The schedule with the table's orders, and the tick of each action."""

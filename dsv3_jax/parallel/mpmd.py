@@ -1,8 +1,8 @@
 """Runs a schedule with a thread a rank and one compiled program an action.
 
 The plain reading of a schedule: each rank goes through its own order and waits
-for what it needs, no common clock, no table, no slots. Tests compare it with
-one device and with `pipeline`; benchmarks measure its bubble.
+for what it needs, no common clock, no table, no slots. It is a reference: tests
+compare `pipeline` with it, and benchmarks measure bubbles by it.
 
 A stage is a function `(params, x, consts) -> (y, aux)` of one micro-batch; the
 first has x = (). The last one's losses are in its aux, so its y is ().
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.parallel import actions, simulate, split, verify
+from dsv3_jax.parallel import actions, simulate, verify
 
 Tree = Any
 Function = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
@@ -42,19 +42,6 @@ class Played(NamedTuple):
   grads: list[Tree]
   aux: dict[actions.Task, Tree]
   timeline: simulate.Timeline
-
-
-def split_chain(
-  functions: Sequence[Function],
-  params: Sequence[Tree],
-  consts: Sequence[Tree],
-) -> list[split.Split]:
-  """The parts of each stage of a chain, for arguments of these shapes."""
-  x, found = (), []
-  for function, *rest in zip(functions, params, consts, strict=True):
-    found.append(split.split_stage(function, rest[0], x, rest[1]))
-    x, _ = jax.eval_shape(function, rest[0], x, rest[1])
-  return found
 
 
 class Executor:

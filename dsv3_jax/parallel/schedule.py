@@ -60,7 +60,7 @@ def make(
   ranks = check_sizes(kind, stages, microbatches, chunks)
   if split_backward and kind not in ONE_WAY:
     raise errors.InputError(
-      f'pipeline.split_backward is for {", ".join(ONE_WAY)}: {kind} splits its '
+      f'split is for {", ".join(ONE_WAY)}: {kind} splits its '
       'backwards by itself'
     )
   down = tuple(range(ranks))
@@ -97,16 +97,14 @@ def check_sizes(
 ) -> int:
   """The number of ranks; raises as `make` does, without making anything."""
   if kind not in KINDS:
-    raise errors.InputError(
-      f'pipeline.kind={kind!r} must be one of: {", ".join(KINDS)}'
-    )
+    raise errors.InputError(f'kind={kind!r} must be one of: {", ".join(KINDS)}')
   if chunks is not None and kind != 'interleaved':
     raise errors.InputError(
-      f'pipeline.chunks={chunks} is for interleaved, not for {kind}'
+      f'chunks={chunks} is for interleaved, not for {kind}'
     )
   if chunks is not None and chunks < 2:
     raise errors.InputError(
-      f'pipeline.chunks={chunks} must be >= 2: with one chunk it is 1f1b'
+      f'chunks={chunks} must be >= 2: with one chunk it is 1f1b'
     )
   each = stages_per_rank(kind, chunks)
   step = 2 if kind == 'dualpipe' else each
@@ -133,9 +131,7 @@ def _check_size(
   near = f'{below} and {below + step} are the nearest'
   if value < least:
     near = f'{least} is the nearest'
-  raise errors.InputError(
-    f'pipeline.{name}={value} must be {rule} under {kind}: {near}'
-  )
+  raise errors.InputError(f'{name}={value} must be {rule} under {kind}: {near}')
 
 
 def parameter_copies(schedule: Schedule) -> list[int]:
@@ -179,6 +175,4 @@ def closed_form_bubble(
       return (ranks // 2 - 1) * (pair + b - 3 * w)
     case 'dualpipev':
       return (ranks - 1) * (pair + b - 3 * w)
-  raise errors.InputError(
-    f'pipeline.kind={kind!r} must be one of: {", ".join(KINDS)}'
-  )
+  raise errors.InputError(f'kind={kind!r} must be one of: {", ".join(KINDS)}')

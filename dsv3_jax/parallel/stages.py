@@ -52,17 +52,11 @@ def split_layers(num_layers: int, stages: int, costs: Costs) -> Cuts:
   return tuple(itertools.pairwise((0, *ends)))
 
 
-def stage_costs(cuts: Cuts, costs: Costs) -> tuple[Cost, ...]:
-  """What each stage of a cut costs."""
-  total = _totals(cuts[-1][1], len(cuts), costs)
-  return tuple(total[end] - total[first] for first, end in cuts)
-
-
 def _totals(num_layers: int, stages: int, costs: Costs) -> list[Cost]:
   """Cost of the first 0, 1, ... layers, with what their stages do besides."""
   if not 1 <= stages <= num_layers:
     raise errors.InputError(
-      f'pipeline.stages={stages} must be >= 1 and <= '
+      f'stages={stages} must be >= 1 and <= '
       f'model.num_layers={num_layers}: each has one layer at least'
     )
   given = costs.layer

@@ -9,8 +9,8 @@ Every N_C = 128 products the register is added, times the scales, to an f32
 number and starts at zero ("promotion"), or never: then it is the register that
 loses what is small against the sum. The report gives the rule in words; ours
 are: the exponent is that of the value, the 14 bits count the leading one, and
-the register is cut like the products. For study: `reference.matmul` is what
-training uses.
+the register is cut like the products. A reference for study and tests:
+training uses `reference.matmul`.
 
 Letters: M, N, K of a product; W products of one instruction.
 """

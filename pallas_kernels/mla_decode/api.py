@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, quantized
 from pallas_kernels.mla_decode import cache as caches
-from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, parts, reference
+from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, reference
 
 # Of one kernel call: masks are made query by query, and sums of all are held.
 # More come as slices, as when a prompt goes on behind what a cache has of it.
@@ -22,7 +22,6 @@ MOST_QUERIES = 16
 Cache = caches.Cache
 PAGE = caches.PAGE
 bits = caches.bits
-combine = parts.combine
 dequantize = caches.dequantize
 from_bits = caches.from_bits
 quantize = caches.quantize
@@ -49,8 +48,8 @@ def decode(
     lengths_B: int32 tokens in the cache, the T queries' own included, at most
       64 j; the queries are causal among themselves. 0: an empty row.
     scale: of the scores before the softmax, a Python number.
-    splits: parts that a row is cut into (see `parts`); None: enough to keep the
-      device busy. Changes results by rounding only.
+    splits: parts that a row is cut into (see `parts.py`); None: enough to keep
+      the device busy. Changes results by rounding only.
   Returns:
     o_BTNC in the queries' dtype; lse_BNT f32, natural logarithm. Zero and -inf
     for a query that sees no token. No gradient is defined.

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import dsv3_jax
+from benchmarks.common import hf_tensors
 from dsv3_jax import errors, sharding, workdir
 from dsv3_jax.checkpoint import (
   export,
-  hf,
   hf_read,
   importing,
   lazy,
@@ -91,7 +91,7 @@ def test_fp8_is_within_the_format_s_bound(wide, in_fp8):
   cfg, params, router = wide
   seen = 0
   with shards.Folder(in_fp8) as folder:
-    for name, want in hf.to_hf(cfg, params, router):
+    for name, want in hf_tensors.tensors(cfg, params, router):
       got = hf_read.read_rows(folder, name, slice(0, len(want)))
       if (scale := hf_read.scale_name(folder, name)) is None:
         low = want.astype(jnp.bfloat16).astype(np.float32)

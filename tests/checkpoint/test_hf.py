@@ -21,6 +21,7 @@ import transformers
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 import dsv3_jax
+from benchmarks.common import hf_tensors
 from dsv3_jax import config
 from dsv3_jax.checkpoint import export, hf, hf_config
 from dsv3_jax.inference import batching, engine, steps
@@ -145,7 +146,7 @@ def test_table_is_bijective(name):
   """Every element of every leaf goes to exactly one tensor that is no copy."""
   cfg = exchanged.make(name)
   params, router = exchanged.random_weights(cfg)
-  tensors = dict(hf.to_hf(cfg, params, router))
+  tensors = dict(hf_tensors.tensors(cfg, params, router))
   names = [tensor.name for tensor in hf.table(cfg.model)]
   assert list(tensors) == names and len(set(names)) == len(names)
   back = {}

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import pytest
 
 from dsv3_jax.parallel import lockstep, schedule, simulate
-from tests.parallel import oracle
+from tests.parallel import oracle, tables
 
 
 def made(kind, stages, microbatches, **more):
@@ -64,7 +64,7 @@ def test_a_table_holds_the_work_and_its_order(sizes, split, latency):
   ends = [[tick + 1 for tick in row] for row in starts]
   late = oracle.slack(found, starts, ends, latency - 1)
   assert all(each == 0 for row in late for each in row)
-  lockstep.check_table(found, table, latency)
+  tables.check_table(found, table, latency)
 
 
 @hypothesis.given(st.data())
@@ -84,20 +84,20 @@ def test_a_spoilt_table_is_noticed(data):
     tick, rank = data.draw(st.sampled_from(gaps))
     table[tick - 1][rank], table[tick][rank] = table[tick][rank], None
     with pytest.raises(ValueError, match=f'rank {rank} starts .* arrives at'):
-      lockstep.check_table(found, freeze(), latency)
+      tables.check_table(found, freeze(), latency)
     table[tick - 1][rank], table[tick][rank] = None, table[tick - 1][rank]
-  lockstep.check_table(found, freeze(), latency)
+  tables.check_table(found, freeze(), latency)
   rank = data.draw(st.integers(0, found.ranks - 1))
   busy = [tick for tick, row in enumerate(table) if row[rank]]
   table[data.draw(st.sampled_from(busy))][rank] = None
   with pytest.raises(ValueError, match=r'missing|queue'):
-    lockstep.check_table(found, freeze(), latency)
+    tables.check_table(found, freeze(), latency)
 
 
 def test_too_little_latency_is_noticed():
   found = made('1f1b', 3, 4)
   with pytest.raises(ValueError, match='arrives at'):
-    lockstep.check_table(found, lockstep.lockstep(found), latency=2)
+    tables.check_table(found, lockstep.lockstep(found), latency=2)
   with pytest.raises(ValueError, match='latency=0 must be >= 1'):
     lockstep.lockstep(found, 0)
 

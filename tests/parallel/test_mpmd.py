@@ -14,6 +14,7 @@ from dsv3_jax.nn import stage as stages
 from dsv3_jax.ops import losses
 from dsv3_jax.parallel import layout as slots
 from dsv3_jax.parallel import mpmd, schedule
+from tests.parallel import tables
 from tests.parallel.stages import assert_near
 
 KINDS = [(kind, split) for kind in schedule.KINDS for split in (False, True)]
@@ -49,7 +50,7 @@ def chain(kind, ranks, split=False):
 
 
 def build(made, functions, params, consts):
-  parts = mpmd.split_chain(functions, params, [consts[0]] * len(params))
+  parts = tables.split_chain(functions, params, [consts[0]] * len(params))
   daux = [{'size': jnp.float32(0.3)} for _ in params]
   daux[-1]['loss'] = jnp.float32(1.0)
   held = [
@@ -214,7 +215,7 @@ def test_the_model_under_dualpipe_is_one_device():
   ]
   functions = [model_stage(cfg, layout, at, scales) for at in range(2)]
   firsts = [each[0] for each in consts]
-  parts = mpmd.split_chain(functions, split(params), firsts)
+  parts = tables.split_chain(functions, split(params), firsts)
   one = jnp.float32(1.0)
   daux = [{'balance': one}, {'balance': one, 'loss': one}]
   held = map(mpmd.Stage, parts, split(params), consts, daux)

@@ -102,7 +102,7 @@ def test_every_other_size_is_refused_and_the_nearest_are_legal(kind):
         continue
       refused += 1
       with pytest.raises(
-        errors.InputError, match=f'pipeline.microbatches={microbatches} must be'
+        errors.InputError, match=f'microbatches={microbatches} must be'
       ) as error:
         schedule.make(**sizes, microbatches=microbatches)
       near = re.search('under .*: (.*) (is|are) the nearest', str(error.value))
@@ -120,10 +120,10 @@ def test_every_other_size_is_refused_and_the_nearest_are_legal(kind):
 @pytest.mark.parametrize(
   ('sizes', 'said'),
   [
-    (('2f2b', 4, 8), "pipeline.kind='2f2b' must be one of: gpipe, 1f1b"),
+    (('2f2b', 4, 8), "kind='2f2b' must be one of: gpipe, 1f1b"),
     (
       ('dualpipe', 8, 12),
-      'pipeline.microbatches=12 must be even and >= 2 * stages = 16 under '
+      'microbatches=12 must be even and >= 2 * stages = 16 under '
       'dualpipe: 16 is the nearest',
     ),
     (
@@ -132,14 +132,14 @@ def test_every_other_size_is_refused_and_the_nearest_are_legal(kind):
     ),
     (
       ('dualpipe', 7, 16),
-      'pipeline.stages=7 must be a multiple of 2 under dualpipe: 6 and 8 are',
+      'stages=7 must be a multiple of 2 under dualpipe: 6 and 8 are',
     ),
     (('dualpipev', 5, 16), 'multiple of 2 under dualpipev: 4 and 6 are'),
-    (('gpipe', 0, 1), 'pipeline.stages=0 must be >= 1 under gpipe: 1 is'),
+    (('gpipe', 0, 1), 'stages=0 must be >= 1 under gpipe: 1 is'),
     (('interleaved', 8, 8, 3), 'a multiple of 3 under interleaved: 6 and 9'),
     (('interleaved', 8, 9), 'multiple of stages / chunks = 4 under interl'),
-    (('interleaved', 8, 8, 1), 'pipeline.chunks=1 must be >= 2'),
-    (('1f1b', 8, 8, 2), 'pipeline.chunks=2 is for interleaved, not for 1f1b'),
+    (('interleaved', 8, 8, 1), 'chunks=1 must be >= 2'),
+    (('1f1b', 8, 8, 2), 'chunks=2 is for interleaved, not for 1f1b'),
     (('zb1p', 8, 7), 'microbatches=7 must be >= stages = 8 under zb1p: 8 is'),
   ],
 )

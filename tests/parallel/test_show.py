@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from dsv3_jax.parallel import draw, schedule, show, simulate, stages
+from tests.parallel import tables
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -155,7 +156,7 @@ def test_the_numbers_of_the_guide():
     assert [fractions.Fraction(number) for number in numbers] == found, flags
   rows = re.findall(r'\| `--kind=(\w+)` \| (\d+) \| ([\d.]+) \|\n', text)
   assert len(rows) == 2
-  cost = stages.stage_costs(
+  cost = tables.stage_costs(
     stages.split_layers(61, 16, stages.Costs()), stages.Costs()
   )
   for kind, *numbers in rows:

@@ -235,7 +235,5 @@ def test_times_that_are_none(times, said):
 
 
 def test_a_formula_of_no_kind():
-  with pytest.raises(
-    errors.InputError, match=r"pipeline.kind='x' must be one of"
-  ):
+  with pytest.raises(errors.InputError, match=r"kind='x' must be one of"):
     schedule.closed_form_bubble('x', ranks=2)

@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_jax import errors
 from dsv3_jax.parallel import stages
+from tests.parallel import tables
 
 _COST = st.fractions(0, 5, max_denominator=4)
 
@@ -17,7 +18,7 @@ def test_61_layers_over_16_stages():
   costs = stages.Costs()
   cuts = stages.split_layers(61, 16, costs)
   assert cuts == (*((i, i + 4) for i in range(0, 60, 4)), (60, 61))
-  told = stages.stage_costs(cuts, costs)
+  told = tables.stage_costs(cuts, costs)
   assert [float(each) for each in told] == [4.0] * 15 + [4.9]
   assert round(float(sum(told)) / 16, 2) == 4.06
 
@@ -55,7 +56,6 @@ def test_no_cut_is_better(layers, data, embedding, head, mtp):
 
   found = stages.split_layers(len(layers), parts, costs)
   assert rating(found) == min(map(rating, every_cut(len(layers), parts)))
-  assert max(stages.stage_costs(found, costs)) == rating(found)[0]
   assert [first for first, _ in found[1:]] == [end for _, end in found[:-1]]
 
 
@@ -63,14 +63,14 @@ def test_the_embedding_is_on_the_first_stage():
   costs = stages.Costs(embedding=3, head=0, mtp=0)
   cuts = stages.split_layers(5, 2, costs)
   assert cuts == ((0, 1), (1, 5))
-  assert stages.stage_costs(cuts, costs) == (4, 4)
+  assert tables.stage_costs(cuts, costs) == (4, 4)
 
 
 @pytest.mark.parametrize(
   ('sizes', 'costs', 'said'),
   [
-    ((4, 5), {}, 'pipeline.stages=5 must be >= 1 and <= model.num_layers=4'),
-    ((4, 0), {}, 'pipeline.stages=0 must be >= 1'),
+    ((4, 5), {}, 'stages=5 must be >= 1 and <= model.num_layers=4'),
+    ((4, 0), {}, 'stages=0 must be >= 1'),
     ((4, 2), {'layer': (1, 2)}, 'costs.layer has 2 values, model.num_layers=4'),
     ((4, 2), {'head': -1}, 'cost -1 must be >= 0'),
     ((4, 2), {'mtp': float('nan')}, 'cost nan must be >= 0 and finite'),

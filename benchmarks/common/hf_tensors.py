@@ -1,0 +1,21 @@
+"""A model as the tensors of transformers' classes, whole and in memory."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dsv3_jax import config
+from dsv3_jax.checkpoint import hf
+
+
+def tensors(
+  cfg: config.Config, params: Any, router: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Names and arrays of the Hugging Face layout; `dsv3 export` streams them."""
+  state = {'params': params, 'router': router}
+  for place in hf.places(cfg):
+    leaves = place.tensor.leaves
+    parts = [hf.get(state, leaf.path)[leaf.index] for leaf in leaves]
+    joined = place.join([np.asarray(part) for part in parts])
+    yield place.tensor.name, np.ascontiguousarray(joined)
