@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.common import report, shared_model
 from dsv3_jax import config
-from dsv3_jax.inference import batching, steps
+from dsv3_jax.inference import engine, model_runner
 from dsv3_jax.nn import model
 
 Case = tuple[list[int], int]
@@ -53,7 +53,7 @@ def measure(cfg: config.Config, requests: int, rounds: int, longest: int):
   """A row for either way."""
   net = model.build(cfg)
   params = jax.jit(lambda: model.init_params(net, jax.random.key(0)))()
-  made = steps.Steps(cfg, params, model.init_router(cfg.model))
+  made = model_runner.ModelRunner(cfg, params, model.init_router(cfg.model))
   rng = np.random.default_rng(0)
   draw = lambda low, high: int(rng.integers(low, high + 1))
   cases = []
@@ -82,12 +82,12 @@ def measure(cfg: config.Config, requests: int, rounds: int, longest: int):
 
 
 def run(
-  made: steps.Steps, cases: list[Case], most: int
+  made: model_runner.ModelRunner, cases: list[Case], most: int
 ) -> tuple[float, int, list[list[int]]]:
   """Seconds and steps of all requests, at most so many at a time; tokens."""
   sizes = [len(prompt) + count for prompt, count in cases]
-  num_pages = sum(-(-size // batching.PAGE) for size in sizes)
-  session = batching.Session(made, num_pages=num_pages, max_rows=most)
+  num_pages = sum(-(-size // engine.PAGE) for size in sizes)
+  session = engine.Engine(made, num_pages=num_pages, max_rows=most)
   start, turns, requests = time.perf_counter(), 0, []
   while len(requests) < len(cases) or not session.is_idle:
     if len(requests) < len(cases):

@@ -30,15 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import clock, report
-from dsv3_jax import config, precision, sharding
-from dsv3_jax.ops import (
-  dispatch,
-  exchange,
-  fp8_experts,
-  fp8_linear,
-  linear,
-  routing,
-)
+from dsv3_jax import config, precision
+from dsv3_jax.distributed import sharding
+from dsv3_jax.ops import all_to_all, fp8_experts, fp8_linear, linear, routing
+from dsv3_jax.ops import experts as expert_ops
 from experiments import v3_671b
 from pallas_kernels.fp8_matmul import reference
 
@@ -81,15 +76,15 @@ def published() -> config.MoeConfig:
 def routed(
   x_MD: jax.Array,
   chosen: routing.Routing,
-  experts: dispatch.Experts,
+  experts: expert_ops.Experts,
   policy: precision.Policy,
-  axes: exchange.Axes,
+  axes: all_to_all.Axes,
 ) -> jax.Array:
   """The routed product as the policy wants it."""
   args = x_MD, chosen.ids_MK, chosen.gates_MK, experts
   if policy.fp8:
     return fp8_experts.expert_ffn(*args, policy, axes)
-  return dispatch.expert_ffn(*args, 'auto', 64, axes)
+  return expert_ops.expert_ffn(*args, 'auto', 64, axes)
 
 
 class Layer:
@@ -145,7 +140,7 @@ class Layer:
     def forward(params, x_MD):
       zeros_E = jnp.zeros(self._sizes.experts)
       chosen = routing.route(x_MD, params['router'], zeros_E, self._moe)
-      experts = dispatch.Experts(*map(self._weight, params['experts']))
+      experts = expert_ops.Experts(*map(self._weight, params['experts']))
       shared = map(self._weight, params['shared'])
       y_MD = routed(x_MD, chosen, experts, self._policy, axes)
       return y_MD + linear.swiglu(x_MD, *shared, self._policy)
@@ -164,7 +159,7 @@ def forced():
   tuples = lambda axes: tuple(
     (hop,) if isinstance(hop, str) else hop for hop in axes
   )
-  return mock.patch.object(exchange, 'live', tuples)
+  return mock.patch.object(all_to_all, 'live', tuples)
 
 
 class Sample(NamedTuple):
@@ -243,8 +238,8 @@ def count(
   def device(x_MD):
     bias_E = jnp.zeros(moe.num_experts)
     ids_MK = routing.route(x_MD, w_DE, bias_E, moe).ids_MK
-    sent = lambda axes: exchange.rows_sent(
-      exchange.make_plan(ids_MK, num_local, axes, 'padded')
+    sent = lambda axes: all_to_all.rows_sent(
+      all_to_all.make_plan(ids_MK, num_local, axes, 'padded')
     )
     return sent((AXES,)), sent(AXES)
 
@@ -264,7 +259,7 @@ def count(
   }
 
 
-def payload(axes: exchange.Axes, d_model: int, moe: config.MoeConfig) -> int:
+def payload(axes: all_to_all.Axes, d_model: int, moe: config.MoeConfig) -> int:
   """Bytes of a row in all collectives of one hop, forward and backward, FP8."""
   mesh = jax.sharding.AbstractMesh((2, 2), AXES)
   shape = jax.ShapeDtypeStruct
@@ -276,7 +271,7 @@ def payload(axes: exchange.Axes, d_model: int, moe: config.MoeConfig) -> int:
 
   def device(x_MD, ids_MK, gates_MK, ws):
     def forward(x_MD, gates_MK):
-      experts = dispatch.Experts(
+      experts = expert_ops.Experts(
         *(fp8_linear.Weight(w, *reference.quantize_weight(w)) for w in ws)
       )
       chosen = routing.Routing(ids_MK, gates_MK, gates_MK)

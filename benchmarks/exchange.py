@@ -25,7 +25,9 @@ import jax
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.checkpoint import export, hf, lazy
+from dsv3_jax.checkpoint import lazy_array
+from dsv3_jax.checkpoint.hf import exporter
+from dsv3_jax.checkpoint.hf import names as hf_names
 from experiments import v3_671b
 
 _SHARD_BYTES = 2_000_000_000
@@ -47,15 +49,15 @@ def make(folder: pathlib.Path, experts: int) -> None:
   noise = np.random.default_rng(0).normal(0.0, 0.006, 1 << 20)
   noise = noise.astype(np.float32)
 
-  def read(at: lazy.Slices) -> np.ndarray:
+  def read(at: lazy_array.Slices) -> np.ndarray:
     return np.resize(noise, [s.stop - s.start for s in at])
 
   leaves = {
-    path: lazy.LazyArray(shape, np.dtype(np.float32), read, shape)
-    for path, shape in hf.leaf_shapes(cfg).items()
+    path: lazy_array.LazyArray(shape, np.dtype(np.float32), read, shape)
+    for path, shape in hf_names.leaf_shapes(cfg).items()
   }
   how = {'dtype': 'bfloat16', 'shard_bytes': _SHARD_BYTES}
-  export.export(cfg, leaves, folder, **how)
+  exporter.export(cfg, leaves, folder, **how)
 
 
 def size(folder: pathlib.Path) -> int:

@@ -3,7 +3,7 @@
   dsv3 bench fp8_loss_gap --folder=DIR [--seeds=3] [--steps=2000]
 
 Trains `experiments/ablations/fp8.py` in each precision from each seed, in runs
-of `dsv3_jax.train` below DIR; a run that is there already is read, one that was
+of `training.loop` below DIR; a run that is there already is read, one that was
 stopped goes on. Seeds differ in initialisation, order of data, FIM and splits;
 the arms of one seed share all of them. Of the main training loss:
 
@@ -27,7 +27,8 @@ import matplotlib
 import numpy as np
 
 from benchmarks.common import report
-from dsv3_jax import config, train
+from dsv3_jax import config
+from dsv3_jax.training import loop
 from experiments.ablations import fp8 as experiment
 
 matplotlib.use('agg')
@@ -66,7 +67,7 @@ def losses(
   workdir = args.folder / f'{arm}-{seed}'
   path = workdir / 'metrics.jsonl'
   if len(_train_rows(path)) < args.steps:
-    train.run(configured(arm, seed, args), workdir)
+    loop.run(configured(arm, seed, args), workdir)
   rows = _train_rows(path)
   found = np.array([rows[n] for n in range(1, args.steps + 1)])
   held_out = [

@@ -22,8 +22,8 @@ import numpy as np
 
 from benchmarks.common import clock, report
 from dsv3_jax import config
-from dsv3_jax import train_step as steps
 from dsv3_jax.nn import model
+from dsv3_jax.training import step as steps
 from experiments import quickstart
 
 PRECISIONS = ('f32', 'bf16', 'fp8')

@@ -22,16 +22,18 @@ import time
 
 import jax
 
-from dsv3_jax import config, metrics
-from dsv3_jax import train_step as steps
+from dsv3_jax import config
 from dsv3_jax.checkpoint import store
+from dsv3_jax.training import metrics
+from dsv3_jax.training import step as steps
 from experiments import quickstart
 
 _CHILD = """
 import json, sys
-from dsv3_jax import config, train
+from dsv3_jax import config
+from dsv3_jax.training import loop
 cfg = config.from_config_dict(json.load(open(sys.argv[1])))
-train.run(cfg, sys.argv[2])
+loop.run(cfg, sys.argv[2])
 """
 
 

@@ -31,10 +31,11 @@ import matplotlib
 import numpy as np
 
 from benchmarks.common import report
-from dsv3_jax import config, sharding
-from dsv3_jax import train_step as steps
+from dsv3_jax import config
 from dsv3_jax.data import corpus as corpora
+from dsv3_jax.distributed import sharding
 from dsv3_jax.nn import model
+from dsv3_jax.training import step as steps
 from experiments import quickstart
 
 matplotlib.use('agg')

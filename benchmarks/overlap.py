@@ -25,9 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import report, targets
-from dsv3_jax import config, sharding, train_step
+from dsv3_jax import config
+from dsv3_jax.distributed import sharding
 from dsv3_jax.nn import model
-from dsv3_jax.parallel import pipeline, plan, zero
+from dsv3_jax.parallel import state_layout, zero
+from dsv3_jax.parallel.pipeline import executor
+from dsv3_jax.training import step as steps
 from experiments import base
 
 _MODEL = {
@@ -116,7 +119,7 @@ def lower(
   cfg: config.Config, mesh: jax.sharding.Mesh, halves: str
 ) -> jax.stages.Lowered:
   """One branch of the pipeline: 'F&B', or 'F' or 'B' of it alone."""
-  made = plan.make(cfg, mesh.shape)
+  made = state_layout.make(cfg, mesh.shape)
   pipe = made.pipe
   branch = next(b for b in pipe.program.branches if b.forward and b.backward)
   if halves != 'F&B':
@@ -126,7 +129,7 @@ def lower(
   def body(params, router, batch_nBT):
     one = jnp.float32(1.0)
     scales = {'main': one, 'balance': one, 'mtp': [], 'mtp_weight': one}
-    run = pipeline.Run(pipe, params, router, batch_nBT, scales)
+    run = executor.Run(pipe, params, router, batch_nBT, scales)
     # Numbers that XLA does not know, or it would compute with zeros.
     some = batch_nBT.weights_BT[0, 0, 0]
     state = jax.tree.map(
@@ -141,8 +144,8 @@ def lower(
 
   is_place = lambda x: isinstance(x, zero.Placement)
   specs = jax.tree.map(lambda p: p.compute, made.placed, is_leaf=is_place)
-  specs = (specs, made.router_specs(), train_step._BATCH)
-  run = sharding.mapped(
+  specs = (specs, made.router_specs(), steps._BATCH)
+  run = sharding.shard_map_step(
     body,
     mesh,
     made.rules,

@@ -30,18 +30,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import report
-from dsv3_jax import config, errors, sharding
-from dsv3_jax.parallel import (
-  actions,
-  chunks,
-  ends,
-  lockstep,
-  mpmd,
-  pipeline,
-  simulate,
+from dsv3_jax import config, errors
+from dsv3_jax.distributed import sharding
+from dsv3_jax.parallel.pipeline import (
+  executor,
+  instructions,
+  stage_params,
+  threaded,
+  vocab_parallel,
 )
-from dsv3_jax.parallel import program as programs
-from dsv3_jax.parallel import schedule as schedules
+from dsv3_jax.parallel.schedules import actions, simulate
+from dsv3_jax.parallel.schedules import make as schedules
+from dsv3_jax.parallel.schedules import ticks as tick_tables
 from experiments import base
 
 BAR = 0.08
@@ -99,17 +99,19 @@ class Ends:
     return jnp.ones(_SHAPE), []
 
   def head(self, way, microbatch, row, state):
-    head = ends.put(state['head'], row[f'head_{way}'], state['hidden'])
+    head = vocab_parallel.put(
+      state['head'], row[f'head_{way}'], state['hidden']
+    )
     return state | {'head': head}
 
   def embed_gradient(self, way, told, state):
     return state
 
 
-class Run(pipeline.Run):
+class Run(executor.Run):
   """The loop over ticks of training, with stages that sleep."""
 
-  def __init__(self, program: programs.Program, pace: Pace):
+  def __init__(self, program: instructions.Program, pace: Pace):
     source = base.get_config('runlocal')
     with source.unlocked():
       source.model.mtp.depth = 0
@@ -118,10 +120,10 @@ class Run(pipeline.Run):
     self.ends, self.scales = Ends(), {'balance': jnp.zeros(())}
     self.params = {'embed': jnp.zeros(()), 'head': jnp.zeros(())}
     none_nE = jnp.zeros((0, self.cfg.model.moe.num_experts))
-    layers = chunks.Weights({'w': jnp.zeros(())}, {})
-    count = len(programs.chunks(program.schedule)[0])
-    self.chunks = [chunks.Chunk(layers, none_nE)] * count
-    self.tail = chunks.Weights({}, {})
+    layers = stage_params.Weights({'w': jnp.zeros(())}, {})
+    count = len(instructions.chunks(program.schedule)[0])
+    self.chunks = [stage_params.Chunk(layers, none_nE)] * count
+    self.tail = stage_params.Weights({}, {})
     told = {'balance': jnp.zeros(()), 'load': none_nE, 'mtp_load': none_nE}
     wide = lambda kind: (1, *_SHAPE) if kind.last else _SHAPE
     self.parts = {
@@ -140,11 +142,11 @@ def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
   """Runs the schedule's table; returns how long it took [s]."""
   last = schedule.stages - 1
   kinds = tuple(
-    pipeline.Kind(0, 0, at == 0, at == last) for at in range(last + 1)
+    executor.Kind(0, 0, at == 0, at == last) for at in range(last + 1)
   )
-  program = programs.compile_schedule(schedule, kinds)
+  program = instructions.compile_schedule(schedule, kinds)
   auto = (jax.sharding.AxisType.Auto,)
-  mesh = jax.make_mesh((schedule.ranks,), (chunks.AXIS,), axis_types=auto)
+  mesh = jax.make_mesh((schedule.ranks,), (stage_params.AXIS,), axis_types=auto)
 
   def run(fields_TRf, globals_Tdg):
     it = Run(program, pace)
@@ -158,10 +160,10 @@ def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
 
   spec = jax.sharding.PartitionSpec
   specs = {
-    'in_specs': (spec(None, chunks.AXIS), spec()),
-    'out_specs': spec(chunks.AXIS),
+    'in_specs': (spec(None, stage_params.AXIS), spec()),
+    'out_specs': spec(stage_params.AXIS),
   }
-  step = jax.jit(sharding.mapped(run, mesh, **specs))
+  step = jax.jit(sharding.shard_map_step(run, mesh, **specs))
   args = program.fields_TRf, program.globals_Tdg
 
   def measure():
@@ -175,19 +177,19 @@ def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
 def threads(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
   """Likewise, with a thread a rank."""
   one = jnp.ones(())
-  stage = mpmd.Stage(
+  stage = threaded.Stage(
     Sleeping(pace, _SHAPE, {}), {}, [one] * schedule.microbatches, {}
   )
   devices = jax.devices()[: schedule.ranks]
-  executor = mpmd.Executor(schedule, [stage] * schedule.stages, devices)
+  executor = threaded.Executor(schedule, [stage] * schedule.stages, devices)
   return lambda: executor.run().timeline.total
 
 
 def simulated(schedule: actions.Schedule) -> tuple[float, float]:
   """Bubbles without a common clock and in ticks, as parts of the whole."""
-  table = lockstep.lockstep(schedule)
+  table = tick_tables.to_ticks(schedule)
   free = simulate.simulate(schedule, TIMES)
-  ticks = lockstep.timeline(schedule, table, TIMES)
+  ticks = tick_tables.timeline(schedule, table, TIMES)
   return tuple(float(each.bubble / each.total) for each in (free, ticks))
 
 
@@ -196,11 +198,11 @@ def measure(
 ) -> report.Row:
   """Bubbles of a schedule, as parts of the whole time."""
   each = schedules.stages_per_rank(kind)
-  made = schedules.make(
+  made = schedules.make_schedule(
     kind,
     stages=each * ranks,
     microbatches=microbatches,
-    split_backward=kind in schedules.ONE_WAY,
+    split_backward=kind in schedules.UNIDIRECTIONAL,
   )
   row = {'schedule': kind, 'ranks': ranks, 'micro-batches': microbatches}
   row['ideal'], row['lockstep'] = simulated(made)

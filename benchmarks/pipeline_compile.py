@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.common import report
-from dsv3_jax import config, errors, sharding
-from dsv3_jax import train_step as steps
+from dsv3_jax import config, errors
+from dsv3_jax.distributed import sharding
 from dsv3_jax.nn import model
+from dsv3_jax.training import step as steps
 from experiments import base
 
 BAR_SECONDS = 60

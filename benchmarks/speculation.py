@@ -25,7 +25,7 @@ import dsv3_jax
 from benchmarks.common import report
 from dsv3_jax import config
 from dsv3_jax.data import corpus as corpora
-from dsv3_jax.inference import engine, loaded
+from dsv3_jax.inference import generate, llm
 from dsv3_jax.planning import flops
 
 TEMPERATURES = (0.0, 1.0)
@@ -62,11 +62,11 @@ def main(argv: list[str] | None = None) -> int:
   return 0
 
 
-def measure(model: loaded.LoadedModel, args):
+def measure(model: llm.LLM, args):
   """A row for each temperature, rows at a time and number of drafts."""
   prompts = held_out(model, args.prompts, args.prompt_tokens)
   weights = (model.config, model.params, model.router)
-  engines = [engine.Engine(*weights, k) for k in range(args.most + 1)]
+  engines = [generate.Generator(*weights, k) for k in range(args.most + 1)]
   for temperature in TEMPERATURES:
     for batch in sorted({min(batch, args.prompts) for batch in BATCHES}):
       groups = [
@@ -153,7 +153,7 @@ class Total(NamedTuple):
     return self.decoded / self.seconds
 
 
-def _total(made: list[engine.Generation]) -> Total:
+def _total(made: list[generate.Generation]) -> Total:
   counts = [one.counts for one in made]
   accepted = sum(c.accepted for c in counts)
   return Total(
@@ -166,9 +166,7 @@ def _total(made: list[engine.Generation]) -> Total:
   )
 
 
-def held_out(
-  model: loaded.LoadedModel, count: int, size: int
-) -> list[list[int]]:
+def held_out(model: llm.LLM, count: int, size: int) -> list[list[int]]:
   """The first tokens of so many held-out documents, each from its middle."""
   corpus = corpora.open_corpus(model.config.data)
   found = []

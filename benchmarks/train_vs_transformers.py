@@ -34,11 +34,11 @@ import transformers
 
 from benchmarks.common import hf_tensors, shared_model
 from dsv3_jax import config
-from dsv3_jax import train_step as steps
-from dsv3_jax.checkpoint import hf_config
-from dsv3_jax.inference import engine
+from dsv3_jax.checkpoint.hf import config as hf_config
+from dsv3_jax.inference import generate
 from dsv3_jax.nn import model
 from dsv3_jax.planning import flops
+from dsv3_jax.training import step as steps
 
 LENGTH, BATCH = 512, 4  # of training and prefill
 PROMPT, NEW = 256, 128  # of decode
@@ -64,7 +64,7 @@ class Ours:
     self._logits = jax.jit(lambda *args: model.build(cfg).apply(*args)[0])
     # Copies: training gives its buffers away.
     kept = jax.tree.map(jnp.copy, self.state)
-    self.engine = engine.Engine(cfg, kept['params'], kept['router'])
+    self.engine = generate.Generator(cfg, kept['params'], kept['router'])
 
   def weights(self) -> dict[str, np.ndarray]:
     state = self.state

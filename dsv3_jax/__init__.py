@@ -12,8 +12,8 @@ def load(
   See `inference.loaded.load` for the other arguments.
   """
   # Here, so that `dsv3 inspect` and config errors need not wait for JAX.
-  from dsv3_jax.inference import loaded
+  from dsv3_jax.inference import llm
   from experiments import base
 
   settings = base.get_config().to_dict()
-  return loaded.load(directory, settings, dtype=dtype, **how)
+  return llm.load(directory, settings, dtype=dtype, **how)

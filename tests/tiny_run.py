@@ -4,8 +4,10 @@ import dataclasses
 import pathlib
 import sysconfig
 
-from dsv3_jax import config, metrics, train_step
+from dsv3_jax import config
 from dsv3_jax.checkpoint import store
+from dsv3_jax.training import metrics
+from dsv3_jax.training import step as steps
 from experiments import quickstart
 
 STEP_TOKENS = 4 * 32
@@ -84,7 +86,7 @@ def until(cfg, steps, **axes):
 def committed(cfg, workdir, step):
   """Every array and document of a committed step."""
   kept = store.Store(workdir / 'checkpoints', keep=10)
-  like = train_step.state_shapes(cfg)
+  like = steps.state_shapes(cfg)
   ema = like['params'] if cfg.optim.ema_decay else {}
   try:
     return kept.restore(step, {'train': like, 'ema': ema})

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax import config
-from dsv3_jax.checkpoint import hf
+from dsv3_jax.checkpoint.hf import names as hf_names
 
 
 def tensors(
@@ -14,8 +14,8 @@ def tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Names and arrays of the Hugging Face layout; `dsv3 export` streams them."""
   state = {'params': params, 'router': router}
-  for place in hf.places(cfg):
+  for place in hf_names.places(cfg):
     leaves = place.tensor.leaves
-    parts = [hf.get(state, leaf.path)[leaf.index] for leaf in leaves]
+    parts = [hf_names.get(state, leaf.path)[leaf.index] for leaf in leaves]
     joined = place.join([np.asarray(part) for part in parts])
     yield place.tensor.name, np.ascontiguousarray(joined)

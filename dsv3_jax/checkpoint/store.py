@@ -22,8 +22,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dsv3_jax import errors, processes
-from dsv3_jax.checkpoint import lazy, shards
+from dsv3_jax import errors
+from dsv3_jax.checkpoint import lazy_array
+from dsv3_jax.checkpoint.safetensors import reader as shards
+from dsv3_jax.distributed import processes
 
 Tree = Any
 _MANIFEST = 'manifest.json'
@@ -45,7 +47,7 @@ class Store:
   def __init__(self, directory: str | pathlib.Path, keep: int):
     self.directory = pathlib.Path(directory).absolute()
     self._keep = keep
-    registry = lazy.registry()
+    registry = lazy_array.registry()
     self._writer = ocp.AsyncCheckpointer(
       ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry,
@@ -64,7 +66,7 @@ class Store:
 
   def latest(self) -> int | None:
     """The newest committed step, the same for all processes."""
-    return processes.tell('latest', max(self.steps(), default=None))
+    return processes.broadcast('latest', max(self.steps(), default=None))
 
   def save(self, step: int, state: Tree, extras: dict[str, Any]) -> None:
     """Starts to save `state` (arrays) and `extras` (name -> JSON document).
@@ -78,13 +80,13 @@ class Store:
     """
     self.wait()
     scratch = self.directory / f'.tmp-{step:09d}'
-    with processes.together('save'):
+    with processes.propagate_errors('save'):
       if processes.index() == 0:
         self._begin(step, scratch, extras)
     # Orbax copies device arrays before it returns; host arrays we copy.
     copy = lambda x: np.array(x) if isinstance(x, np.ndarray) else x
     state = jax.tree.map(copy, state)
-    args = ocp.args.PyTreeSave(state, lazy.save_args(state))
+    args = ocp.args.PyTreeSave(state, lazy_array.save_args(state))
     self._writer.save(scratch / _ARRAYS, args)
     self._commit = self._pool.submit(self._finish, step, scratch)
 
@@ -112,7 +114,7 @@ class Store:
     damage = self._damage(step)
     if damage is None:
       return
-    steps = processes.tell('steps', self.steps())
+    steps = processes.broadcast('steps', self.steps())
     earlier = [s for s in reversed(steps) if s < step]
     good = next((s for s in earlier if self._damage(s) is None), None)
     advice = 'no earlier step is whole'
@@ -154,7 +156,7 @@ class Store:
     }
     return state, extras
 
-  def open(self, step: int) -> dict[tuple[str, ...], lazy.LazyArray]:
+  def open(self, step: int) -> dict[tuple[str, ...], lazy_array.LazyArray]:
     """The arrays of a step by path, after `verify`; read when asked for.
 
     Raises:
@@ -163,7 +165,7 @@ class Store:
     self.verify(step)
     folder = self._path(step) / _ARRAYS
     names = _leaves(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
-    found = lazy.open_arrays(folder, list(names))
+    found = lazy_array.open_arrays(folder, list(names))
     return {tuple(name.split('.')): array for name, array in found.items()}
 
   def mark(self, step: int) -> str:
@@ -211,19 +213,19 @@ class Store:
 
   def _finish(self, step: int, scratch: pathlib.Path) -> None:
     """The second half of a save, on its own thread."""
-    with processes.together('written'):
+    with processes.propagate_errors('written'):
       self._writer.wait_until_finished()
     # Of all: a folder over a network may show each its own files first.
     seen = processes.gather('seen', _files(scratch))
-    names = processes.tell('files', sorted(set().union(*seen)))
-    with processes.together('hashed'):
+    names = processes.broadcast('files', sorted(set().union(*seen)))
+    with processes.propagate_errors('hashed'):
       hashed = _digests(scratch, names)
       for name in hashed:
         _flush(scratch / name)
     files = {}
     for part in processes.gather('hashes', hashed):
       files |= part
-    with processes.together('committed'):
+    with processes.propagate_errors('committed'):
       if processes.index() == 0:
         self._publish(step, scratch, files)
 
@@ -246,7 +248,7 @@ class Store:
 
   def _damage(self, step: int) -> tuple[str, str] | None:
     """The first file that is not as it was committed, and what is wrong."""
-    return processes.first_of('damage', self._damage_here(step))
+    return processes.first_reported('damage', self._damage_here(step))
 
   def _damage_here(self, step: int) -> tuple[str, str] | None:
     """The same, of the files that this process hashes."""

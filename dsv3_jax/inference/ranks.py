@@ -9,7 +9,7 @@ with the others, and may go elsewhere. Nothing here knows of arrays.
 
 from collections.abc import Sequence
 
-from dsv3_jax.inference import pages, scheduler
+from dsv3_jax.inference import block_pool, scheduler
 
 
 class Ranks:
@@ -121,5 +121,5 @@ class Ranks:
       first = rank * self.each[rank].pool.count
       jobs += step.jobs
       counts += step.counts
-      copies += [pages.Copy(first + a, first + b) for a, b in step.copies]
+      copies += [block_pool.Copy(first + a, first + b) for a, b in step.copies]
     return scheduler.Step(jobs, counts, copies)

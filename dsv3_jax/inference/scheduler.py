@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Sequence
 
 from dsv3_jax import errors
-from dsv3_jax.inference import pages
+from dsv3_jax.inference import block_pool
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,7 +37,7 @@ class Job:
   tokens: list[int]
   most: int
   number: int
-  row: pages.Row | None = None
+  row: block_pool.Row | None = None
   rank: int = 0
   found: int | None = None
   drafts: list[int] = dataclasses.field(default_factory=list)
@@ -61,7 +61,7 @@ class Step:
 
   jobs: list[Job]
   counts: list[int]
-  copies: list[pages.Copy]
+  copies: list[block_pool.Copy]
 
   @property
   def is_new(self) -> bool:
@@ -74,7 +74,7 @@ class Scheduler:
 
   def __init__(
     self,
-    pool: pages.Pool,
+    pool: block_pool.BlockPool,
     max_rows: int,
     chunk: int,
     ahead: int = 0,
@@ -167,7 +167,7 @@ class Scheduler:
       while job.row is not None and self._decodes(job):
         try:
           copies += self.pool.extend(job.row, self._places(job))
-        except pages.OutOfPages:  # the last one: no job is before its turn
+        except block_pool.OutOfPages:  # the last one: no job is before its turn
           self._preempt(self.running[-1])
           self.preempted += 1
         else:
@@ -195,11 +195,11 @@ class Scheduler:
       return False
     if self.alike or not waits_for_twin(job):
       job.twin = None
-    row = pages.Row() if job.twin else self.pool.begin(job.tokens)
+    row = block_pool.Row() if job.twin else self.pool.begin(job.tokens)
     places = 0 if job.twin else self._places(job)
     try:
       self.pool.extend(row, places)  # copies nothing: it has whole pages
-    except pages.OutOfPages:
+    except block_pool.OutOfPages:
       self.pool.release(row)
       return False
     job.row = row

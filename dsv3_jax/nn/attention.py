@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config, precision, sharding
+from dsv3_jax import config, precision
+from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.nn import layers
 from dsv3_jax.ops import attention, fp8_linear, linear, mla, norm, rope
 from pallas_kernels import quantized
@@ -42,7 +43,7 @@ def make_context(
   table_Bb: Int[Array, 'B b'] | None = None,
 ) -> Context:
   """Context of whole rows whose tokens have the given rotary positions."""
-  cos_BTr, sin_BTr = rope.tables(cfg, sharding.own_tokens(positions_BS))
+  cos_BTr, sin_BTr = rope.tables(cfg, collectives.shard_sequence(positions_BS))
   return Context(cos_BTr, sin_BTr, valid_BS, segments_BS, index_BT, table_Bb)
 
 
@@ -101,7 +102,7 @@ class LatentAttention(nn.Module):
     cfg, m, policy = self.cfg, self.cfg.mla, self.policy
     cos, sin = context.cos_BTr, context.sin_BTr
     over = sharding.rules().heads
-    heads = m.num_heads // sharding.size(over)  # of this device
+    heads = m.num_heads // collectives.axis_size(over)  # of this device
     flat = lambda x: x.reshape(-1, x.shape[-1])
     tokens = x_BTD.shape[:2]
     x = linear.operand(flat(x_BTD), policy)
@@ -129,7 +130,7 @@ class LatentAttention(nn.Module):
       q_BTNX = jnp.concatenate(mla.split_query(q_BTNX, cos, sin), axis=-1)
       if _is_fp8(cache):  # all tokens see the same, whichever form is used
         latents = _rounded(latents)
-      latents = mla.Latents(*map(sharding.whole_rows, latents))
+      latents = mla.Latents(*map(collectives.all_gather_sequence, latents))
       c = linear.operand(flat(latents.c_BSC), policy)
       with jax.named_scope('kv_up'):
         each = (*latents.c_BSC.shape[:2], heads, -1)
@@ -147,7 +148,7 @@ class LatentAttention(nn.Module):
       if policy.fp8:
         o = fp8_linear.operand(o, policy, pow2=True)._replace(kept=packed)
       y_MD = linear.project(o, w_o_NUD, policy, pow2=True)
-      y_MD = sharding.add_up(y_MD, over)
+      y_MD = collectives.psum_f32(y_MD, over)
       return y_MD.reshape(x_BTD.shape), cache
 
   def _queries(self, x: linear.Operand) -> Float[Array, 'M NX']:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax import config, precision, sharding
+from dsv3_jax import config, precision
+from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.nn import attention, layers, moe
 from dsv3_jax.ops import linear
 
@@ -57,13 +58,13 @@ class Block(nn.Module):
     normed = layers.RMSNorm(cfg, name='ffn_norm')(x_BTD)
     if self.is_moe:
       ffn = moe.DeepSeekMoE(cfg, self.balance, self.policy, name='moe')
-      valid_BT = sharding.own_tokens(context.valid_BS)
+      valid_BT = collectives.shard_sequence(context.valid_BS)
       y_BTD, stats = ffn(normed, bias_E, valid_BT)
     else:
       ffn = layers.SwiGLU(cfg, cfg.d_ff, self.policy, name='ffn')
       normed_MD = normed.reshape(-1, cfg.d_model)
       y_MD = linear.swiglu(normed_MD, *ffn(), self.policy)
-      y_MD = sharding.add_up(y_MD, sharding.rules().ffn)
+      y_MD = collectives.psum_f32(y_MD, sharding.rules().ffn)
       y_BTD, stats = y_MD.reshape(x_BTD.shape), None
     return (x_BTD + y_BTD, cache), stats
 

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config, precision, sharding
+from dsv3_jax import config, precision
+from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.ops import fp8_linear, linear, norm
 from pallas_kernels.fp8_matmul import reference as formats
 
@@ -23,8 +24,10 @@ def weight(
     shape: of the whole; what is given and returned is this device's part, and
       what it has of others' by `ShardingRules.fsdp` is gathered.
   """
-  cut = sharding.stored(shape, axes, sharding.rules(), sharding.sizes())
-  shape = sharding.local_shape(shape, cut.spec)
+  cut = sharding.storage_spec(
+    shape, axes, sharding.rules(), collectives.axis_sizes()
+  )
+  shape = collectives.local_shape(shape, cut.spec)
   init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
   w = module.param(name, init, shape, jnp.float32)
   if not cut.axes:

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import config, precision, sharding
+from dsv3_jax import config, precision
+from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.nn import attention, block, layers, moe, mtp
-from dsv3_jax.ops import fp8_linear, losses
+from dsv3_jax.ops import cross_entropy, fp8_linear, mtp_loss
 from pallas_kernels.fp8_matmul import reference as formats
 
 Router = dict[str, Array]
@@ -92,9 +93,9 @@ class Model(nn.Module):
   def token_losses(self, batch: Batch, router: Router) -> Float[Array, 'B T']:
     """Cross-entropy of every main target, f32 [nats]."""
     h_BTD, _, _ = self._main(batch, router)
-    targets_BT = sharding.own_tokens(batch.targets_BT)
-    losses_BT = losses.head_token_losses(h_BTD, self.head(), targets_BT)
-    return sharding.whole_rows(losses_BT)
+    targets_BT = collectives.shard_sequence(batch.targets_BT)
+    losses_BT = cross_entropy.head_token_losses(h_BTD, self.head(), targets_BT)
+    return collectives.all_gather_sequence(losses_BT)
 
   def loss(
     self, batch: Batch, router: Router, scales: dict[str, Array]
@@ -110,12 +111,12 @@ class Model(nn.Module):
     """
     h_BTD, raw_BTD, stats = self._main(batch, router)
     head_DV = self.head()
-    main = losses.head_loss(h_BTD, head_DV, *main_targets(batch, scales))
+    main = cross_entropy.head_loss(h_BTD, head_DV, *main_targets(batch, scales))
     deeper, mtp_stats = self._mtp_chain(batch, router, h_BTD, raw_BTD)
     mtp_loss = jnp.zeros((), jnp.float32)
     for k, h_k in enumerate(deeper, start=1):
       targets = mtp_targets(batch, scales, k, self.isolated)
-      mtp_loss += losses.head_loss(h_k, head_DV, *targets)
+      mtp_loss += cross_entropy.head_loss(h_k, head_DV, *targets)
     balance = jnp.sum(stats.balance) + jnp.sum(mtp_stats.balance)
     balance *= scales['balance']
     total = main + scales['mtp_weight'] * mtp_loss + balance
@@ -184,7 +185,7 @@ class Model(nn.Module):
   def _main(self, batch: Batch, router: Router):
     """Hidden states after and before the final norm, and MoE statistics."""
     context = make_context(self.cfg, batch, self.isolated)
-    tokens_BT = sharding.own_tokens(batch.tokens_BT)
+    tokens_BT = collectives.shard_sequence(batch.tokens_BT)
     raw_BTD, _, stats = self._stacks(tokens_BT, router, context, None)
     return self.final_norm(raw_BTD), raw_BTD, stats
 
@@ -230,8 +231,8 @@ def _cached_context(cfg, index_BT, table_Bb) -> attention.Context:
 
 def tokens_ahead(batch: Batch, depth: int) -> list[Int[Array, 'B T']]:
   """t_{i+k} at i, for k = 1 to depth; 0 past the end, where nothing counts."""
-  shifted = [losses.mtp_shift(batch.targets_BT, k) for k in range(depth)]
-  return [sharding.own_tokens(x_BS) for x_BS in shifted]
+  shifted = [mtp_loss.mtp_shift(batch.targets_BT, k) for k in range(depth)]
+  return [collectives.shard_sequence(x_BS) for x_BS in shifted]
 
 
 def main_targets(
@@ -239,7 +240,7 @@ def main_targets(
 ) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
   """Targets of the main model and what each counts in the mean."""
   weights_BS = batch.weights_BT * scales['main']
-  return tuple(map(sharding.own_tokens, (batch.targets_BT, weights_BS)))
+  return tuple(map(collectives.shard_sequence, (batch.targets_BT, weights_BS)))
 
 
 def mtp_targets(
@@ -247,10 +248,10 @@ def mtp_targets(
 ) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
   """Targets of one depth and what each counts in the mean over depths."""
   segments = (batch.weights_BT, batch.segments_BT)
-  weights_BS = losses.mtp_weights(*segments, depth, isolated)
+  weights_BS = mtp_loss.mtp_weights(*segments, depth, isolated)
   weights_BS *= scales['mtp'][depth - 1] / len(scales['mtp'])
-  targets_BS = losses.mtp_shift(batch.targets_BT, depth)
-  return tuple(map(sharding.own_tokens, (targets_BS, weights_BS)))
+  targets_BS = mtp_loss.mtp_shift(batch.targets_BT, depth)
+  return tuple(map(collectives.shard_sequence, (targets_BS, weights_BS)))
 
 
 def _logits(h_BTD: Float[Array, 'B T D'], head_DV) -> Float[Array, 'B T V']:
@@ -286,12 +287,12 @@ def loss_scales(
   rows, length = weights.shape[-2:]
   weights, segments = (x.reshape(-1, length) for x in (weights, segments))
   sequences = jnp.sum(jnp.any(segments > 0, axis=-1)).astype(jnp.float32)
-  sequences = sharding.psum(sequences, sharding.BATCH_AXES)
-  everywhere = lambda x: sharding.psum(jnp.sum(x), sharding.BATCH_AXES)
+  sequences = collectives.psum(sequences, sharding.BATCH_AXES)
+  everywhere = lambda x: collectives.psum(jnp.sum(x), sharding.BATCH_AXES)
   inverse = lambda count: 1.0 / jnp.maximum(count, 1.0)
   mtp_counts = []
   for k in range(1, cfg.depth + 1):
-    counted = losses.mtp_weights(weights, segments, k, isolated)
+    counted = mtp_loss.mtp_weights(weights, segments, k, isolated)
     by_valid = cfg.normalizer == 'valid'
     mtp_counts.append(everywhere(counted) if by_valid else sequences * length)
   return {
@@ -378,7 +379,9 @@ def param_specs(
   sizes = sizes or dict.fromkeys(sharding.AXES, 1)
   is_boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)
   return jax.tree.map(
-    lambda box: sharding.stored(box.value.shape, box.names, rules, sizes).spec,
+    lambda box: (
+      sharding.storage_spec(box.value.shape, box.names, rules, sizes).spec
+    ),
     _boxed_shapes(model),
     is_leaf=is_boxed,
   )

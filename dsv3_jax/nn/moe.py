@@ -10,16 +10,12 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from dsv3_jax import config, precision, sharding
+from dsv3_jax import config, precision
+from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.nn import layers
-from dsv3_jax.ops import (
-  dispatch,
-  fp8_experts,
-  linear,
-  losses,
-  replicas,
-  routing,
-)
+from dsv3_jax.ops import balance_loss as balance_losses
+from dsv3_jax.ops import experts as expert_ops
+from dsv3_jax.ops import fp8_experts, linear, redundant_experts, routing
 
 
 class MoeStats(NamedTuple):
@@ -56,14 +52,14 @@ class DeepSeekMoE(nn.Module):
     if self.has_variable('copies', 'slots'):
       names = ('slots', 'count')
       found = (self.get_variable('copies', name) for name in names)
-      copies = replicas.Copies(*found)
+      copies = redundant_experts.Copies(*found)
     slots = count if copies is None else copies.num_slots
 
     def experts_weight(name, rows, columns, *axes):
       full = (slots, rows, columns)
       return layers.matrix(self, name, full, ('experts', *axes), std)
 
-    experts = dispatch.Experts(
+    experts = expert_ops.Experts(
       experts_weight('w_gate', cfg.d_model, moe.d_ff, 'embed', 'ffn'),
       experts_weight('w_up', cfg.d_model, moe.d_ff, 'embed', 'ffn'),
       experts_weight('w_down', moe.d_ff, cfg.d_model, 'ffn', 'embed'),
@@ -77,10 +73,10 @@ class DeepSeekMoE(nn.Module):
         x_MD = x_BTD.reshape(-1, dim)
         y_MD = linear.swiglu(x_MD, *shared, self.policy)
         y_BTD += y_MD.reshape(x_BTD.shape)
-    y_BTD = sharding.add_up(y_BTD, sharding.rules().ffn)
+    y_BTD = collectives.psum_f32(y_BTD, sharding.rules().ffn)
     stats = MoeStats(
       load_E=routing.count_load(ids_BTK, count, valid_BT),
-      balance=losses.balance_loss(
+      balance=balance_losses.balance_loss(
         scores_BTE, ids_BTK, valid_BT, self.balance, moe
       ),
     )
@@ -94,13 +90,13 @@ def _routed(tokens, experts, copies, moe, policy):
   routed = (flat(x_BTD), flat(ids_BTK), flat(gates_BTK))
   # A hop over nodes, then one within the node (TR 3.2.2).
   spread = sharding.axes_of(sharding.rules().experts)
-  axes = tuple(axis for axis in spread if sharding.size(axis) > 1)
+  axes = tuple(axis for axis in spread if collectives.axis_size(axis) > 1)
   how = (moe.product, moe.block_size, axes)
   if copies is not None:
     valid_M = valid_BT.reshape(-1)
-    y_MD = replicas.expert_ffn(*routed, valid_M, experts, copies, *how)
+    y_MD = redundant_experts.expert_ffn(*routed, valid_M, experts, copies, *how)
   elif policy.fp8:
     y_MD = fp8_experts.expert_ffn(*routed, experts, policy, axes)
   else:
-    y_MD = dispatch.expert_ffn(*routed, experts, *how)
+    y_MD = expert_ops.expert_ffn(*routed, experts, *how)
   return y_MD.reshape(x_BTD.shape)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax import config, precision
 from dsv3_jax.nn import attention, block, layers, moe
-from dsv3_jax.ops import linear, losses
+from dsv3_jax.ops import linear, mtp_loss
 
 
 class MtpModule(nn.Module):
@@ -83,7 +83,7 @@ def chain(
   pairs = zip(modules, ahead, strict=True)
   for k, (module, embedded_BTD) in enumerate(pairs, start=1):
     # The last k positions have no target: they are no part of L_k or f_i.
-    valid_BS = losses.mtp_shift(context.valid_BS, k)
+    valid_BS = mtp_loss.mtp_shift(context.valid_BS, k)
     args = (embedded_BTD, router['mtp'][k - 1])
     args += (context._replace(valid_BS=valid_BS),)
     raw, h, stats, _ = module(previous, *args)

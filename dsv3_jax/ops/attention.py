@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import sharding
+from dsv3_jax.distributed import collectives
 from dsv3_jax.ops import context_attention
 from pallas_kernels import quantized
 from pallas_kernels.fp8_matmul import e5m6
@@ -57,7 +57,7 @@ def causal(
   """
   args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS)
   chosen = 'context'
-  if sharding.size(chosen) == 1:
+  if collectives.axis_size(chosen) == 1:
     chosen = mla_attention.choose(implementation, *args)
   elif implementation not in ('auto', 'reference'):
     raise NotImplementedError(f'no {implementation!r} where rows are cut')

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax import sharding
+from dsv3_jax.distributed import collectives
 
 _QUERY_BLOCK = 128  # at most so many rows of a piece at a time
 _LOWEST = jnp.finfo(jnp.float32).min
@@ -52,8 +52,8 @@ class Loop:
     while self.piece % self.block:
       self.block -= 1
     self.blocks = self.piece // self.block
-    self.devices = sharding.size('context')
-    self.device = sharding.index('context')
+    self.devices = collectives.axis_size('context')
+    self.device = collectives.axis_index('context')
     self.turns = (2 * self.devices + 1) * self.blocks
 
   def turn(self, number: Array) -> _Turn:

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax import precision
-from dsv3_jax.ops import dispatch, exchange, fp8_linear
+from dsv3_jax.ops import all_to_all, fp8_linear
+from dsv3_jax.ops import experts as expert_ops
 from pallas_kernels import quantized
 from pallas_kernels.fp8_matmul import quantizers
 from pallas_kernels.grouped_matmul import api
@@ -34,9 +35,9 @@ def expert_ffn(
   x_MD: Float[Array, 'M D'],
   ids_MK: Int[Array, 'M K'],
   gates_MK: Float[Array, 'M K'],
-  experts: dispatch.Experts,
+  experts: expert_ops.Experts,
   policy: Policy,
-  axes: exchange.Axes = (),
+  axes: all_to_all.Axes = (),
   transport: str = 'auto',
 ) -> Float[Array, 'M D']:
   """Sum of each token's chosen experts, weighted by its gates (TR eq. 12).
@@ -48,7 +49,7 @@ def expert_ffn(
     axes, transport: as in `exchange`; for the body of a shard_map.
   """
   num_local = experts.w_up_EDF.fprop.shape[0]
-  plan = exchange.make_plan(ids_MK, num_local, axes, transport)
+  plan = all_to_all.make_plan(ids_MK, num_local, axes, transport)
   with jax.named_scope('experts'):
     return _experts(x_MD, gates_MK, experts, plan, policy)
 
@@ -61,7 +62,7 @@ def _experts(x_MD, gates_MK, experts, plan, policy):
 def _experts_fwd(x_MD, gates_MK, experts, plan, policy):
   top_k = gates_MK.shape[1]
   num_experts = experts.w_up_EDF.fprop.shape[0]
-  layout = dispatch.block_layout(plan.ids_IK, num_experts, api.ROWS)
+  layout = expert_ops.block_layout(plan.ids_IK, num_experts, api.ROWS)
   products = _grouped(layout, num_experts, policy)
   sent = quantizers.rows(
     x_MD,
@@ -70,18 +71,18 @@ def _experts_fwd(x_MD, gates_MK, experts, plan, policy):
     implementation=policy.implementation,
   )
   received = send(sent, plan)
-  gates_IK = exchange.dispatch(gates_MK, plan)
+  gates_IK = all_to_all.dispatch(gates_MK, plan)
   rows = permute(received, layout, top_k)
   with jax.named_scope('fprop'):
     gate_JF = products.forward(rows, experts.w_gate_EDF.fprop)
     up_JF = products.forward(rows, experts.w_up_EDF.fprop)
-  gates_J = dispatch.rows_of(gates_IK, layout)
+  gates_J = expert_ops.rows_of(gates_IK, layout)
   down = experts.w_down_EFD
   y_JD, kept = fp8_linear.swiglu_forward(
     gate_JF, up_JF, gates_J, down.fprop, products, policy
   )
-  y_ID = dispatch.unpermute(y_JD, layout, top_k, num_experts)
-  y_MD = exchange.combine(y_ID.astype(x_MD.dtype), plan)
+  y_ID = expert_ops.unpermute(y_JD, layout, top_k, num_experts)
+  y_MD = all_to_all.combine(y_ID.astype(x_MD.dtype), plan)
   transposes = [w.dgrad for w in experts]
   return y_MD, (received, gates_IK, kept, layout, plan, transposes)
 
@@ -91,7 +92,7 @@ def _experts_bwd(policy, residuals, dy_MD):
   num_experts, top_k, dtype = gate.shape[0], gates_IK.shape[1], dy_MD.dtype
   products = _grouped(layout, num_experts, policy)
   dy = _received_gradient(dy_MD, plan, layout, top_k, policy)
-  gates_J = dispatch.rows_of(gates_IK, layout)
+  gates_J = expert_ops.rows_of(gates_IK, layout)
   dgate_JF, dup_JF, dgates_J, dw_down_EFD = fp8_linear.swiglu_backward(
     kept, gates_J, down, dy, products, policy, dtype
   )
@@ -104,26 +105,28 @@ def _experts_bwd(policy, residuals, dy_MD):
   with jax.named_scope('wgrad'):
     dw_gate_EDF = products.weight(x, dgate[1])
     dw_up_EDF = products.weight(x, dup[1])
-  dx_ID = dispatch.unpermute(dx_JD, layout, top_k, num_experts).astype(dtype)
-  dgates_IK = dispatch.gates_of(dgates_J, layout).reshape(gates_IK.shape)
+  dx_ID = expert_ops.unpermute(dx_JD, layout, top_k, num_experts).astype(dtype)
+  dgates_IK = expert_ops.gates_of(dgates_J, layout).reshape(gates_IK.shape)
   dgates_IK = dgates_IK.astype(gates_IK.dtype)
-  dx_MD, dgates_MK = (exchange.combine(d, plan) for d in (dx_ID, dgates_IK))
+  dx_MD, dgates_MK = (all_to_all.combine(d, plan) for d in (dx_ID, dgates_IK))
   grads = (dw_gate_EDF, dw_up_EDF, dw_down_EFD)
-  grads = dispatch.Experts(*(fp8_linear.Weight(dw, None, None) for dw in grads))
+  grads = expert_ops.Experts(
+    *(fp8_linear.Weight(dw, None, None) for dw in grads)
+  )
   return dx_MD, dgates_MK, grads, None
 
 
 _experts.defvjp(_experts_fwd, _experts_bwd)
 
 
-def send(q: Quantized, plan: exchange.Plan) -> Quantized:
+def send(q: Quantized, plan: all_to_all.ExchangePlan) -> Quantized:
   """Each token's values and scales to the devices of its experts."""
-  return _move(q, lambda x: exchange.dispatch(x, plan))
+  return _move(q, lambda x: all_to_all.dispatch(x, plan))
 
 
-def permute(q: Quantized, layout: dispatch.Layout, top_k: int) -> Quantized:
+def permute(q: Quantized, layout: expert_ops.Layout, top_k: int) -> Quantized:
   """Copies each token's values and scales to the rows of its assignments."""
-  return _move(q, lambda x: dispatch.permute(x, layout, top_k))
+  return _move(q, lambda x: expert_ops.permute(x, layout, top_k))
 
 
 def _move(q, move):
@@ -142,13 +145,13 @@ def _received_gradient(dy_MD, plan, layout, top_k, policy):
   rows, later = (permute(received, layout, top_k) for _ in range(2))
   columns = quantizers.transposed(later, pow2=True, implementation=chosen)
   if policy.block_dgrad:
-    dy_ID = exchange.dispatch(dy_MD, plan)
-    rows = fp8_linear.blockwise(dispatch.permute(dy_ID, layout, top_k))
+    dy_ID = all_to_all.dispatch(dy_MD, plan)
+    rows = fp8_linear.blockwise(expert_ops.permute(dy_ID, layout, top_k))
   return rows, columns
 
 
 def _grouped(
-  layout: dispatch.Layout, num_experts: int, policy: Policy
+  layout: expert_ops.Layout, num_experts: int, policy: Policy
 ) -> fp8_linear.Products:
   """Products of each block with its own expert's matrix."""
   where = (layout.expert_j, layout.num_blocks)

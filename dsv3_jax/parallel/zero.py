@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax import sharding
+from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.nn import model
 
 Spec = sharding.Spec
@@ -67,7 +67,7 @@ def _place(spec: Spec, shape: tuple[int, ...], sizes) -> Placement:
   free = [axis for axis in sums if sizes[axis] > 1]
   dims = range(len(shape))
   return Placement(
-    spec, *sharding.further(spec, shape, free, sizes, dims), sums
+    spec, *sharding.shard_largest_dim(spec, shape, free, sizes, dims), sums
   )
 
 
@@ -87,7 +87,7 @@ def reduce(grads: Tree, placed: Tree) -> Tree:
 
   def one(g, place):
     whole = tuple(axis for axis in place.sums if axis not in place.axes)
-    g = sharding.psum(g, whole)
+    g = collectives.psum(g, whole)
     if not place.axes:
       return g
     return jax.lax.psum_scatter(
@@ -103,7 +103,7 @@ def shard(whole: Tree, placed: Tree) -> Tree:
   def one(g, place):
     if not place.axes:
       return g
-    size = g.shape[place.dim] // sharding.size(place.axes)
+    size = g.shape[place.dim] // collectives.axis_size(place.axes)
     at = jax.lax.axis_index(place.axes) * size
     return jax.lax.dynamic_slice_in_dim(g, at, size, place.dim)
 
@@ -120,7 +120,7 @@ def norm(grads: Tree, placed: Tree) -> jax.Array:
     )
     square = jnp.sum(jnp.square(g.astype(jnp.float32)))
     sums[cut] = sums.get(cut, 0.0) + square
-  total = sum(sharding.psum(value, cut) for cut, value in sums.items())
+  total = sum(collectives.psum(value, cut) for cut, value in sums.items())
   return jnp.sqrt(total)
 
 

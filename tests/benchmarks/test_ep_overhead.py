@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import ep_overhead
-from dsv3_jax.ops import exchange
+from dsv3_jax.ops import all_to_all
 
 
 def experts(**changes):
@@ -34,7 +34,7 @@ def test_ratios_are_to_the_plain_path_of_the_same_precision():
 
 def test_forced_hops_lead_to_the_device_itself():
   with ep_overhead.forced():
-    assert exchange.live(('a', ('b', 'c'))) == (('a',), ('b', 'c'))
+    assert all_to_all.live(('a', ('b', 'c'))) == (('a',), ('b', 'c'))
 
 
 def test_paths_do_the_same_work(monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from benchmarks import needle
-from dsv3_jax import train_step as steps
+from dsv3_jax.training import step as steps
 
 TEXT = np.arange(4000, dtype=np.int32) % 256
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import overlap
-from dsv3_jax import sharding
+from dsv3_jax.distributed import sharding
 
 TEXT = """HloModule m, is_scheduled=true
 

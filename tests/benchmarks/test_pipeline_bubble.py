@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import pipeline_bubble
-from dsv3_jax.parallel import schedule
+from dsv3_jax.parallel.schedules import make as schedules
 
 
 @pytest.mark.parametrize('kind', ['1f1b', 'dualpipe'])
@@ -16,10 +16,12 @@ def test_ranks_sleep_at_the_same_time(kind):
 
 
 def test_halves_cost_one_way_schedules_nothing_in_ticks():
-  for kind in schedule.ONE_WAY:
+  for kind in schedules.UNIDIRECTIONAL:
     stages = 16 if kind == 'interleaved' else 8
     sizes = {'stages': stages, 'microbatches': 32, 'split_backward': True}
-    ideal, ticks = pipeline_bubble.simulated(schedule.make(kind, **sizes))
+    ideal, ticks = pipeline_bubble.simulated(
+      schedules.make_schedule(kind, **sizes)
+    )
     assert ideal == ticks
 
 

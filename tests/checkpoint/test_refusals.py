@@ -12,10 +12,10 @@ import pytest
 
 import dsv3_jax
 from dsv3_jax import errors
-from dsv3_jax.checkpoint import importing
-from dsv3_jax.ops import fp8
+from dsv3_jax.checkpoint import fp8_blocks
+from dsv3_jax.checkpoint.hf import importer
 from experiments import base
-from tests.checkpoint import exchanged
+from tests.checkpoint.hf import exchanged
 
 BASE = base.get_config().to_dict()
 SUMS = 'SHA256SUMS'
@@ -41,7 +41,7 @@ def refused(folder, *said):
   """Import names the folder and what is wrong, and leaves nothing behind."""
   run = folder.with_name('run')
   with pytest.raises(errors.InputError) as caught:
-    importing.to_workdir(folder, run, BASE)
+    importer.to_workdir(folder, run, BASE)
   message = str(caught.value)
   assert message.isprintable()
   for part in (str(folder), *said):
@@ -133,7 +133,7 @@ NAME = 'model.layers.1.self_attn.kv_b_proj.weight'
     (lambda x: x.update({NAME: x[NAME][1:]}), f'{NAME} has shape'),
     (lambda x: x.update({NAME: x[NAME].astype('i4')}), f'{NAME} has dtype I32'),
     (
-      lambda x: x.update({NAME: x[NAME].astype(fp8.E4M3)}),
+      lambda x: x.update({NAME: x[NAME].astype(fp8_blocks.E4M3)}),
       f'{NAME} is FP8 and has no scales',
     ),
     (
@@ -142,7 +142,7 @@ NAME = 'model.layers.1.self_attn.kv_b_proj.weight'
     ),
     (
       lambda x: x.update({
-        NAME: x[NAME].astype(fp8.E4M3),
+        NAME: x[NAME].astype(fp8_blocks.E4M3),
         NAME + '_scale_inv': np.ones((2, 1), 'f4'),
       }),
       f'{NAME}_scale_inv is F32[2, 1], wanted F32[1, 1]',
@@ -211,8 +211,8 @@ def test_fp8_that_is_no_number_is_named(made, tmp_path, code, scale, said):
   folder = shutil.copytree(made / 'fp8', tmp_path / 'a')
   exchanged.rewrite(folder, change)
   for way in (
-    lambda: importing.to_workdir(folder, tmp_path / 'run', BASE, 'fp8'),
-    lambda: importing.to_workdir(folder, tmp_path / 'run', BASE, 'float32'),
+    lambda: importer.to_workdir(folder, tmp_path / 'run', BASE, 'fp8'),
+    lambda: importer.to_workdir(folder, tmp_path / 'run', BASE, 'float32'),
     lambda: dsv3_jax.load(folder),
   ):
     with pytest.raises(errors.InputError) as caught:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.checkpoint import lazy, store
+from dsv3_jax.checkpoint import lazy_array, store
 
 
 class Moments(NamedTuple):
@@ -87,7 +87,7 @@ def test_large_leaves_are_cut_by_layer_and_expert(tmp_path):
     sizes = [s.stop - s.start for s in at]
     return np.full(sizes, 10 * at[0].start + at[1].start, np.float32)
 
-  array = lazy.LazyArray(shape, np.dtype(np.float32), read, shape)
+  array = lazy_array.LazyArray(shape, np.dtype(np.float32), read, shape)
   tree = {'layers': {'moe': {'w_up': array}}, 'b': jnp.arange(3.0)}
   kept = store.Store(tmp_path, keep=1)
   kept.save(0, tree, {})
@@ -102,7 +102,7 @@ def test_large_leaves_are_cut_by_layer_and_expert(tmp_path):
   assert np.all(back[1, 2] == 12.0) and np.all(back[0, 1, 5:7, :9] == 1.0)
   np.testing.assert_array_equal(opened['b',][:], np.arange(3.0))
   place = jax.sharding.SingleDeviceSharding(jax.devices()[1])
-  moved = lazy.to_device(back, place)
+  moved = lazy_array.to_device(back, place)
   assert moved.devices() == {jax.devices()[1]}
   np.testing.assert_array_equal(moved[:, :, 0, 0], [[0, 1, 2], [10, 11, 12]])
   kept.close()

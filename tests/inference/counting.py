@@ -9,13 +9,13 @@ import time
 
 import numpy as np
 
-from dsv3_jax.inference import steps
+from dsv3_jax.inference import model_runner
 from tests import settings
 
 VOCAB = 23
 
 
-class Steps(steps.Steps):
+class Steps(model_runner.ModelRunner):
   """Has no parameters; of its drafts each third is wrong."""
 
   def __init__(self, vocab=VOCAB, seconds=0.0, room=400, num_drafts=0):
@@ -38,7 +38,9 @@ class Steps(steps.Steps):
     made = [
       self._made(rows, caches, b, [last]) for b, last in enumerate(rows.last_B)
     ]
-    return steps.Made(*map(np.array, zip(*made, strict=True))), caches
+    return model_runner.StepOutput(
+      *map(np.array, zip(*made, strict=True))
+    ), caches
 
   prefill = extend
 
@@ -48,7 +50,9 @@ class Steps(steps.Steps):
     made = [
       self._made(rows, caches, b, range(width)) for b in range(len(rows.last_B))
     ]
-    return steps.Made(*map(np.array, zip(*made, strict=True))), caches
+    return model_runner.StepOutput(
+      *map(np.array, zip(*made, strict=True))
+    ), caches
 
   def _write(self, rows, caches):
     if self.fails:

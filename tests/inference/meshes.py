@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.inference import batching, layout, steps
+from dsv3_jax.inference import engine, model_runner
+from dsv3_jax.inference import mesh as inference_mesh
 from dsv3_jax.nn import model
 from tests import settings
 from tests.nn import models
@@ -39,11 +40,11 @@ class Passes:
   """Logits of all tokens of rows in one pass, and of one token more."""
 
   def __init__(self, mesh, has_copies=False, cfg=CONFIG):
-    self.cfg, self.place = cfg, layout.Layout(cfg, mesh)
-    specs, rows = {'params': self.place.params}, layout.ROWS
+    self.cfg, self.place = cfg, inference_mesh.InferenceMesh(cfg, mesh)
+    specs, rows = {'params': self.place.params}, inference_mesh.ROWS
     if has_copies:
-      specs['copies'] = layout.WHOLE
-    taken = (specs, layout.WHOLE, rows, rows, layout.PAGES)
+      specs['copies'] = inference_mesh.WHOLE
+    taken = (specs, inference_mesh.WHOLE, rows, rows, inference_mesh.PAGES)
     self.run = self.place.jit(self._run, taken, (rows, rows))
 
   def _run(self, variables, router, tokens_BT, table_Bb, caches):
@@ -65,10 +66,10 @@ class Passes:
     vocab = self.cfg.model.vocab_size
     tokens_BT = rng.integers(0, vocab, (ROWS, LENGTH + 1)).astype(np.int32)
     table_Bb = np.tile(np.arange(ROWS // ranks)[:, None], (ranks, 1))
-    args = (self.cfg.model, ROWS, batching.PAGE, jnp.float32)
+    args = (self.cfg.model, ROWS, engine.PAGE, jnp.float32)
     how = {'drafting': False, 'fp8': False}
-    make = functools.partial(steps.empty_caches, *args, **how)
-    caches = self.place.zeros(make, layout.PAGES)
+    make = functools.partial(model_runner.empty_caches, *args, **how)
+    caches = self.place.zeros(make, inference_mesh.PAGES)
     tokens = (tokens_BT, table_Bb.astype(np.int32))
     made_BTV, load_RLE = self.run(variables, router, *tokens, caches)
     return np.asarray(made_BTV), load_RLE
@@ -80,19 +81,19 @@ def prompt(seed, size):
 
 
 def _draw(seed):
-  return batching.Draw(temperature=1.0, top_p=0.9, seed=seed)
+  return engine.Draw(temperature=1.0, top_p=0.9, seed=seed)
 
 
 # A prompt; how many tokens; how they are drawn.
 REQUESTS = [
-  (prompt(1, 5), 20, batching.Draw()),
+  (prompt(1, 5), 20, engine.Draw()),
   (prompt(2, 130), 9, _draw(3)),
   (prompt(3, 1), 30, _draw(4)),
-  (prompt(4, 64), 5, batching.Draw()),
-  (prompt(2, 130)[:100] + [1, 2], 4, batching.Draw()),
+  (prompt(4, 64), 5, engine.Draw()),
+  (prompt(2, 130)[:100] + [1, 2], 4, engine.Draw()),
   (prompt(5, 62), 70, _draw(5)),
-  (prompt(6, 30), 40, batching.Draw()),
-  (prompt(4, 64), 5, batching.Draw()),
+  (prompt(6, 30), 40, engine.Draw()),
+  (prompt(4, 64), 5, engine.Draw()),
 ]
 
 
@@ -100,7 +101,7 @@ def traffic(made, **how):
   """They come at different times; the session, and what each was told."""
   how = {'num_pages': 7, 'max_rows': 2, 'least_rows': 2} | how
   # One size of a prefill and of block tables: fewer programs to compile.
-  session = batching.Session(made, **how, chunk=64, least_pages=4)
+  session = engine.Engine(made, **how, chunk=64, least_pages=4)
   requests = []
   for case in REQUESTS:
     requests.append(session.submit(*case))
@@ -117,7 +118,7 @@ def traffic(made, **how):
 @functools.cache
 def expected():
   """Of one device, as many rows and pages as two ranks have."""
-  made = steps.Steps(CONFIG, *weights())
+  made = model_runner.ModelRunner(CONFIG, *weights())
   return traffic(made, num_pages=14, max_rows=4, least_rows=4)[1]
 
 

@@ -1,4 +1,4 @@
-"""Cached generation against the full forward pass, row by row."""
+"""Requests that share steps get the tokens that each would get alone."""
 
 import jax
 import jax.numpy as jnp
@@ -6,123 +6,221 @@ import numpy as np
 import pytest
 
 from dsv3_jax import errors
-from dsv3_jax.inference import batching, engine
-from dsv3_jax.nn import model
+from dsv3_jax.inference import block_pool, engine, generate, model_runner
 from tests import settings
+from tests.inference import counting
 from tests.nn import models
 
-_PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5], [7]]
-_CONFIG = settings.small(
+ROOM = 400
+CONFIG = settings.small(
   precision='f32',
-  model__max_seq_len=40,  # YaRN is on
-  model__scan_layers=False,
+  model__max_seq_len=ROOM,
+  model__rope__original_seq_len=ROOM,
+  model__num_layers=2,
 )
 
 
 @pytest.fixture(scope='module')
-def weights():
-  as_f32 = lambda tree: jax.tree.map(jnp.float32, tree)
-  return tuple(map(as_f32, models.random_params(_CONFIG)))
+def made():
+  params, router = map(models.f32, models.random_params(CONFIG))
+  for stack in ('dense_layers', 'moe_layers'):  # what is seen decides
+    attention = params[stack]['layers']['attention']
+    attention['w_uk'] *= 4.0
+    attention['w_o'] *= 20.0
+  return model_runner.ModelRunner(CONFIG, params, router)
+
+
+def prompt(seed, size):
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
+
+
+def run(session):
+  turns = 0
+  while not session.is_idle:
+    session.step()
+    turns += 1
+    assert turns < 1000
+  return turns
+
+
+def session(made, **how):
+  return engine.Engine(
+    made, **({'num_pages': 30, 'max_rows': 4, 'least_pages': 8} | how)
+  )
+
+
+def alone(made, tokens, count, draw):
+  mine = session(made)
+  request = mine.submit(tokens, count, draw)
+  run(mine)
+  return request.tokens
+
+
+CASES = [
+  (prompt(1, 5), 20, engine.Draw()),
+  (prompt(2, 130), 9, engine.Draw(temperature=1.5, seed=3)),
+  (prompt(3, 1), 30, engine.Draw(temperature=1.0, top_k=3)),
+  (prompt(4, 64), 5, engine.Draw(temperature=2.0, top_p=0.8, seed=9)),
+  (prompt(5, 200), 3, engine.Draw()),
+]
 
 
 @pytest.fixture(scope='module')
-def net(weights):
-  return engine.Engine(_CONFIG, *weights)
+def expected(made):
+  return [alone(made, *case) for case in CASES]
 
 
-def next_tokens(weights, sequence):
-  """Greedy choice after each position, without any cache."""
-  tokens = jnp.asarray(sequence, jnp.int32)[None]
-  ones = jnp.ones(tokens.shape, jnp.int32)
-  places = jnp.arange(tokens.shape[1])[None]
-  batch = model.Batch(tokens, tokens, places, ones, ones.astype(jnp.float32))
-  logits, _ = models.logits(_CONFIG)(*weights, batch)
-  return np.asarray(jnp.argmax(logits[0], -1))
+def test_twins_share_their_prompt(made, expected):
+  """Each with its own draws, as if it were alone."""
+  mine = session(made, chunk=64)
+  tokens, count, _ = CASES[1]
+  draws = [engine.Draw(), CASES[1][2], engine.Draw(temperature=1.0)]
+  first = mine.submit(tokens, count, draws[0])
+  twins = [mine.submit(tokens, count, draw, twin=first) for draw in draws[1:]]
+  run(mine)
+  assert [twin.job.found for twin in twins] == [len(tokens) - 1] * 2
+  assert first.tokens == alone(made, tokens, count, draws[0])
+  assert twins[0].tokens == expected[1]
 
 
-def test_greedy_is_the_full_forwards_argmax(net, weights):
-  made = net.generate(_PROMPTS, 20)
-  for prompt, row in zip(_PROMPTS, made.tokens, strict=True):
-    assert len(row) == 20
-    want = next_tokens(weights, prompt + row)
-    assert row == want[len(prompt) - 1 : -1].tolist()
-  assert len({tuple(row) for row in made.tokens}) == len(_PROMPTS)
+@pytest.mark.parametrize('chunk', [64, 1024])
+def test_whoever_shares_the_steps(made, expected, chunk):
+  """They come at different times, to fewer rows than they are."""
+  mine = session(made, max_rows=3, chunk=chunk)
+  requests = []
+  for case in CASES:
+    requests.append(mine.submit(*case))
+    mine.step()
+  run(mine)
+  assert [r.tokens for r in requests] == expected
+  assert all(r.done for r in requests)
+  assert mine.pool.in_use == 0
 
 
-@pytest.mark.parametrize('temperature', [0.0, 1.0])
-def test_a_row_does_not_depend_on_the_others(net, temperature):
-  how = {'temperature': temperature, 'top_p': 0.9, 'seed': 5}
-  together = net.generate(_PROMPTS, 12, **how).tokens
-  first = net.generate(_PROMPTS[:1], 12, **how).tokens
-  swapped = net.generate([_PROMPTS[0], [8, 8, 8, 8]], 12, **how).tokens
-  assert together[0] == first[0] == swapped[0]
+def test_too_few_pages_only_make_it_longer(made, expected):
+  mine = session(made, num_pages=7)
+  requests = [mine.submit(*case) for case in CASES]
+  grows = mine.submit(prompt(6, 62), 80)
+  run(mine)
+  assert [r.tokens for r in requests] == expected
+  assert grows.tokens == alone(made, prompt(6, 62), 80, engine.Draw())
+  assert mine.pool.in_use == 0
 
 
-def test_more_prompts_than_rows_join_as_others_end(net, monkeypatch):
-  prompts = [prompt[:cut] for prompt in _PROMPTS for cut in (1, 2, 3)]
-  together = net.generate(prompts, 9)
-  monkeypatch.setattr(engine, 'MOST_ROWS', 2)
-  made = net.generate(prompts, 9)
-  assert made.tokens == together.tokens
-  assert made.counts.rows == together.counts.rows == len(prompts) * 8
-  assert made.counts.steps >= len(prompts) * 8 / 2 > together.counts.steps
+def test_the_youngest_is_computed_anew_with_the_same_draws(made):
+  draw = engine.Draw(temperature=1.0, seed=4)
+  cases = [(prompt(7, 50), 100, draw), (prompt(8, 60), 90, draw)]
+  mine = session(made, num_pages=4)
+  requests = [mine.submit(*case) for case in cases]
+  run(mine)
+  assert mine.scheduler.preempted >= 1
+  for request, case in zip(requests, cases, strict=True):
+    assert request.tokens == alone(made, *case)
 
 
-def test_who_waits_hears_of_each_as_it_ends_in_order(net, monkeypatch):
-  how = {'temperature': 2.0, 'seed': 3}
-  first, second, third = net.generate(_PROMPTS, 12, **how).tokens
-  # The second ends by itself, before the first.
-  stop_id = next(t for t in second[3:9] if t not in first + third)
-  monkeypatch.setattr(engine, 'MOST_ROWS', 2)
-  heard, running = [], []
-  step = batching.Session.step
-
-  def watched(session):
-    running.append(len(heard))
-    return step(session)
-
-  monkeypatch.setattr(batching.Session, 'step', watched)
-  made = net.generate(
-    _PROMPTS,
-    12,
-    stop_id=stop_id,
-    tell=lambda *each: heard.append(each),
-    **how,
-  )
-  assert heard == list(enumerate(made.tokens))
-  assert len(made.tokens[1]) < 12 == len(made.tokens[0])
-  assert 2 in running  # the third was still on its way
+def test_a_known_prompt_is_read_from_the_cache(made):
+  mine = session(made)
+  first = mine.submit(prompt(9, 200), 4)
+  run(mine)
+  again = mine.submit(prompt(9, 200), 4)
+  other = mine.submit([*prompt(9, 200)[:150], 1, 2, 3], 4)
+  turns = run(mine)
+  assert (first.job.found, again.job.found, other.job.found) == (0, 192, 128)
+  assert again.tokens == first.tokens
+  want = alone(made, [*prompt(9, 200)[:150], 1, 2, 3], 4, engine.Draw())
+  assert other.tokens == want
+  assert turns == 3
 
 
-def test_seeds_repeat_and_differ(net):
-  how = {'temperature': 2.0}
-  runs = [net.generate(_PROMPTS, 12, seed=s, **how).tokens for s in (1, 1, 2)]
-  assert runs[0] == runs[1] != runs[2]
+def test_a_request_that_is_cancelled_leaves_nothing(made, expected):
+  mine = session(made)
+  waits = [mine.submit(*case) for case in CASES]
+  mine.step()
+  mine.step()
+  for request in waits[1:]:
+    mine.cancel(request)
+    mine.cancel(request)
+  run(mine)
+  assert waits[0].tokens == expected[0]
+  assert mine.pool.in_use == 0 and not mine._requests
 
 
-def test_decode_compiles_once(weights):
-  fresh = engine.Engine(_CONFIG, *weights)
-  for count in (9, 17, 30):
-    made = fresh.generate(_PROMPTS, count, temperature=count / 10, seed=count)
-    assert made.decoded == 3 * (count - 2)
-    assert made.tokens_per_second > 0
-  fresh.generate([*_PROMPTS, [5]], 9)  # three rows have the size of four
-  assert fresh.steps._decode._cache_size() == 1
-  assert fresh.steps._prefill._cache_size() == 1
+def test_a_stop_token_ends_a_request(made, expected):
+  mine = session(made)
+  tokens, count, draw = CASES[0]
+  stop = expected[0][7]
+  request = mine.submit(tokens, count, draw, [stop, 10**6])
+  run(mine)
+  end = expected[0].index(stop) + 1
+  assert request.tokens == expected[0][:end]
+
+
+def test_traffic_compiles_nothing_anew(made):
+  """Sizes are rounded up: then any traffic has been seen."""
+
+  def traffic(seed):
+    rng = np.random.default_rng(seed)
+    mine = session(made, max_rows=4, chunk=128)
+    for _ in range(12):
+      mine.submit(prompt(rng.integers(1e6), rng.integers(1, 300)), 20)
+      mine.step()
+    run(mine)
+
+  counts = lambda: [
+    f._cache_size()
+    for f in (made._prefill, made._extend, made._decode, made._copy)
+  ]
+  for seed in range(4):
+    traffic(seed)
+  known = counts()
+  for seed in range(4, 8):
+    traffic(seed)
+  assert counts() == known
+
+
+@pytest.mark.parametrize('size', [1023, 1024, 1025, 2049])
+def test_a_prompt_of_any_length_is_generated_from(size):
+  """At the borders of a chunk too, where one token is left."""
+  net = object.__new__(generate.Generator)
+  net.steps = counting.Steps(room=2100)
+  net.cfg = net.steps.cfg
+  prompts = [[size % 23] * size, [3, 1, 4]]
+  want = [counting.continued(prompt, 4) for prompt in prompts]
+  assert net.generate(prompts, 4).tokens == want
+
+
+def test_idle_rows_do_not_matter(made):
+  """Three of four rows work; the fourth has no tokens and no pages."""
+  mine = session(made)
+  requests = [mine.submit(prompt(s, 10), 5) for s in (20, 21, 22)]
+  run(mine)
+  for s, request in zip((20, 21, 22), requests, strict=True):
+    assert request.tokens == alone(made, prompt(s, 10), 5, engine.Draw())
 
 
 @pytest.mark.parametrize(
-  ('prompts', 'count', 'said'),
+  ('tokens', 'count', 'said'),
   [
-    ([], 4, 'at least one prompt'),
-    ([[1], []], 4, 'prompt 1 is empty'),
-    ([[1, 23]], 4, r'ids outside 0\.\.22'),
-    ([[1, -1]], 4, r'ids outside 0\.\.22'),
-    ([[1]], 0, 'max_new_tokens=0 must be >= 1'),
-    ([[1] * 38], 4, 'at most 36 fit'),
-    ([[1]], 40, 'must be below model.max_seq_len=40'),
+    ([], 1, 'the prompt is empty'),
+    ([1], 0, 'max_new_tokens=0 must be >= 1'),
+    ([1] * 399, 2, 'at most 398 fit'),
+    ([1, 10**6], 2, 'ids outside'),
+    ([1] * 200, 60, 'needs 260 places in the cache, which has 256'),
   ],
 )
-def test_bad_requests(net, prompts, count, said):
+def test_bad_requests_change_nothing(made, tokens, count, said):
+  mine = session(made, num_pages=4)
   with pytest.raises(errors.InputError, match=said):
-    net.generate(prompts, count)
+    mine.submit(tokens, count)
+  assert mine.is_idle and not mine._requests
+
+
+def test_copies_of_pages_are_whole(made):
+  caches = made.empty_caches(4, engine.PAGE)
+  fill = lambda x: x + jnp.arange(4.0)[:, None, None]
+  caches = made.copy(
+    [block_pool.Copy(3, 0), block_pool.Copy(0, 1)], jax.tree.map(fill, caches)
+  )
+  for leaf in jax.tree.leaves(caches):
+    assert np.all(np.asarray(leaf) == np.array([3, 3, 2, 3])[:, None, None])

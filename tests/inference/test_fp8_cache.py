@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax.inference import batching, layout, pages, steps
+from dsv3_jax.inference import block_pool, engine, model_runner
+from dsv3_jax.inference import mesh as inference_mesh
 from pallas_kernels import quantized
 from tests import settings
 from tests.nn import models
@@ -44,15 +45,17 @@ def weights():
 
 @pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'drafts'])
 def made(request, weights):
-  return steps.Steps(CONFIG, *weights, request.param, fp8_cache=True)
+  return model_runner.ModelRunner(
+    CONFIG, *weights, request.param, fp8_cache=True
+  )
 
 
 def traffic(made, prompts, num_pages=12, **how):
   """Tokens of each request, and the session when all are at their ends."""
-  session = batching.Session(
+  session = engine.Engine(
     made, num_pages=num_pages, max_rows=4, chunk=64, **how
   )
-  draw = batching.Draw(temperature=1.0, seed=5)
+  draw = engine.Draw(temperature=1.0, seed=5)
   requests = [session.submit(each, 40, draw) for each in prompts]
   while not session.is_idle:
     session.step()
@@ -63,7 +66,7 @@ def traffic(made, prompts, num_pages=12, **how):
 @pytest.fixture(scope='module')
 def alone(weights):
   """Without drafts."""
-  plain = steps.Steps(CONFIG, *weights, fp8_cache=True)
+  plain = model_runner.ModelRunner(CONFIG, *weights, fp8_cache=True)
   return [traffic(plain, [each])[0][0] for each in PROMPTS]
 
 
@@ -83,14 +86,14 @@ def test_who_gives_way_goes_on_the_same(made, alone):
 
 
 def test_other_roundings_give_other_tokens(weights, alone):
-  exact = steps.Steps(CONFIG, *weights)
+  exact = model_runner.ModelRunner(CONFIG, *weights)
   tokens = [traffic(exact, [each])[0][0] for each in PROMPTS]
   assert all(a != b for a, b in zip(tokens, alone, strict=True))
 
 
 def test_a_mesh_keeps_the_same(weights, alone):
-  mesh = layout.make_mesh(data=2, expert=2)
-  made = steps.Steps(CONFIG, *weights, mesh=mesh, fp8_cache=True)
+  mesh = inference_mesh.make_mesh(data=2, expert=2)
+  made = model_runner.ModelRunner(CONFIG, *weights, mesh=mesh, fp8_cache=True)
   tokens, session = traffic(made, PROMPTS)
   assert tokens == alone
   latents = session._caches.moe.c_LpsC
@@ -98,7 +101,7 @@ def test_a_mesh_keeps_the_same(weights, alone):
   for leaf in jax.tree.leaves(latents):
     assert leaf.shape[1] == 4 * 12  # pages of four ranks
     assert leaf.addressable_shards[0].data.shape[1] == 12
-  caches = made.copy([pages.Copy(1, 2)], session._caches)
+  caches = made.copy([block_pool.Copy(1, 2)], session._caches)
   assert isinstance(caches.moe.c_LpsC, quantized.Quantized)
 
 
@@ -108,8 +111,8 @@ def test_a_mesh_keeps_the_same(weights, alone):
 )
 def test_a_step_widens_no_whole_cache(weights, kind, precision, fp8):
   cfg = dataclasses.replace(CONFIG, precision=precision)
-  made = steps.Steps(cfg, *weights, fp8_cache=fp8)
-  session = batching.Session(made, num_pages=50, max_rows=2)
+  made = model_runner.ModelRunner(cfg, *weights, fp8_cache=fp8)
+  session = engine.Engine(made, num_pages=50, max_rows=2)
   width = 1 if kind == 'decode' else 64
   (rows, draws), caches = session._empty(2, width, 2), session._caches
   args = (made.variables, made.router, rows, caches, draws, None)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from dsv3_jax.inference import batching, steps
+from dsv3_jax.inference import engine, model_runner
 from tests import settings
 from tests.inference import counting
 from tests.nn import models
@@ -39,19 +39,19 @@ def prompt(seed, size):
   return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
 
 
-DRAW = batching.Draw(temperature=1.0, top_p=0.95, seed=3)
+DRAW = engine.Draw(temperature=1.0, top_p=0.95, seed=3)
 MINE = (prompt(0, 100), 60, DRAW)
 
 
 @pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'drafts'])
 def made(request):
   params, router = map(models.f32, models.random_params(CONFIG))
-  return steps.Steps(CONFIG, params, router, request.param)
+  return model_runner.ModelRunner(CONFIG, params, router, request.param)
 
 
 def session(made, num_pages=24):
   how = {'num_pages': num_pages, 'max_rows': 4, 'chunk': 128}
-  return batching.Session(made, **how, invariant=True)
+  return engine.Engine(made, **how, invariant=True)
 
 
 def watched(session, request):
@@ -87,7 +87,7 @@ def alone(made):
 def test_others_beside_it(made, alone):
   mine = session(made)
   for seed, size in ((1, 5), (2, 130), (3, 64)):
-    mine.submit(prompt(seed, size), 40, batching.Draw(temperature=1.0))
+    mine.submit(prompt(seed, size), 40, engine.Draw(temperature=1.0))
     mine.step()
   assert_same_bits(watched(mine, mine.submit(*MINE)), alone)
 
@@ -116,7 +116,7 @@ def test_any_traffic_has_the_same_sizes(made, alone):
   ]
   known, mine = counts(), session(made)
   for seed, size in ((1, 5), (2, 130), (3, 64), (4, 1), (5, 198)):
-    mine.submit(prompt(seed, size), 1 + seed % 2, batching.Draw(seed=seed))
+    mine.submit(prompt(seed, size), 1 + seed % 2, engine.Draw(seed=seed))
     mine.step()
   while not mine.is_idle:
     mine.step()
@@ -125,7 +125,7 @@ def test_any_traffic_has_the_same_sizes(made, alone):
 
 def test_tokens_are_told_once_though_they_are_made_twice():
   made = counting.Steps(num_drafts=1)
-  mine = batching.Session(made, num_pages=4, max_rows=2, invariant=True)
+  mine = engine.Engine(made, num_pages=4, max_rows=2, invariant=True)
   requests = [mine.submit([i] * 60, 130) for i in (3, 4)]
   told = {request: [] for request in requests}
   while not mine.is_idle:
@@ -140,7 +140,7 @@ def test_tokens_are_told_once_though_they_are_made_twice():
 
 def test_what_was_generated_is_not_found_by_others():
   made = counting.Steps()
-  mine = batching.Session(made, num_pages=20, max_rows=2, invariant=True)
+  mine = engine.Engine(made, num_pages=20, max_rows=2, invariant=True)
   first = mine.submit([5] * 100, 100)
   while not first.done:
     mine.step()

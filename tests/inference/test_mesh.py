@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import config, errors, sharding
-from dsv3_jax.inference import batching, engine, layout, pages, steps
+from dsv3_jax import config, errors
+from dsv3_jax.distributed import sharding
+from dsv3_jax.inference import block_pool, engine, generate, model_runner
+from dsv3_jax.inference import mesh as inference_mesh
 from tests.inference import meshes
 
 F32 = 2e-6  # sums in another order, relative to the largest logit
@@ -30,7 +32,7 @@ def one_device():
 @pytest.mark.parametrize('axes', LAYOUTS, ids=str)
 def test_logits_are_those_of_one_device(one_device, axes):
   want_BTV, want_1LE = one_device
-  passes = meshes.Passes(layout.make_mesh(**axes))
+  passes = meshes.Passes(inference_mesh.make_mesh(**axes))
   params, router = meshes.weights()
   params = passes.place.place(params, passes.place.params)
   got_BTV, load_RLE = passes({'params': params}, router)
@@ -48,8 +50,10 @@ def test_logits_are_those_of_one_device(one_device, axes):
 )
 def test_requests_get_the_tokens_of_one_device(axes, drafts):
   """Preempted, cached, drafted and drawn ones; and nothing is left behind."""
-  mesh = layout.make_mesh(**axes)
-  made = steps.Steps(meshes.CONFIG, *meshes.weights(), drafts, mesh)
+  mesh = inference_mesh.make_mesh(**axes)
+  made = model_runner.ModelRunner(
+    meshes.CONFIG, *meshes.weights(), drafts, mesh
+  )
   session, tokens = meshes.traffic(made)
   assert tokens == meshes.expected()
   assert session.scheduler.num_pages == 7 * 4
@@ -61,8 +65,8 @@ def test_requests_get_the_tokens_of_one_device(axes, drafts):
 @pytest.mark.slow
 def test_what_shares_a_step_changes_nothing_on_a_mesh():
   """All together, and one after the other on either rank."""
-  mesh = layout.make_mesh(data=2)
-  made = steps.Steps(meshes.CONFIG, *meshes.weights(), mesh=mesh)
+  mesh = inference_mesh.make_mesh(data=2)
+  made = model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)
   session, together = meshes.traffic(made, invariant=True)
   for case, want in list(zip(meshes.REQUESTS, together, strict=True))[::3]:
     request = session.submit(*case)
@@ -76,19 +80,25 @@ def test_what_shares_a_step_changes_nothing_on_a_mesh():
 def test_a_rank_may_have_no_prompt():
   prompts = [meshes.prompt(i, 3 + i) for i in range(3)]
   cfg, weights = meshes.CONFIG, meshes.weights()
-  want = engine.Engine(cfg, *weights).generate(prompts, 6).tokens
-  net = engine.Engine(cfg, *weights, mesh=layout.make_mesh(data=4))
+  want = generate.Generator(cfg, *weights).generate(prompts, 6).tokens
+  net = generate.Generator(cfg, *weights, mesh=inference_mesh.make_mesh(data=4))
   assert net.generate(prompts, 6).tokens == want
 
 
 def test_pages_are_copied_on_their_rank():
-  made = steps.Steps(
-    meshes.CONFIG, *meshes.weights(), mesh=layout.make_mesh(data=2, expert=2)
+  made = model_runner.ModelRunner(
+    meshes.CONFIG,
+    *meshes.weights(),
+    mesh=inference_mesh.make_mesh(data=2, expert=2),
   )
-  caches = made.empty_caches(3, batching.PAGE)
+  caches = made.empty_caches(3, engine.PAGE)
   assert caches.moe.c_LpsC.shape[1] == 4 * 3
   number = lambda x: x + jnp.arange(12.0)[:, None, None]
-  copies = [pages.Copy(9, 11), pages.Copy(1, 2), pages.Copy(11, 10)]
+  copies = [
+    block_pool.Copy(9, 11),
+    block_pool.Copy(1, 2),
+    block_pool.Copy(11, 10),
+  ]
   caches = made.copy(copies, jax.tree.map(number, caches))
   want = np.array([0, 1, 1, 3, 4, 5, 6, 7, 8, 9, 9, 9])
   for leaf in jax.tree.leaves(caches):
@@ -97,15 +107,15 @@ def test_pages_are_copied_on_their_rank():
 
 
 def test_weights_lie_cut_and_latents_too():
-  mesh = layout.make_mesh(**ALL)
-  made = steps.Steps(meshes.CONFIG, *meshes.weights(), mesh=mesh)
+  mesh = inference_mesh.make_mesh(**ALL)
+  made = model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)
   shape = lambda x: x.addressable_shards[0].data.shape
   moe = made.params['moe_layers']['layers']['moe']
   assert shape(moe['w_up']) == (1, 4, 16, 4)  # half of E and of F
   attention = made.params['moe_layers']['layers']['attention']
   assert shape(attention['w_o'])[1] == 1  # of two heads
   assert attention['w_dkv'].is_fully_replicated
-  caches = made.empty_caches(3, batching.PAGE)
+  caches = made.empty_caches(3, engine.PAGE)
   assert shape(caches.moe.c_LpsC)[1] == 3
 
 
@@ -120,7 +130,9 @@ def test_weights_lie_cut_and_latents_too():
 )
 def test_what_does_not_divide_is_refused(axes, said):
   with pytest.raises(errors.InputError, match=said):
-    layout.Layout(meshes.CONFIG, layout.make_mesh(**axes))
+    inference_mesh.InferenceMesh(
+      meshes.CONFIG, inference_mesh.make_mesh(**axes)
+    )
 
 
 def test_a_pipeline_is_refused():
@@ -128,4 +140,4 @@ def test_a_pipeline_is_refused():
   sizes = dict.fromkeys(sharding.AXES, 1) | {'pipe': 2}
   mesh = sharding.make_mesh(config.ParallelConfig(**sizes, **rest))
   with pytest.raises(errors.InputError, match=r'parallel.pipe=2 must be 1'):
-    steps.Steps(meshes.CONFIG, *meshes.weights(), mesh=mesh)
+    model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)

@@ -7,7 +7,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
-from dsv3_jax.inference import pages, ranks, scheduler
+from dsv3_jax.inference import block_pool, ranks, scheduler
 
 SIZE = 4
 
@@ -16,7 +16,9 @@ class Player:
   """Runs steps; page p of rank r is r * count + p of its memory."""
 
   def __init__(self, num_ranks, count=12, max_rows=3, chunk=8):
-    make = lambda: scheduler.Scheduler(pages.Pool(count, SIZE), max_rows, chunk)
+    make = lambda: scheduler.Scheduler(
+      block_pool.BlockPool(count, SIZE), max_rows, chunk
+    )
     self.ranks = ranks.Ranks([make() for _ in range(num_ranks)])
     self.memory = np.full((num_ranks * count, SIZE), -1)
     self.count = count

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import errors
-from dsv3_jax.inference import pages, scheduler
+from dsv3_jax.inference import block_pool, scheduler
 
 SIZE = 4
 
@@ -15,7 +15,7 @@ class Player:
   """Runs steps on a cache of tokens; the next token is a sum of all before."""
 
   def __init__(self, count=12, max_rows=3, chunk=5):
-    self.pool = pages.Pool(count, SIZE)
+    self.pool = block_pool.BlockPool(count, SIZE)
     self.scheduler = scheduler.Scheduler(self.pool, max_rows, chunk)
     self.memory = np.full((count, SIZE), -1)
     self.steps = 0
@@ -188,4 +188,4 @@ def test_what_can_never_fit_is_refused_at_once():
 
 def test_sizes_are_checked():
   with pytest.raises(ValueError, match='max_rows=0'):
-    scheduler.Scheduler(pages.Pool(1, 1), 0, 1)
+    scheduler.Scheduler(block_pool.BlockPool(1, 1), 0, 1)

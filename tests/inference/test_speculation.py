@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from dsv3_jax import errors
-from dsv3_jax.inference import batching, engine, sampling, steps
+from dsv3_jax.inference import engine, generate, model_runner, sampling
 from dsv3_jax.nn import model
 from tests import settings
 from tests.inference import counting
@@ -47,7 +47,7 @@ def test_counted_traffic_gets_the_same_tokens(num_drafts, num_pages):
   """Some drafts are wrong, pages run out, some clients go away, some stop."""
   rng = np.random.default_rng(num_drafts)
   made = counting.Steps(num_drafts=num_drafts)
-  session = batching.Session(made, num_pages=num_pages, max_rows=5, chunk=64)
+  session = engine.Engine(made, num_pages=num_pages, max_rows=5, chunk=64)
   wanted, gone = [], []
   for number in range(60):
     tokens = rng.integers(0, 23, rng.integers(1, 150)).tolist()
@@ -75,7 +75,7 @@ def test_drafts_make_steps_fewer():
   calls = []
   for num_drafts in (0, 1, 2):
     made = counting.Steps(num_drafts=num_drafts)
-    session = batching.Session(made, num_pages=8, max_rows=1)
+    session = engine.Engine(made, num_pages=8, max_rows=1)
     session.submit([3, 1, 4], 200)
     while not session.is_idle:
       session.step()
@@ -92,8 +92,8 @@ def test_drafts_make_steps_fewer():
 def test_tokens_are_those_of_plain_decoding(num_drafts, hidden):
   cfg = small(model__mtp__hidden=hidden)
   params, router = weights(cfg)
-  plain = engine.Engine(cfg, params, router)
-  drafting = engine.Engine(cfg, params, router, num_drafts)
+  plain = generate.Generator(cfg, params, router)
+  drafting = generate.Generator(cfg, params, router, num_drafts)
   prompts = [prompt(1, 5), prompt(2, 130), prompt(3, 1), prompt(4, 64)]
   for how in ({}, {'temperature': 1.0, 'top_p': 0.9, 'seed': 3}):
     want = plain.generate(prompts, 40, **how)
@@ -107,11 +107,13 @@ def test_drafts_that_are_always_right_give_a_step_all_it_can_have():
   # Where all tokens are as likely, only the noise decides, which is the same.
   params, router = weights(CONFIG)
   flat = params | {'head': {'w': jnp.zeros_like(params['head']['w'])}}
-  drafting = engine.Engine(CONFIG, flat, router, 3)
+  drafting = generate.Generator(CONFIG, flat, router, 3)
   how = {'temperature': 1.0, 'seed': 2}
   made = drafting.generate([[1, 2], [3]], 41, **how)
   assert made.counts.acceptance == 1.0 and made.counts.tokens_per_step == 4.0
-  plain = engine.Engine(CONFIG, flat, router).generate([[1, 2], [3]], 41, **how)
+  plain = generate.Generator(CONFIG, flat, router).generate(
+    [[1, 2], [3]], 41, **how
+  )
   assert made.tokens == plain.tokens
   assert len(set(made.tokens[0])) > 5
 
@@ -121,8 +123,8 @@ def test_first_drafts_are_the_mtp_module_s_choice(hidden):
   """However the latents came there: chunks, prompt cache, verified drafts."""
   cfg = small(model__mtp__hidden=hidden)
   params, router = weights(cfg)
-  made = steps.Steps(cfg, params, router, 2)
-  session = batching.Session(made, num_pages=20, max_rows=3, chunk=64)
+  made = model_runner.ModelRunner(cfg, params, router, 2)
+  session = engine.Engine(made, num_pages=20, max_rows=3, chunk=64)
   seen = []
   for tokens in (prompt(5, 150), prompt(6, 3), prompt(5, 150)[:140] + [1, 2]):
     request = session.submit(tokens, 20)
@@ -159,7 +161,7 @@ def test_drawn_tokens_have_the_model_s_distribution():
   cfg = small(model__vocab_size=vocab)
   params, router = weights(cfg)
   params['head']['w'] *= 0.5  # or some triples would be too rare to count
-  made = steps.Steps(cfg, params, router, 1)
+  made = model_runner.ModelRunner(cfg, params, router, 1)
   counts, kept = np.zeros(vocab**3), 0
   for seed in range(rounds):
     tokens_B3, kept_B = triples(made, start, rows, seed)
@@ -179,7 +181,7 @@ def triples(made, start, rows, seed):
     *(np.asarray(jax.random.key_data(keys_B)), ones_B),
     *(np.zeros(rows, np.int32), ones_B),
   )
-  caches = made.empty_caches(rows, batching.PAGE)
+  caches = made.empty_caches(rows, engine.PAGE)
   table_B1 = np.arange(rows, dtype=np.int32)[:, None]
   zeros_B, none_B = np.zeros((2, rows), np.int32)
   at = lambda x_BT, t_B: np.take_along_axis(x_BT, t_B[:, None], 1)[:, 0]
@@ -190,7 +192,7 @@ def triples(made, start, rows, seed):
       index_B2[:, 1] = -1
     tokens_B2 = np.stack([last_B, draft_B], axis=1)
     arrays = (tokens_B2, index_B2, zeros_B, none_B, table_B1)
-    rows = steps.Rows(*(x.astype(np.int32) for x in arrays))
+    rows = model_runner.Rows(*(x.astype(np.int32) for x in arrays))
     found, caches = made.decode(rows, caches, draws)
     return *map(np.asarray, found), caches
 
@@ -228,9 +230,9 @@ def triple_probabilities(cfg, params, router, start):
 def test_a_model_without_mtp_cannot_draft():
   cfg = small(model__mtp__depth=0)
   with pytest.raises(errors.InputError, match='needs a model with an MTP mod'):
-    engine.Engine(cfg, {}, {}, 1)
+    generate.Generator(cfg, {}, {}, 1)
   with pytest.raises(errors.InputError, match='num_drafts=-1 must be >= 0'):
-    engine.Engine(CONFIG, {}, {}, -1)
+    generate.Generator(CONFIG, {}, {}, -1)
 
 
 @pytest.mark.parametrize(('num_drafts', 'size'), [(1, 63), (2, 62)])
@@ -240,17 +242,17 @@ def test_answers_to_one_prompt_draft_each_for_itself(num_drafts, size):
   flat = params | {'head': {'w': 0.5 * params['head']['w']}}
   tokens, draws = (
     prompt(7, size),
-    [batching.Draw(temperature=1.0, stream=i) for i in (0, 1, 2)],
+    [engine.Draw(temperature=1.0, stream=i) for i in (0, 1, 2)],
   )
-  plain, want = steps.Steps(CONFIG, flat, router), []
+  plain, want = model_runner.ModelRunner(CONFIG, flat, router), []
   for draw in draws:
-    session = batching.Session(plain, num_pages=8, max_rows=3)
+    session = engine.Engine(plain, num_pages=8, max_rows=3)
     request = session.submit(tokens, 20, draw)
     while not request.done:
       session.step()
     want.append(request.tokens)
-  made = steps.Steps(CONFIG, flat, router, num_drafts)
-  session = batching.Session(made, num_pages=8, max_rows=3)
+  made = model_runner.ModelRunner(CONFIG, flat, router, num_drafts)
+  session = engine.Engine(made, num_pages=8, max_rows=3)
   first = session.submit(tokens, 20, draws[0])
   rest = [session.submit(tokens, 20, draw, twin=first) for draw in draws[1:]]
   while not session.is_idle:

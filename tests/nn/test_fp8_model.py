@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import precision, train_step
-from dsv3_jax.checkpoint import hf
+from dsv3_jax import precision
+from dsv3_jax.checkpoint import fp8_blocks
+from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.nn import model
-from dsv3_jax.ops import fp8
+from dsv3_jax.training import step as steps
 from tests import settings
 from tests.nn import models
 from tests.oracles import fp8_gemm
@@ -135,12 +136,12 @@ def test_blockwise_dgrad_is_another_gradient_of_the_same_loss():
 def test_weights_are_quantised_once_a_step():
   """No FP8 form of a weight is made inside the loop over micro-batches."""
   cfg = settings.small(**FP8)
-  state = train_step.state_shapes(cfg)
+  state = steps.state_shapes(cfg)
   shape = (3, 2, cfg.data.seq_len)
   ints = jax.ShapeDtypeStruct(shape, jnp.int32)
   batch = model.Batch(*[ints] * 4, jax.ShapeDtypeStruct(shape, jnp.float32))
   hyper = dict.fromkeys(('lr', 'mtp_weight', 'bias_rate'), 1.0)
-  step = train_step.make_train_step(cfg)
+  step = steps.make_train_step(cfg)
   jaxpr = jax.make_jaxpr(step)(state, batch, 3, hyper)
   outside, inside = [], []
   collect(jaxpr.jaxpr, outside, inside)
@@ -159,7 +160,7 @@ def test_weights_are_quantised_once_a_step():
 def collect(jaxpr, outside, inside, in_loop=False):
   """Shapes of every cast to e4m3, outside and inside of loops."""
   for eqn in jaxpr.eqns:
-    if eqn.params.get('new_dtype') == fp8.E4M3:
+    if eqn.params.get('new_dtype') == fp8_blocks.E4M3:
       (inside if in_loop else outside).append(eqn.outvars[0].aval.shape)
     loop = in_loop or eqn.primitive.name in ('while', 'scan')
     for inner in jax.tree.leaves(
@@ -176,7 +177,7 @@ def test_training_reads_the_weights_that_an_export_holds():
   params, _ = map(models.f32, models.random_params(cfg))
   made = model.quantize(precision.POLICIES['fp8'], params)['quantized']
   found = 0
-  for tensor in hf.table(cfg.model):
+  for tensor in hf_names.table(cfg.model):
     if len(tensor.leaves) > 1 or not tensor.num_in or tensor.copy:
       continue
     leaf = tensor.leaves[0]
@@ -189,7 +190,7 @@ def test_training_reads_the_weights_that_an_export_holds():
     # HF keeps [out, in], which is Fprop's orientation.
     out_in = np.moveaxis(w, range(tensor.num_in), range(-tensor.num_in, 0))
     rows = int(np.prod(w.shape[tensor.num_in :]))
-    values, scales = fp8.quantize_host(
+    values, scales = fp8_blocks.quantize_host(
       np.ascontiguousarray(out_in.reshape(rows, -1)), tensor.name
     )
     same = lambda a, b: np.testing.assert_array_equal(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import config, sharding
+from dsv3_jax import config
+from dsv3_jax.distributed import sharding
 from dsv3_jax.nn import attention, model
 from experiments import v3_16b, v3_671b
 from tests import gradients, settings

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config, sharding
-from dsv3_jax.ops import dispatch
+from dsv3_jax import config
+from dsv3_jax.distributed import sharding
+from dsv3_jax.ops import experts as expert_ops
 
 AXES = ('node', 'expert')
 ONE_HOP, TWO_HOPS = (AXES,), AXES
@@ -65,7 +66,7 @@ def draw(seed=0):
   values = {
     'x_MD': normal(TOKENS, DIM),
     'gates_MK': jnp.float32(rng.uniform(0.1, 1.0, (TOKENS, TOP_K))),
-    'experts': dispatch.Experts(normal(*up), normal(*up), normal(*down)),
+    'experts': expert_ops.Experts(normal(*up), normal(*up), normal(*down)),
   }
   return values, normal(TOKENS, DIM)
 
@@ -74,7 +75,7 @@ def step(product='blocks', axes=(), transport='auto'):
   """Output and gradients of the routed product."""
   how = (product, BLOCK, axes, transport)
   return value_and_grads(
-    lambda v, ids_MK: dispatch.expert_ffn(
+    lambda v, ids_MK: expert_ops.expert_ffn(
       v['x_MD'], ids_MK, v['gates_MK'], v['experts'], *how
     )
   )

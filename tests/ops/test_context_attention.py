@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import config, sharding
+from dsv3_jax import config
+from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.ops import attention, context_attention, mla, rope
 from tests import gradients, tolerances
 from tests.ops import test_mla as plain
@@ -25,14 +26,14 @@ def over(parts, body):
     )
   )
   how = {'in_specs': Spec(), 'out_specs': Spec()}
-  return jax.jit(sharding.mapped(body, mesh, **how))
+  return jax.jit(sharding.shard_map_step(body, mesh, **how))
 
 
 def layer(x_BTD, w, positions_BS, segments_BS):
   """As `tests.ops.test_mla.forward`, of this device's tokens."""
-  cos, sin = rope.tables(plain.CFG, sharding.own_tokens(positions_BS))
+  cos, sin = rope.tables(plain.CFG, collectives.shard_sequence(positions_BS))
   latents = mla.compress(x_BTD @ w['w_dkv_DY'], w['kv_norm_C'], cos, sin, 1e-6)
-  latents = mla.Latents(*map(sharding.whole_rows, latents))
+  latents = mla.Latents(*map(collectives.all_gather_sequence, latents))
   q_BTNX = jnp.einsum('btd,dnx->btnx', x_BTD, w['w_q_DNX'])
   q_BTNX = jnp.concatenate(mla.split_query(q_BTNX, cos, sin), axis=-1)
   up = lambda w: jnp.einsum('bsc,cnh->bsnh', latents.c_BSC, w)
@@ -46,12 +47,14 @@ def value_and_grads(values, dy_BSD, *rest):
   """Whole output, and the sums of all devices' gradients."""
 
   def loss(values):
-    x_BTD = sharding.own_tokens(values['x'])
+    x_BTD = collectives.shard_sequence(values['x'])
     y_BTD = layer(x_BTD, values['weights'], *rest)
-    return jnp.sum(y_BTD * sharding.own_tokens(dy_BSD)), y_BTD
+    return jnp.sum(y_BTD * collectives.shard_sequence(dy_BSD)), y_BTD
 
   grads, y_BTD = jax.grad(loss, has_aux=True)(values)
-  return sharding.whole_rows(y_BTD), sharding.psum(grads, 'context')
+  return collectives.all_gather_sequence(y_BTD), collectives.psum(
+    grads, 'context'
+  )
 
 
 # (devices, queries at a time): pieces of 12, 6 and 3 tokens.
@@ -83,25 +86,27 @@ def test_pieces_go_out_and_come_back():
   x_BS = jnp.arange(32).reshape(2, 16)
 
   def body(x_BS):
-    own_BT = sharding.own_tokens(x_BS)
+    own_BT = collectives.shard_sequence(x_BS)
     every = jax.lax.all_gather(own_BT, 'context')
-    return every, sharding.whole_rows(own_BT)
+    return every, collectives.all_gather_sequence(own_BT)
 
   every, whole = over(4, body)(x_BS)
   want = [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
   np.testing.assert_array_equal(every[:, 0], want)
   np.testing.assert_array_equal(whole, x_BS)
-  np.testing.assert_array_equal(sharding.own_tokens(x_BS), x_BS)
+  np.testing.assert_array_equal(collectives.shard_sequence(x_BS), x_BS)
 
 
 @pytest.mark.parametrize('parts', [2, 3, 8])
 def test_every_device_makes_its_causal_products_once(monkeypatch, parts):
   """2 C + 1 of 4 C products of pieces, the query's own piece last."""
   monkeypatch.setattr(context_attention, '_QUERY_BLOCK', 2)
-  monkeypatch.setattr(sharding, 'size', lambda axes: parts)
+  monkeypatch.setattr(collectives, 'axis_size', lambda axes: parts)
   piece, found = 4, []
   for device in range(parts):
-    monkeypatch.setattr(sharding, 'index', lambda axis, here=device: here)
+    monkeypatch.setattr(
+      collectives, 'axis_index', lambda axis, here=device: here
+    )
     loop = context_attention.Loop(2 * piece)
     assert loop.turns == (2 * parts + 1) * loop.blocks
     turns = [loop.turn(jnp.int32(n)) for n in range(loop.turns)]
@@ -122,7 +127,7 @@ def test_half_of_the_products_are_never_made():
   x_BSD, positions_BS = plain.tokens(1, 64)
   weights = plain.f32(plain.plain_weights())
   body = functools.partial(layer, segments_BS=None)
-  run = over(4, lambda x, *rest: body(sharding.own_tokens(x), *rest))
+  run = over(4, lambda x, *rest: body(collectives.shard_sequence(x), *rest))
   text = str(jax.make_jaxpr(run)(jnp.float32(x_BSD), weights, positions_BS))
   # Pieces of 8 queries by 8 keys, nine times: not 16 queries by 64 keys.
   heads = plain.CFG.mla.num_heads

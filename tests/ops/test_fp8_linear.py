@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax import precision
-from dsv3_jax.ops import attention, dispatch, fp8_experts, fp8_linear, linear
+from dsv3_jax.ops import attention, fp8_experts, fp8_linear, linear
+from dsv3_jax.ops import experts as expert_ops
 from pallas_kernels.fp8_matmul import e5m6, reference
 from tests import tolerances
 from tests.oracles import fp8_formats as formats
@@ -227,7 +228,7 @@ def check_experts(ids, seed=0, dim=130, width=72, experts=5):
   ]
 
   def loss(x, gates, weights):
-    wrapped = dispatch.Experts(*map(make_weight, weights))
+    wrapped = expert_ops.Experts(*map(make_weight, weights))
     y = fp8_experts.expert_ffn(x, jnp.int32(ids), gates, wrapped, POLICY)
     return jnp.sum(y.astype(jnp.float32) * jnp.float32(dy)), y
 
@@ -259,9 +260,9 @@ def test_gates_get_the_plain_gradient_within_fp8():
   x, gates, weights, dy, dgates = check_experts(ids)
 
   def plain(gates):
-    f32 = dispatch.Experts(*(jnp.float32(w) for w in weights))
+    f32 = expert_ops.Experts(*(jnp.float32(w) for w in weights))
     args = (jnp.float32(x), jnp.int32(ids), gates, f32, 'dense', 4)
-    return jnp.sum(dispatch.expert_ffn(*args) * jnp.float32(dy))
+    return jnp.sum(expert_ops.expert_ffn(*args) * jnp.float32(dy))
 
   want = jax.grad(plain)(jnp.float32(gates))
   assert fp8_gemm.difference(np.asarray(dgates), np.asarray(want)) < 5e-3
@@ -312,7 +313,7 @@ def test_blockwise_dgrad_of_experts_leaves_the_last_matrix_alone():
 
   def grads(policy):
     def loss(x, weights):
-      experts = dispatch.Experts(*map(make_weight, weights))
+      experts = expert_ops.Experts(*map(make_weight, weights))
       y = fp8_experts.expert_ffn(x, jnp.int32(ids), gates, experts, policy)
       return jnp.sum(y * jnp.float32(dy))
 
@@ -357,7 +358,7 @@ def test_kernels_give_the_gradients_of_the_reference():
     policy = dataclasses.replace(POLICY, implementation=implementation)
 
     def loss(x, weights):
-      experts = dispatch.Experts(*map(make_weight, weights))
+      experts = expert_ops.Experts(*map(make_weight, weights))
       args = (x, jnp.int32(ids), gates, experts, policy)
       y = fp8_experts.expert_ffn(*args)
       shared = fp8_linear.operand(y, policy, pow2=True)

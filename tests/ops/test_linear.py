@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax import precision
-from dsv3_jax.ops import dispatch, linear, losses
+from dsv3_jax.ops import cross_entropy, linear
+from dsv3_jax.ops import experts as expert_ops
 from tests import tolerances
 
 POLICY = precision.POLICIES['bf16']
@@ -47,14 +48,14 @@ def test_gradients_of_head_and_experts_keep_more_digits_than_bf16():
   gates_MK = jnp.ones((TOKENS, 1), jnp.float32)
 
   def experts_loss(experts):
-    y_MD = dispatch.expert_ffn(x_MD, ids_MK, gates_MK, experts, 'blocks', 64)
+    y_MD = expert_ops.expert_ffn(x_MD, ids_MK, gates_MK, experts, 'blocks', 64)
     return jnp.sum(y_MD * dy_MD, dtype=jnp.float32)
 
   def head_loss(head_DV):
     targets, counts = ids_MK.T, gates_MK.T
-    return losses.head_loss(x_MD[None], head_DV, targets, counts)
+    return cross_entropy.head_loss(x_MD[None], head_DV, targets, counts)
 
-  found = [*jax.grad(experts_loss)(dispatch.Experts(*weights))]
+  found = [*jax.grad(experts_loss)(expert_ops.Experts(*weights))]
   found.append(jax.grad(head_loss)(head_DV))
   for grad in found:
     assert grad.dtype == jnp.float32

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.ops import losses, routing
+from dsv3_jax.ops import balance_loss as balance_losses
+from dsv3_jax.ops import cross_entropy, mtp_loss, routing
 from tests import gradients, reference, settings, tolerances
 from tests.oracles import losses as oracle
 
@@ -34,7 +35,7 @@ def f32(tree):
 
 def head_loss(v, targets_BT, weights_BT):
   rest = (jnp.asarray(targets_BT), jnp.float32(weights_BT))
-  return losses.head_loss(v['h'], v['head'], *rest)
+  return cross_entropy.head_loss(v['h'], v['head'], *rest)
 
 
 def plain_loss(v, targets_BT, weights_BT):
@@ -53,7 +54,7 @@ def test_token_losses_match_the_oracle_at_any_magnitude():
   logits = np.random.default_rng(0).normal(size=(2, 3, VOCAB))
   logits[0, 0] *= 1e4
   targets = np.arange(6).reshape(2, 3)
-  got = losses.token_losses(jnp.float32(logits), jnp.asarray(targets))
+  got = cross_entropy.token_losses(jnp.float32(logits), jnp.asarray(targets))
   want = oracle.cross_entropy(
     np.float32(logits).reshape(-1, VOCAB), targets.reshape(-1)
   )
@@ -73,7 +74,7 @@ def test_head_loss_matches_the_oracle_with_its_gradients():
 def test_head_loss_is_the_plain_formula_however_cut(
   monkeypatch, at_once, batch, length
 ):
-  monkeypatch.setattr(losses, '_TOKENS_AT_ONCE', at_once)
+  monkeypatch.setattr(cross_entropy, '_TOKENS_AT_ONCE', at_once)
   values, *rest = draw(2, batch, length)
   # Seven times the loss: the backward pass scales what the forward pass made.
   grad = lambda f: jax.value_and_grad(lambda v: 7.0 * f(v, *rest))(f32(values))
@@ -113,9 +114,9 @@ def test_head_loss_in_bf16_stays_near_f32():
 
 def test_mtp_shift_literal():
   x_BT = jnp.array([[1, 2, 3, 4, 5]])
-  np.testing.assert_array_equal(losses.mtp_shift(x_BT, 0), x_BT)
-  np.testing.assert_array_equal(losses.mtp_shift(x_BT, 1), [[2, 3, 4, 5, 0]])
-  np.testing.assert_array_equal(losses.mtp_shift(x_BT, 4), [[5, 0, 0, 0, 0]])
+  np.testing.assert_array_equal(mtp_loss.mtp_shift(x_BT, 0), x_BT)
+  np.testing.assert_array_equal(mtp_loss.mtp_shift(x_BT, 1), [[2, 3, 4, 5, 0]])
+  np.testing.assert_array_equal(mtp_loss.mtp_shift(x_BT, 4), [[5, 0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_mtp_weights_literal(depth, isolated, want):
   segments_BT = jnp.array([[1, 1, 1, 1, 2, 2, 0, 0]])
   weights = [1, 1, 1, 0, 1, 0, 0, 0] if isolated else [1, 1, 1, 1, 1, 1, 0, 0]
   weights_BT = jnp.float32([weights])
-  got = losses.mtp_weights(weights_BT, segments_BT, depth, isolated)
+  got = mtp_loss.mtp_weights(weights_BT, segments_BT, depth, isolated)
   np.testing.assert_array_equal(got, [want])
 
 
@@ -156,9 +157,9 @@ def test_mtp_targets_and_weights_match_the_oracle(
   borders_Z = segments_Z if isolated else None
   targets_T, weights_T = main(0, segments_Z=borders_Z)
   targets_J, weights_J = main(depth, segments_Z=borders_Z)
-  got_targets = losses.mtp_shift(jnp.array(targets_T)[None], depth)[0]
+  got_targets = mtp_loss.mtp_shift(jnp.array(targets_T)[None], depth)[0]
   rows = (jnp.float32(weights_T)[None], jnp.array(segments_Z[:-1])[None])
-  got_weights = losses.mtp_weights(*rows, depth, isolated)[0]
+  got_weights = mtp_loss.mtp_weights(*rows, depth, isolated)[0]
   count = num_inputs - depth
   np.testing.assert_array_equal(got_targets[:count], targets_J)
   np.testing.assert_array_equal(got_weights[:count], weights_J)
@@ -188,7 +189,9 @@ def test_balance_losses_match_the_oracle(kind, padding):
   rest = (jnp.asarray(ids_BTK, jnp.int32), jnp.float32(valid_BT))
 
   def loss(scores_BTE):
-    return losses.balance_loss(scores_BTE, *rest, cfg.balance, cfg.model.moe)
+    return balance_losses.balance_loss(
+      scores_BTE, *rest, cfg.balance, cfg.model.moe
+    )
 
   got, grad = jax.value_and_grad(loss)(jnp.float32(scores_BTE))
   exact = lambda s: reference.balance_loss(s, ids_BTK, valid_BT, cfg)
@@ -209,14 +212,16 @@ def test_perfect_balance_costs_alpha(kind):
   scores_BTE = jnp.float32(np.array(rows)[None])
   _, ids_BTK = jax.lax.top_k(scores_BTE, 3)
   args = (scores_BTE, ids_BTK, jnp.ones((1, 8)), cfg.balance, cfg.model.moe)
-  assert float(losses.balance_loss(*args)) == pytest.approx(cfg.balance.alpha)
+  assert float(balance_losses.balance_loss(*args)) == pytest.approx(
+    cfg.balance.alpha
+  )
 
 
 def test_sequence_balance_ignores_bias_and_groups():
   # eq. 18 takes the top K of the plain scores: the ids chosen do not matter.
   cfg = balance_case('sequence')
   scores_BTE = jnp.float32(np.random.default_rng(6).uniform(size=(1, 5, 8)))
-  loss = lambda ids: losses.balance_loss(
+  loss = lambda ids: balance_losses.balance_loss(
     scores_BTE, ids, jnp.ones((1, 5)), cfg.balance, cfg.model.moe
   )
   chosen = jax.lax.top_k(scores_BTE, 3)[1]
@@ -230,7 +235,7 @@ def test_balance_gradient_pushes_scores_together():
   logits += jnp.linspace(1.0, -1.0, 8)
   ids, ones = jnp.zeros((1, 64, 3), jnp.int32), jnp.ones((1, 64))
   rest = (ids, ones, cfg.balance, cfg.model.moe)
-  loss = lambda x: losses.balance_loss(jax.nn.sigmoid(x), *rest)
+  loss = lambda x: balance_losses.balance_loss(jax.nn.sigmoid(x), *rest)
   spread = lambda x: float(
     jnp.std(routing.count_load(jax.lax.top_k(x, 3)[1], 8, ones))
   )

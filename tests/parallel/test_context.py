@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks import layouts
-from dsv3_jax import evaluate, sharding
-from dsv3_jax import train_step as steps
+from dsv3_jax.distributed import sharding
 from dsv3_jax.nn import model
-from dsv3_jax.parallel import describe
+from dsv3_jax.parallel import sharding_report
+from dsv3_jax.training import evaluate
+from dsv3_jax.training import step as steps
 
 
 @pytest.mark.slow
@@ -37,7 +38,7 @@ def test_evaluation_is_that_of_one_device():
 def test_masters_are_cut_over_context():
   """Nothing of the compute form is: `context` holds tokens, not weights."""
   cfg = layouts.make_config({'context': 2, 'expert': 2}, {})
-  told = json.loads(describe.render(cfg, as_json=True))
+  told = json.loads(sharding_report.render(cfg, as_json=True))
   assert not any('context' in row['compute'] for row in told['arrays'])
   cut = [row for row in told['arrays'] if 'context' in row['master']]
   elements = sum(row['elements'] for row in cut)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks import layouts
-from dsv3_jax import sharding
-from dsv3_jax import train_step as steps
+from dsv3_jax.distributed import sharding
+from dsv3_jax.training import step as steps
 
 AXES = {'pipe': 2, 'data': 2, 'schedule': 'dualpipe'}
 FOUR = {'model.num_layers': 4}

@@ -6,9 +6,9 @@ import jax
 import pytest
 
 from benchmarks import layouts
-from dsv3_jax import sharding
-from dsv3_jax import train_step as steps
-from dsv3_jax.parallel import describe
+from dsv3_jax.distributed import sharding
+from dsv3_jax.parallel import sharding_report
+from dsv3_jax.training import step as steps
 
 AXES = ('data', 'node', 'expert')
 
@@ -22,8 +22,10 @@ def make(**changes):
 
 
 def test_matrices_are_cut_as_far_as_their_masters():
-  rows = {row['array']: row for row in describe.rows(make(parallel__fsdp=AXES))}
-  plain = {row['array']: row for row in describe.rows(make())}
+  rows = {
+    row['array']: row for row in sharding_report.rows(make(parallel__fsdp=AXES))
+  }
+  plain = {row['array']: row for row in sharding_report.rows(make())}
   for name, row in rows.items():
     if name.endswith('norm') or name.startswith('router'):
       continue

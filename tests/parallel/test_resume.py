@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks import layouts
-from dsv3_jax import errors, metrics, sharding, train
-from dsv3_jax import train_step as steps
-from dsv3_jax.parallel import plan
+from dsv3_jax import errors
+from dsv3_jax.distributed import sharding
+from dsv3_jax.parallel import state_layout
+from dsv3_jax.training import loop, metrics
+from dsv3_jax.training import step as steps
 from tests import tiny_run
 
 MESHES = (
@@ -42,14 +44,14 @@ def test_states_go_from_layout_to_layout_to_the_bit(scan):
 def test_a_run_goes_on_on_another_mesh(tmp_path):
   """Pipeline with experts over devices, then data, then one device."""
   cfg = tiny_run.make(tmp_path, optim__eps=1e-3)
-  train.run(tiny_run.until(cfg, 12), tmp_path / 'one')
+  loop.run(tiny_run.until(cfg, 12), tmp_path / 'one')
   path = tmp_path / 'many'
-  train.run(tiny_run.until(cfg, 8, pipe=2, expert=2, schedule='gpipe'), path)
-  train.run(tiny_run.until(cfg, 10, data=2), path)
+  loop.run(tiny_run.until(cfg, 8, pipe=2, expert=2, schedule='gpipe'), path)
+  loop.run(tiny_run.until(cfg, 10, data=2), path)
   # The same steps in other micro-batches: another mesh may need them.
   last = tiny_run.until(cfg, 12)
   halves = dataclasses.replace(last.train, microbatch_size=1)
-  train.run(dataclasses.replace(last, train=halves), path)
+  loop.run(dataclasses.replace(last, train=halves), path)
   lines = [
     [x for x in metrics.read_metrics(folder) if x['kind'] == 'train']
     for folder in (tmp_path / 'one', path)
@@ -69,7 +71,7 @@ def test_what_no_pipeline_can_do_is_one_line():
     'of train.microbatch_size=16: .*microbatches=4 must be even and >= 2'
   )
   with pytest.raises(errors.InputError, match=said) as caught:
-    plan.make(cfg, dataclasses.asdict(cfg.parallel))
+    state_layout.make(cfg, dataclasses.asdict(cfg.parallel))
   assert '\n' not in str(caught.value)
   with pytest.raises(
     errors.InputError, match=r'most parallel\.pipe=4'

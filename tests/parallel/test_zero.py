@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import layouts
-from dsv3_jax import sharding
-from dsv3_jax.parallel import describe, zero
+from dsv3_jax.distributed import sharding
+from dsv3_jax.parallel import sharding_report, zero
 
 Spec = sharding.Spec
 SIZES = {'pipe': 1, 'data': 2, 'context': 1, 'node': 2, 'expert': 2, 'model': 1}
@@ -55,7 +55,7 @@ def test_gather_reduce_and_norm_are_those_of_the_whole(shape):
     return whole['w'][None], grads['w'], zero.norm(grads, placed)
 
   each, master = Spec(('data', 'expert')), placed['w'].master
-  run = sharding.mapped(
+  run = sharding.shard_map_step(
     body, mesh, in_specs=(master, each), out_specs=(each, master, Spec())
   )
   whole, grads, norm = jax.jit(run)(w, g)
@@ -70,15 +70,15 @@ def test_the_table_adds_up():
   cfg = layouts.make_config(
     {'pipe': 2, 'data': 2, 'expert': 2, 'schedule': 'dualpipe'}, {}
   )
-  rows = describe.rows(cfg)
+  rows = sharding_report.rows(cfg)
   by_name = {row['array']: row for row in rows}
   up = by_name['moe.moe.w_up']
   assert up['compute'] == 'pipe - - node+expert - -'
   assert up['compute_per_device'] * 4 == up['elements']
   assert up['master_per_device'] * 8 == up['elements']
   assert by_name['head.w']['compute'] == '- pipe'
-  total = describe.totals(rows)
+  total = sharding_report.totals(rows)
   assert total['elements'] == sum(row['elements'] for row in rows)
-  text = describe.render(cfg, as_json=False).splitlines()
+  text = sharding_report.render(cfg, as_json=False).splitlines()
   assert text[0].split()[0] == 'array' and text[-1].split()[0] == 'all'
   assert len(text) == len(rows) + 2

@@ -1,0 +1,289 @@
+"""Our parameters as a Hugging Face folder, written piece by piece.
+
+Shards are made at their full size and filled in place; a piece is at most 32 MB
+of f32, whatever the tensor's size. All is written into `OUTPUT.partial`, with a
+list of the finished shards; one rename at the end makes it `OUTPUT`. Begun
+again after an interruption, finished shards stay and the rest is made.
+
+  model-00001-of-00163.safetensors  model.safetensors.index.json  SHA256SUMS
+  config.json  generation_config.json  tokenizer.json  tokenizer_config.json
+"""
+
+import collections
+import concurrent.futures
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsv3_jax import config, errors
+from dsv3_jax.checkpoint import fp8_blocks
+from dsv3_jax.checkpoint.hf import config as hf_config
+from dsv3_jax.checkpoint.hf import names as hf_names
+from dsv3_jax.checkpoint.safetensors import finite
+from dsv3_jax.checkpoint.safetensors import reader as shards
+from dsv3_jax.checkpoint.safetensors import writer as shard_writer
+
+_PIECE_BYTES = 32 << 20
+_DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'fp8': 'BF16'}
+# Linears that the published checkpoint holds in FP8 (TR 3.3.1): not the
+# embedding, the head, the gate, norms, nor MTP's projection.
+_FP8 = (
+  *('q_proj', 'q_a_proj', 'q_b_proj', 'kv_a_proj_with_mqa', 'kv_b_proj'),
+  *('o_proj', 'gate_proj', 'up_proj', 'down_proj'),
+)
+_JOURNAL = 'finished.json'
+
+Leaves = Mapping[tuple[str, ...], Any]
+
+
+class _Source(NamedTuple):
+  """The leaves as they are, and with what is `Quantized` in f32."""
+
+  stored: Leaves
+  plain: Leaves
+
+
+def manifest(cfg: config.Config, dtype: str) -> list[shard_writer.Spec]:
+  """Name, dtype and shape of every tensor of an export; allocates nothing.
+
+  Args:
+    dtype: 'float32', 'bfloat16' or 'fp8'. Router biases are always f32.
+  """
+  specs = []
+  for place in hf_names.places(cfg):
+    specs += _specs(place, dtype)
+  return specs
+
+
+def _specs(place: hf_names.Place, dtype: str) -> list[shard_writer.Spec]:
+  """The tensor and, in FP8, the scales of its blocks."""
+  name, shape = place.tensor.name, place.file_shape
+  if name.endswith('e_score_correction_bias'):
+    return [shard_writer.Spec(name, 'F32', shape)]
+  if dtype == 'fp8' and name.split('.')[-2] in _FP8:
+    blocks = tuple(-(-n // 128) for n in shape)
+    return [
+      shard_writer.Spec(name, 'F8_E4M3', shape),
+      shard_writer.Spec(name + '_scale_inv', 'F32', blocks),
+    ]
+  return [shard_writer.Spec(name, _DTYPES[dtype], shape)]
+
+
+def export(
+  cfg: config.Config,
+  leaves: Leaves,
+  output: str | pathlib.Path,
+  *,
+  dtype: str = 'bfloat16',
+  shard_bytes: int = 5_000_000_000,
+  documents: Mapping[str, str] | None = None,
+  source: str = '',
+  progress: Callable[[str], None] = lambda line: None,
+) -> None:
+  """Writes the folder.
+
+  Args:
+    leaves: path -> array with `shape` and slicing: NumPy, JAX or LazyArray.
+    shard_bytes: most bytes of one file, unless one tensor is larger.
+    documents: file name -> text, of the tokenizer.
+    source: names what is exported, so that a folder begun with another is not
+      gone on with.
+
+  Raises:
+    InputError: `output` exists, or a weight is not finite (names the tensor).
+  """
+  output = pathlib.Path(output)
+  if output.exists():
+    raise errors.InputError(f'--output={output} exists: name another')
+  partial = output.with_name(output.name + '.partial')
+  places = hf_names.places(cfg)
+  of = {spec.name: p for p in places for spec in _specs(p, dtype)}
+  plan = shard_writer.plan(manifest(cfg, dtype), shard_bytes)
+  names = shard_writer.shard_names(len(plan))
+  mark = hashlib.sha256(repr((source, cfg.model, dtype, plan)).encode())
+  digests = _begin(partial, mark.hexdigest())
+  both = _Source(leaves, hf_names.dequantised(leaves, cfg))
+  jobs = {
+    name: functools.partial(_write_shard, partial / name, specs, of, both)
+    for name, specs in zip(names, plan, strict=True)
+  }
+  try:
+    _write_shards(partial, jobs, mark.hexdigest(), digests, progress)
+  except errors.InputError:  # to go on from there would end alike
+    shutil.rmtree(partial)
+    raise
+  shard_writer.write_index(partial, plan)
+  texts = dict(documents or {})
+  body = hf_config.write(cfg, dtype)
+  texts['config.json'] = json.dumps(body, indent=2) + '\n'
+  for name, text in texts.items():
+    (partial / name).write_text(text, encoding='utf-8')
+  shard_writer.write_sums(partial, digests)
+  (partial / _JOURNAL).unlink()
+  partial.rename(output)
+
+
+def _write_shards(
+  partial: pathlib.Path,
+  jobs: Mapping[str, Callable[[], None]],
+  mark: str,
+  digests: dict[str, str],
+  progress: Callable[[str], None],
+) -> None:
+  """Makes what is not in `digests`; one is hashed while the next is written."""
+
+  def finish(name: str) -> None:
+    if name not in digests:
+      digest = shards.digest(partial / name)
+      shard_writer.flush(partial / name)
+      digests[name] = digest
+      _note(partial, mark, digests)
+    size = (partial / name).stat().st_size
+    progress(f'{name}  {size / 1e9:.2f} GB')
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    last = None
+    for name, write in jobs.items():
+      if name not in digests:
+        write()
+      if last is not None:
+        last.result()
+      last = pool.submit(finish, name)
+    last.result()
+
+
+def _begin(partial: pathlib.Path, mark: str) -> dict[str, str]:
+  """Digests of the shards that an earlier export of the same finished."""
+  try:
+    partial.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.InputError(
+      f'--output: {partial} cannot be written ({error.strerror})'
+    ) from error
+  try:
+    old = json.loads((partial / _JOURNAL).read_text(encoding='utf-8'))
+    same = old['mark'] == mark
+  except (OSError, ValueError, KeyError, TypeError):
+    same = False
+  kept = old['digests'] if same else {}
+  for path in partial.iterdir():
+    if path.name not in kept:
+      path.unlink()
+  return {name: d for name, d in kept.items() if (partial / name).exists()}
+
+
+def _note(partial: pathlib.Path, mark: str, digests: dict[str, str]) -> None:
+  scratch = partial / f'.{_JOURNAL}'
+  body = {'mark': mark, 'digests': digests}
+  scratch.write_text(json.dumps(body), encoding='utf-8')
+  scratch.replace(partial / _JOURNAL)
+
+
+def _write_shard(
+  path: pathlib.Path,
+  specs: list[shard_writer.Spec],
+  of: dict[str, hf_names.Place],
+  leaves: _Source,
+) -> None:
+  """All tensors of one shard; pieces are converted on all cores."""
+  workers = os.cpu_count() or 1
+  with (
+    shard_writer.ShardWriter(path, specs) as writer,
+    concurrent.futures.ThreadPoolExecutor(workers) as pool,
+  ):
+    waiting = collections.deque()
+    for job in _jobs(specs, of, leaves, writer):
+      waiting.append(pool.submit(*job))
+      if len(waiting) > 2 * workers:  # bounds the memory
+        waiting.popleft().result()
+    while waiting:
+      waiting.popleft().result()
+
+
+def _jobs(specs, of, leaves, writer) -> Iterator[tuple]:
+  """One call a piece: function and arguments; scales come with their weight."""
+  here = {spec.name: spec for spec in specs}
+  for name in dict.fromkeys(n.removesuffix('_scale_inv') for n in here):
+    place = of[name]
+    pair = (here.get(name), here.get(name + '_scale_inv'))
+    for start, stop in _pieces(place):
+      yield _write_piece, pair, place, start, stop, leaves, writer
+
+
+def _pieces(place: hf_names.Place) -> Iterator[tuple[int, int]]:
+  """Steps of pieces: of bounded size, and of whole blocks of 128 rows."""
+  per = place.rows_per_step
+  row_bytes = 4 * math.prod(place.file_shape[1:])
+  whole = 128 // math.gcd(per, 128)  # steps until rows are a multiple of 128
+  count = max(1, _PIECE_BYTES // (row_bytes * per * whole)) * whole
+  for start in range(0, place.steps, count):
+    yield start, min(start + count, place.steps)
+
+
+def _write_piece(pair, place, start, stop, leaves, writer) -> None:
+  """Reads one piece of the leaves, turns it, converts it, writes it.
+
+  Of the pair (weight, scales) the plan may have put one into another file.
+  """
+  spec, scales = pair
+  first = start * place.rows_per_step
+  write_fp8 = scales is not None or spec.dtype == 'F8_E4M3'
+  kept = [leaves.stored[leaf.path] for leaf in place.tensor.leaves]
+  if write_fp8 and isinstance(kept[0], fp8_blocks.Quantized):
+    values = {
+      leaf.path: q.values
+      for leaf, q in zip(place.tensor.leaves, kept, strict=True)
+    }
+    values = _rows(place, start, stop, values)
+    found = None if start else _kept_scales(place, kept)
+  else:
+    values = _rows(place, start, stop, leaves.plain)
+    if write_fp8:
+      values = np.ascontiguousarray(values, np.float32)
+      finite.check(values, place.tensor.name, first)
+      values, found = fp8_blocks.quantize_host(values, place.tensor.name)
+  if spec is not None:
+    dtype = shards.DTYPES[spec.dtype]
+    values = np.ascontiguousarray(values.astype(dtype, copy=False))
+    finite.check(values, place.tensor.name, first)
+    writer.write(spec.name, first, values)
+  if scales is not None and found is not None:
+    writer.write(scales.name, first // 128, found)
+
+
+def _rows(place, start, stop, leaves) -> np.ndarray:
+  """Rows of a tensor, from pieces of its leaves."""
+  slices = place.leaf_slices(start, stop)
+  return place.join(
+    [
+      np.asarray(leaves[leaf.path][(*leaf.index, *part)])
+      for leaf, part in zip(place.tensor.leaves, slices, strict=True)
+    ]
+  )
+
+
+def _kept_scales(
+  place: hf_names.Place, kept: list[fp8_blocks.Quantized]
+) -> np.ndarray:
+  """The scales of a tensor that is FP8 already, as the file has them."""
+  found = [
+    np.asarray(q.scales[leaf.index])
+    for leaf, q in zip(place.tensor.leaves, kept, strict=True)
+  ]
+  if len(found) == 1:
+    return np.ascontiguousarray(found[0].T)
+  # Each row has its scale: heads come together again, and blocks have one.
+  heads = [
+    x.T.reshape(-1, shape[-1], x.shape[0])
+    for x, shape in zip(found, place.shapes, strict=True)
+  ]
+  rows = np.concatenate(heads, axis=1).reshape(-1, found[0].shape[0])
+  return np.ascontiguousarray(rows[:: fp8_blocks.TILE[0]])

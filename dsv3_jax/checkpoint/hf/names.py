@@ -1,0 +1,293 @@
+"""One table between our parameters and the published checkpoint's tensors.
+
+`table(cfg)` lists every tensor of the Hugging Face layout and the leaves that
+it is made of; a `Place` adds the shapes and turns pieces of the one into pieces
+of the other, both ways. PyTorch keeps a matrix as [out, in] and joins heads and
+their dims; ours keep inputs first and heads apart. kv_b_proj holds, head by
+head, key and value matrix. MTP module k is layer `num_layers + k`, with copies
+of embedding and head, which are ours shared (TR 2.2). Rotary dims are
+interleaved on both sides.
+"""
+
+import functools
+import itertools
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dsv3_jax import config
+from dsv3_jax.checkpoint import fp8_blocks, lazy_array
+from dsv3_jax.nn import model
+
+Tree = dict[str, Any]
+
+_SQUARE = 256
+
+
+class Leaf(NamedTuple):
+  """A parameter by its keys, or, with `index`, a slice of its leading dims."""
+
+  path: tuple[str, ...]
+  index: tuple[int, ...] = ()
+
+
+class Tensor(NamedTuple):
+  """One tensor of the Hugging Face layout.
+
+  leaves: joined along their last dim. num_in: leading dims that are inputs of
+  a matrix; 0 if both sides keep the array alike. copy: another tensor of the
+  file holds the same values, and import reads that one.
+  """
+
+  name: str
+  leaves: tuple[Leaf, ...]
+  num_in: int
+  copy: bool = False
+
+
+_SWIGLU = (
+  ('gate_proj', 'w_gate'),
+  ('up_proj', 'w_up'),
+  ('down_proj', 'w_down'),
+)
+
+
+def table(cfg: config.ModelConfig) -> Iterator[Tensor]:
+  """Every tensor of the whole model; no name and no leaf's slice twice.
+
+  One after the other: `cfg` may tell of more layers than anyone has.
+  """
+  embed, head = Leaf(('params', 'embed', 'w')), Leaf(('params', 'head', 'w'))
+  final_norm = Leaf(('params', 'final_norm', 'norm'))
+  yield Tensor('model.embed_tokens.weight', (embed,), 0)
+  yield Tensor('model.norm.weight', (final_norm,), 0)
+  yield Tensor('lm_head.weight', (head,), 1)
+  for i in range(cfg.num_layers):
+    stack, at = 'dense_layers', i
+    if is_moe := i >= cfg.num_dense_layers:
+      stack, at = 'moe_layers', i - cfg.num_dense_layers
+    where = Leaf(('params', stack, f'layer_{at}'))
+    if cfg.scan_layers:
+      where = Leaf(('params', stack, 'layers'), (at,))
+    bias = Leaf(('router', 'moe'), (at,)) if is_moe else None
+    yield from _block(cfg, f'model.layers.{i}.', where, bias)
+  for k in range(cfg.mtp.depth):
+    prefix, path = f'model.layers.{cfg.num_layers + k}.', ('params', f'mtp_{k}')
+    bias = Leaf(('router', 'mtp'), (k,))
+    yield from _block(cfg, prefix, Leaf((*path, 'block')), bias)
+    norm = lambda name, path=path: (Leaf((*path, name, 'norm')),)
+    yield Tensor(prefix + 'embed_tokens.weight', (embed,), 0, copy=True)
+    yield Tensor(prefix + 'enorm.weight', norm('embed_norm'), 0)
+    yield Tensor(prefix + 'hnorm.weight', norm('hidden_norm'), 0)
+    yield Tensor(prefix + 'eh_proj.weight', (Leaf((*path, 'w_proj')),), 1)
+    yield Tensor(prefix + 'shared_head.norm.weight', norm('final_norm'), 0)
+    yield Tensor(prefix + 'shared_head.head.weight', (head,), 1, copy=True)
+
+
+def _block(
+  cfg: config.ModelConfig, prefix: str, where: Leaf, bias: Leaf | None
+) -> Iterator[Tensor]:
+  """The tensors of one layer; `bias` is its router's, None if it is dense."""
+
+  def tensor(name, path, num_in=0, index=()):
+    leaves = tuple(
+      Leaf((*where.path, *p.split('.')), where.index + index)
+      for p in path.split(' ')
+    )
+    return Tensor(prefix + name + '.weight', leaves, num_in)
+
+  yield tensor('input_layernorm', 'attention_norm.norm')
+  yield tensor('post_attention_layernorm', 'ffn_norm.norm')
+  attn = 'self_attn.'
+  if cfg.mla.q_lora_rank:
+    yield tensor(attn + 'q_a_proj', 'attention.w_dq', 1)
+    yield tensor(attn + 'q_a_layernorm', 'attention.q_norm')
+    yield tensor(attn + 'q_b_proj', 'attention.w_uq', 1)
+  else:
+    yield tensor(attn + 'q_proj', 'attention.w_q', 1)
+  yield tensor(attn + 'kv_a_proj_with_mqa', 'attention.w_dkv', 1)
+  yield tensor(attn + 'kv_a_layernorm', 'attention.kv_norm')
+  yield tensor(attn + 'kv_b_proj', 'attention.w_uk attention.w_uv', 1)
+  yield tensor(attn + 'o_proj', 'attention.w_o', 2)
+  if bias is None:
+    for theirs, ours in _SWIGLU:
+      yield tensor(f'mlp.{theirs}', f'ffn.{ours}', 1)
+    return
+  yield tensor('mlp.gate', 'moe.w_router', 1)
+  yield Tensor(prefix + 'mlp.gate.e_score_correction_bias', (bias,), 0)
+  for theirs, ours in _SWIGLU:
+    for e in range(cfg.moe.num_experts):
+      yield tensor(f'mlp.experts.{e}.{theirs}', f'moe.{ours}', 1, (e,))
+    if cfg.moe.num_shared_experts:
+      yield tensor(f'mlp.shared_experts.{theirs}', f'moe.shared.{ours}', 1)
+
+
+@functools.lru_cache(maxsize=4)  # tracing takes a while
+def leaf_shapes(
+  cfg: config.Config,
+) -> Mapping[tuple[str, ...], tuple[int, ...]]:
+  """Shapes of all parameters and router biases, by path; allocates nothing."""
+  tree = {
+    'params': model.param_shapes(model.build(cfg)),
+    'router': jax.eval_shape(lambda: model.init_router(cfg.model)),
+  }
+  flat = jax.tree_util.tree_leaves_with_path(tree)
+  shapes = {tuple(k.key for k in path): leaf.shape for path, leaf in flat}
+  return types.MappingProxyType(shapes)
+
+
+class Place(NamedTuple):
+  """A tensor of the table and the shapes of its leaves' slices.
+
+  Both sides are cut along one dim: the leaves along their first output dim, of
+  length `steps`; the tensor along its rows, `rows_per_step` of them a step.
+  """
+
+  tensor: Tensor
+  shapes: tuple[tuple[int, ...], ...]
+
+  @property
+  def steps(self) -> int:
+    return self.shapes[0][self.tensor.num_in]
+
+  @property
+  def _tail(self) -> tuple[int, ...]:
+    """Output dims after the first, of the joined leaves."""
+    tail = self.shapes[0][self.tensor.num_in + 1 :]
+    if len(self.shapes) > 1:
+      tail = (*tail[:-1], sum(shape[-1] for shape in self.shapes))
+    return tail
+
+  @property
+  def rows_per_step(self) -> int:
+    return math.prod(self._tail) if self.tensor.num_in else 1
+
+  @property
+  def file_shape(self) -> tuple[int, ...]:
+    """Shape of the whole tensor."""
+    if not self.tensor.num_in:
+      return self.shapes[0]
+    inputs = math.prod(self.shapes[0][: self.tensor.num_in])
+    return (self.steps * self.rows_per_step, inputs)
+
+  @property
+  def tile(self) -> tuple[int, int]:
+    """Inputs and outputs of a leaf that share a scale.
+
+    kv_b_proj is split into leaves, which may cut through its blocks: each of
+    their columns, which are its rows, has scales of its own.
+    """
+    return fp8_blocks.TILE if len(self.shapes) == 1 else (fp8_blocks.TILE[0], 1)
+
+  def leaf_slices(self, start: int, stop: int) -> list[tuple[slice, ...]]:
+    """Of each leaf's slice: all, but the steps from start to stop."""
+    at = self.tensor.num_in
+    return [
+      (*(slice(0, n) for n in shape[:at]), slice(start, stop))
+      + tuple(slice(0, n) for n in shape[at + 1 :])
+      for shape in self.shapes
+    ]
+
+  def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Pieces of the leaves -> rows of the tensor."""
+    bits = [_as_integers(part) for part in parts]
+    joined = bits[0] if len(bits) == 1 else np.concatenate(bits, axis=-1)
+    if self.tensor.num_in:
+      inputs = math.prod(joined.shape[: self.tensor.num_in])
+      joined = _turned(joined.reshape(inputs, -1))
+    return joined.view(parts[0].dtype)
+
+  def split(self, rows: np.ndarray) -> list[np.ndarray]:
+    """Rows of the tensor, whole steps -> pieces of the leaves."""
+    if not self.tensor.num_in:
+      return [rows]
+    inputs = self.shapes[0][: self.tensor.num_in]
+    ours = _turned(_as_integers(rows)).view(rows.dtype)
+    ours = ours.reshape(*inputs, -1, *self._tail)
+    if len(self.shapes) == 1:
+      return [ours]
+    ends = np.cumsum([shape[-1] for shape in self.shapes])[:-1]
+    return np.split(ours, ends, axis=-1)
+
+
+def _as_integers(x: np.ndarray) -> np.ndarray:
+  """The same bits: NumPy moves dtypes that it does not know one by one."""
+  return np.ascontiguousarray(x).view(f'u{x.dtype.itemsize}')
+
+
+def _turned(x: np.ndarray) -> np.ndarray:
+  """x.T, contiguous, moved in squares that fit into a cache.
+
+  Each goes through a buffer whose rows are a little longer: rows that lie a
+  power of two apart would drive one another out of the cache.
+  """
+  out = lazy_array.empty(x.shape[::-1], x.dtype)
+  buffer = np.empty((_SQUARE, _SQUARE + 8), x.dtype)
+  for i in range(0, x.shape[0], _SQUARE):
+    for j in range(0, x.shape[1], _SQUARE):
+      square = x[i : i + _SQUARE, j : j + _SQUARE]
+      held = buffer[: square.shape[0], : square.shape[1]]
+      held[...] = square
+      out[j : j + _SQUARE, i : i + _SQUARE] = held.T
+  return out
+
+
+def places(cfg: config.Config) -> list[Place]:
+  """The table with shapes."""
+  shapes = leaf_shapes(cfg)
+  cut = lambda leaf: tuple(shapes[leaf.path][len(leaf.index) :])
+  return [
+    Place(tensor, tuple(map(cut, tensor.leaves))) for tensor in table(cfg.model)
+  ]
+
+
+def dequantised(
+  leaves: Mapping[tuple[str, ...], Any], cfg: config.Config
+) -> dict[tuple[str, ...], Any]:
+  """The same leaves, what is `Quantized` as LazyArrays in f32."""
+  dims = {
+    leaf.path: (len(leaf.index), place.tensor.num_in)
+    for place in places(cfg)
+    for leaf in place.tensor.leaves
+  }
+
+  def plain(path, leaf):
+    if not isinstance(leaf, fp8_blocks.Quantized):
+      return leaf
+    lead, num_in = dims[path]
+    read = functools.partial(_read_quantised, leaf, lead, num_in)
+    chunk = (1,) * lead + tuple(leaf.shape[lead:])
+    return lazy_array.LazyArray(leaf.shape, np.dtype(np.float32), read, chunk)
+
+  return {path: plain(path, leaf) for path, leaf in leaves.items()}
+
+
+def _read_quantised(
+  q: fp8_blocks.Quantized, lead: int, num_in: int, slices: lazy_array.Slices
+) -> np.ndarray:
+  """Reads whole matrices, and cuts off what is not asked for."""
+  whole = tuple(slice(0, n) for n in q.shape[lead:])
+  sizes = [s.stop - s.start for s in slices]
+  out = np.empty(sizes, np.float32)
+  for at in itertools.product(*(range(n) for n in sizes[:lead])):
+    index = tuple(s.start + i for s, i in zip(slices[:lead], at, strict=True))
+    values = np.asarray(q.values[(*index, *whole)])
+    inputs = math.prod(values.shape[:num_in])
+    matrix = values.reshape(inputs, -1).astype(np.float32)
+    scales = np.asarray(q.scales[index])
+    for axis, tile in enumerate(q.tile):
+      scales = np.repeat(scales, tile, axis)
+      scales = scales.take(np.arange(matrix.shape[axis]), axis)
+    out[at] = (matrix * scales).reshape(values.shape)[tuple(slices[lead:])]
+  return out
+
+
+def get(tree: Tree, path: tuple[str, ...]) -> Any:
+  """The leaf at the end of a path of keys."""
+  for key in path:
+    tree = tree[key]
+  return tree

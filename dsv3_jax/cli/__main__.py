@@ -1,0 +1,7 @@
+"""`python -m dsv3_jax.cli` is `dsv3`."""
+
+import sys
+
+from dsv3_jax.cli import main
+
+sys.exit(main.main())

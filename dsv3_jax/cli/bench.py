@@ -1,0 +1,49 @@
+"""`dsv3 bench NAME`: the scripts of `benchmarks/`, which only a clone has."""
+
+import importlib
+import pathlib
+import pkgutil
+import sys
+
+from dsv3_jax import errors
+
+_CLONE = pathlib.Path(__file__).resolve().parents[2]
+
+
+def bench(argv: list[str]) -> int:
+  """Runs a benchmark: NAME, then its own flags (NAME --help)."""
+  names = _names()
+  name = argv[0] if argv else ''
+  if name in ('-h', '--help'):
+    print(f'dsv3 bench NAME: {bench.__doc__}\n\n' + '\n'.join(names))
+    return 0
+  if name not in names:
+    raise errors.InputError(
+      f'benchmark {name!r} must be one of: {", ".join(names)}'
+    )
+  before, sys.argv = sys.argv, [name, *argv[1:]]
+  try:  # as `python -m benchmarks.NAME` does, so that every script fits
+    return importlib.import_module(f'benchmarks.{name}').main() or 0
+  except SystemExit as ended:
+    return ended.code or 0
+  finally:
+    sys.argv = before
+
+
+def _names() -> list[str]:
+  """All benchmarks.
+
+  Raises:
+    InputError: the package was installed without them.
+  """
+  folder = _CLONE / 'benchmarks'
+  if not folder.is_dir():
+    raise errors.InputError(
+      'benchmarks are not part of the installed package: run `dsv3 bench` from '
+      'a clone that was installed with `pip install -e .`'
+    )
+  if str(_CLONE) not in sys.path:
+    sys.path.insert(0, str(_CLONE))
+  return [
+    each.name for each in pkgutil.iter_modules([str(folder)]) if not each.ispkg
+  ]

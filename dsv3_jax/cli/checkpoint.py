@@ -1,0 +1,89 @@
+"""`dsv3 export`, `import` and `manifest`: to PyTorch and back."""
+
+import functools
+import pathlib
+
+from absl import flags
+
+from dsv3_jax import errors
+from dsv3_jax.cli import engine_flags, experiment_flags
+
+_EXPORT_DTYPES = ['float32', 'bfloat16', 'fp8']
+
+
+def define_export(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  engine_flags.checkpoint_flags(values)
+  add = {'flag_values': values}
+  flags.DEFINE_string('output', None, 'Folder to make.', **add)
+  flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, 'Of matrices.', **add)
+  flags.DEFINE_float('shard_gb', 5.0, 'Most GB (1e9 bytes) of a file.', **add)
+
+
+def export(values: flags.FlagValues) -> None:
+  """Writes a checkpoint for PyTorch (Hugging Face layout), in little memory."""
+  for name in ('checkpoint', 'output'):
+    if not values[name].value:
+      raise errors.InputError(f'--{name}=DIR is missing')
+  if not values.shard_gb > 0:
+    raise errors.InputError(f'shard_gb={values.shard_gb} must be > 0')
+  from dsv3_jax.checkpoint import source
+  from dsv3_jax.checkpoint.hf import exporter
+  from dsv3_jax.data import tokenizer as tokenizers
+  from experiments import base
+
+  directory = pathlib.Path(values.checkpoint)
+  how = {'step': values.step, 'ema': values.ema, 'keep_fp8': True}
+  settings, documents = base.get_config().to_dict(), {}
+  with source.open_source(directory, settings, **how) as (cfg, leaves):
+    if (tokenizer := source.read_tokenizer(directory)) is not None:
+      length = cfg.model.max_seq_len
+      documents = tokenizers.hf_documents(tokenizer, length)
+    exporter.export(
+      cfg,
+      leaves,
+      values.output,
+      dtype=values.dtype,
+      shard_bytes=int(values.shard_gb * 1e9),
+      documents=documents,
+      source=source.mark(directory, values.step, values.ema),
+      progress=functools.partial(print, flush=True),
+    )
+
+
+def define_import(values: flags.FlagValues, argv: list[str]) -> None:
+  experiment_flags.define(values, argv)
+  add = {'flag_values': values}
+  flags.DEFINE_string('hf', None, 'Folder of safetensors.', **add)
+  flags.DEFINE_string('output', None, 'Workdir to make.', **add)
+  about = "Stored; 'fp8' keeps what is FP8."
+  flags.DEFINE_enum('dtype', 'float32', _EXPORT_DTYPES, about, **add)
+
+
+def import_(values: flags.FlagValues) -> None:
+  """Makes a workdir of a Hugging Face folder; --config names the rest."""
+  for name in ('hf', 'output'):
+    if not values[name].value:
+      raise errors.InputError(f'--{name}=DIR is missing')
+  from dsv3_jax.checkpoint.hf import importer
+  from experiments import base
+
+  source = base.get_config() if values.config is None else values.config
+  settings = source.to_dict()
+  importer.to_workdir(values.hf, values.output, settings, values.dtype)
+  print(f'{values.output} holds step 0')
+
+
+def define_manifest(values: flags.FlagValues, argv: list[str]) -> None:
+  experiment_flags.define(values, argv)
+  add = {'flag_values': values}
+  flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, 'Of matrices.', **add)
+
+
+def manifest(values: flags.FlagValues) -> None:
+  """Prints name, dtype and shape of every tensor of an export."""
+  from dsv3_jax.checkpoint.hf import exporter
+
+  for spec in exporter.manifest(experiment_flags.read(values), values.dtype):
+    shape = 'x'.join(map(str, spec.shape))
+    print(f'{spec.name}\t{spec.dtype}\t{shape}')

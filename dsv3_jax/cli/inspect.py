@@ -1,0 +1,72 @@
+"""`dsv3 inspect` and `dsv3 eval`: what a model is, and how good it is."""
+
+import json
+
+from absl import flags
+
+from dsv3_jax import errors
+from dsv3_jax.cli import engine_flags, experiment_flags
+
+
+def define_inspect(values: flags.FlagValues, argv: list[str]) -> None:
+  experiment_flags.define(values, argv)
+  flags.DEFINE_boolean('json', False, 'One JSON object.', flag_values=values)
+  told = 'Where each array is on the mesh of config.parallel.'
+  flags.DEFINE_boolean('sharding', False, told, flag_values=values)
+
+
+def inspect(values: flags.FlagValues) -> None:
+  """Counts parameters, bytes and FLOP per token; allocates nothing."""
+  from dsv3_jax import precision
+  from dsv3_jax.planning import flops, memory
+
+  cfg = experiment_flags.read(values)
+  if values.sharding:
+    from dsv3_jax.parallel import sharding_report
+
+    print(sharding_report.render(cfg, as_json=values.json))
+    return
+  shape = (cfg.model, cfg.data.seq_len)
+  kept = (cfg.model, precision.POLICIES[cfg.precision])
+  if values.json:
+    print(json.dumps(flops.inspect_dict(*shape) | memory.inspect_dict(*kept)))
+  else:
+    print(f'{flops.render(*shape)}\n\n{memory.render(*kept)}')
+
+
+def define_eval(values: flags.FlagValues, argv: list[str]) -> None:
+  del argv
+  engine_flags.checkpoint_flags(values)
+  add = {'flag_values': values}
+  flags.DEFINE_multi_string(
+    'task', ['heldout', 'baselines'], 'heldout, baselines.', **add
+  )
+  flags.DEFINE_boolean('json', False, 'One JSON object a task.', **add)
+
+
+def evaluate(values: flags.FlagValues) -> None:
+  """Held-out loss and bits per byte in f32, beside n-grams and compressors."""
+  from dsv3_jax.data import corpus
+  from dsv3_jax.training import evaluate
+
+  for task in values.task:
+    if task not in evaluate.EVALUATORS:
+      known = ', '.join(evaluate.EVALUATORS)
+      raise errors.InputError(f'task={task!r} must be one of: {known}')
+  loaded = engine_flags.load(values)
+  text = corpus.open_corpus(loaded.config.data)
+  about = evaluate.Evaluation(
+    cfg=loaded.config,
+    params=loaded.params,
+    router=loaded.router,
+    corpus=text,
+    tokenizer=loaded.tokenizer,
+    windows=evaluate.open_windows(loaded.config, text, loaded.tokenizer),
+  )
+  for task in values.task:
+    told = evaluate.EVALUATORS[task](about)
+    if values.json:
+      print(json.dumps({'task': task} | told), flush=True)
+    else:
+      for name, value in told.items():
+        print(f'{task:10} {name:24} {value:12.4f}', flush=True)

@@ -1,0 +1,97 @@
+"""The `dsv3` command: which function runs which subcommand."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import flags
+
+from dsv3_jax import errors
+from dsv3_jax.cli import (
+  bench,
+  checkpoint,
+  experiment_flags,
+  inference,
+  inspect,
+  schedule,
+  train,
+)
+from dsv3_jax.distributed import processes
+
+# Heavy imports are inside the commands: `inspect` and a bad config answer
+# without waiting for JAX.
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one subcommand; returns the exit code."""
+  argv = list(sys.argv[1:] if argv is None else argv)
+  if not argv or argv[0] not in COMMANDS:
+    asked = argv[0] if argv else ''
+    names = '\n'.join(
+      f'  {name:9} {_first_line(run)}' for name, (run, _) in COMMANDS.items()
+    )
+    print(f'usage: dsv3 COMMAND [--flag=value ...]\n{names}\n')
+    if asked in ('', '-h', '--help', 'help'):
+      return 0 if asked else errors.EXIT_BAD_INPUT
+    return _fail(f'{asked!r} is no command of dsv3')
+  run, define = COMMANDS[argv[0]]
+  if define is None:
+    try:
+      return run(argv[1:])
+    except errors.InputError as error:
+      return _fail(str(error))
+  values = flags.FlagValues()
+  flags.DEFINE_boolean('help', False, 'Show this.', flag_values=values)
+  define(values, argv)
+  if '--help' in argv or '-h' in argv:
+    print(f'dsv3 {argv[0]}: {run.__doc__}\n{values.get_help()}')
+    return 0
+  try:
+    experiment_flags.check_overrides(argv)
+    rest = values(argv)[1:]
+    if rest:
+      raise errors.InputError(f'{rest[0]!r} is no flag: write --name=value')
+    with _reader_may_leave():
+      return run(values) or 0
+  except (errors.InputError, flags.Error) as error:
+    return _fail(str(error))
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+  """Ends the process without a word if stdout is a pipe that was closed."""
+  try:
+    yield
+    sys.stdout.flush()
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(errors.EXIT_NO_READER)
+
+
+def _fail(message: str) -> int:
+  if processes.index() == 0:  # of a job: what ends one ends all
+    print('dsv3: ' + ' '.join(message.split()), file=sys.stderr)
+  return errors.EXIT_BAD_INPUT
+
+
+def _first_line(run: Callable) -> str:
+  return run.__doc__.splitlines()[0]
+
+
+COMMANDS = {
+  'train': (train.train, train.define),
+  'inspect': (inspect.inspect, inspect.define_inspect),
+  'generate': (inference.generate, inference.define_generate),
+  'chat': (inference.chat, inference.define_chat),
+  'serve': (inference.serve, inference.define_serve),
+  'eval': (inspect.evaluate, inspect.define_eval),
+  'export': (checkpoint.export, checkpoint.define_export),
+  'import': (checkpoint.import_, checkpoint.define_import),
+  'manifest': (checkpoint.manifest, checkpoint.define_manifest),
+  'schedule': (schedule.schedule, schedule.define),
+  'bench': (bench.bench, None),  # its flags are the benchmark's
+}
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,151 @@
+"""A trained model: config, params, logits, mtp_logits, generate."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax import config, errors
+from dsv3_jax.checkpoint import source
+from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.inference import generate as generation
+from dsv3_jax.inference import mesh as inference_mesh
+from dsv3_jax.inference import model_runner, redundant_experts
+from dsv3_jax.nn import model
+
+Tokens = Int[Array, 'B T'] | Int[np.ndarray, 'B T']
+
+_PRECISIONS = {'float32': 'f32', 'bfloat16': 'bf16'}
+
+
+class LLM:
+  """A model with its parameters, router biases and tokenizer."""
+
+  def __init__(
+    self,
+    cfg: config.Config,
+    params: dict,
+    router: model.Router,
+    tokenizer: tokenizers.Tokenizer | None,
+    **how: Any,
+  ):
+    """Args: how: of `steps.Steps`, for generation."""
+    self._how = how
+    self.config, self.params, self.router = cfg, params, router
+    self._tokenizer = tokenizer
+    self._forward = jax.jit(model.build(cfg).apply)
+
+  @property
+  def tokenizer(self) -> tokenizers.Tokenizer:
+    """Text to ids and back.
+
+    Raises:
+      InputError: there was no `tokenizer.json` beside the weights.
+    """
+    if self._tokenizer is None:
+      raise errors.InputError('there is no tokenizer.json beside this model')
+    return self._tokenizer
+
+  def logits(self, tokens_BT: Tokens) -> Float[Array, 'B T V']:
+    """f32 logits of t_{i+1} at every position i.
+
+    Raises:
+      InputError: an id outside the vocabulary, or rows beyond
+        `model.max_seq_len`.
+    """
+    return self._apply(tokens_BT)[0]
+
+  def mtp_logits(self, tokens_BT: Tokens) -> Float[Array, 'B T V']:
+    """f32 logits of t_{i+2} at position i, from the first MTP module.
+
+    Position i also sees t_{i+1}; the last position has none and is void.
+
+    Raises:
+      InputError: the model has no MTP module.
+    """
+    if not self.config.model.mtp.depth:
+      raise errors.InputError('model.mtp.depth=0: this model has no MTP module')
+    return self._apply(tokens_BT)[1][0]
+
+  def generate(
+    self, prompts: Sequence[str], max_new_tokens: int, **how
+  ) -> list[str]:
+    """Continues each prompt; `how` as in `inference.engine.Engine.generate`."""
+    encode = functools.partial(self.tokenizer.encode, add_bos=True)
+    ids = [encode(prompt).tolist() for prompt in prompts]
+    how = {'stop_id': self.tokenizer.eos_id} | how
+    made = self.engine.generate(ids, max_new_tokens, **how)
+    decode = self.tokenizer.decode
+    return [decode(row, skip_special=True) for row in made.tokens]
+
+  @functools.cached_property
+  def engine(self) -> generation.Generator:
+    """Prefill and decode steps, compiled at first use."""
+    args = (self.config, self.params, self.router)
+    return generation.Generator(*args, **self._how)
+
+  def _apply(self, tokens_BT):
+    rows = np.asarray(tokens_BT).tolist()
+    generation.check_prompts(self.config.model, rows, 0)
+    tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
+    targets_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
+    positions_BT = jnp.broadcast_to(
+      jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
+    )
+    ones_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+    batch = model.Batch(
+      tokens_BT, targets_BT, positions_BT, ones_BT, ones_BT.astype(jnp.float32)
+    )
+    return self._forward({'params': self.params}, batch, self.router)
+
+
+def load(
+  directory: str | pathlib.Path,
+  base: Mapping[str, Any],
+  *,
+  dtype: str = 'float32',
+  step: int = -1,
+  ema: bool = False,
+  num_drafts: int = 0,
+  fp8_cache: bool = False,
+  mesh: jax.sharding.Mesh | None = None,
+  plan: redundant_experts.RedundancyConfig | None = None,
+) -> LLM:
+  """Loads a training workdir or a Hugging Face folder, hashes checked.
+
+  Args:
+    base: settings that a Hugging Face folder does not name.
+    dtype: of matrices and activations; norms, gates and biases are f32.
+    step: of a workdir; -1 is the newest.
+    ema: of a workdir: the average of the weights (TR 3.2.3) in their place.
+    num_drafts: tokens that the MTP module drafts a step of generation.
+    fp8_cache: generation keeps latents in e4m3, 128 values under one scale.
+    mesh: where the parameters go, sharded, and generation runs
+      (`inference.layout.make_mesh`); None is the first device.
+    plan: of copies of busy experts; None: there are none.
+
+  Raises:
+    InputError: bad `dtype`, nothing to load in `directory`, no such step, no
+      average, damage, or a mesh or a plan that the model does not fit.
+  """
+  if dtype not in _PRECISIONS:
+    raise errors.InputError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+  directory = pathlib.Path(directory)
+  with source.open_source(directory, base, step=step, ema=ema) as (cfg, leaves):
+    model_runner.check_drafts(cfg.model, num_drafts)
+    where = inference_mesh.InferenceMesh(cfg, mesh)
+    if plan is not None:
+      redundant_experts.check(cfg.model, where, plan)
+    cfg = dataclasses.replace(cfg, precision=_PRECISIONS[dtype])
+    params, router = source.to_devices(
+      leaves, cfg, dtype, mesh, inference_mesh.RULES
+    )
+  how = {'num_drafts': num_drafts, 'fp8_cache': fp8_cache}
+  how |= {'mesh': mesh, 'plan': plan}
+  return LLM(cfg, params, router, source.read_tokenizer(directory), **how)

@@ -1,0 +1,252 @@
+"""Tokens to their experts' devices and back, dropless (TR 3.2.2).
+
+For the body of a shard_map over the mesh axes of the experts: each device has M
+tokens, ids of experts of the whole model, and num_local experts of its own; the
+device with index w of the axes has those from w * num_local on.
+
+  plan = make_plan(ids_MK, num_local, axes)
+  x_ID = dispatch(x_MD, plan)     to each device of its experts, once
+  y_ID = f(x_ID, plan.ids_IK)     what this device's experts make of it
+  y_MD = combine(y_ID, plan)      their sum, on the token's own device
+
+Each of the two is the other's gradient, along the same plan: the backward pass
+re-uses the forward's layout. `axes` are hops, one after the other:
+
+  (('node', 'expert'),)   one hop: to each device that has one of its experts
+  ('node', 'expert')      two: to each node that has one, there to the device
+                          of the same index, and from it on within the node
+  ()                      none: all experts are here, and nothing is moved
+
+With node-limited routing a token crosses nodes at most top_groups times in two
+hops, but up to K times in one.
+
+Order of sums: f32, by the index of the device that a part comes from, rounded
+to the dtype of y after each hop. So a repeated run gives the same bits; one and
+two hops differ by rounding.
+
+Memory. Shapes are static, and no imbalance may drop a token: a hop over W
+devices has room for I = W * M rows, as many as there are tokens on all of them;
+two hops of W1 and W2 for W1 * M on the way and W1 * W2 * M at the end. Rows
+that nobody sent lie between; they are 0 and their ids nobody's. Sent are
+
+  'padded'   W * M rows over `all_to_all`, most of them empty: exact anywhere
+  'ragged'   what there is, of at most M * min(K, W), over `ragged_all_to_all`,
+             which XLA does not have on CPU
+
+and both put every row in the same place. 'auto' is 'padded' on CPU.
+
+Letters: W devices of a hop; O rows going out of one, I rows coming in; N =
+min(K, W), the most of them that one token has.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Int, Shaped
+
+Axes = tuple[str | tuple[str, ...], ...]
+TRANSPORTS = ('auto', 'padded', 'ragged')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hop:
+  """Which row of the send buffer holds which token, and how it is moved.
+
+  token_O: M where there is none. back_MN: of each token by device, O where
+  there is none. start_W, count_W: the rows to each device. peers: start and
+  count of the rows that each device has for this one, in its own send buffer;
+  None if padded. axes, transport: static.
+  """
+
+  # Any: a tree of this form also holds shapes or shardings.
+  token_O: Any
+  back_MN: Any
+  start_W: Any
+  count_W: Any
+  peers: Any
+  axes: tuple[str, ...] = dataclasses.field(metadata={'static': True})
+  transport: str = dataclasses.field(metadata={'static': True})
+
+
+class ExchangePlan(NamedTuple):
+  """The hops of an exchange, and whom the received rows are for.
+
+  ids_IK: this device's experts by their index here; num_local for others'.
+  """
+
+  hops: tuple[Hop, ...]
+  ids_IK: Int[Array, 'I K']
+
+
+def live(axes: Axes) -> tuple[tuple[str, ...], ...]:
+  """The hops that lead somewhere: over more than one device."""
+  hops = ((hop,) if isinstance(hop, str) else tuple(hop) for hop in axes)
+  return tuple(hop for hop in hops if jax.lax.axis_size(hop) > 1)
+
+
+def make_plan(
+  ids_MK: Int[Array, 'M K'],
+  num_local: int,
+  axes: Axes,
+  transport: str = 'auto',
+) -> ExchangePlan:
+  """Where each token goes; made once, for both directions and both passes.
+
+  Args:
+    ids_MK: of the whole model's experts, distinct in a row; an id past the
+      last one goes nowhere.
+    num_local: experts of each device.
+    axes: hops, major first; a hop over one device only is left out.
+  Raises:
+    ValueError: `transport` is not one of `TRANSPORTS`.
+  """
+  if transport not in TRANSPORTS:
+    raise ValueError(f'transport={transport!r} must be one of {TRANSPORTS}')
+  if transport == 'auto':
+    cpu = jax.default_backend() == 'cpu'
+    transport = 'padded' if cpu else 'ragged'
+  ids, hops = ids_MK, []
+  with jax.named_scope('plan'):
+    axes = live(axes)
+    sizes = [jax.lax.axis_size(hop) for hop in axes]
+    for at, over in enumerate(axes):
+      # Ids count from the first expert of the devices still in question;
+      # `span` of them belong to each device, or node, of this hop.
+      span = num_local * math.prod(sizes[at + 1 :])
+      hop = _make_hop(ids // span, over, transport)
+      ids = _send(ids, hop, fill=span * sizes[at])
+      ids -= jax.lax.axis_index(over) * span
+      ids = jnp.where((ids >= 0) & (ids < span), ids, span)
+      hops.append(hop)
+  return (
+    ExchangePlan(*_named((tuple(hops), ids))) if hops else ExchangePlan((), ids)
+  )
+
+
+def _make_hop(goal_MK, axes, transport) -> Hop:
+  """The layout of a hop to the devices `goal_MK`, each at most once."""
+  (tokens, top_k), devices = goal_MK.shape, jax.lax.axis_size(axes)
+  goes_MW = jnp.any(goal_MK[:, :, None] == jnp.arange(devices), axis=1)
+  rank_MW = jnp.cumsum(goes_MW, axis=0, dtype=jnp.int32) - goes_MW
+  count_W = jnp.sum(goes_MW, axis=0, dtype=jnp.int32)
+  most = min(top_k, devices)
+  if transport == 'padded':
+    rows, peers = devices * tokens, None
+    start_W = jnp.arange(devices, dtype=jnp.int32) * tokens
+  else:
+    rows = most * tokens
+    start_W = jnp.cumsum(count_W) - count_W
+    told_2W = jnp.stack([start_W, count_W])
+    peers = tuple(jax.lax.all_to_all(told_2W, axes, 1, 1, tiled=True))
+  row_MW = jnp.where(goes_MW, start_W + rank_MW, rows)
+  token_M = jnp.arange(tokens, dtype=jnp.int32)
+  token_O = jnp.full(rows, tokens, jnp.int32)
+  token_O = token_O.at[row_MW].set(token_M[:, None], mode='drop')
+  back_MN = jnp.sort(row_MW, axis=1)[:, :most]
+  return Hop(token_O, back_MN, start_W, count_W, peers, axes, transport)
+
+
+def rows_sent(plan: ExchangePlan) -> tuple[Int[Array, 'W'], ...]:
+  """Rows from this device to each of every hop; those to itself stay here."""
+  return tuple(hop.count_W for hop in plan.hops)
+
+
+def dispatch(tree: Any, plan: ExchangePlan) -> Any:
+  """Rows of tokens, [M, ...] -> [I, ...], to the devices of their experts.
+
+  Args:
+    tree: of arrays of any dtype; integers get no gradient. FP8 is moved best as
+      the bytes it is.
+  """
+  if not plan.hops:
+    return tree
+  with jax.named_scope('dispatch'):
+    return _named(_dispatch(tree, plan))
+
+
+def combine(
+  y_I: Shaped[Array, 'I *rest'], plan: ExchangePlan
+) -> Shaped[Array, 'M *rest']:
+  """Sums what the devices of a token made of it, where the token is."""
+  if not plan.hops:
+    return y_I
+  with jax.named_scope('combine'):
+    return _combine(y_I, plan)
+
+
+@jax.custom_vjp
+def _dispatch(tree, plan):
+  for hop in plan.hops:
+    tree = jax.tree.map(lambda x, hop=hop: _send(x, hop), tree)
+  return tree
+
+
+def _dispatch_bwd(plan, grads):
+  def back(grad):
+    return None if grad.dtype == jax.dtypes.float0 else combine(grad, plan)
+
+  return jax.tree.map(back, grads), None
+
+
+@jax.custom_vjp
+def _combine(y_I, plan):
+  for hop in reversed(plan.hops):
+    y_I = _collect(y_I, hop)
+  return y_I
+
+
+def _combine_bwd(plan, dy_M):
+  return dispatch(dy_M, plan), None
+
+
+_dispatch.defvjp(
+  lambda tree, plan: (_dispatch(tree, plan), plan), _dispatch_bwd
+)
+_combine.defvjp(lambda y_I, plan: (_combine(y_I, plan), plan), _combine_bwd)
+
+
+def _send(x_M, hop, fill=0):
+  """Rows of one hop to their devices; `fill` where none came."""
+  tokens, *rest = x_M.shape
+  x_O = jnp.take(x_M, hop.token_O, axis=0, mode='fill', fill_value=fill)
+  if hop.transport == 'padded':
+    return jax.lax.all_to_all(x_O, hop.axes, 0, 0, tiled=True)
+  devices = jax.lax.axis_size(hop.axes)
+  x_I = jnp.full((devices * tokens, *rest), fill, x_M.dtype)
+  # On every receiver, what this device sends starts at the same row.
+  own = jax.lax.axis_index(hop.axes).astype(jnp.int32)
+  there_W = jnp.broadcast_to(own * tokens, devices)
+  sent = (hop.start_W, hop.count_W, there_W, hop.peers[1])
+  return jax.lax.ragged_all_to_all(x_O, x_I, *sent, axis_name=hop.axes)
+
+
+def _collect(y_I, hop):
+  """Rows of one hop back, and the sum of those of each token."""
+  y_O = _give_back(y_I, hop)
+  sum_M = 0.0
+  for row_M in hop.back_MN.T:
+    part_M = jnp.take(y_O, row_M, axis=0, mode='fill', fill_value=0)
+    sum_M += part_M.astype(jnp.float32)
+  return sum_M.astype(y_I.dtype)
+
+
+def _give_back(y_I, hop):
+  """Each row to where it lay in the send buffer of the device it came from."""
+  if hop.transport == 'padded':
+    return jax.lax.all_to_all(y_I, hop.axes, 0, 0, tiled=True)
+  devices = jax.lax.axis_size(hop.axes)
+  here_W = jnp.arange(devices, dtype=jnp.int32) * (len(y_I) // devices)
+  y_O = jnp.zeros((len(hop.token_O), *y_I.shape[1:]), y_I.dtype)
+  start_W, count_W = hop.peers
+  sent = (here_W, count_W, start_W, hop.count_W)
+  return jax.lax.ragged_all_to_all(y_I, y_O, *sent, axis_name=hop.axes)
+
+
+def _named(tree):
+  """For rematerialisation: what was received need not be sent again."""
+  return jax.tree.map(lambda x: checkpoint_name(x, 'exchange'), tree)

@@ -1,0 +1,83 @@
+"""Gradients to the same bits on any number of devices: slow.
+
+Floating-point sums depend on their order, and the order on the mesh. Here
+
+  every sequence is on its own: one program makes its gradient, with the same
+      shapes on any mesh, by whole weights, experts' included; nothing is
+      exchanged, so expert parallelism saves no work
+  gradients and losses are added up in one tree: sequences 2i and 2i + 1 of a
+      micro-batch, then pairs of pairs; devices hold neighbours, so the lower
+      levels are local and the upper ones sums over gathered arrays
+  micro-batches follow one after the other
+  the norm is that of whole gradients
+
+A device keeps a gradient a sequence of its part of the micro-batch, and then
+one a device. It is for finding out whether a difference is a fault, not for
+training at speed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.distributed import collectives, sharding
+from dsv3_jax.nn import model
+
+Tree = Any
+# For one device XLA simplifies and fuses other operations than for several, and
+# with that it rounds otherwise. (Measured on CPU; elsewhere to be tried.)
+COMPILER_OPTIONS = {'xla_disable_hlo_passes': 'fusion,algsimp'}
+
+
+def accumulate(
+  grad: Callable[[Tree, model.Batch], Tree],
+  params: Tree,
+  batch_nBT: model.Batch,
+  num_micro: jax.Array,
+) -> Tree:
+  """Sum of `grad(params, sequence)` over all devices, in a mapped function.
+
+  Args:
+    grad: of a batch of one sequence [1, T].
+    batch_nBT: this device's rows, a power of two of them.
+    num_micro: how many micro-batches count.
+  """
+  rows = batch_nBT.weights_BT.shape[1]
+
+  def sequence(i, j):
+    batch = jax.tree.map(lambda x: x[i, j][None], batch_nBT)
+    return grad(params, batch)
+
+  shapes = jax.eval_shape(sequence, 0, 0)
+  zeros = lambda *lead: jax.tree.map(
+    lambda s: jnp.zeros((*lead, *s.shape), s.dtype), shapes
+  )
+
+  def microbatch(i, sums):
+    put = lambda buffer, x, j: buffer.at[j].set(x)
+    store = lambda j, made: jax.tree.map(
+      lambda buffer, x: put(buffer, x, j), made, sequence(i, j)
+    )
+    made = jax.lax.fori_loop(0, rows, store, zeros(rows))
+    return jax.tree.map(lambda a, x: a + _over_devices(_tree(x)), sums, made)
+
+  return jax.lax.fori_loop(0, num_micro, microbatch, zeros())
+
+
+def norm(grads: Tree) -> jax.Array:
+  """L2 norm of whole gradients."""
+  return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+
+
+def _over_devices(x: jax.Array) -> jax.Array:
+  axes = tuple(a for a in sharding.BATCH_AXES if collectives.axis_size(a) > 1)
+  return _tree(jax.lax.all_gather(x, axes)) if axes else x
+
+
+def _tree(x: jax.Array) -> jax.Array:
+  """Sum over the first dim, neighbours first."""
+  while len(x) > 1:
+    x = x[0::2] + x[1::2]
+  return x[0]

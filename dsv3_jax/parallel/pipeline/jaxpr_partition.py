@@ -1,0 +1,243 @@
+"""Programs as flat lists of jaxpr equations, and where to cut them in two.
+
+What an early part makes and a late part reads crosses the cut and is stored in
+between. `cut` stores the fewest bytes, under the rule that no equation runs
+twice, except where that costs nothing: those of `_LAYOUT`, which only copy or
+cast, and what follows from `given` alone (parameters) by `_LIGHT` equations or
+by gathering it from other devices.
+An early part may also do `_LIGHT` equations of the late one: a sum over tokens
+or a cast to FP8 is smaller than what it is made from.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from jax.extend import core
+
+from dsv3_jax.parallel.pipeline import min_cut
+
+Atom = core.Var | core.Literal
+Equation = core.JaxprEqn
+
+_CALLS = (
+  core.primitives.jit_p,
+  core.primitives.call_p,
+  core.primitives.closed_call_p,
+  core.primitives.remat_p,
+  core.primitives.custom_jvp_call_p,
+  core.primitives.custom_vjp_call_p,
+)
+_ENDLESS = 1 << 62  # bytes; of what must not be cut
+# Copies and casts: to do them twice costs less than to store their results.
+_LAYOUT = """
+broadcast_in_dim convert_element_type copy expand_dims name pvary reshape
+squeeze transpose
+"""
+# One pass over their inputs, which XLA fuses with what comes before.
+_LIGHT = """
+abs add add_any and argmax argmin bitcast_convert_type cbrt ceil clamp
+concatenate cos div dynamic_slice eq erf exp exp2 expm1 floor ge gt integer_pow
+iota is_finite le log log1p logistic lt max min mul ne neg not or pad
+population_count pow reduce_and reduce_max reduce_min reduce_or reduce_precision
+reduce_prod reduce_sum rem rev round rsqrt select_n shift_left
+shift_right_arithmetic shift_right_logical sign sin slice split sqrt square
+stack stop_gradient sub tan tanh unstack xor
+"""
+_LAYOUT = frozenset(_LAYOUT.split())
+_LIGHT = _LAYOUT.union(_LIGHT.split())
+_GATHERS = _LIGHT.union(['all_gather'])
+
+
+class Program(NamedTuple):
+  """Equations in an order of execution, without calls.
+
+  consts: values of variables that are neither made nor inputs.
+  """
+
+  equations: list[Equation]
+  outputs: list[Atom]
+  consts: dict[core.Var, Any]
+
+
+class Cut(NamedTuple):
+  """Equations of both parts, and the variables that cross."""
+
+  early: list[Equation]
+  late: list[Equation]
+  crossing: list[core.Var]
+
+
+def inline(closed: core.ClosedJaxpr, inputs: Sequence[Atom]) -> Program:
+  """The jaxpr on other inputs, with the bodies of calls in their place.
+
+  `jit`, `remat` and custom derivatives are calls; `scan`, `while`, `cond`,
+  `shard_map` and kernels stay equations.
+  """
+  equations, consts = [], {}
+
+  def walk(jaxpr, values, inputs, scope):
+    env = dict(zip(jaxpr.invars, inputs, strict=True))
+    for var, value in zip(jaxpr.constvars, values, strict=True):
+      env[var] = core.Var(var.aval)
+      consts[env[var]] = value
+    read = lambda atom: env[atom] if isinstance(atom, core.Var) else atom
+    for eqn in jaxpr.eqns:
+      args, source = [read(atom) for atom in eqn.invars], eqn.source_info
+      names = source.name_stack
+      names = names if scope is None else scope + names
+      if eqn.primitive in _CALLS:
+        made = walk(*_callee(eqn), args, names)
+      else:
+        made = [core.Var(var.aval) for var in eqn.outvars]
+        source = source.replace(name_stack=names)
+        new = eqn.replace(invars=args, outvars=made, source_info=source)
+        equations.append(new)
+      env.update(zip(eqn.outvars, made, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
+
+  outputs = walk(closed.jaxpr, closed.consts, inputs, None)
+  return Program(equations, outputs, consts)
+
+
+def _callee(eqn):
+  """The jaxpr that a call runs, and its constants."""
+  name = 'jaxpr' if 'jaxpr' in eqn.params else 'call_jaxpr'
+  jaxpr = eqn.params[name]
+  if isinstance(jaxpr, core.ClosedJaxpr):
+    return jaxpr.jaxpr, jaxpr.consts
+  return jaxpr, ()
+
+
+def close(
+  equations: Sequence[Equation],
+  inputs: Sequence[core.Var],
+  outputs: Sequence[Atom],
+  consts: dict[core.Var, Any],
+) -> core.ClosedJaxpr:
+  """The jaxpr of those equations that the outputs need."""
+  equations = needed(equations, outputs)
+  read = {var for eqn in equations for var in variables(eqn.invars)}
+  read.update(variables(outputs))
+  used = {var: value for var, value in consts.items() if var in read}
+  jaxpr = core.Jaxpr(
+    constvars=list(used),
+    invars=inputs,
+    outvars=outputs,
+    eqns=equations,
+    effects=set().union(*(eqn.effects for eqn in equations)),
+    debug_info=core.DebugInfo('split', '', None, None),
+  )
+  return core.ClosedJaxpr(jaxpr, list(used.values()))
+
+
+def variables(atoms: Iterable[Atom]) -> list[core.Var]:
+  """The atoms that are not literals."""
+  return [atom for atom in atoms if isinstance(atom, core.Var)]
+
+
+def needed(
+  equations: Sequence[Equation], outputs: Iterable[Atom]
+) -> list[Equation]:
+  """Those equations on which the outputs depend."""
+  live, found = set(variables(outputs)), []
+  for eqn in reversed(equations):
+    if live.intersection(eqn.outvars):
+      live.update(variables(eqn.invars))
+      found.append(eqn)
+  return found[::-1]
+
+
+def derivable(
+  equations: Sequence[Equation], given: Iterable[core.Var]
+) -> set[core.Var]:
+  """`given`, and what light equations and gathers make of it alone."""
+  known = set(given)
+  for eqn in equations:
+    if _is(eqn, _GATHERS) and known.issuperset(variables(eqn.invars)):
+      known.update(eqn.outvars)
+  return known
+
+
+def _is(eqn, names):
+  return eqn.primitive.name in names and not eqn.effects
+
+
+def num_bytes(var: core.Var) -> int:
+  """Bytes of a variable's value."""
+  return math.prod(var.aval.shape) * var.aval.dtype.itemsize
+
+
+def cut(
+  early: Sequence[Equation],
+  late: Sequence[Equation],
+  outputs: Iterable[Atom],
+  given: Iterable[core.Var],
+  unknown: Iterable[core.Var] = (),
+) -> Cut:
+  """Finds what to store between two parts of a program.
+
+  Args:
+    early, late: all equations of the parts, each in order.
+    outputs: of the late part.
+    given: inputs of both parts.
+    unknown: inputs of the late part only.
+  Returns:
+    In `early`, its equations and those of the late part that it may need; in
+    `late`, those needed, copies of early ones among them.
+  """
+  outputs, known = list(outputs), derivable([*early, *late], given)
+  late = needed([*_repeatable(early, known), *late], outputs)
+  ours = set(map(id, early))
+  taken = _taken(ours, late, outputs, known, set(unknown))
+  moved = [
+    eqn
+    for eqn in late
+    if id(eqn) not in ours
+    and (id(eqn) in taken or known.issuperset(eqn.outvars))
+  ]
+  late = needed([eqn for eqn in late if id(eqn) not in taken], outputs)
+  made = {var for eqn in late for var in eqn.outvars}.union(unknown, known)
+  read = [var for eqn in late for var in variables(eqn.invars)]
+  read += variables(outputs)
+  crossing = [var for var in dict.fromkeys(read) if var not in made]
+  return Cut([*early, *moved], late, crossing)
+
+
+def _repeatable(early, known):
+  """Early equations that the late part may do again."""
+  for eqn in early:
+    if _is(eqn, _LAYOUT) or known.issuperset(eqn.outvars):
+      yield eqn
+
+
+def _taken(ours, late, outputs, known, unknown):
+  """Identities of the late equations that the early part does.
+
+  Args:
+    ours: identities of its own.
+
+  The graph has a node for each equation that could be on either side, and one
+  for each variable, which is on the late side if a late equation reads it.
+  """
+  maker, edges = {}, []
+  for eqn in late:
+    if known.issuperset(eqn.outvars):
+      continue  # done by whoever needs it
+    read = [v for v in variables(eqn.invars) if v not in known]
+    made_by = [maker.get(v, 'early') for v in read]
+    movable = _is(eqn, _LIGHT) and 'late' not in made_by
+    movable = movable and not unknown.intersection(read)
+    node = id(eqn) if movable else 'late'
+    maker.update((v, node) for v in eqn.outvars)
+    edges += [(v, node, _ENDLESS) for v in read]
+    if movable and id(eqn) not in ours:
+      # It cannot run early on what is made late.
+      edges += [(node, by, _ENDLESS) for by in made_by if by != 'early']
+  stored = [v for v in variables(outputs) if v not in known]
+  edges += [(v, 'late', _ENDLESS) for v in stored]
+  tails = dict.fromkeys(tail for tail, _, _ in edges)
+  for v in tails:
+    if isinstance(v, core.Var) and v not in unknown:
+      edges.append((maker.get(v, 'early'), v, num_bytes(v)))
+  return min_cut.source_side(edges, 'early', 'late')

@@ -1,0 +1,231 @@
+"""A stage's backward pass in two parts, for schedules that need it (TR 3.2.1).
+
+  forward          F: params, x, consts       -> y, aux, residuals
+  backward         B: params, residuals, dy   -> dx, dparams
+  backward_input   I: params, residuals, dy   -> dx, carry
+  backward_weight  W: params, carry           -> dparams
+
+I sends dx on its way; W fills bubbles (ZB, DualPipe). Both come from the trace
+of `jax.vjp`, whose two programs are F and B: I is what dx depends on, W is the
+rest. No product and no loop is done twice, so that I and W together cost what B
+does. `equations.cut` chooses what is stored in between:
+
+  residuals  what JAX keeps, less the parameters and what is quickly made of
+             them, such as their BF16 casts; activations are kept before casts
+             and copies rather than after
+  carry      of every linear its input and its output's gradient; gradients of
+             norms are sums over tokens, so they are done already
+
+The unit is an equation. `scan`, `while` and `cond` are in I as a whole if dx
+needs any of their results: unroll layers, and write loops for dx and dw apart.
+Collectives are in I if dx needs them. `jax.checkpoint` works, recomputation
+being part of B; but nothing keeps XLA from merging it with F if one computation
+holds both, without a loop or a branch between them. Side effects, such as
+prints, are lost where no result needs their equation.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from dsv3_jax.parallel.pipeline import jaxpr_partition
+
+Tree = Any
+Shapes = tuple[jax.ShapeDtypeStruct, ...]
+
+
+class _Trees(NamedTuple):
+  """Structures around the flat programs.
+
+  arguments: of (params, x, consts). outputs: shapes of (y, aux). x, trained:
+  numbers of the leaves that have gradients, and None for the others.
+  """
+
+  arguments: Any
+  outputs: Tree
+  x: Tree
+  trained: Tree
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Split:
+  """The parts of one stage as pure functions, and what they hand on.
+
+  residuals, carry: shapes of these flat tuples of arrays. programs: the parts'
+  jaxprs by the functions' names.
+  """
+
+  residuals: Shapes
+  carry: Shapes
+  programs: dict[str, core.ClosedJaxpr]
+  trees: _Trees
+
+  def forward(
+    self, params: Tree, x: Tree, consts: Tree = ()
+  ) -> tuple[Tree, Tree, tuple]:
+    """Runs the stage: (y, aux, residuals)."""
+    args = (params, x, consts)
+    found = jax.tree.structure(args)
+    if found != self.trees.arguments:
+      raise ValueError(f'arguments {found} must be {self.trees.arguments}')
+    made = self._run('forward', jax.tree.leaves(args))
+    structure = jax.tree.structure(self.trees.outputs)
+    count = structure.num_leaves
+    y, aux = jax.tree.unflatten(structure, made[:count])
+    return y, aux, tuple(made[count:])
+
+  def backward_input(
+    self, params: Tree, residuals: Sequence, dy: Tree, daux: Tree
+  ) -> tuple[Tree, tuple]:
+    """I: (dx, carry); None in dy and daux stands for zero."""
+    args = self._backward_arguments(params, residuals, dy, daux)
+    dx, carry = self._unflatten(self.trees.x, self._run('backward_input', args))
+    return dx, tuple(carry)
+
+  def backward_weight(self, params: Tree, carry: Sequence) -> Tree:
+    """W: gradients of the trained parameters."""
+    args = [*jax.tree.leaves(params), *carry]
+    made = self._run('backward_weight', args)
+    return self._unflatten(self.trees.trained, made)[0]
+
+  def backward(
+    self, params: Tree, residuals: Sequence, dy: Tree, daux: Tree
+  ) -> tuple[Tree, Tree]:
+    """B: (dx, dparams), by the equations of I and W."""
+    args = self._backward_arguments(params, residuals, dy, daux)
+    dx, rest = self._unflatten(self.trees.x, self._run('backward', args))
+    return dx, self._unflatten(self.trees.trained, rest)[0]
+
+  def _run(self, name, args):
+    return core.jaxpr_as_fun(self.programs[name])(*args)
+
+  def _backward_arguments(self, params, residuals, dy, daux):
+    """Flat inputs of I and B."""
+    shapes, structure = jax.tree.flatten(self.trees.outputs)
+    given = structure.flatten_up_to((dy, daux))
+    cotangents = []
+    for shape, value in zip(shapes, given, strict=True):
+      if not _has_gradient(shape):
+        continue
+      if value is None:
+        value = jnp.zeros_like(shape)
+      if (value.shape, value.dtype) != (shape.shape, shape.dtype):
+        raise ValueError(
+          f'a cotangent is {value.dtype}{value.shape}, '
+          f'its output {shape.dtype}{shape.shape}'
+        )
+      cotangents.append(value)
+    return [*jax.tree.leaves(params), *residuals, *cotangents]
+
+  def _unflatten(self, tree, values):
+    """Values in the places of a tree's leaves, and the values left over."""
+    structure = jax.tree.structure(tree)
+    count = structure.num_leaves
+    return jax.tree.unflatten(structure, values[:count]), values[count:]
+
+
+def split_stage(
+  stage: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]],
+  params: Tree,
+  x: Tree,
+  consts: Tree = (),
+  *,
+  trained: Callable[[Tree], Tree] = lambda params: params,
+) -> Split:
+  """Splits `stage(params, x, consts) -> (y, aux)`, given arrays or shapes.
+
+  Call it where the parts will run: in the body of the shard_map, if the stage
+  has collectives. The parts are for exactly these shapes.
+
+  Args:
+    params: at hand at every step, so never stored.
+    x: activations; dx has its structure, with None for integers.
+    consts: per micro-batch, without gradient, such as positions.
+    trained: takes params to those parts that get a gradient; dparams has the
+      structure of its result, with None for integers. Others, such as FP8 forms
+      of weights, get none.
+  """
+  trees, forward, backward, inputs, transposed = _trace(
+    stage, params, x, consts, trained
+  )
+  own = inputs[: len(jax.tree.leaves(params))]
+  values = forward.consts | backward.consts
+  known = [*own, *values]
+  num_dx = len(jax.tree.leaves(trees.x))
+  dx, dparams = backward.outputs[:num_dx], backward.outputs[num_dx:]
+  whole = jaxpr_partition.cut(
+    forward.equations,
+    backward.equations,
+    backward.outputs,
+    known,
+    transposed,
+  )
+  first = jaxpr_partition.needed(whole.late, dx)
+  ours = set(map(id, first))
+  rest = [eqn for eqn in whole.late if id(eqn) not in ours]
+  halves = jaxpr_partition.cut(first, rest, dparams, known)
+  residuals, carry = whole.crossing, halves.crossing
+  late = [*own, *residuals, *transposed]
+  parts = {
+    'forward': (whole.early, inputs, [*forward.outputs, *residuals]),
+    'backward_input': (halves.early, late, [*dx, *carry]),
+    'backward_weight': (halves.late, [*own, *carry], dparams),
+    'backward': (whole.late, late, backward.outputs),
+  }
+  return Split(
+    residuals=_shapes(residuals),
+    carry=_shapes(carry),
+    programs={
+      k: jaxpr_partition.close(*part, values) for k, part in parts.items()
+    },
+    trees=trees,
+  )
+
+
+def _trace(stage, params, x, consts, trained):
+  """Programs of the stage and of its transpose, and their input variables."""
+  leaves, structure = jax.tree.flatten((params, x, consts))
+  number = lambda i: i if _has_gradient(jax.typeof(leaves[i])) else None
+  numbered = jax.tree.unflatten(structure, range(len(leaves)))
+  wanted = (numbered[1], trained(numbered[0]))
+  numbers_x, numbers_trained = jax.tree.map(number, wanted)
+  wanted = jax.tree.leaves((numbers_x, numbers_trained))
+
+  def run(leaves):
+    def of_wanted(values):
+      full = leaves[:]
+      for i, value in zip(wanted, values, strict=True):
+        full[i] = value
+      outputs = stage(*jax.tree.unflatten(structure, full))
+      return list(filter(_has_gradient, jax.tree.leaves(outputs))), outputs
+
+    values = [leaves[i] for i in wanted]
+    floats, pull, outputs = jax.vjp(of_wanted, values, has_aux=True)
+    return outputs, pull, floats
+
+  closed, made = jax.make_jaxpr(run, return_shape=True)(leaves)
+  outputs, pull, floats = made
+  closed_back = jax.make_jaxpr(lambda pull, dy: pull(dy)[0])(pull, floats)
+  inputs = [core.Var(var.aval) for var in closed.jaxpr.invars]
+  forward = jaxpr_partition.inline(closed, inputs)
+  start = len(jax.tree.leaves(outputs))
+  kept = forward.outputs[start : len(forward.outputs) - len(floats)]
+  cotangents = closed_back.jaxpr.invars[len(kept) :]
+  cotangents = [core.Var(var.aval) for var in cotangents]
+  backward = jaxpr_partition.inline(closed_back, [*kept, *cotangents])
+  forward = forward._replace(outputs=forward.outputs[:start])
+  trees = _Trees(structure, outputs, numbers_x, numbers_trained)
+  return trees, forward, backward, inputs, cotangents
+
+
+def _shapes(found):
+  shape = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
+  return tuple(shape(var.aval) for var in found)
+
+
+def _has_gradient(leaf):
+  return jnp.issubdtype(leaf.dtype, jnp.inexact)

@@ -1,0 +1,154 @@
+"""A schedule for people and programs: figures, the table as text or as JSON."""
+
+import dataclasses
+import string
+from typing import Any
+
+from dsv3_jax.parallel.schedules import actions, simulate
+from dsv3_jax.parallel.schedules import make as schedules
+from dsv3_jax.parallel.schedules import ticks as tick_tables
+from dsv3_jax.parallel.schedules.actions import Action, Schedule
+from dsv3_jax.parallel.schedules.simulate import Timeline, Times
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Played:
+  """A schedule and what its two clocks make of it."""
+
+  schedule: Schedule
+  formula: actions.Number | None
+  timeline: Timeline
+  table: tick_tables.Table
+  ticks: Timeline
+
+
+def play(schedule: Schedule, times: Times) -> Played:
+  """Runs a schedule asynchronously and in lockstep; raises as those do."""
+  timeline = simulate.simulate(schedule, times)
+  table = tick_tables.to_ticks(schedule)
+  return Played(
+    schedule=schedule,
+    formula=_formula(schedule, times),
+    timeline=timeline,
+    table=table,
+    ticks=tick_tables.timeline(schedule, table, times),
+  )
+
+
+def _formula(schedule: Schedule, times: Times) -> actions.Number | None:
+  """The bubble by formula; None where stages differ or sending takes time."""
+  given = {name: getattr(times, name) for name in ('f', 'b', 'w', 'fb')}
+  if times.comm or any(isinstance(x, tuple) for x in given.values()):
+    return None
+  halves = any(a.kind == actions.WEIGHT for a in schedule.orders[0])
+  return schedules.closed_form_bubble(
+    schedule.kind, ranks=schedule.ranks, split_backward=halves, **given
+  )
+
+
+def as_json(played: Played) -> dict[str, Any]:
+  """What `dsv3 schedule --json` prints; times in the units of --f, --b, --w."""
+  schedule, timeline, ticks = played.schedule, played.timeline, played.ticks
+  formula = played.formula
+  return {
+    'kind': schedule.kind,
+    'stages': schedule.stages,
+    'ranks': schedule.ranks,
+    'microbatches': schedule.microbatches,
+    'total': float(timeline.total),
+    'bubble': float(timeline.bubble),
+    'bubble_fraction': _fraction(timeline),
+    'closed_form_bubble': None if formula is None else float(formula),
+    'idle': [float(each) for each in timeline.idle],
+    'peak_live_activations': simulate.peak_live(schedule),
+    'parameter_copies': schedules.parameter_copies(schedule),
+    'model_copies': len(schedule.homes),
+    'lockstep': {
+      'ticks': len(played.table),
+      'total': float(ticks.total),
+      'bubble': float(ticks.bubble),
+      'bubble_fraction': _fraction(ticks),
+    },
+    'table': _rows(played),
+  }
+
+
+def _fraction(timeline: Timeline) -> float:
+  return float(timeline.bubble / timeline.total)
+
+
+def _rows(played: Played) -> list[dict[str, Any]]:
+  """The table, rank by rank in order, with both clocks."""
+  rows = []
+  schedule, timeline = played.schedule, played.timeline
+  for rank, order in enumerate(schedule.orders):
+    ticks = [i for i, row in enumerate(played.table) if row[rank]]
+    when = (ticks, timeline.starts[rank], timeline.ends[rank])
+    for action, tick, start, end in zip(order, *when, strict=True):
+      row = {'rank': rank, 'tick': tick, 'kind': action.kind}
+      row |= {'start': float(start), 'end': float(end)}
+      for name in ('forward', 'backward'):
+        if (task := getattr(action, name)) is not None:
+          row[name] = {
+            'stage': task.stage,
+            'microbatch': task.microbatch,
+            'direction': schedule.direction(task.microbatch),
+          }
+      rows.append(row)
+  return rows
+
+
+def summary(played: Played) -> str:
+  """The figures in four lines."""
+  schedule, timeline, ticks = played.schedule, played.timeline, played.ticks
+  formula = played.formula
+  said = '' if formula is None else f', by formula {float(formula):.6g}'
+  peaks = simulate.peak_live(schedule)
+  live = ' '.join(map(str, peaks if len(set(peaks)) > 1 else peaks[:1]))
+  return '\n'.join(
+    [
+      f'{schedule.kind}: {schedule.stages} stages on {schedule.ranks} ranks, '
+      f'{schedule.microbatches} micro-batches',
+      f'total {float(timeline.total):.6g}, bubble '
+      f'{float(timeline.bubble):.6g} ({_fraction(timeline):.1%}){said}',
+      f'live activations a rank at most {live}, parameters '
+      f'{schedules.parameter_copies(schedule)[0]}x',
+      f'in lockstep: {len(played.table)} ticks, total '
+      f'{float(ticks.total):.6g}, bubble {_fraction(ticks):.1%}',
+    ]
+  )
+
+
+def text_table(schedule: Schedule, table: tick_tables.Table) -> str:
+  """A line a rank, a column a tick: F3, B3, I3, W3, F4&B1; a dot is idle.
+
+  Where a rank takes a micro-batch through several stages, letters tell them
+  apart: F3a at its first stage, F3b at its second.
+  """
+  columns = [
+    [_cell(schedule, rank, action) for rank, action in enumerate(tick)]
+    for tick in table
+  ]
+  widths = [max(map(len, column)) for column in columns]
+  lines = []
+  for rank in range(schedule.ranks):
+    cells = [
+      column[rank].ljust(width)
+      for column, width in zip(columns, widths, strict=True)
+    ]
+    lines.append(f'rank {rank:2} | {" ".join(cells)}'.rstrip())
+  return '\n'.join(lines)
+
+
+def _cell(schedule: Schedule, rank: int, action: Action | None) -> str:
+  if action is None:
+    return '.'
+  held = schedule.held(rank)
+  letters = string.ascii_lowercase if len(held) > len(schedule.homes) else ''
+  parts = []
+  for name in ('forward', 'backward'):
+    if (task := getattr(action, name)) is not None:
+      kind = {actions.PAIR: name[0].upper()}.get(action.kind, action.kind)
+      chunk = held.index(task.stage)
+      parts.append(f'{kind}{task.microbatch}{letters[chunk : chunk + 1]}')
+  return '&'.join(parts)

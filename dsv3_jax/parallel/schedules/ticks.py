@@ -1,0 +1,77 @@
+"""A schedule in ticks: one action a rank a tick, for one SPMD program.
+
+A scan over ticks runs such a table on all ranks at once. What an action makes
+is sent when its tick ends and can be used `latency` ticks later on another
+rank; on its own rank, also at the turn of a V, in the next tick. A tick lasts
+as long as its longest action.
+"""
+
+import dataclasses
+
+from dsv3_jax.parallel.schedules import simulate, validate
+from dsv3_jax.parallel.schedules.actions import Action, Schedule
+
+Table = tuple[tuple[Action | None, ...], ...]  # [tick][rank]; None is idle
+
+
+def to_ticks(schedule: Schedule, latency: int = 1) -> Table:
+  """The table in which every action is as early as its rank's order allows.
+
+  Args:
+    latency: ticks from an action to another rank's that needs its result; 2
+      leaves the exchange a whole tick, beside which the ranks compute.
+
+  Raises:
+    ValueError: latency < 1, or the schedule is not legal.
+  """
+  if latency < 1:
+    raise ValueError(f'latency={latency} must be >= 1')
+  links = validate.check_work(schedule)
+  ones = [[1] * len(order) for order in schedule.orders]
+  ticks = simulate.run(schedule, links, ones, latency - 1)
+  table: list[list[Action | None]] = [
+    [None] * schedule.ranks for _ in range(ticks.total)
+  ]
+  for rank, (order, starts) in enumerate(
+    zip(schedule.orders, ticks.starts, strict=True)
+  ):
+    for action, tick in zip(order, starts, strict=True):
+      table[tick][rank] = action
+  return tuple(map(tuple, table))
+
+
+def timeline(
+  schedule: Schedule, table: Table, times: simulate.Times
+) -> simulate.Timeline:
+  """When the table's actions run if each tick waits for its longest action.
+
+  `times.comm` passes after every tick but the last.
+  """
+  played, ticks = orders(schedule, table)
+  durations = times.durations(played)
+  longest = [0] * len(table)
+  for row, lengths in zip(ticks, durations, strict=True):
+    for tick, length in zip(row, lengths, strict=True):
+      longest[tick] = max(longest[tick], length)
+  begins = [0]
+  for length in longest:
+    begins.append(begins[-1] + length + times.comm)
+  starts = [[begins[tick] for tick in row] for row in ticks]
+  ends = [
+    [start + length for start, length in zip(*rows, strict=True)]
+    for rows in zip(starts, durations, strict=True)
+  ]
+  return simulate.Timeline(starts=starts, ends=ends)
+
+
+def orders(
+  schedule: Schedule, table: Table
+) -> tuple[Schedule, list[list[int]]]:
+  """The schedule with the table's orders, and the tick of each action."""
+  placed = [
+    [(tick, row[rank]) for tick, row in enumerate(table) if row[rank]]
+    for rank in range(schedule.ranks)
+  ]
+  orders = tuple(tuple(action for _, action in row) for row in placed)
+  ticks = [[tick for tick, _ in row] for row in placed]
+  return dataclasses.replace(schedule, orders=orders), ticks

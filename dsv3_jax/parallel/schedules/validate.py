@@ -1,0 +1,175 @@
+"""Is a schedule legal? What each action waits for, and what is refused.
+
+`check_work` looks at the order alone: all work is there, once, where its stage
+is held. `check_times` looks at when: no action starts before what it needs has
+arrived. That ranks wait for one another in a circle is found by running them
+(`simulate.run`).
+"""
+
+from collections.abc import Sequence
+
+from dsv3_jax.parallel.schedules import actions
+from dsv3_jax.parallel.schedules.actions import Action, Schedule
+
+# Results are numbered: the forward of stage s, micro-batch m is s * M + m, the
+# gradient of its input S * M more. A link is what an action waits for and what
+# it makes; all of the latter is there when it ends.
+Link = tuple[tuple[int, ...], tuple[int, ...]]
+
+# Which tasks an action of each kind has: (forward, backward).
+_SHAPES = {
+  actions.FORWARD: (True, False),
+  actions.BACKWARD: (False, True),
+  actions.INPUT: (False, True),
+  actions.WEIGHT: (False, True),
+  actions.PAIR: (True, True),
+}
+
+
+def links(schedule: Schedule) -> list[list[Link]]:
+  """The link of every action of every rank."""
+  width, last = schedule.microbatches, schedule.stages - 1
+  gradients = schedule.stages * width
+  found = []
+  for order in schedule.orders:
+    row = []
+    for action in order:  # a sweep runs this millions of times: no calls here
+      need, made = (), ()
+      if (ahead := action.forward) is not None:
+        key = ahead.stage * width + ahead.microbatch
+        made = (key,)
+        if ahead.stage:
+          need = (key - width,)
+      if (back := action.backward) is not None:
+        key = back.stage * width + back.microbatch
+        if action.kind == actions.WEIGHT:
+          need = (gradients + key,)
+        else:
+          made = (*made, gradients + key)
+          need = (*need, key)
+          if back.stage < last:
+            need = (*need, gradients + key + width)
+      row.append((need, made))
+    found.append(row)
+  return found
+
+
+def describe(schedule: Schedule, result: int) -> str:
+  """A result in words."""
+  size = schedule.stages * schedule.microbatches
+  stage, microbatch = divmod(result % size, schedule.microbatches)
+  what = 'forward' if result < size else 'input gradient'
+  return f'the {what} of micro-batch {microbatch} at stage {stage}'
+
+
+def check_work(schedule: Schedule) -> list[list[Link]]:
+  """Each task has one forward, one backward, its weight half if it is split.
+
+  Returns:
+    The schedule's `links`.
+
+  Raises:
+    ValueError: an action is malformed or runs where its stage is not held; a
+      result is made twice or never; a weight half has no input half before it;
+      weight gradients are left in a queue.
+  """
+  for rank, order in enumerate(schedule.orders):
+    _check_places(schedule, rank, order)
+    _check_queue(rank, order)
+  makers: dict[int, int] = {}
+  table = links(schedule)
+  for rank, row in enumerate(table):
+    for _, made in row:
+      for result in made:
+        if result in makers:
+          raise ValueError(
+            f'{describe(schedule, result)} is made twice: by rank '
+            f'{makers[result]} and by rank {rank}'
+          )
+        makers[result] = rank
+  for result in range(2 * schedule.stages * schedule.microbatches):
+    if result not in makers:
+      raise ValueError(f'{describe(schedule, result)} is missing')
+  return table
+
+
+def _check_places(
+  schedule: Schedule, rank: int, order: tuple[Action, ...]
+) -> None:
+  homes, total = schedule.homes, schedule.microbatches
+  for action in order:
+    ahead, back = action.forward, action.backward
+    if _SHAPES.get(action.kind) != (ahead is not None, back is not None):
+      raise ValueError(f'rank {rank} has a malformed action: {action!r}')
+    for task in (ahead, back):
+      if task is None:
+        continue
+      stage, microbatch = task.stage, task.microbatch
+      if not (0 <= microbatch < total and 0 <= stage < len(homes[0])):
+        raise ValueError(f'rank {rank} runs {task}, which does not exist')
+      if homes[microbatch * len(homes) // total][stage] != rank:
+        raise ValueError(
+          f'rank {rank} runs micro-batch {microbatch} at stage {stage}, '
+          'which it does not hold'
+        )
+
+
+def _check_queue(rank: int, order: tuple[Action, ...]) -> None:
+  """Weight gradients are queued by I and taken by W."""
+  queue = {}
+  for action in order:
+    if action.kind == actions.INPUT:
+      queue[action.backward.stage, action.backward.microbatch] = None
+    elif action.kind == actions.WEIGHT:
+      stage, microbatch = action.backward.stage, action.backward.microbatch
+      if (stage, microbatch) not in queue:
+        raise ValueError(
+          f'rank {rank} runs W{microbatch} of stage {stage}, but no '
+          f'I{microbatch} of that stage has queued it'
+        )
+      del queue[stage, microbatch]
+  if queue:
+    left = ', '.join(f'W{m} of stage {stage}' for stage, m in queue)
+    raise ValueError(f'rank {rank} ends with its queue not empty: {left}')
+
+
+def check_times(
+  schedule: Schedule,
+  starts: Sequence[Sequence],
+  ends: Sequence[Sequence],
+  comm: actions.Number = 0,
+) -> None:
+  """No action starts before its rank is free and what it needs has arrived.
+
+  Args:
+    starts: of every action, [rank][place in the order].
+    ends: likewise.
+    comm: from the end of an action to when another rank has its results.
+
+  Raises:
+    ValueError: some action starts too early; says which and why.
+  """
+  table = links(schedule)
+  made_by, made_at = {}, {}
+  for rank, row in enumerate(table):
+    for (_, made), end in zip(row, ends[rank], strict=True):
+      for result in made:
+        made_by[result], made_at[result] = rank, end
+  for rank, (order, row) in enumerate(zip(schedule.orders, table, strict=True)):
+    free = 0
+    for action, (need, _), start, end in zip(
+      order, row, starts[rank], ends[rank], strict=True
+    ):
+      if start < free:
+        raise ValueError(
+          f'rank {rank} starts {action} at {start}, before {free}, when the '
+          'action before it ends'
+        )
+      free = end
+      for result in need:
+        ready = made_at[result] + (comm if made_by[result] != rank else 0)
+        if start < ready:
+          raise ValueError(
+            f'rank {rank} starts {action} at {start}, but '
+            f'{describe(schedule, result)} arrives at {ready}'
+          )

@@ -1,0 +1,238 @@
+"""A check from outside: transformers' DeepseekV3ForCausalLM, in PyTorch.
+
+Both directions go through the folders that users exchange, several shards each.
+The two agree where the report and transformers agree: latent norms' eps is 1e-6
+there whatever the config says, so eps is 1e-6 here; YaRN is written only where
+it acts; its 1e-20 in the gates' normaliser is below f32.
+"""
+
+import functools
+import importlib
+import itertools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+import dsv3_jax
+from benchmarks.common import hf_tensors
+from dsv3_jax import config
+from dsv3_jax.checkpoint.hf import config as hf_config
+from dsv3_jax.checkpoint.hf import exporter
+from dsv3_jax.checkpoint.hf import names as hf_names
+from dsv3_jax.inference import engine, generate, model_runner
+from dsv3_jax.nn import model
+from experiments import v3_671b
+from tests.checkpoint.hf import exchanged
+from tests.nn import models
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings(
+  # transformers' own imports
+  'ignore::DeprecationWarning',
+  'ignore::FutureWarning',
+)
+
+
+def theirs(cfg):
+  """An empty model of transformers with the shape of ours."""
+  body = hf_config.write(cfg) | {'num_nextn_predict_layers': 0}
+  hf_cfg = transformers.DeepseekV3Config(**body)
+  hf_cfg._attn_implementation = 'eager'
+  return modeling_deepseek_v3.DeepseekV3ForCausalLM(hf_cfg).eval()
+
+
+def randomise(net, seed):
+  """Random weights and biases; norms too, as ones would hide their absence."""
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, w in [*net.named_parameters(), *net.named_buffers()]:
+      if 'inv_freq' in name:
+        continue
+      w.normal_(0.0, net.config.hidden_size**-0.5, generator=generator)
+      if 'norm' in name:
+        w += 1.0
+  return net
+
+
+def tokens_of(cfg, shape=(2, 24), seed=3):
+  rng = np.random.default_rng(seed)
+  return rng.integers(1, cfg.model.vocab_size, shape).astype(np.int32)
+
+
+@pytest.mark.parametrize('name', exchanged.CASES)
+def test_ours_reads_transformers(name, tmp_path):
+  """save_pretrained -> `load`: logits within 1e-5, f32; MTP is absent."""
+  cfg = exchanged.make(name)
+  net = randomise(theirs(cfg), seed=0)
+  net.save_pretrained(tmp_path, max_shard_size='60KB')
+  assert len(list(tmp_path.glob('*.safetensors'))) > 1
+  ours = dsv3_jax.load(tmp_path)
+  tokens_BT = tokens_of(cfg)
+  with torch.no_grad():
+    want = net(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
+  assert np.std(want) > 0.1
+  np.testing.assert_allclose(ours.logits(tokens_BT), want, rtol=0, atol=1e-5)
+  told = ours.config.model
+  assert told.mla == cfg.model.mla and told.mtp.depth == 0
+  assert told.yarn == cfg.model.yarn and told.norm_eps == cfg.model.norm_eps
+
+
+@pytest.mark.parametrize('name', exchanged.CASES)
+def test_transformers_reads_ours(name, tmp_path):
+  """`export` -> from_pretrained: logits within 1e-5, 64 greedy tokens equal."""
+  cfg = exchanged.make(name)
+  params, router = exchanged.random_weights(cfg)
+  folder = exchanged.write(cfg, params, router, tmp_path / 'out')
+  net = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, attn_implementation='eager', dtype=torch.float32
+  )
+  tokens_BT = tokens_of(cfg)
+  batch = exchanged.batch_of(tokens_BT)
+  ours, _ = models.logits(cfg)(params, router, batch)
+  prompt = torch.tensor(tokens_BT, dtype=torch.long)
+  how = {'do_sample': False, 'pad_token_id': 0, 'eos_token_id': None}
+  with torch.no_grad():
+    out = net(prompt, use_cache=True)
+    ids = net.generate(prompt, max_new_tokens=64, **how)
+  np.testing.assert_allclose(ours, out.logits.numpy(), rtol=0, atol=1e-5)
+  made = generate.Generator(cfg, params, router).generate(
+    tokens_BT.tolist(), 64
+  )
+  assert made.tokens == ids[:, tokens_BT.shape[1] :].tolist()
+  check_cached(cfg, params, router, tokens_BT, out)
+
+
+def check_cached(cfg, params, router, tokens_BT, out):
+  """Prefill, then absorbed steps: logits, and the latents that are cached."""
+  apply = [
+    jax.jit(functools.partial(model.build(cfg, **how).apply, method='cached'))
+    for how in ({}, {'absorbed': True})
+  ]
+  # A page a row.
+  assert tokens_BT.shape[1] <= engine.PAGE
+  args = (cfg.model, len(tokens_BT), engine.PAGE, jnp.float32)
+  caches = model_runner.empty_caches(*args, drafting=False, fp8=False)
+  table_B1 = jnp.arange(len(tokens_BT))[:, None]
+  close = {'rtol': 0, 'atol': 1e-5}
+  begin, end = 0, tokens_BT.shape[1] - 3
+  while begin < tokens_BT.shape[1]:
+    part_BT = tokens_BT[:, begin:end]
+    index_BT = jnp.broadcast_to(jnp.arange(begin, end), part_BT.shape)
+    last_B1 = jnp.full((len(part_BT), 1), end - begin - 1)
+    args = ({'params': params}, part_BT, index_BT, last_B1, table_B1)
+    logits_B1V, _, caches, _ = apply[begin > 0](*args, router, caches)
+    want_BV = out.logits[:, end - 1].numpy()
+    np.testing.assert_allclose(logits_B1V[:, 0], want_BV, **close)
+    begin, end = end, end + 1
+  theirs_cache = out.past_key_values
+  ours = jax.tree.map(lambda *x: np.concatenate(x), *caches[:2])
+  for i, layer in enumerate(theirs_cache.layers):
+    c_BSC, r_BSR = layer.keys[:, 0].numpy(), layer.values[:, 0].numpy()
+    length = c_BSC.shape[1]
+    np.testing.assert_allclose(ours.c_LpsC[i, :, :length], c_BSC, **close)
+    # transformers turns pairs into halves before it rotates.
+    halves = r_BSR.reshape(*r_BSR.shape[:-1], 2, -1)
+    pairs = np.moveaxis(halves, -2, -1).reshape(r_BSR.shape)
+    got = ours.k_rope_LpsR[i, :, :length]
+    np.testing.assert_allclose(got, pairs, **close)
+
+
+@pytest.mark.parametrize('name', exchanged.CASES)
+def test_table_is_bijective(name):
+  """Every element of every leaf goes to exactly one tensor that is no copy."""
+  cfg = exchanged.make(name)
+  params, router = exchanged.random_weights(cfg)
+  tensors = dict(hf_tensors.tensors(cfg, params, router))
+  names = [tensor.name for tensor in hf_names.table(cfg.model)]
+  assert list(tensors) == names and len(set(names)) == len(names)
+  back = {}
+  for place in hf_names.places(cfg):
+    rows = tensors[place.tensor.name]
+    assert rows.shape == place.file_shape
+    parts = place.split(rows)
+    np.testing.assert_array_equal(place.join(parts), rows)
+    for leaf, part in zip(place.tensor.leaves, parts, strict=True):
+      if not place.tensor.copy:
+        back[leaf] = part
+  state = {'params': params, 'router': router}
+  for leaf, part in back.items():
+    want = hf_names.get(state, leaf.path)[leaf.index]
+    np.testing.assert_array_equal(part, want)
+  size = lambda tree: sum(np.size(x) for x in jax.tree.leaves(tree))
+  assert sum(part.size for part in back.values()) == size(state)
+
+
+EXPERIMENTS = sorted(
+  '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+  for path in (ROOT / 'experiments').rglob('*.py')
+  if path.stem != '__init__'
+)
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+@pytest.mark.parametrize('arg', ['', 'runlocal'])
+def test_table_covers_every_experiment(name, arg):
+  """A bijection over the abstract tree: no element twice and none forgotten."""
+  source = importlib.import_module(name).get_config(arg)
+  cfg = config.from_config_dict(source)
+  shapes, seen, names = hf_names.leaf_shapes(cfg), {}, set()
+  for place in hf_names.places(cfg):
+    tensor = place.tensor
+    assert tensor.name not in names
+    names.add(tensor.name)
+    sizes = [math.prod(shape) for shape in place.shapes]
+    assert sum(sizes) == math.prod(place.file_shape)
+    for leaf, size in zip(tensor.leaves, sizes, strict=True):
+      if not tensor.copy:
+        indices = seen.setdefault(leaf.path, {})
+        assert leaf.index not in indices
+        indices[leaf.index] = size
+  assert seen.keys() == shapes.keys()
+  for path, indices in seen.items():
+    lead = len(next(iter(indices)))
+    every = itertools.product(*map(range, shapes[path][:lead]))
+    assert indices.keys() == set(every)
+    assert sum(indices.values()) == math.prod(shapes[path])
+
+
+def test_manifest_of_671b_is_the_published_checkpoint():
+  """91,991 tensors, 45,808 scales, 688.6 GB (FACTS of the release)."""
+  cfg = config.from_config_dict(v3_671b.get_config())
+  specs = exporter.manifest(cfg, 'fp8')
+  assert len(specs) == len({s.name for s in specs}) == 91_991
+  scales = [s for s in specs if s.name.endswith('_scale_inv')]
+  assert len(scales) == 45_808
+  assert abs(sum(s.nbytes for s in specs) - 688.575e9) < 0.01e9
+  by_dtype = {}
+  for spec in specs:
+    by_dtype[spec.dtype] = by_dtype.get(spec.dtype, 0) + spec.nbytes / 1e9
+  assert by_dtype == pytest.approx(
+    {'F8_E4M3': 680.57, 'BF16': 7.84, 'F32': 0.166}, abs=5e-3
+  )
+  of = {spec.name: (spec.dtype, spec.shape) for spec in specs}
+  layer = 'model.layers.61.'
+  for name, dtype, shape in (
+    ('lm_head.weight', 'BF16', (129280, 7168)),
+    ('model.layers.0.self_attn.q_a_proj.weight', 'F8_E4M3', (1536, 7168)),
+    ('model.layers.0.self_attn.q_a_proj.weight_scale_inv', 'F32', (12, 56)),
+    ('model.layers.0.mlp.down_proj.weight_scale_inv', 'F32', (56, 144)),
+    ('model.layers.3.mlp.gate.e_score_correction_bias', 'F32', (256,)),
+    ('model.layers.3.mlp.gate.weight', 'BF16', (256, 7168)),
+    (
+      'model.layers.3.self_attn.kv_a_proj_with_mqa.weight_scale_inv',
+      'F32',
+      (5, 56),
+    ),
+    (f'{layer}eh_proj.weight', 'BF16', (7168, 14336)),
+    (f'{layer}shared_head.head.weight', 'BF16', (129280, 7168)),
+    (f'{layer}mlp.experts.255.up_proj.weight', 'F8_E4M3', (2048, 7168)),
+  ):
+    assert of[name] == (dtype, shape)

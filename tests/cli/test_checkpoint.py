@@ -1,0 +1,161 @@
+"""export, import and manifest as commands; the tokenizer's files."""
+
+import ast
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import transformers
+
+import dsv3_jax
+from dsv3_jax.cli import main as cli
+from dsv3_jax.data import tokenizer as tokenizers
+from tests.checkpoint.hf import exchanged
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TEXTS = ['a tiny text about tiny texts; tiny texts are texts'] * 4
+# How ml_collections and transformers load things.
+pytestmark = [
+  pytest.mark.filterwarnings('ignore:the load_module'),
+  pytest.mark.filterwarnings('ignore::FutureWarning'),
+]
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+  return tokenizers.train(TEXTS, 280)
+
+
+@pytest.fixture(scope='module')
+def folder(tokenizer, tmp_path_factory):
+  """An exported model of 280 tokens, with its tokenizer."""
+  cfg = exchanged.make('plain', model__vocab_size=280)
+  path = tmp_path_factory.mktemp('exchange') / 'hf'
+  documents = tokenizers.hf_documents(tokenizer, cfg.model.max_seq_len)
+  weights = exchanged.random_weights(cfg)
+  return exchanged.write(cfg, *weights, path, documents=documents)
+
+
+def test_there_and_back_by_commands(folder, tmp_path, capsys):
+  run, out = tmp_path / 'run', tmp_path / 'out'
+  assert not cli.main(['import', f'--hf={folder}', f'--output={run}'])
+  args = [f'--checkpoint={run}', f'--output={out}', '--dtype=float32']
+  assert not cli.main(['export', *args, '--shard_gb=0.00006'])
+  said = capsys.readouterr().out
+  assert 'holds step 0' in said and 'model-00002-of-' in said
+  for name in ('SHA256SUMS', 'config.json', 'tokenizer_config.json'):
+    assert (out / name).read_text() == (folder / name).read_text()
+  # A folder is exported as well: from f32 to FP8, and named by `generate`.
+  low = tmp_path / 'low'
+  args = [f'--checkpoint={folder}', f'--output={low}', '--dtype=fp8']
+  assert not cli.main(['export', *args])
+  args = [f'--checkpoint={low}', '--prompt=a tiny', '--max_new_tokens=4']
+  assert not cli.main(['generate', *args, '--temperature=0'])
+  assert capsys.readouterr().out.splitlines()[1].startswith('a tiny')
+
+
+def test_manifest_is_what_an_export_holds(capsys, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  name = '--config=experiments/quickstart.py'
+  assert not cli.main(['manifest', name, '--dtype=fp8'])
+  lines = capsys.readouterr().out.splitlines()
+  rows = [line.split('\t') for line in lines]
+  assert all(len(row) == 3 for row in rows)
+  assert ['lm_head.weight', 'BF16', '2048x192'] in rows
+  scale = 'model.layers.1.mlp.experts.15.up_proj.weight_scale_inv'
+  assert [scale, 'F32', '1x2'] in rows
+
+
+@pytest.mark.parametrize(
+  ('args', 'said'),
+  [
+    (['export', '--output=x'], '--checkpoint=DIR is missing'),
+    (['export', '--checkpoint=x'], '--output=DIR is missing'),
+    (['export', '--checkpoint=no', '--output=x'], 'no/config.json'),
+    (['export', '--checkpoint=x', '--output=x', '--shard_gb=0'], 'shard_gb=0'),
+    (['export', '--checkpoint=x', '--output=x', '--dtype=f8'], 'dtype'),
+    (['import', '--output=x'], '--hf=DIR is missing'),
+    (['import', '--hf=x'], '--output=DIR is missing'),
+    (['import', '--hf=no', '--output=x'], 'no is not a folder'),
+    (['manifest'], '--config=FILE.py is missing'),
+  ],
+)
+def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, args, said):
+  monkeypatch.chdir(tmp_path)
+  assert cli.main(args) == 2
+  told = capsys.readouterr().err
+  assert said in told and told.count('\n') == 1
+  assert not list(tmp_path.iterdir())
+
+
+def test_damaged_weights_end_in_one_line(folder, tmp_path, capsys):
+  """A NaN is met in mid-import, or in mid-export of the folder itself."""
+  bad = shutil.copytree(folder, tmp_path / 'bad')
+
+  def change(arrays):
+    arrays['model.layers.2.mlp.gate.weight'][1, 2] = np.nan
+
+  exchanged.rewrite(bad, change)
+  for args in (
+    ['import', f'--hf={bad}', f'--output={tmp_path / "run"}'],
+    ['export', f'--checkpoint={bad}', f'--output={tmp_path / "out"}'],
+  ):
+    assert cli.main(args) == 2
+    told = capsys.readouterr().err
+    assert told.count('\n') == 1 and 'first NaN at [1, 2]' in told
+    assert f'{bad}/model.safetensors: model.layers.2.mlp.gate.weight' in told
+    assert [path.name for path in tmp_path.iterdir()] == ['bad']
+
+
+def test_a_folder_has_neither_steps_nor_an_average(capsys, folder, tmp_path):
+  args = ['export', f'--checkpoint={folder}', f'--output={tmp_path / "x"}']
+  for more in ('--step=3', '--ema'):
+    assert cli.main([*args, more]) == 2
+    assert 'neither steps nor an average' in capsys.readouterr().err
+
+
+def test_transformers_loads_the_tokenizer(folder, tokenizer):
+  """The same ids of text and of a conversation."""
+  theirs = transformers.AutoTokenizer.from_pretrained(folder)
+  assert (theirs.bos_token_id, theirs.eos_token_id) == (
+    tokenizer.bos_id,
+    tokenizer.eos_id,
+  )
+  text = 'tiny texts; 1234'
+  ids = theirs.encode(text, add_special_tokens=False)
+  assert ids == tokenizer.encode(text).tolist()
+  turns = [
+    {'role': 'system', 'content': 'tiny'},
+    {'role': 'user', 'content': 'a text?'},
+    {'role': 'assistant', 'content': 'texts'},
+    {'role': 'user', 'content': 'more'},
+  ]
+  for prompt in (False, True):
+    made = theirs.apply_chat_template(
+      turns, add_generation_prompt=prompt, return_dict=False
+    )
+    want, _ = tokenizer.encode_chat(turns, add_generation_prompt=prompt)
+    np.testing.assert_array_equal(made, want)
+  assert dsv3_jax.load(folder).tokenizer.text == tokenizer.text
+
+
+def test_nothing_is_ever_unpickled():
+  """No module imports what runs code out of data."""
+  forbidden = {'pickle', 'cloudpickle', 'dill', 'marshal', 'shelve', 'torch'}
+  paths = [
+    path
+    for package in ('dsv3_jax', 'pallas_kernels', 'experiments')
+    for path in (ROOT / package).rglob('*.py')
+  ]
+  assert len(paths) > 50
+  for path in paths:
+    text = path.read_text(encoding='utf-8')
+    assert 'allow_pickle' not in text
+    for node in ast.walk(ast.parse(text)):
+      names = []
+      if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+      elif isinstance(node, ast.ImportFrom):
+        names = [node.module]
+      assert not {name.split('.')[0] for name in names} & forbidden, path

@@ -1,0 +1,294 @@
+"""generate, chat and serve as a user meets them, on a run of a few steps."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import openai
+import pytest
+
+import dsv3_jax
+from benchmarks import speculation
+from dsv3_jax import config
+from dsv3_jax.cli import inference as cli_inference
+from dsv3_jax.cli import main as cli
+from dsv3_jax.training import loop
+from experiments import v3_671b
+from pallas_kernels import quantized
+from tests import tiny_run
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('generate')
+  cfg = tiny_run.make(folder, train__total_tokens=tiny_run.tokens_after(4))
+  loop.run(cfg, folder / 'run')
+  return folder / 'run'
+
+
+@pytest.fixture
+def env(trained):
+  return os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(trained / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PLATFORMS': 'cpu',
+  }
+
+
+def command(name, trained, *args):
+  flags = [name, f'--checkpoint={trained}', *args]
+  return [sys.executable, '-m', 'dsv3_jax.cli', *flags]
+
+
+@pytest.mark.parametrize(
+  ('args', 'said'),
+  [
+    (['generate', '--checkpoint=x', '--top_k=-1'], 'top_k=-1 must be in'),
+    (['generate', '--checkpoint=x', '--prompts=no.jsonl'], 'prompts=no.jsonl:'),
+    (['chat'], '--checkpoint=DIR is missing'),
+    (['chat', '--checkpoint=x', '--top_p=2'], 'top_p=2.0 must be in (0, 1]'),
+    (['serve'], '--checkpoint=DIR is missing'),
+    (['serve', '--checkpoint=x', '--max_rows=0'], 'max_rows=0 must be >= 1'),
+    (['serve', '--checkpoint=x', '--port=99999'], 'port=99999 must be in'),
+    (['serve', '--checkpoint=x', '--cache_tokens=-1'], 'cache_tokens=-1 must'),
+    (['serve', '--checkpoint=x', '--host='], '--host=ADDRESS is empty'),
+    (['generate', '--checkpoint=x', '--max_new_tokens=0'], 'max_new_tokens=0'),
+    (['chat', '--checkpoint=x', '--max_new_tokens=0'], 'max_new_tokens=0 must'),
+    (['serve', '--checkpoint=x', '--step=-2'], 'step=-2 must be >= -1'),
+    (['generate', '--checkpoint=x'], 'x/config.json'),
+    (['serve', '--checkpoint=x', '--parallel.data=9'], 'need 9 devices, 8 are'),
+    (['chat', '--checkpoint=x', '--redundant_experts=4'], 'needs rebalance_ev'),
+    (['chat', '--checkpoint=x', '--parallel.model=0'], 'parallel.model=0 must'),
+    (
+      ['generate', '--checkpoint=x', '--rebalance_every=-1'],
+      'every=-1 must be',
+    ),
+  ],
+)
+def test_bad_input_is_one_line(capsys, args, said):
+  assert cli.main(args) == 2
+  out, err = capsys.readouterr()
+  assert said in err and err.count('\n') == 1 and not out
+
+
+@pytest.mark.parametrize(
+  ('text', 'said'),
+  [
+    ('{"prompt": "a"}\n{"prompt": 3}\n', 'in.jsonl:2 must be an object with'),
+    ('{"prompt": "a"\n', 'in.jsonl:1 is no JSON'),
+    ('[' * 100_000, 'in.jsonl:1 is no JSON'),
+    ('\n\n', 'in.jsonl has no prompt'),
+    ('{"prompt": "a", "seed": 3}', '1 has "seed": --seed sets it for all'),
+    ('{"prompt": "a", "text": "b"}', '1 has "text": what is made has that'),
+  ],
+)
+def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, said):
+  path = tmp_path / 'in.jsonl'
+  path.write_text(text)
+  assert cli.main(['generate', '--checkpoint=x', f'--prompts={path}']) == 2
+  assert said in capsys.readouterr().err
+
+
+def test_prompts_of_a_file(trained, tmp_path, capsys):
+  path = tmp_path / 'in.jsonl'
+  prompts = ['import ', 'def f(', 'x\u2028']  # which ends no line of JSON
+  lines = [
+    json.dumps({'prompt': p, 'id': i}, ensure_ascii=False)
+    for i, p in enumerate(prompts)
+  ]
+  path.write_text('\n'.join(lines), encoding='utf-8')
+  args = [f'--checkpoint={trained}', '--max_new_tokens=6', '--temperature=0']
+  assert cli.main(['generate', f'--prompts={path}', *args]) == 0
+  out, err = capsys.readouterr()
+  rows = list(map(json.loads, out.splitlines()))
+  assert [(row['id'], row['prompt']) for row in rows] == [*enumerate(prompts)]
+  assert [row['tokens'] for row in rows] == [6, 6, 6]
+  speed = json.loads(err.splitlines()[-1])
+  assert speed['tokens_per_second'] > 0 and 'acceptance' not in speed
+  one = ['generate', '--prompt=def f(', '--json', *args]
+  assert cli.main(one) == 0
+  assert json.loads(capsys.readouterr().out)['text'] == rows[1]['text']
+  assert cli.main([*one, '--num_drafts=2']) == 0
+  out, err = capsys.readouterr()
+  assert json.loads(out)['text'] == rows[1]['text']
+  drafted = json.loads(err.splitlines()[-1])
+  assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
+
+
+def test_the_engine_is_as_the_flags_say(trained, monkeypatch, capsys):
+  made, load = [], dsv3_jax.load
+  spy = lambda *args, **how: made.append(load(*args, **how)) or made[-1]
+  monkeypatch.setattr(dsv3_jax, 'load', spy)
+  args = ['generate', f'--checkpoint={trained}', '--max_new_tokens=2']
+  for more in ([], ['--fp8_cache']):
+    assert cli.main([*args, *more]) == 0
+  kept = [loaded.engine.steps.empty_caches(1, 64).moe for loaded in made]
+  is_fp8 = [isinstance(c.c_LpsC, quantized.Quantized) for c in kept]
+  assert is_fp8 == [False, True]
+
+
+def test_all_is_checked_before_weights_are_read(trained, monkeypatch, capsys):
+  monkeypatch.setattr(dsv3_jax, 'load', lambda *args, **how: 1 / 0)
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+    for name, args, said in (
+      ('generate', ['--max_new_tokens=999'], '=999 must be below model.max_s'),
+      ('chat', ['--system=' + 'a b ' * 999], 'before a word is said, has'),
+      ('chat', ['--max_new_tokens=999'], '=999 must be below model.max_s'),
+      ('serve', [f'--port={port}'], f'port={port}: Address already in use'),
+      ('serve', ['--host=::1%nowhere'], 'host=::1%nowhere, port=8000:'),
+    ):
+      assert cli.main([name, f'--checkpoint={trained}', *args]) == 2
+      out, err = capsys.readouterr()
+      assert said in err and err.count('\n') == 1 and not out
+
+
+def test_without_a_number_as_many_tokens_as_fit(trained, capsys):
+  args = [f'--checkpoint={trained}', '--temperature=0', '--json']
+  assert cli.main(['generate', '--prompt=import ', *args]) == 0
+  assert json.loads(capsys.readouterr().out)['text']
+
+
+@pytest.mark.slow
+def test_a_mesh_gives_the_same_text(trained, capsys):
+  args = [f'--checkpoint={trained}', '--max_new_tokens=6', '--temperature=0']
+  args += ['--json', '--prompt=import ', '--prompt=def f(', '--prompt=x']
+  mesh = ['--parallel.data=2', '--parallel.expert=2', '--parallel.model=2']
+  mesh += ['--redundant_experts=4', '--rebalance_every=3']
+  told = []
+  for more in ([], mesh):
+    assert cli.main(['generate', *args, *more]) == 0
+    told.append(capsys.readouterr())
+  assert told[0].out == told[1].out
+  speed = [json.loads(each.err.splitlines()[-1]) for each in told]
+  assert 'balancedness' not in speed[0]
+  assert 0.5 <= speed[1]['balancedness'] <= 1
+
+
+def test_a_mesh_that_the_model_does_not_fit_is_one_line(trained, capsys):
+  args = ['generate', f'--checkpoint={trained}']
+  assert cli.main([*args, '--parallel.expert=3']) == 2
+  assert '= 3 must divide model.moe.num_experts=' in capsys.readouterr().err
+  args += ['--parallel.expert=2', '--redundant_experts=3']
+  assert cli.main([*args, '--rebalance_every=9']) == 2
+  assert '= 2 slots: 2 or 4' in capsys.readouterr().err
+
+
+def test_the_benchmark_of_drafts(trained, tmp_path, capsys):
+  path = tmp_path / 'told.md'
+  args = ['--prompts=2', '--new_tokens=4', '--rounds=1', '--most=1', '--json']
+  args += ['--prompt_tokens=20', f'--checkpoint={trained}', f'--output={path}']
+  assert speculation.main(args) == 0
+  rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
+  wanted = [(t, b, k) for t in (0.0, 1.0) for b in (1, 2) for k in (0, 1)]
+  assert [(r['temperature'], r['batch'], r['drafts']) for r in rows] == wanted
+  assert rows[0]['speed_ratio'] == 1.0 and rows[0]['accepted'] is None
+  assert 0 <= rows[1]['accepted'] <= 1 and rows[1]['tokens_per_step'] <= 2
+  assert rows[0]['read'] == 1.0 and rows[1]['read'] > 1.0
+  assert 'held-out tokens' in path.read_text()
+  assert all(row['equal'] == 1.0 for row in rows)
+  with pytest.raises(SystemExit) as stopped:
+    speculation.main([f'--checkpoint={trained}', '--new_tokens=4'])
+  assert stopped.value.code == 2
+
+
+def test_weights_that_a_step_with_drafts_reads():
+  model = config.from_config_dict(v3_671b.get_config()).model
+  table = 129_280 * 7_168  # the embedding, and the head
+  main, mtp = 671_026_419_200 - table, 11_610_068_224 + table
+  for drafts in (0, 1, 2):  # so many tokens reach every expert
+    read = speculation.weights_read(model, 4096, drafts)
+    assert read == pytest.approx(main + drafts * mtp)
+  alone = speculation.weights_read(model, 1, 0)
+  active = 37_552_282_624 - table
+  assert alone == pytest.approx(active, rel=1e-4)  # active has no router bias
+
+
+@pytest.mark.slow
+def test_chat_answers_line_by_line_until_it_is_full(trained, env):
+  args = command('chat', trained, '--temperature=0')
+  said = subprocess.run(
+    args, input='Hello\n' * 99, capture_output=True, text=True, env=env
+  )
+  assert said.returncode == 2
+  assert said.stdout.endswith('\n') and said.stdout.strip()
+  assert 'the prompt has' in said.stderr and said.stderr.count('\n') == 1
+
+
+def test_serve_until_it_is_told_to_stop(trained, env):
+  flags = ('--port=0', '--name=mine', '--max_rows=1', '--cache_tokens=64')
+  args = command('serve', trained, *flags)
+  with subprocess.Popen(
+    args, stdout=subprocess.PIPE, env=env | {'DSV3_API_KEY': 'k'}, text=True
+  ) as child:
+    try:
+      line = child.stdout.readline()
+      found = re.fullmatch(r'serving mine on (http://127\.0\.0\.1:\d+)\n', line)
+      how = {'base_url': f'{found[1]}/v1', 'max_retries': 0}
+      with openai.OpenAI(api_key='k', **how) as ask:
+        made = ask.completions.create(
+          model='mine', prompt='import ', max_tokens=6, temperature=0
+        )
+        assert made.usage.completion_tokens in range(1, 7)
+        parts = ask.chat.completions.create(
+          model='mine',
+          messages=[{'role': 'user', 'content': 'x = 1'}],
+          max_completion_tokens=4,
+          stream=True,
+        )
+        assert list(parts)[-1].choices[0].finish_reason in ('stop', 'length')
+      wrong = openai.OpenAI(api_key='wrong', **how)
+      with wrong, pytest.raises(openai.AuthenticationError):
+        wrong.models.list()
+    finally:
+      child.send_signal(signal.SIGTERM)
+    child.wait(timeout=60)
+  assert child.returncode == 0
+
+
+def test_an_empty_key_is_no_key(monkeypatch, capsys):
+  monkeypatch.setenv('DSV3_API_KEY', '')
+  assert cli.main(['serve', '--checkpoint=x']) == 2
+  assert 'DSV3_API_KEY is empty' in capsys.readouterr().err
+  monkeypatch.setenv('DSV3_API_KEY', os.fsdecode(b'k\xff'))
+  assert cli.main(['serve', '--checkpoint=x']) == 2
+  assert 'DSV3_API_KEY must have printable' in capsys.readouterr().err
+  monkeypatch.delenv('DSV3_API_KEY')
+  assert cli.main(['serve', '--checkpoint=x', '--name=a\n']) == 2
+  assert 'name must have printable' in capsys.readouterr().err
+
+
+def test_thoughts_are_told_apart():
+  pieces = [(True, 'a'), (True, 'b'), (False, 'c'), (False, 'd'), (True, 'e')]
+  shown = lambda *args: ''.join(cli_inference._shown(*args))
+  assert shown(pieces, False) == '<think>ab</think>cd<think>e</think>'
+  assert shown(pieces[2:4], False) == 'cd'
+  dim = '\x1b[2m{}\x1b[0m'.format
+  assert shown(pieces[1:3], True) == dim('b') + 'c'
+
+
+def test_chat_is_left_by_an_interrupt(trained, monkeypatch, capsys):
+  class Input:
+    isatty = staticmethod(lambda: True)
+
+    def readline(self):
+      raise KeyboardInterrupt
+
+  monkeypatch.setattr(sys, 'stdin', Input())
+  assert cli.main(['chat', f'--checkpoint={trained}']) == 0
+  assert capsys.readouterr().out == '> '
+
+
+def test_what_is_said_must_be_text(trained, env):
+  args = command('chat', trained, '--max_new_tokens=1')
+  env = env | {'PYTHONIOENCODING': 'utf-8:strict'}
+  done = subprocess.run(args, input=b'\xff\n', capture_output=True, env=env)
+  assert done.returncode == 2
+  assert done.stderr.count(b'\n') == 1 and b'is no text' in done.stderr

@@ -1,0 +1,244 @@
+"""Training by several processes, as `launch/local.sh` runs them."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from dsv3_jax import errors
+from dsv3_jax.distributed import processes
+from tests import tiny_run
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+STEP_TOKENS = 8 * 32
+EXPERIMENT = """
+import json
+from experiments import quickstart
+
+def get_config(arg=''):
+  source = quickstart.get_config('runlocal')
+  with source.unlocked():
+    source.update_from_flattened_dict(json.loads({text!r}))
+  return source
+"""
+
+
+@pytest.mark.parametrize(
+  ('given', 'said'),
+  [
+    (('', '2', '0'), 'JAX_COORDINATOR_ADDRESS is missing'),
+    (('host:1', '', '0'), 'JAX_NUM_PROCESSES is missing'),
+    (('host:1', '2', ''), 'JAX_PROCESS_ID is missing'),
+    (('host', '2', '0'), 'JAX_COORDINATOR_ADDRESS=host must be HOST:PORT'),
+    ((':1', '2', '0'), 'JAX_COORDINATOR_ADDRESS=:1 must be HOST:PORT'),
+    (('host:1', '0', '0'), 'JAX_NUM_PROCESSES=0 must be a number >= 1'),
+    (('host:1', 'two', '0'), 'JAX_NUM_PROCESSES=two must be a number >= 1'),
+    (('host:1', '2', '2'), 'JAX_PROCESS_ID=2 must be a number < JAX_NUM_PROC'),
+    (('host:1', '2', '-1'), 'JAX_PROCESS_ID=-1 must be a number < JAX_NUM_P'),
+  ],
+)
+def test_a_wrong_environment_is_one_line(given, said):
+  wrong = dict(zip(processes.ENVIRONMENT, given, strict=True))
+  with pytest.raises(errors.InputError, match=re.escape(said)) as caught:
+    processes.from_environment(wrong)
+  assert '\n' not in str(caught.value)
+
+
+def test_what_the_environment_tells():
+  given = dict(zip(processes.ENVIRONMENT, ('[::1]:80', '3', '2'), strict=True))
+  assert processes.from_environment(given) == ('[::1]:80', 3, 2)
+  assert processes.from_environment({}) is None
+
+
+def test_alone_a_process_agrees_with_itself():
+  with processes.joined():
+    assert (processes.index(), processes.count()) == (0, 1)
+    assert processes.gather('a', 1) == [1]
+    assert processes.broadcast('a', 2) == processes.first_reported('a', 2) == 2
+    processes.barrier('a')
+    with pytest.raises(KeyError), processes.propagate_errors('a'):
+      raise KeyError
+
+
+def job(folder, code, **extra):
+  """Two processes that run `code`; returns (exit code, output)."""
+  script = folder / 'job.py'
+  script.write_text(code, encoding='utf-8')
+  return local(f'{sys.executable} {script}', ['--x'], PROCESSES='2', **extra)
+
+
+def launch(command, args, **extra):
+  env = os.environ | {'PYTHONPATH': str(ROOT), 'DSV3': command}
+  env |= {'JAX_PLATFORMS': 'cpu', 'PYTHONUNBUFFERED': '1'} | extra
+  return subprocess.Popen(
+    [ROOT / 'launch' / 'local.sh', *args],
+    env=env,
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def local(command, args, **extra):
+  child = launch(command, args, **extra)
+  said, _ = child.communicate(timeout=280)
+  return child.returncode, said
+
+
+JOIN = """
+import sys
+from dsv3_jax import errors
+from dsv3_jax.distributed import processes
+def main():
+  with processes.joined():
+    me = processes.index()
+    print('only the first says', me)
+    assert processes.gather('a', 10 + me) == [[10, 11], []][me]
+    assert processes.gather('a', 20 + me) == [[20, 21], []][me]
+    assert processes.broadcast('a', 10 + me) == 10
+    assert processes.first_reported('b', [None, 'second'][me]) == 'second'
+    assert processes.first_reported('b', None) is None
+    with processes.propagate_errors('fine'):
+      pass
+    {then}
+try:
+  main()
+except errors.InputError as error:
+  print(error, file=sys.stderr)
+  sys.exit(2 + processes.index())
+"""
+
+
+def lines(said):
+  return [x for x in said.splitlines() if x and not x.startswith('local.sh: p')]
+
+
+@pytest.mark.slow
+def test_processes_agree_and_fail_together(tmp_path):
+  code, said = job(tmp_path, JOIN.format(then=''))
+  assert (code, lines(said)) == (0, ['only the first says 0']), said
+  then = (
+    "with processes.propagate_errors('x'):\n"
+    "      if me == 1: raise errors.InputError('no such file')\n"
+    "    print('never')"
+  )
+  code, said = job(tmp_path, JOIN.format(then=then))
+  assert code in (2, 3)
+  first, *rest = lines(said)
+  assert (first, rest) == (
+    'only the first says 0',
+    ['process 1: no such file'] * 2,
+  )
+
+
+@pytest.mark.slow
+def test_one_process_that_crashes_ends_the_job(tmp_path):
+  """The other waits for it, and would for a minute; no restart helps."""
+  then = "if me == 1: raise RuntimeError('a bug')\n    processes.barrier('x')"
+  begun = time.monotonic()
+  code, said = job(tmp_path, JOIN.format(then=then), RESTARTS='1')
+  assert code == 1
+  assert said.count('RuntimeError: a bug') == 2
+  assert said.count('local.sh: a process ended with 1; restart 1 of 1') == 1
+  assert time.monotonic() - begun < 120
+
+
+@pytest.fixture(scope='module')
+def experiment(tmp_path_factory):
+  """A file with a pipeline of two, experts over two, and data over two."""
+  folder = tmp_path_factory.mktemp('job')
+  settings = tiny_run.overrides(folder, 8) | {
+    'parallel.pipe': 2,
+    'parallel.expert': 2,
+    'parallel.data': 2,
+    'parallel.schedule': 'gpipe',
+    'train.microbatch_size': 4,
+    'train.batch_size': 8,
+    'train.batch_size_start': 8,
+    'train.batch_ramp_tokens': 0,
+    'train.total_tokens': 8 * STEP_TOKENS,
+    'train.peak_flops': 1e12,
+    'checkpoint.every_steps': 2,
+    'model.mtp.depth': 0,
+    'optim.ema_decay': 0.9,
+    'sample.prompts': ('def ',),
+  }
+  path = folder / 'experiment.py'
+  text = EXPERIMENT.format(text=json.dumps(settings))
+  path.write_text(text, encoding='utf-8')
+  return path
+
+
+def train(experiment, workdir, *args, **extra):
+  """Starts a job that trains."""
+  how = {
+    # What the first process compiled, it has next time.
+    'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.pytest_cache' / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
+  }
+  where = [f'--config={experiment}', f'--workdir={workdir}']
+  command = f'{sys.executable} -m dsv3_jax.cli'
+  return launch(command, [*where, *args], **(how | extra))
+
+
+def wait_for(child, condition):
+  """Reads what a job says, up to when it holds; returns that."""
+  said = ''
+  while not condition(said):
+    line = child.stdout.readline()
+    assert line, f'the job has ended: {said}'
+    said += line
+  return said
+
+
+def pid(said, process):
+  return int(re.findall(f'process {process} has pid ([0-9]+)', said)[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_killed_process_loses_nothing(experiment, tmp_path):
+  """Uninterrupted == killed, restarted and stopped, to the bit; then alone."""
+  two = {'PROCESSES': '2', 'DEVICES': '4'}
+  calm, rough = tmp_path / 'calm', tmp_path / 'rough'
+  child = train(experiment, calm, **two)
+  said, _ = child.communicate(timeout=900)
+  assert child.returncode == 0, said
+  want = tiny_run.told(calm)
+  assert [line['step'] for line in want] == list(range(1, 9))
+  for name in ('loss.png', 'samples.txt', 'config.json', 'tokenizer.json'):
+    assert (calm / name).stat().st_size > 0
+
+  longer = f'--config.train.total_tokens={1000 * STEP_TOKENS}'
+  child = train(experiment, rough, longer, RESTARTS='1', **two)
+  said = wait_for(child, lambda said: '\nstep 5 ' in said)
+  os.kill(pid(said, 1), signal.SIGKILL)
+  said += wait_for(child, lambda said: '\nstep 8 ' in said)
+  assert 'restart 1 of 1' in said
+  assert re.search('goes on after step [24]\n', said), said
+  os.kill(pid(said, 1), signal.SIGTERM)
+  rest, _ = child.communicate(timeout=300)
+  assert child.returncode == 75, rest
+  assert 'dsv3: stopped by a signal' in rest
+  got = tiny_run.told(rough)
+  assert got[:8] == want
+
+  steps = len(got)
+  assert f'step {steps} is saved' in rest
+  further = f'--config.train.total_tokens={(steps + 1) * STEP_TOKENS}'
+  quiet = '--config.eval.max_bytes=100'
+  child = train(experiment, rough, further, quiet, DEVICES='8')
+  said, _ = child.communicate(timeout=300)
+  assert child.returncode == 0, said
+  assert f'goes on after step {steps}' in said
+  *before, last = tiny_run.told(rough)
+  assert before == got
+  assert last['step'] == steps + 1
+  assert last['loss'] < want[0]['loss']

@@ -1,0 +1,162 @@
+"""Copies of experts are placed anew; nobody but the clock can tell."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax import errors
+from dsv3_jax.inference import mesh as inference_mesh
+from dsv3_jax.inference import model_runner, redundant_experts
+from dsv3_jax.server import engine_thread, metrics
+from tests import settings
+from tests.inference import meshes
+
+MESHES = ({}, {'node': 2, 'expert': 2}, {'data': 2, 'expert': 2, 'model': 2})
+
+
+def mesh_of(axes):
+  return inference_mesh.make_mesh(**axes) if axes else None
+
+
+def skewed():
+  """Router biases that send most tokens to the first experts."""
+  _, router = meshes.weights()
+  bias_LE = np.zeros_like(router['moe'])
+  bias_LE[:, :3] = [0.6, 0.5, 0.4]
+  return router | {'moe': router['moe'] + bias_LE}
+
+
+def made_with(axes, cfg=meshes.CONFIG, **how):
+  plan = redundant_experts.RedundancyConfig(**how)
+  params, _ = meshes.weights(cfg)
+  mesh = mesh_of(axes)
+  return model_runner.ModelRunner(cfg, params, skewed(), mesh=mesh, plan=plan)
+
+
+@pytest.mark.parametrize('axes', MESHES, ids=str)
+def test_no_bit_depends_on_where_experts_are(axes):
+  """Nor, on one device, on whether there are copies at all."""
+  passes = meshes.Passes(mesh_of(axes), has_copies=True)
+  made = made_with(axes, redundant=8)
+  if axes:
+    plain = made_with(axes, redundant=0)
+    want_BTV, load_RLE = passes(plain.variables, plain.router)
+  else:
+    params, _ = meshes.weights()
+    alone = meshes.Passes(None)
+    want_BTV, load_RLE = alone({'params': params}, made.router)
+  placements = set()
+  for load in (load_RLE, load_RLE[:, :, ::-1], 8 * load_RLE):
+    got_BTV, got_RLE = passes(made.variables, made.router)
+    np.testing.assert_array_equal(got_BTV, want_BTV)
+    np.testing.assert_array_equal(got_RLE, load_RLE)
+    copies = jax.tree.leaves(made.variables['copies'])
+    placements.add(b''.join(np.asarray(x).tobytes() for x in copies))
+    made.balancer.took_step(load)
+    made.balancer.rebalance()
+  assert len(placements) == 3
+  assert passes.run._cache_size() == (2 if axes else 1)  # 0 and 8 spare slots
+
+
+def test_the_load_is_spread_better_than_before():
+  axes = {'expert': 4}
+  passes = meshes.Passes(mesh_of(axes), has_copies=True)
+  made = made_with(axes, redundant=8)
+  assert made.balancer.balancedness is None
+  told = []
+  for _ in range(2):
+    _, load_RLE = passes(made.variables, made.router)
+    made.balancer.took_step(load_RLE)
+    made.balancer.rebalance()
+    told.append(made.balancer.balancedness)
+  (before, hoped), (after, _) = told
+  assert before + 0.1 < hoped
+  assert after == hoped  # the same load, placed for
+  assert made.balancer.rebalanced == 2
+
+
+@pytest.mark.slow
+def test_requests_get_the_same_tokens_while_experts_move():
+  params, router = meshes.weights()
+  made = model_runner.ModelRunner(
+    *(meshes.CONFIG, params, router, 1, mesh_of({'node': 2, 'expert': 2})),
+    plan=redundant_experts.RedundancyConfig(redundant=4, every=5),
+  )
+  assert meshes.traffic(made)[1] == meshes.expected()
+  known, often = meshes.compiled(made), made.balancer.rebalanced
+  assert often > 5
+  session, tokens = meshes.traffic(made)
+  assert tokens == meshes.expected()
+  assert made.balancer.rebalanced > often
+  assert meshes.compiled(made) == known
+  model = engine_thread.Worker(session, 1)
+  told = metrics.Telemetry(model).text().decode()
+  model.close()
+  lines = dict(line.split() for line in told.splitlines() if line[0] != '#')
+  assert float(lines['dsv3_rebalanced_total']) == made.balancer.rebalanced
+  assert 0.25 < float(lines['dsv3_expert_balancedness']) <= 1
+  assert float(lines['dsv3_pages']) == 28
+
+
+def check_slots(slots, told, experts):
+  """Of a stack of layers, or of one layer."""
+  layers = lambda x: np.asarray(x).reshape(-1, *x.shape[-2:])
+  slots_LEr = layers(told['moe']['slots'])
+  count_LE = np.asarray(told['moe']['count']).reshape(len(slots_LEr), -1)
+  for at, count in np.ndenumerate(count_LE):
+    assert count >= 1
+    for slot in slots_LEr[at][:count]:
+      for key in ('w_gate', 'w_up', 'w_down'):
+        shape = lambda x: (len(slots_LEr), -1, *x.shape[-2:])
+        got, want = (x['moe'][key] for x in (slots, experts))
+        got, want = (np.asarray(x).reshape(shape(x)) for x in (got, want))
+        np.testing.assert_array_equal(got[at[0], slot], want[at])
+  assert np.all(np.sum(count_LE, axis=1) == slots_LEr.shape[2] + 7)
+
+
+@pytest.mark.parametrize('scanned', [True, False])
+def test_each_slot_has_the_weights_of_its_expert(scanned):
+  cfg = settings.small(
+    **meshes.CHANGES | {'model__num_layers': 3}, model__scan_layers=scanned
+  )
+  params, _ = meshes.weights(cfg)
+  mesh = inference_mesh.make_mesh(node=2, expert=2, model=2)
+  place = inference_mesh.InferenceMesh(cfg, mesh)
+  on_mesh = place.place(params, place.params)
+  plan = redundant_experts.RedundancyConfig(redundant=4)
+  made = redundant_experts.ExpertRebalancer(cfg, place, plan, on_mesh)
+  rng = np.random.default_rng(0)
+  for _ in range(3):
+    stack = made.variables['params']['moe_layers']
+    told = made.variables['copies']['moe_layers']
+    for name in stack:
+      check_slots(stack[name], told[name], params['moe_layers'][name])
+    load_RLE = rng.integers(0, 99, made.load_RLE.shape)
+    made.took_step(jnp.float32(load_RLE))
+    made.rebalance()
+  np.testing.assert_array_equal(  # the model's own are as they were
+    on_mesh['embed']['w'], params['embed']['w']
+  )
+
+
+@pytest.mark.parametrize(
+  ('changes', 'how', 'said'),
+  [
+    ({}, {'redundant': 3}, r'redundant_experts=3 .* = 4 slots: 0 or 4'),
+    ({}, {'redundant': -4}, r'redundant_experts=-4 must be >= 0'),
+    ({}, {'redundant': 0, 'every': -1}, r'rebalance_every=-1 must be >= 0'),
+    (
+      {'model__num_dense_layers': 2},
+      {'redundant': 4},
+      r'needs MoE layers, but model.num_dense_layers=2',
+    ),
+  ],
+)
+def test_what_cannot_be_spread_is_refused(changes, how, said):
+  cfg = settings.small(**meshes.CHANGES | changes)
+  place = inference_mesh.InferenceMesh(cfg, inference_mesh.make_mesh(expert=4))
+  with pytest.raises(errors.InputError, match=said):
+    redundant_experts.check(
+      cfg.model, place, redundant_experts.RedundancyConfig(**how)
+    )

@@ -1,0 +1,201 @@
+"""What the loop over ticks holds: sums once, activations as the schedule says.
+
+The loop is that of training, its stages are small: matrices, or many tokens.
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import pipeline_bubble
+from dsv3_jax.distributed import sharding
+from dsv3_jax.parallel.pipeline import (
+  executor,
+  instructions,
+  split_backward,
+  stage_params,
+)
+from dsv3_jax.parallel.schedules import make as schedules
+
+RANKS, LAYERS = 4, 6
+ACTIVATION = 4 * 4 * 512 * 16  # bytes, where activations are long
+ACTIVATIONS = 2 * LAYERS  # of a stage: input and cosine of every product
+
+
+class Run(pipeline_bubble.Run):
+  """Stages of several matrices, embedding and head of nothing."""
+
+  def __init__(self, program, weights, shape):
+    super().__init__(program, pipeline_bubble.Pace())
+    self.shape = shape
+    none = self.chunks[0].bias_nE
+    self.chunks = [
+      stage_params.Chunk(stage_params.Weights(each, {}), none)
+      for each in weights
+    ]
+    self.ends.embed = lambda told: (jnp.ones(shape), [])
+    parts = {}
+    for number, kind in enumerate(program.kinds):
+      function = functools.partial(stage, none, kind)
+      x = (jnp.zeros(shape), [])
+      layers = self.chunks[0].layers
+      parts[number] = split_backward.split_stage(
+        function, layers, x, (), trained=lambda w: w.weights
+      )
+    self.parts = parts
+
+
+def stage(none_nE, kind, w, x, consts):
+  h = x[0]
+  for name in sorted(w.weights):
+    h = jnp.sin(h @ w.weights[name])
+  told = {'balance': jnp.zeros(()), 'load': none_nE, 'mtp_load': none_nE}
+  return h[None] if kind.last else h, told
+
+
+class Made(NamedTuple):
+  """A step before and after XLA, and the bytes of a rank's gradient sums."""
+
+  lowered: jax.stages.Lowered
+  compiled: jax.stages.Compiled
+  sums: int
+
+
+def compiled(kind, microbatches, shape):
+  """The step of a schedule of such stages on four ranks."""
+  count = schedules.stages_per_rank(kind)
+  made = schedules.make_schedule(
+    kind,
+    stages=count * RANKS,
+    microbatches=microbatches,
+    split_backward=kind in schedules.UNIDIRECTIONAL,
+  )
+  kinds = tuple(
+    executor.Kind(0, 0, at == 0, at == made.stages - 1)
+    for at in range(made.stages)
+  )
+  program = instructions.compile_schedule(made, kinds)
+  width, held = shape[-1], len(instructions.chunks(made)[0])
+  one = jax.ShapeDtypeStruct((width, width), jnp.float32)
+  weights = [{f'w{i}': one for i in range(LAYERS)} for _ in range(held)]
+
+  def run(weights, ticks, fields_TRf, globals_Tdg):
+    it = Run(program, weights, shape)
+
+    def tick(t, state):
+      return it.tick(state, fields_TRf[t, 0], globals_Tdg[t])
+
+    state = jax.lax.fori_loop(0, ticks, tick, it.start())
+    rest = {k: v for k, v in state.items() if k != 'grads'}
+    told = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rest))
+    return state['grads'], told[None]
+
+  spec = jax.sharding.PartitionSpec
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((RANKS,), (stage_params.AXIS,), axis_types=auto)
+  specs = {
+    'in_specs': (spec(), spec(), spec(None, stage_params.AXIS), spec()),
+    'out_specs': spec(stage_params.AXIS),
+  }
+  step = jax.jit(sharding.shard_map_step(run, mesh, **specs))
+  table = [
+    jax.ShapeDtypeStruct(each.shape, each.dtype)
+    for each in (program.fields_TRf, program.globals_Tdg)
+  ]
+  ticks = jax.ShapeDtypeStruct((), jnp.int32)
+  lowered = step.lower(weights, ticks, *table)
+  return Made(lowered, lowered.compile(), 4 * width**2 * LAYERS * held)
+
+
+def copies(compiled, shape):
+  """How many arrays the loops copy that end in this shape."""
+  inside = compiled.as_text().split('\nENTRY ')[0]
+  text = ','.join(map(str, shape))
+  return len(re.findall(rf'f32\[(?:\d+,)*{text}\]\S* copy\(', inside))
+
+
+@functools.cache
+def wide(kind, microbatches=8):
+  """Gradient sums are nearly all there is."""
+  return compiled(kind, microbatches, (1, 4, 256))
+
+
+@functools.cache
+def long(kind, microbatches=8):
+  """Activations are nearly all there is."""
+  return compiled(kind, microbatches, (4, 512, 16))
+
+
+def temporary(made):
+  return made.compiled.memory_analysis().temp_size_in_bytes
+
+
+def products(made):
+  """Products of each computation of the compiled step."""
+  found, name = {}, ''
+  for line in made.compiled.as_text().splitlines():
+    if line[:1] in ('%', 'E'):
+      name = line.split(' (')[0]
+      found[name] = 0
+    found[name] = found.get(name, 0) + (' dot(' in line)
+  return found
+
+
+def loop_of_ticks(made):
+  """Products in the body of the loop over ticks, outside of all branches."""
+  # It alone exchanges activations.
+  text, name, bodies = made.compiled.as_text(), '', set()
+  for line in text.splitlines():
+    if line[:1] in ('%', 'E'):
+      name = line.split(' (')[0]
+    if 'collective-permute(' in line:
+      bodies.add(name)
+  return sum(products(made)[body] for body in bodies)
+
+
+@pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
+def test_a_tick_does_only_what_its_branch_does(kind):
+  made = wide(kind)
+  assert sum(products(made).values()) > 4 * LAYERS
+  assert loop_of_ticks(made) == 0
+
+
+@pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
+def test_gradient_sums_stay_in_place(kind):
+  made = wide(kind)
+  one = made.sums / (1 if kind in ('1f1b', 'zb1p') else 2)  # of a stage
+  assert copies(made.compiled, (256, 256)) == 0
+  # They are the step's result; besides there are one stage's new gradients and
+  # small activations, and no room for the sums once more.
+  slack = temporary(made) - one
+  assert 0 < slack < 0.9 * one
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_ticks():
+  assert temporary(wide('1f1b', 16)) == temporary(wide('1f1b', 8))
+  assert temporary(long('1f1b', 16)) == temporary(long('1f1b', 8))
+  # Nor does the program, which a longer table leaves as it is.
+  longer, shorter = (wide('1f1b', m).lowered.as_text() for m in (16, 8))
+  assert longer.count('\n') == shorter.count('\n')
+  # But where every micro-batch is kept, and the gradient of its output.
+  grown = temporary(long('gpipe', 16)) - temporary(long('gpipe', 8))
+  assert grown == 8 * (ACTIVATIONS + 1) * ACTIVATION
+
+
+@pytest.mark.parametrize('kind', ['gpipe', '1f1b', 'zb1p', 'dualpipe'])
+def test_activations_are_as_many_as_the_schedule_keeps(kind):
+  made = long(kind)
+  assert copies(made.compiled, (4, 512, 16)) == 0
+  # Of all stages together: kept, then carried to W.
+  slots = {
+    'gpipe': 8 + 1,
+    '1f1b': 4 + 1,
+    'zb1p': 4 + 4,
+    'dualpipe': 5 + 1 + 2,  # R + 1, one of them until its pair is over
+  }[kind]
+  assert slots <= temporary(made) / (ACTIVATIONS * ACTIVATION) < slots + 2.5

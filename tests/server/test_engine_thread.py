@@ -1,0 +1,161 @@
+"""A session in its own thread: nothing lost, nothing told twice."""
+
+import queue
+import threading
+
+import numpy as np
+import pytest
+
+from dsv3_jax import errors
+from dsv3_jax.inference import engine
+from dsv3_jax.server import engine_thread
+from tests.inference import counting
+
+
+@pytest.fixture
+def start():
+  """Makes workers that are closed in the end."""
+  made = []
+
+  def begin(most_waiting=100, num_pages=30, max_rows=4, **how):
+    session = engine.Engine(
+      counting.Steps(**how), num_pages=num_pages, max_rows=max_rows
+    )
+    made.append(engine_thread.Worker(session, most_waiting))
+    return made[-1]
+
+  yield begin
+  for one in made:
+    one.close()
+
+
+class Client:
+  """Puts what it is told of into a queue."""
+
+  def __init__(self, model, prompt, count, stop_ids=()):
+    self.news, self.prompt, self.count = queue.Queue(), prompt, count
+    draw = engine.Draw()
+    args = (prompt, count, draw, stop_ids, self.news.put)
+    self.ticket = model.submit(*args)
+
+  def tokens(self):
+    """All, up to the last."""
+    found = []
+    while True:
+      news = self.news.get(timeout=20)
+      found.append(news.token)
+      if news.is_last:
+        assert self.news.empty()
+        return found
+
+
+def test_many_threads_get_their_own_tokens(start):
+  model = start()
+  rng = np.random.default_rng(0)
+  cases = [
+    (rng.integers(0, 23, rng.integers(1, 150)).tolist(), int(n))
+    for n in rng.integers(1, 30, 40)
+  ]
+  got = [None] * len(cases)
+
+  def ask(i):
+    got[i] = Client(model, *cases[i]).tokens()
+
+  threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(cases))]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join(timeout=60)
+  assert got == [counting.continued(*case) for case in cases]
+  assert model.counts['finished'] == len(cases) == model.counts['requests']
+  assert model.counts['tokens'] == sum(count for _, count in cases)
+  assert model.session.pool.in_use == 0
+
+
+def test_who_is_cancelled_is_told_no_more_and_gives_its_pages(start):
+  model = start(seconds=0.01)
+  stays = Client(model, [1, 2, 3], 60)
+  goes = Client(model, [4, 5, 6], 300)
+  goes.news.get(timeout=20)
+  model.cancel(goes.ticket)
+  model.cancel(goes.ticket)
+  told = goes.news.qsize()
+  assert stays.tokens() == counting.continued([1, 2, 3], 60)
+  assert goes.news.qsize() <= told + 1
+  assert model.counts['cancelled'] == 1
+  assert model.session.pool.in_use == 0
+
+
+def test_one_that_is_cancelled_before_it_is_read_never_runs(start):
+  model = start(seconds=0.05)
+  first = Client(model, [1], 3)
+  second = Client(model, [2], 300)
+  model.cancel(second.ticket)
+  first.tokens()
+  assert second.news.empty() and model.session.is_idle
+
+
+def test_a_full_queue_refuses_and_opens_again(start):
+  model = start(most_waiting=2, max_rows=1, seconds=0.02)
+  clients = [Client(model, [1], 20)]
+  clients[0].news.get(timeout=20)
+  clients += [Client(model, [i], 2) for i in (2, 3)]
+  with pytest.raises(engine_thread.Full):
+    Client(model, [4], 2)
+  assert model.counts['refused'] == 1
+  for client in clients[1:]:
+    client.tokens()
+  assert Client(model, [4], 2).tokens() == counting.continued([4], 2)
+
+
+def test_bad_requests_are_refused_in_the_caller_s_thread(start):
+  model = start()
+  with pytest.raises(errors.InputError, match='the prompt is empty'):
+    Client(model, [], 3)
+  with pytest.raises(errors.InputError, match='ids outside'):
+    Client(model, [99], 3)
+
+
+def test_an_error_of_the_model_reaches_all(start):
+  model = start(seconds=0.01, max_rows=1)
+  clients = [Client(model, [i], 300) for i in (1, 2)]
+  clients[0].news.get(timeout=20)
+  model.session.steps.fails = True
+  assert clients[0].tokens()[-1] is clients[1].tokens()[-1] is None
+  assert str(model.error) == 'out of order'
+  with pytest.raises(engine_thread.Closed):
+    Client(model, [1], 1)
+
+
+def test_an_error_before_a_request_is_read_reaches_it(start, monkeypatch):
+  model = start(seconds=0.05)
+  first = Client(model, [1], 300)
+  first.news.get(timeout=20)
+
+  def fails(*args):
+    raise RuntimeError('no device')
+
+  monkeypatch.setattr(model.session, 'submit', fails)
+  others = [Client(model, [i], 3) for i in (2, 3)]
+  assert [other.tokens() for other in others] == [[None], [None]]
+  assert first.tokens()[-1] is None
+
+
+def test_idle_rows_count_as_room(start):
+  model = start(most_waiting=1, max_rows=4, seconds=0.02)
+  clients = [Client(model, [i], 5) for i in range(5)]
+  with pytest.raises(engine_thread.Full):
+    Client(model, [9], 1)
+  assert model.waiting + model.running == 5
+  for client in clients:
+    client.tokens()
+  assert model.waiting == 0
+
+
+def test_close_tells_those_who_wait(start):
+  model = start(seconds=0.01)
+  client = Client(model, [1], 300)
+  client.news.get(timeout=20)
+  model.close()
+  assert client.tokens()[-1] is None
+  assert model.error is None

@@ -1,0 +1,109 @@
+"""The server as a process: how it stops."""
+
+import pathlib
+import signal
+import subprocess
+import sys
+
+import openai
+import pytest
+
+from dsv3_jax import errors
+from dsv3_jax.server import main as server_main
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+_CODE = """
+import sys, types
+from dsv3_jax.data import tokenizer
+from dsv3_jax.inference import serving
+from tests.inference import counting
+
+made = counting.Steps(280, 0.02, room=600)
+decode = made.decode
+def fails(*args):
+  if made.calls > {most}:
+    raise RuntimeError('out of order')
+  return decode(*args)
+made.decode = fails
+space = types.SimpleNamespace
+model = space(
+  engine=space(steps=made),
+  config=made.cfg,
+  tokenizer=tokenizer.train(['Hello, world!', 'x = 1'] * 30, 275),
+)
+serving.run(
+  model,
+  serving.bind({host!r}, 0),
+  name='tiny',
+  cache_tokens=0,
+  max_rows=2,
+  max_waiting=2,
+  max_tokens=500,
+  api_key='',
+  invariant=False,
+  warm_up={warm_up},
+)
+"""
+
+
+def begun(most, **how):
+  """The process, and a stream that has begun."""
+  how = {'host': '127.0.0.1', 'warm_up': False} | how
+  child = subprocess.Popen(
+    [sys.executable, '-c', _CODE.format(most=most, **how)],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    cwd=_ROOT,
+    text=True,
+  )
+  address = child.stdout.readline().split()[-1]
+  ask = openai.OpenAI(base_url=f'{address}/v1', api_key='x', max_retries=0)
+  parts = ask.completions.create(
+    model='tiny', prompt=[5], max_tokens=500, stream=True
+  )
+  next(iter(parts))
+  return child, ask, parts
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_streams_with_a_word_and_the_process_with_0(number):
+  child, ask, parts = begun(10**9)
+  with child, ask:
+    child.send_signal(number)
+    with pytest.raises(openai.APIError, match='the model has ended'):
+      list(parts)
+    _, err = child.communicate(timeout=30)
+  assert (child.returncode, err) == (0, '')
+
+
+def test_an_address_of_ipv6_after_a_warm_up():
+  child, ask, parts = begun(10**9, host='::1', invariant=False, warm_up=True)
+  with child, ask:
+    assert ask.base_url.host == '::1'
+    parts.close()
+    child.send_signal(signal.SIGTERM)
+    _, err = child.communicate(timeout=30)
+  assert child.returncode == 0
+  lines = err.splitlines()
+  count = len(lines)
+  said = f'of {count} sizes of steps'
+  assert lines == [f'compiled {i} {said}' for i in range(1, count + 1)]
+
+
+def test_a_port_that_is_taken_is_said():
+  with server_main.bind('127.0.0.1', 0) as bound:
+    bound.listen()
+    with pytest.raises(errors.InputError, match='Address already in use'):
+      server_main.bind(*bound.getsockname())
+  with pytest.raises(errors.InputError, match='host=::1%nowhere, port=1:'):
+    server_main.bind('::1%nowhere', 1)
+
+
+def test_a_model_that_fails_ends_the_process():
+  child, ask, parts = begun(5)
+  with child, ask:
+    with pytest.raises(openai.APIError, match='the model has ended'):
+      list(parts)
+    _, err = child.communicate(timeout=30)
+  assert child.returncode == 1
+  assert err.count('RuntimeError: out of order') == 1

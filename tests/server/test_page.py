@@ -1,0 +1,156 @@
+"""The page of the server, in a browser that is driven as a user drives it."""
+
+import os
+import shutil
+
+import pytest
+
+from dsv3_jax.data import tokenizer as tokenizers
+from tests.inference import counting
+from tests.server import test_app as test_server
+
+sync_api = pytest.importorskip(
+  'playwright.sync_api', reason='playwright is missing: pip install -e .[test]'
+)
+_CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium')
+pytestmark = pytest.mark.skipif(
+  not _CHROMIUM, reason='there is no chromium here: apt-get install chromium'
+)
+THOUGHT, ANSWER = 'one, two <b>', 'It is\n<i>three</i> \u4f60.'
+SCRIPT = f'<think>{THOUGHT}</think>{ANSWER}'
+
+
+class Steps(counting.Steps):
+  """Answers in the words of a script; of a plain text it counts on."""
+
+  def __init__(self, tokenizer, seconds):
+    super().__init__(280, seconds, room=2000)
+    self._said = [*tokenizer.encode(SCRIPT), tokenizer.eos_id]
+    self._begin = tokenizer.assistant_id
+
+  def following(self, row):
+    row = row.tolist()
+    if self._begin not in row:
+      return 40 + len(row) % 7  # never ends
+    return self._said[row[::-1].index(self._begin)]
+
+
+@pytest.fixture(scope='module')
+def browser():
+  with sync_api.sync_playwright() as made:
+    how = {'executable_path': _CHROMIUM, 'args': ['--no-sandbox']}
+    browser = made.chromium.launch(**how)
+    sync_api.expect.set_options(timeout=20_000)
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def served():
+  tokenizer = tokenizers.train(test_server.TEXTS * 30, 280)
+  steps = Steps(tokenizer, 0.01)
+  with test_server.serving(tokenizer, steps=steps) as found:
+    yield found
+
+
+@pytest.fixture
+def page(browser, served):
+  page = browser.new_page()
+  page.set_default_timeout(20_000)
+  failed = []
+  page.on('pageerror', lambda error: failed.append(str(error)))
+  page.goto(served[0])
+  yield page
+  page.close()
+  assert not failed
+
+
+def say(page, text):
+  page.get_by_role('textbox', name='Text').fill(text)
+  page.keyboard.press('Enter')
+
+
+def expect(page, selector):
+  return sync_api.expect(page.locator(selector))
+
+
+def test_an_answer_comes_bit_by_bit_its_thought_apart(page):
+  expect(page, '#model').to_have_text('tiny')
+  say(page, 'What is 1 + 2?')
+  expect(page, '.user').to_have_text('What is 1 + 2?')
+  seen = set()
+  while page.locator('#stop').is_visible():
+    seen.add(page.locator('.assistant').text_content())
+  assert len(seen) > 3 and all(ANSWER.startswith(part) for part in seen)
+  assert page.locator('.assistant').text_content() == ANSWER
+  assert page.locator('.thought div').text_content() == THOUGHT
+  assert page.locator('.assistant i, .thought b').count() == 0
+  expect(page, '.note').to_contain_text('tokens')
+
+
+def test_the_conversation_goes_on_without_thoughts(page):
+  asked = []
+  page.on('request', lambda sent: asked.append(sent.post_data_json))
+  for count in (1, 2):
+    say(page, 'Hello')
+    expect(page, '.note').to_have_count(count)
+  hello = {'role': 'user', 'content': 'Hello'}
+  answer = {'role': 'assistant', 'content': ANSWER}
+  assert asked[-1]['messages'] == [hello, answer, hello]
+  page.get_by_role('button', name='Clear').click()
+  expect(page, '#log > *').to_have_count(0)
+  say(page, 'Hello')
+  expect(page, '.note').to_have_count(1)
+  assert asked[-1]['messages'] == [hello]
+
+
+def test_stop_ends_it_here_and_there(page, served):
+  page.get_by_label('chat').uncheck()
+  page.get_by_label('tokens').fill('400')
+  say(page, 'x')
+  expect(page, '.assistant').not_to_be_empty()
+  page.get_by_role('button', name='Stop').click()
+  expect(page, '.note').to_have_text('stopped')
+  expect(page, '#send').to_be_visible()
+  test_server.idle(served[1])
+  assert served[1].counts['cancelled'] == 1
+
+
+def test_errors_are_shown_and_can_be_mended(page, served):
+  page.get_by_label('tokens').fill('501')
+  say(page, 'Hello')
+  expect(page, '.error').to_have_text('max_tokens=501 must be in [1, 500]')
+  expect(page, '.assistant').to_have_count(0)
+  page.get_by_label('tokens').fill('400')
+  page.get_by_label('chat').uncheck()
+  steps = served[1].session.steps
+  steps.seconds = 0.1  # not to be at its end before it fails
+  say(page, 'Hello')
+  expect(page, '.assistant').not_to_be_empty()
+  steps.fails = True
+  expect(page, '.error').to_have_count(2)
+  expect(page, '.error >> nth=1').to_have_text('the model has ended')
+
+
+def test_a_missing_key_is_said(browser):
+  tokenizer = tokenizers.train(test_server.TEXTS * 30, 280)
+  with test_server.serving(tokenizer, api_key='k') as (address, _):
+    page = browser.new_page()
+    page.goto(address)
+    expect(page, '#model').to_have_text('the API key is missing or wrong')
+    page.goto(f'{address}/?#key=k')
+    expect(page, '#model').to_have_text('tiny')
+    page.close()
+
+
+@pytest.mark.parametrize('width', [320, 390, 1280])
+def test_nothing_is_wider_than_the_screen(page, width):
+  page.set_viewport_size({'width': width, 'height': 700})
+  say(page, 'A word ' + 'thatdoesnotend' * 30)
+  expect(page, '.note').to_have_count(1)
+  wide = 'document.documentElement.scrollWidth'
+  assert page.evaluate(wide) <= width
+  for name in ('Send', 'Clear'):
+    box = page.get_by_role('button', name=name).bounding_box()
+    assert box['x'] >= 0 and box['x'] + box['width'] <= width
+    assert box['y'] >= 0 and box['y'] + box['height'] <= 700
