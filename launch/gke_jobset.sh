@@ -27,7 +27,7 @@ spec:
   failurePolicy:
     maxRestarts: ${RESTARTS:-9}
     rules:
-    - action: FailJobSet  # see README: not mended by a restart
+    - action: FailJobSet  # see docs/training.md, exit codes
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: workers

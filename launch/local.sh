@@ -97,7 +97,7 @@ for ((attempt = 1; ; attempt++)); do
   code=0
   run_job "$@" || code=$?
   case $code in
-    0 | 2 | 75 | 76 | 77) exit "$code" ;; # see README: not mended by a restart
+    0 | 2 | 75 | 76 | 77) exit "$code" ;; # see docs/training.md, exit codes
   esac
   [[ -z $asked ]] && ((attempt <= RESTARTS)) || exit "$code"
   echo "local.sh: a process ended with $code; restart $attempt of $RESTARTS" >&2

@@ -28,7 +28,7 @@ fi
 code=0
 "${command[@]}" || code=$?
 case $code in
-  0 | 2 | 76 | 77) exit "$code" ;; # see README: not mended by a restart
+  0 | 2 | 76 | 77) exit "$code" ;; # see docs/training.md, exit codes
 esac
 if ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
   scontrol requeue "$SLURM_JOB_ID"
