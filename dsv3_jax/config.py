@@ -284,7 +284,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     InputError: it cannot be read, or is damaged; names the file.
   """
   try:
-    found = json.loads(path.read_text(encoding='utf-8'))
+    body = json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:
     raise errors.InputError(
       f'{path} cannot be read ({error.strerror}): name the workdir of a '
@@ -292,9 +292,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     ) from error
   except (ValueError, RecursionError) as error:
     raise errors.InputError(f'{path} is not JSON: {error}') from error
-  if not isinstance(found, dict):
+  if not isinstance(body, dict):
     raise errors.InputError(f'{path} must hold one JSON object')
-  return found
+  return body
 
 
 def check_path(source: Mapping, path: str) -> None:

@@ -77,8 +77,8 @@ _AT_MOST_ONE = ('data.fim_rate', 'data.split_rate', 'sample.top_p')
 def check(config: Any) -> None:
   """Raises InputError with the first rule of `config` that does not hold."""
   values = dict(_flatten(config, ''))
-  each = (_model, _run, _batch, _parallel)
-  for group in (_ranges(values), *(rules(config) for rules in each)):
+  groups = (_model, _run, _batch, _parallel)
+  for group in (_ranges(values), *(rules(config) for rules in groups)):
     for holds, message in group:
       if not holds:
         raise errors.InputError(message)
@@ -253,14 +253,14 @@ def _batch(config: Any) -> Iterator[Rule]:
   if not train.batch_ramp_tokens:
     return
   # Micro-batches that a schedule takes together: the batch grows by as many.
-  together = {'dualpipe': 2, 'interleaved': p.pipe}.get(p.schedule, 1)
-  together = micro * (together if p.pipe > 1 else 1)
+  growth = {'dualpipe': 2, 'interleaved': p.pipe}.get(p.schedule, 1)
+  growth = micro * (growth if p.pipe > 1 else 1)
   step = train.batch_size_step
   yield (
-    step % together == 0,
-    f'train.batch_size_step={step} must be a multiple of {together}, which '
+    step % growth == 0,
+    f'train.batch_size_step={step} must be a multiple of {growth}, which '
     f'parallel.schedule={p.schedule!r} takes of train.microbatch_size={micro}: '
-    f'{_multiples(step, together)}',
+    f'{_multiples(step, growth)}',
   )
   for name in ('batch_size', 'batch_size_start'):
     size = getattr(train, name)
@@ -298,13 +298,13 @@ def _parallel(config: Any) -> Iterator[Rule]:
     'parallel.pipe * parallel.data * parallel.node * parallel.expert: '
     f'{_multiples(windows, devices)}',
   )
-  each = 2 if p.schedule in ('interleaved', 'dualpipev') else 1
-  stages, layers = p.pipe * each, config.model.num_layers
+  stages_per_rank = 2 if p.schedule in ('interleaved', 'dualpipev') else 1
+  stages, layers = p.pipe * stages_per_rank, config.model.num_layers
   yield (
     p.pipe == 1 or stages <= layers,
     f'parallel.pipe={p.pipe} with parallel.schedule={p.schedule!r} makes '
     f'{stages} stages, but model.num_layers={layers}: each has a layer at '
-    f'least, so at most parallel.pipe={layers // each}',
+    f'least, so at most parallel.pipe={layers // stages_per_rank}',
   )
   vocab = config.model.vocab_size
   yield (
@@ -315,9 +315,13 @@ def _parallel(config: Any) -> Iterator[Rule]:
   yield from _experts(moe, p.node, p.expert)
 
 
-def _experts(moe: Any, nodes: int, each: int) -> Iterator[Rule]:
+def _experts(moe: Any, nodes: int, devices_per_node: int) -> Iterator[Rule]:
   """Experts are spread evenly over nodes and the devices of each."""
-  holders, experts, groups = nodes * each, moe.num_experts, moe.num_groups
+  holders, experts, groups = (
+    nodes * devices_per_node,
+    moe.num_experts,
+    moe.num_groups,
+  )
   yield (
     experts % holders == 0,
     f'parallel.node * parallel.expert = {holders} must divide '

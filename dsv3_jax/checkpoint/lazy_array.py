@@ -77,7 +77,7 @@ class LazyArray:
 def open_arrays(folder: pathlib.Path, names: list[str]) -> dict[str, LazyArray]:
   """Arrays of an Orbax checkpoint by dotted name; nothing is read yet."""
   base = {'driver': 'file', 'path': f'{folder}/'}
-  found = {}
+  arrays = {}
   for name in names:
     kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
     spec = {'driver': 'zarr', 'kvstore': kvstore}
@@ -88,8 +88,8 @@ def open_arrays(folder: pathlib.Path, names: list[str]) -> dict[str, LazyArray]:
 
     dtype = np.dtype(array.dtype.numpy_dtype)
     chunk = array.chunk_layout.read_chunk.shape or array.shape
-    found[name] = LazyArray(tuple(array.shape), dtype, read, tuple(chunk))
-  return found
+    arrays[name] = LazyArray(tuple(array.shape), dtype, read, tuple(chunk))
+  return arrays
 
 
 def save_args(tree: Any) -> Any:
@@ -141,10 +141,10 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
       chunk = array.chunk_layout.write_chunk.shape
       pieces = read_ahead(value, grid(value.shape, chunk))
       writing = None
-      while (found := await asyncio.to_thread(next, pieces, None)) is not None:
+      while (item := await asyncio.to_thread(next, pieces, None)) is not None:
         if writing is not None:
           await writing
-        slices, piece = found
+        slices, piece = item
         writing = array[slices].write(piece)
       await writing
 

@@ -165,8 +165,8 @@ class Store:
     self.verify(step)
     folder = self._path(step) / _ARRAYS
     names = _leaves(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
-    found = lazy_array.open_arrays(folder, list(names))
-    return {tuple(name.split('.')): array for name, array in found.items()}
+    arrays = lazy_array.open_arrays(folder, list(names))
+    return {tuple(name.split('.')): array for name, array in arrays.items()}
 
   def mark(self, step: int) -> str:
     """What tells this step's content from any other's: a hash of its hashes.
@@ -267,10 +267,10 @@ class Store:
       return _MANIFEST, 'does not match its own sha256'
     if body['step'] != step:
       return _MANIFEST, f'is of step {body["step"]}'
-    wanted, found = body['files'], set(_files(folder)) - {_MANIFEST}
-    for name in sorted(wanted.keys() - found):
+    wanted, present = body['files'], set(_files(folder)) - {_MANIFEST}
+    for name in sorted(wanted.keys() - present):
       return name, 'is missing'
-    for name in sorted(found - wanted.keys()):
+    for name in sorted(present - wanted.keys()):
       return name, 'is in no manifest'
     names = sorted(wanted)
     for name in names:
@@ -283,20 +283,20 @@ class Store:
     return None
 
 
-def _check_like(found: Tree, like: Tree, folder: pathlib.Path):
+def _check_like(stored: Tree, like: Tree, folder: pathlib.Path):
   """Compares leaf by leaf before Orbax does, whose errors are long."""
-  found = _leaves(found)
+  stored = _leaves(stored)
   for name, leaf in _leaves(like).items():
-    if name not in found:
+    if name not in stored:
       raise CheckpointError(f'{folder} has no array {name}')
-    shape, dtype = tuple(found[name].shape), np.dtype(found[name].dtype)
+    shape, dtype = tuple(stored[name].shape), np.dtype(stored[name].dtype)
     want = tuple(np.shape(leaf)), np.dtype(leaf.dtype)
     if (shape, dtype) != want:
       raise CheckpointError(
         f'{folder}: {name} is {dtype}{list(shape)}, wanted {want[1]}'
         f'{list(want[0])}'
       )
-  surplus = sorted(found.keys() - _leaves(like).keys())
+  surplus = sorted(stored.keys() - _leaves(like).keys())
   if surplus:
     raise CheckpointError(f'{folder} also holds {surplus[0]}')
 
@@ -332,8 +332,8 @@ def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, Any]:
   """Of this process's share of the files."""
   names = names[processes.index() :: processes.count()]
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    found = pool.map(_digest, (folder / name for name in names))
-    return dict(zip(names, found, strict=True))
+    digests = pool.map(_digest, (folder / name for name in names))
+    return dict(zip(names, digests, strict=True))
 
 
 def _digest(path: pathlib.Path) -> dict[str, Any]:

@@ -45,5 +45,7 @@ def _names() -> list[str]:
   if str(_CLONE) not in sys.path:
     sys.path.insert(0, str(_CLONE))
   return [
-    each.name for each in pkgutil.iter_modules([str(folder)]) if not each.ispkg
+    module.name
+    for module in pkgutil.iter_modules([str(folder)])
+    if not module.ispkg
   ]

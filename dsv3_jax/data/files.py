@@ -69,11 +69,11 @@ class FileRecords(Sequence):
 
   def fingerprint(self) -> str:
     """A digest of the files' names and sizes [bytes]."""
-    told = [
+    sizes = [
       (part.path.relative_to(self._root).as_posix(), part.path.stat().st_size)
       for part in self._parts
     ]
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     part, row = self._find(i)

@@ -82,12 +82,12 @@ class Tokenizer:
     self.user_id, self.assistant_id = self._id(USER), self._id(ASSISTANT)
 
   def _id(self, token: str) -> int:
-    found = self._full.token_to_id(token)
-    if found is None:
+    index = self._full.token_to_id(token)
+    if index is None:
       raise errors.InputError(
         f'the tokenizer lacks the special token {token!a}'
       )
-    return found
+    return index
 
   @classmethod
   def from_file(cls, path: str | pathlib.Path) -> 'Tokenizer':
@@ -140,8 +140,8 @@ class Tokenizer:
         f'text has a lone surrogate at character {error.start}'
       ) from error
     # A batch of one: unlike `encode`, it lets other threads run meanwhile.
-    found = self._plain.encode_batch_fast([text], add_special_tokens=False)
-    return np.array([self.bos_id] * add_bos + found[0].ids, np.int32)
+    batch = self._plain.encode_batch_fast([text], add_special_tokens=False)
+    return np.array([self.bos_id] * add_bos + batch[0].ids, np.int32)
 
   def decode(
     self, ids: Iterable[int] | np.ndarray, skip_special: bool = False
@@ -208,14 +208,14 @@ class Tokenizer:
     Splitting some of them at random while training keeps a prompt that ends
     without the line end from being out of distribution (TR 4.1).
     """
-    found = {}
+    pieces_of = {}
     for token, index in self._plain.get_vocab().items():
       head = token.rstrip(_LINE_ENDS)
       if head == token or not _is_punctuation(_BYTE_LEVEL.decode([head])):
         continue
       pieces = [self._pieces(part) for part in (head, token[len(head) :])]
-      found[index] = np.array(sum(pieces, []), np.int32)
-    return found
+      pieces_of[index] = np.array(sum(pieces, []), np.int32)
+    return pieces_of
 
   @functools.cached_property
   def splittable_ids(self) -> np.ndarray:
@@ -283,10 +283,10 @@ def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     show_progress=False,
   )
   bpe.train_from_iterator(texts[::every], trainer)
-  found = bpe.get_vocab_size()
-  if found != vocab_size:
+  num_entries = bpe.get_vocab_size()
+  if num_entries != vocab_size:
     raise errors.InputError(
-      f'data.tokenizer_vocab={vocab_size} must be <= {found}: the corpus has '
-      'no more pairs to merge'
+      f'data.tokenizer_vocab={vocab_size} must be <= {num_entries}: the corpus '
+      'has no more pairs to merge'
     )
   return Tokenizer(bpe.to_str())

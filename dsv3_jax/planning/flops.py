@@ -151,13 +151,13 @@ def render(cfg: config.ModelConfig, seq_len: int) -> str:
   for part in [*main_parts(cfg), *mtp_parts(cfg)]:
     shape = ' x '.join(map(str, part.shape))
     rows.append(f'{part.name:24} {shape:>22} {part.copies:8,} {part.size:18,}')
-  told = inspect_dict(cfg, seq_len)
+  summary = inspect_dict(cfg, seq_len)
   rows.append('')
-  for name, value in told['parameters'].items():
+  for name, value in summary['parameters'].items():
     rows.append(f'{name.replace("_", " "):32} {value:18,}')
-  kv = told['kv_bytes_per_token']
+  kv = summary['kv_bytes_per_token']
   rows.append(f'{"KV cache, bytes a token (BF16)":32} {kv:18,}')
-  for name, value in told['flops_per_token'].items():
+  for name, value in summary['flops_per_token'].items():
     title = f'GFLOP a token, {name} (T={seq_len})'
     rows.append(f'{title:36} {value / 1e9:14,.4g}')
   return '\n'.join(rows)

@@ -26,7 +26,7 @@ def activation_bytes(
   """
   m, size = cfg.mla, 4 if policy.compute == 'float32' else 2
   outputs = m.num_heads * m.v_head_dim
-  made = {
+  sizes = {
     'residual stream': 2 * cfg.d_model * size,
     'query latent': m.q_lora_rank * size,
     'key-value latent': m.cache_width * size,
@@ -34,18 +34,18 @@ def activation_bytes(
     'log-sum-exp': m.num_heads * 4,
   }
   if policy.fp8:  # E5M6: 12 bits
-    made['attention output'] = 3 * -(-outputs // 2) + _scales(outputs)
+    sizes['attention output'] = 3 * -(-outputs // 2) + _scales(outputs)
   per_row = lambda width: (
     2 * (width + _scales(width) if policy.fp8 else width * size)
   )
   if not is_moe:
-    return made | {'swiglu inputs': per_row(cfg.d_ff)}
+    return sizes | {'swiglu inputs': per_row(cfg.d_ff)}
   moe = cfg.moe
   rows = moe.top_k if expert_rows is None else expert_rows
-  made['routed swiglu inputs'] = rows * per_row(moe.d_ff)
+  sizes['routed swiglu inputs'] = rows * per_row(moe.d_ff)
   if moe.num_shared_experts:
-    made['shared swiglu inputs'] = per_row(moe.num_shared_experts * moe.d_ff)
-  return made
+    sizes['shared swiglu inputs'] = per_row(moe.num_shared_experts * moe.d_ff)
+  return sizes
 
 
 def _scales(columns: int) -> int:
@@ -110,10 +110,10 @@ def render(cfg: config.ModelConfig, policy: precision.Policy) -> str:
     kinds = activation_bytes(cfg, policy, is_moe=is_moe)
     for name, size in kinds.items():
       rows.append(f'  {title:12} {name:24} {size:18,.0f}')
-  told = inspect_dict(cfg, policy)
-  for name, size in told['activation_bytes_per_token'].items():
+  summary = inspect_dict(cfg, policy)
+  for name, size in summary['activation_bytes_per_token'].items():
     rows.append(f'  {name.replace("_", " "):37} {size:18,.0f}')
   rows.append('weights, GB')
-  for name, size in told['weight_bytes'].items():
+  for name, size in summary['weight_bytes'].items():
     rows.append(f'  {name:37} {size / 1e9:18,.2f}')
   return '\n'.join(rows)

@@ -57,7 +57,7 @@ def test_what_the_environment_tells():
 
 
 def test_alone_a_process_agrees_with_itself():
-  with processes.joined():
+  with processes.join_job():
     assert (processes.index(), processes.count()) == (0, 1)
     assert processes.gather('a', 1) == [1]
     assert processes.broadcast('a', 2) == processes.first_reported('a', 2) == 2
@@ -97,7 +97,7 @@ import sys
 from dsv3_jax import errors
 from dsv3_jax.distributed import processes
 def main():
-  with processes.joined():
+  with processes.join_job():
     me = processes.index()
     print('only the first says', me)
     assert processes.gather('a', 10 + me) == [[10, 11], []][me]

@@ -140,23 +140,23 @@ def read(path: pathlib.Path, most: int) -> dict[str, Any]:
   for field, value in _FIXED.items():
     if field in body and body[field] != value:
       raise refuse(field, f'is not built: it must be {value!r}')
-  found = {}
+  settings = {}
   for field, name in _FIELDS.items():
     if field not in body and field not in _OPTIONAL:
       raise errors.InputError(f'{path}: {field} is missing')
-    found[name] = _value(field, body, most, refuse)
+    settings[name] = _value(field, body, most, refuse)
   sums = {
-    'num_key_value_heads': found['mla.num_heads'],
-    'head_dim': found['mla.qk_rope_head_dim'],
-    'qk_head_dim': found['mla.qk_nope_head_dim']
-    + found['mla.qk_rope_head_dim'],
+    'num_key_value_heads': settings['mla.num_heads'],
+    'head_dim': settings['mla.qk_rope_head_dim'],
+    'qk_head_dim': settings['mla.qk_nope_head_dim']
+    + settings['mla.qk_rope_head_dim'],
   }
   for field, value in sums.items():
     if field in body and body[field] != value:
       raise refuse(field, f'is not built: it must be {value}')
   if body.get('quantization_config', _FP8) != _FP8:
     raise refuse('quantization_config', f'is not built: it must be {_FP8}')
-  return found | _rope(body, found['max_seq_len'], refuse)
+  return settings | _rope(body, settings['max_seq_len'], refuse)
 
 
 def _value(field: str, body: dict[str, Any], most: int, refuse: Refuse) -> Any:
@@ -215,5 +215,5 @@ def _rope(
       f'{original} positions, transformers on; drop it, or raise '
       'max_position_embeddings',
     )
-  found = {f'rope.{name}': given[name] for name in _ROPE}
-  return found | {'rope.theta': theta, 'rope.original_seq_len': original}
+  settings = {f'rope.{name}': given[name] for name in _ROPE}
+  return settings | {'rope.theta': theta, 'rope.original_seq_len': original}

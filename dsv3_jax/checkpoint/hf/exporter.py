@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsv3_jax import config, errors
-from dsv3_jax.checkpoint import fp8_blocks
+from dsv3_jax.checkpoint import fp8_blocks, partial_folder
 from dsv3_jax.checkpoint.hf import config as hf_config
 from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.checkpoint.safetensors import finite
@@ -51,7 +51,7 @@ class _Source(NamedTuple):
   plain: Leaves
 
 
-def manifest(cfg: config.Config, dtype: str) -> list[shard_writer.Spec]:
+def manifest(cfg: config.Config, dtype: str) -> list[shard_writer.TensorSpec]:
   """Name, dtype and shape of every tensor of an export; allocates nothing.
 
   Args:
@@ -63,18 +63,20 @@ def manifest(cfg: config.Config, dtype: str) -> list[shard_writer.Spec]:
   return specs
 
 
-def _specs(place: hf_names.Place, dtype: str) -> list[shard_writer.Spec]:
+def _specs(
+  place: hf_names.TensorPlace, dtype: str
+) -> list[shard_writer.TensorSpec]:
   """The tensor and, in FP8, the scales of its blocks."""
   name, shape = place.tensor.name, place.file_shape
   if name.endswith('e_score_correction_bias'):
-    return [shard_writer.Spec(name, 'F32', shape)]
+    return [shard_writer.TensorSpec(name, 'F32', shape)]
   if dtype == 'fp8' and name.split('.')[-2] in _FP8:
     blocks = tuple(-(-n // 128) for n in shape)
     return [
-      shard_writer.Spec(name, 'F8_E4M3', shape),
-      shard_writer.Spec(name + '_scale_inv', 'F32', blocks),
+      shard_writer.TensorSpec(name, 'F8_E4M3', shape),
+      shard_writer.TensorSpec(name + '_scale_inv', 'F32', blocks),
     ]
-  return [shard_writer.Spec(name, _DTYPES[dtype], shape)]
+  return [shard_writer.TensorSpec(name, _DTYPES[dtype], shape)]
 
 
 def export(
@@ -101,9 +103,7 @@ def export(
     InputError: `output` exists, or a weight is not finite (names the tensor).
   """
   output = pathlib.Path(output)
-  if output.exists():
-    raise errors.InputError(f'--output={output} exists: name another')
-  partial = output.with_name(output.name + '.partial')
+  partial = partial_folder.path(output)
   places = hf_names.places(cfg)
   of = {spec.name: p for p in places for spec in _specs(p, dtype)}
   plan = shard_writer.plan(manifest(cfg, dtype), shard_bytes)
@@ -162,12 +162,7 @@ def _write_shards(
 
 def _begin(partial: pathlib.Path, mark: str) -> dict[str, str]:
   """Digests of the shards that an earlier export of the same finished."""
-  try:
-    partial.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.InputError(
-      f'--output: {partial} cannot be written ({error.strerror})'
-    ) from error
+  partial_folder.make(partial)
   try:
     old = json.loads((partial / _JOURNAL).read_text(encoding='utf-8'))
     same = old['mark'] == mark
@@ -189,8 +184,8 @@ def _note(partial: pathlib.Path, mark: str, digests: dict[str, str]) -> None:
 
 def _write_shard(
   path: pathlib.Path,
-  specs: list[shard_writer.Spec],
-  of: dict[str, hf_names.Place],
+  specs: list[shard_writer.TensorSpec],
+  of: dict[str, hf_names.TensorPlace],
   leaves: _Source,
 ) -> None:
   """All tensors of one shard; pieces are converted on all cores."""
@@ -218,7 +213,7 @@ def _jobs(specs, of, leaves, writer) -> Iterator[tuple]:
       yield _write_piece, pair, place, start, stop, leaves, writer
 
 
-def _pieces(place: hf_names.Place) -> Iterator[tuple[int, int]]:
+def _pieces(place: hf_names.TensorPlace) -> Iterator[tuple[int, int]]:
   """Steps of pieces: of bounded size, and of whole blocks of 128 rows."""
   per = place.rows_per_step
   row_bytes = 4 * math.prod(place.file_shape[1:])
@@ -243,20 +238,20 @@ def _write_piece(pair, place, start, stop, leaves, writer) -> None:
       for leaf, q in zip(place.tensor.leaves, kept, strict=True)
     }
     values = _rows(place, start, stop, values)
-    found = None if start else _kept_scales(place, kept)
+    scales_ij = None if start else _kept_scales(place, kept)
   else:
     values = _rows(place, start, stop, leaves.plain)
     if write_fp8:
       values = np.ascontiguousarray(values, np.float32)
       finite.check(values, place.tensor.name, first)
-      values, found = fp8_blocks.quantize_host(values, place.tensor.name)
+      values, scales_ij = fp8_blocks.quantize_host(values, place.tensor.name)
   if spec is not None:
     dtype = shards.DTYPES[spec.dtype]
     values = np.ascontiguousarray(values.astype(dtype, copy=False))
     finite.check(values, place.tensor.name, first)
     writer.write(spec.name, first, values)
-  if scales is not None and found is not None:
-    writer.write(scales.name, first // 128, found)
+  if scales is not None and scales_ij is not None:
+    writer.write(scales.name, first // 128, scales_ij)
 
 
 def _rows(place, start, stop, leaves) -> np.ndarray:
@@ -271,19 +266,19 @@ def _rows(place, start, stop, leaves) -> np.ndarray:
 
 
 def _kept_scales(
-  place: hf_names.Place, kept: list[fp8_blocks.Quantized]
+  place: hf_names.TensorPlace, kept: list[fp8_blocks.Quantized]
 ) -> np.ndarray:
   """The scales of a tensor that is FP8 already, as the file has them."""
-  found = [
+  per_leaf = [
     np.asarray(q.scales[leaf.index])
     for leaf, q in zip(place.tensor.leaves, kept, strict=True)
   ]
-  if len(found) == 1:
-    return np.ascontiguousarray(found[0].T)
+  if len(per_leaf) == 1:
+    return np.ascontiguousarray(per_leaf[0].T)
   # Each row has its scale: heads come together again, and blocks have one.
   heads = [
     x.T.reshape(-1, shape[-1], x.shape[0])
-    for x, shape in zip(found, place.shapes, strict=True)
+    for x, shape in zip(per_leaf, place.shapes, strict=True)
   ]
-  rows = np.concatenate(heads, axis=1).reshape(-1, found[0].shape[0])
+  rows = np.concatenate(heads, axis=1).reshape(-1, per_leaf[0].shape[0])
   return np.ascontiguousarray(rows[:: fp8_blocks.TILE[0]])

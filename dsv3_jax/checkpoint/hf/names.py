@@ -28,14 +28,14 @@ Tree = dict[str, Any]
 _SQUARE = 256
 
 
-class Leaf(NamedTuple):
+class ParamLeaf(NamedTuple):
   """A parameter by its keys, or, with `index`, a slice of its leading dims."""
 
   path: tuple[str, ...]
   index: tuple[int, ...] = ()
 
 
-class Tensor(NamedTuple):
+class HfTensor(NamedTuple):
   """One tensor of the Hugging Face layout.
 
   leaves: joined along their last dim. num_in: leading dims that are inputs of
@@ -44,7 +44,7 @@ class Tensor(NamedTuple):
   """
 
   name: str
-  leaves: tuple[Leaf, ...]
+  leaves: tuple[ParamLeaf, ...]
   num_in: int
   copy: bool = False
 
@@ -56,49 +56,54 @@ _SWIGLU = (
 )
 
 
-def table(cfg: config.ModelConfig) -> Iterator[Tensor]:
+def table(cfg: config.ModelConfig) -> Iterator[HfTensor]:
   """Every tensor of the whole model; no name and no leaf's slice twice.
 
   One after the other: `cfg` may tell of more layers than anyone has.
   """
-  embed, head = Leaf(('params', 'embed', 'w')), Leaf(('params', 'head', 'w'))
-  final_norm = Leaf(('params', 'final_norm', 'norm'))
-  yield Tensor('model.embed_tokens.weight', (embed,), 0)
-  yield Tensor('model.norm.weight', (final_norm,), 0)
-  yield Tensor('lm_head.weight', (head,), 1)
+  embed, head = (
+    ParamLeaf(('params', 'embed', 'w')),
+    ParamLeaf(('params', 'head', 'w')),
+  )
+  final_norm = ParamLeaf(('params', 'final_norm', 'norm'))
+  yield HfTensor('model.embed_tokens.weight', (embed,), 0)
+  yield HfTensor('model.norm.weight', (final_norm,), 0)
+  yield HfTensor('lm_head.weight', (head,), 1)
   for i in range(cfg.num_layers):
     stack, at = 'dense_layers', i
     if is_moe := i >= cfg.num_dense_layers:
       stack, at = 'moe_layers', i - cfg.num_dense_layers
-    where = Leaf(('params', stack, f'layer_{at}'))
+    where = ParamLeaf(('params', stack, f'layer_{at}'))
     if cfg.scan_layers:
-      where = Leaf(('params', stack, 'layers'), (at,))
-    bias = Leaf(('router', 'moe'), (at,)) if is_moe else None
+      where = ParamLeaf(('params', stack, 'layers'), (at,))
+    bias = ParamLeaf(('router', 'moe'), (at,)) if is_moe else None
     yield from _block(cfg, f'model.layers.{i}.', where, bias)
   for k in range(cfg.mtp.depth):
     prefix, path = f'model.layers.{cfg.num_layers + k}.', ('params', f'mtp_{k}')
-    bias = Leaf(('router', 'mtp'), (k,))
-    yield from _block(cfg, prefix, Leaf((*path, 'block')), bias)
-    norm = lambda name, path=path: (Leaf((*path, name, 'norm')),)
-    yield Tensor(prefix + 'embed_tokens.weight', (embed,), 0, copy=True)
-    yield Tensor(prefix + 'enorm.weight', norm('embed_norm'), 0)
-    yield Tensor(prefix + 'hnorm.weight', norm('hidden_norm'), 0)
-    yield Tensor(prefix + 'eh_proj.weight', (Leaf((*path, 'w_proj')),), 1)
-    yield Tensor(prefix + 'shared_head.norm.weight', norm('final_norm'), 0)
-    yield Tensor(prefix + 'shared_head.head.weight', (head,), 1, copy=True)
+    bias = ParamLeaf(('router', 'mtp'), (k,))
+    yield from _block(cfg, prefix, ParamLeaf((*path, 'block')), bias)
+    norm = lambda name, path=path: (ParamLeaf((*path, name, 'norm')),)
+    yield HfTensor(prefix + 'embed_tokens.weight', (embed,), 0, copy=True)
+    yield HfTensor(prefix + 'enorm.weight', norm('embed_norm'), 0)
+    yield HfTensor(prefix + 'hnorm.weight', norm('hidden_norm'), 0)
+    yield HfTensor(
+      prefix + 'eh_proj.weight', (ParamLeaf((*path, 'w_proj')),), 1
+    )
+    yield HfTensor(prefix + 'shared_head.norm.weight', norm('final_norm'), 0)
+    yield HfTensor(prefix + 'shared_head.head.weight', (head,), 1, copy=True)
 
 
 def _block(
-  cfg: config.ModelConfig, prefix: str, where: Leaf, bias: Leaf | None
-) -> Iterator[Tensor]:
+  cfg: config.ModelConfig, prefix: str, where: ParamLeaf, bias: ParamLeaf | None
+) -> Iterator[HfTensor]:
   """The tensors of one layer; `bias` is its router's, None if it is dense."""
 
   def tensor(name, path, num_in=0, index=()):
     leaves = tuple(
-      Leaf((*where.path, *p.split('.')), where.index + index)
+      ParamLeaf((*where.path, *p.split('.')), where.index + index)
       for p in path.split(' ')
     )
-    return Tensor(prefix + name + '.weight', leaves, num_in)
+    return HfTensor(prefix + name + '.weight', leaves, num_in)
 
   yield tensor('input_layernorm', 'attention_norm.norm')
   yield tensor('post_attention_layernorm', 'ffn_norm.norm')
@@ -118,7 +123,7 @@ def _block(
       yield tensor(f'mlp.{theirs}', f'ffn.{ours}', 1)
     return
   yield tensor('mlp.gate', 'moe.w_router', 1)
-  yield Tensor(prefix + 'mlp.gate.e_score_correction_bias', (bias,), 0)
+  yield HfTensor(prefix + 'mlp.gate.e_score_correction_bias', (bias,), 0)
   for theirs, ours in _SWIGLU:
     for e in range(cfg.moe.num_experts):
       yield tensor(f'mlp.experts.{e}.{theirs}', f'moe.{ours}', 1, (e,))
@@ -140,14 +145,14 @@ def leaf_shapes(
   return types.MappingProxyType(shapes)
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
   """A tensor of the table and the shapes of its leaves' slices.
 
   Both sides are cut along one dim: the leaves along their first output dim, of
   length `steps`; the tensor along its rows, `rows_per_step` of them a step.
   """
 
-  tensor: Tensor
+  tensor: HfTensor
   shapes: tuple[tuple[int, ...], ...]
 
   @property
@@ -195,11 +200,11 @@ class Place(NamedTuple):
   def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
     """Pieces of the leaves -> rows of the tensor."""
     bits = [_as_integers(part) for part in parts]
-    joined = bits[0] if len(bits) == 1 else np.concatenate(bits, axis=-1)
+    rows = bits[0] if len(bits) == 1 else np.concatenate(bits, axis=-1)
     if self.tensor.num_in:
-      inputs = math.prod(joined.shape[: self.tensor.num_in])
-      joined = _turned(joined.reshape(inputs, -1))
-    return joined.view(parts[0].dtype)
+      inputs = math.prod(rows.shape[: self.tensor.num_in])
+      rows = _turned(rows.reshape(inputs, -1))
+    return rows.view(parts[0].dtype)
 
   def split(self, rows: np.ndarray) -> list[np.ndarray]:
     """Rows of the tensor, whole steps -> pieces of the leaves."""
@@ -236,12 +241,13 @@ def _turned(x: np.ndarray) -> np.ndarray:
   return out
 
 
-def places(cfg: config.Config) -> list[Place]:
+def places(cfg: config.Config) -> list[TensorPlace]:
   """The table with shapes."""
   shapes = leaf_shapes(cfg)
   cut = lambda leaf: tuple(shapes[leaf.path][len(leaf.index) :])
   return [
-    Place(tensor, tuple(map(cut, tensor.leaves))) for tensor in table(cfg.model)
+    TensorPlace(tensor, tuple(map(cut, tensor.leaves)))
+    for tensor in table(cfg.model)
   ]
 
 
@@ -284,6 +290,13 @@ def _read_quantised(
       scales = scales.take(np.arange(matrix.shape[axis]), axis)
     out[at] = (matrix * scales).reshape(values.shape)[tuple(slices[lead:])]
   return out
+
+
+def put(tree: Tree, path: tuple[str, ...], leaf: Any) -> None:
+  """Sets the leaf at the end of a path of keys; makes the dicts above it."""
+  for key in path[:-1]:
+    tree = tree.setdefault(key, {})
+  tree[path[-1]] = leaf
 
 
 def get(tree: Tree, path: tuple[str, ...]) -> Any:

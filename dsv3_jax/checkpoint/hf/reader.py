@@ -122,7 +122,7 @@ class _Piece(NamedTuple):
 
   folder: shards.Folder
   name: str
-  place: hf_names.Place
+  place: hf_names.TensorPlace
   part: int
 
   @property
@@ -234,9 +234,9 @@ def read_rows(folder: shards.Folder, name: str, rows: slice) -> np.ndarray:
 
 def scale_name(folder: shards.Folder, name: str) -> str | None:
   """The name of a weight's block scales, if it has any."""
-  for found in (name + _SCALE, name.removesuffix('weight') + 'scale'):
-    if found != name and found in folder.entries:
-      return found
+  for candidate in (name + _SCALE, name.removesuffix('weight') + 'scale'):
+    if candidate != name and candidate in folder.entries:
+      return candidate
   return None
 
 
@@ -257,7 +257,9 @@ def _names(folder: shards.Folder, cfg: config.ModelConfig) -> dict[str, str]:
 
 
 def _check(
-  folder: shards.Folder, places: list[hf_names.Place], files: dict[str, str]
+  folder: shards.Folder,
+  places: list[hf_names.TensorPlace],
+  files: dict[str, str],
 ) -> None:
   """Every tensor is as the model has it, and there is no other."""
   left = {name for name in folder.entries if not _ROTARY.fullmatch(name)}
@@ -298,7 +300,7 @@ def check_copies(folder: shards.Folder, cfg: config.ModelConfig) -> None:
 
 
 def _check_entry(
-  folder: shards.Folder, name: str, place: hf_names.Place
+  folder: shards.Folder, name: str, place: hf_names.TensorPlace
 ) -> None:
   entry, want = folder.entries[name], place.file_shape
   if entry.shape != want:

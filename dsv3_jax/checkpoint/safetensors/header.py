@@ -260,9 +260,9 @@ def _check_contiguous(
   for name, entry in order:
     if entry.offset != end:
       gap = entry.offset - end
-      how = 'overlaps' if gap < 0 else 'leaves a hole after'
+      defect = 'overlaps' if gap < 0 else 'leaves a hole after'
       raise errors.InputError(
-        f'{path}: tensor {show(name)} {how} {last}: {abs(gap)} bytes'
+        f'{path}: tensor {show(name)} {defect} {last}: {abs(gap)} bytes'
       )
     end, last = end + entry.nbytes, f'tensor {show(name)}'
   if end != size:

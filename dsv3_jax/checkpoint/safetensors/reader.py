@@ -133,10 +133,10 @@ class Folder:
     if not os.path.lexists(path):
       return False
     wanted = _read_sums(path)
-    for found in sorted(self.directory.glob(f'*{SUFFIX}')):
-      if found.name not in wanted:
+    for file in sorted(self.directory.glob(f'*{SUFFIX}')):
+      if file.name not in wanted:
         raise errors.InputError(
-          f'{self.directory}: {_show(found.name)} is not listed in {SUMS}'
+          f'{self.directory}: {_show(file.name)} is not listed in {SUMS}'
         )
     pool = concurrent.futures.ThreadPoolExecutor(_HASH_THREADS, 'sha256')
     try:
@@ -180,9 +180,11 @@ def _open_index(directory: pathlib.Path) -> dict[str, Entry]:
   for shard in sorted(set(shard_of.values())):
     path = directory / shard
     for name, entry in read_header(path).items():
-      told = shard_of.get(name)
-      if told != shard:
-        why = 'not in the index' if told is None else f'in {told} by the index'
+      listed = shard_of.get(name)
+      if listed != shard:
+        why = (
+          'not in the index' if listed is None else f'in {listed} by the index'
+        )
         raise errors.InputError(f'{path}: tensor {_show(name)} is {why}')
       entries[name] = entry
   for name, shard in shard_of.items():

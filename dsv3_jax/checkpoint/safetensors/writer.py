@@ -21,7 +21,7 @@ _ALIGN = 8  # bytes; of the widest dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class TensorSpec:
   """A tensor to be written; `dtype` is a key of `shards.DTYPES`."""
 
   name: str
@@ -44,7 +44,9 @@ class Spec:
     return shard_header.num_bytes(self.dtype, self.shape[1:])
 
 
-def plan(specs: Iterable[Spec], shard_bytes: int) -> list[list[Spec]]:
+def plan(
+  specs: Iterable[TensorSpec], shard_bytes: int
+) -> list[list[TensorSpec]]:
   """Tensors of each file, in order; a tensor is never split.
 
   Args:
@@ -55,7 +57,7 @@ def plan(specs: Iterable[Spec], shard_bytes: int) -> list[list[Spec]]:
   """
   if shard_bytes <= 0:
     raise errors.InputError(f'shard_bytes={shard_bytes} must be > 0')
-  planned: list[list[Spec]] = []
+  planned: list[list[TensorSpec]] = []
   room = -1
   for spec in specs:
     if not planned or spec.nbytes > room:
@@ -85,7 +87,7 @@ class ShardWriter:
     OSError: the file cannot be written.
   """
 
-  def __init__(self, path: str | os.PathLike, specs: Iterable[Spec]):
+  def __init__(self, path: str | os.PathLike, specs: Iterable[TensorSpec]):
     self.path = pathlib.Path(path)
     specs = sorted(specs, key=lambda s: -shards.DTYPES[s.dtype].itemsize)
     self._specs = {spec.name: spec for spec in specs}
@@ -157,7 +159,7 @@ class ShardWriter:
       os.close(handle)
 
 
-def _layout(specs: list[Spec]) -> tuple[bytes, dict[str, int], int]:
+def _layout(specs: list[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
   """The header with its length, each tensor's offset, the file's size."""
   body: dict = {shard_header.METADATA: {'format': 'pt'}}
   starts, end = {}, 0
@@ -177,7 +179,7 @@ def _layout(specs: list[Spec]) -> tuple[bytes, dict[str, int], int]:
   return header, offsets, len(header) + end
 
 
-def _check_whole(spec: Spec, spans: list[tuple[int, int]]) -> None:
+def _check_whole(spec: TensorSpec, spans: list[tuple[int, int]]) -> None:
   """No row is missing, none was written twice."""
   if not spec.nbytes:
     return
@@ -198,7 +200,7 @@ def flush(path: str | os.PathLike) -> None:
 
 
 def write_index(
-  directory: str | os.PathLike, planned: list[list[Spec]]
+  directory: str | os.PathLike, planned: list[list[TensorSpec]]
 ) -> None:
   """Writes the index of several files; one file has none."""
   if len(planned) < 2:

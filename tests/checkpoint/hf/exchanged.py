@@ -112,7 +112,7 @@ def rewrite(folder, change):
 def put(path, arrays):
   """One file of whole arrays."""
   specs = [
-    shard_writer.Spec(name, shards.DTYPE_NAMES[array.dtype], array.shape)
+    shard_writer.TensorSpec(name, shards.DTYPE_NAMES[array.dtype], array.shape)
     for name, array in arrays.items()
   ]
   with shard_writer.ShardWriter(path, specs) as writer:

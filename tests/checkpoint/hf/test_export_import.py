@@ -51,7 +51,7 @@ def test_f32_comes_back_to_the_bit(name, tmp_path):
   params, router = exchanged.random_weights(cfg)
   first = exchanged.write(cfg, params, router, tmp_path / 'a')
   assert len(list(first.glob('*.safetensors'))) > 1
-  with importer.opened(first, BASE) as (told, leaves):
+  with importer.open_folder(first, BASE) as (told, leaves):
     given = exchanged.leaves_of(params, router)
     # Ours may be unrolled, what is read never is; its files tell below.
     same = given.keys() & leaves.keys()
@@ -156,7 +156,7 @@ def test_parameters_come_sharded(in_fp8, monkeypatch):
     read.append(found.nbytes if '_scale' not in name else 0)
     return found
 
-  with importer.opened(in_fp8, BASE) as (cfg, leaves):
+  with importer.open_folder(in_fp8, BASE) as (cfg, leaves):
     monkeypatch.setattr(shards.Folder, 'read', counted)
     got, router = source.to_devices(leaves, cfg, 'float32', mesh, rules)
   monkeypatch.undo()

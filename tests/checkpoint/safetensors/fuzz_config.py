@@ -143,12 +143,12 @@ def check(raw: bytes, folder: pathlib.Path, deep: bool) -> bool:
   output = folder.with_name('never')
   try:
     with shards.Folder(folder) as opened:
-      cfg = importer.experiment(opened, BASE)
+      cfg = importer.read_config(opened, BASE)
     assert config.from_config_dict(config.to_dict(cfg)) == cfg
     told = shards.read_json(folder / CONFIG)['hidden_size']
     assert cfg.model.d_model == told
     if deep:
-      with importer.opened(folder, BASE) as (_, leaves):
+      with importer.open_folder(folder, BASE) as (_, leaves):
         read = leaves['params', 'final_norm', 'norm'][:]
       assert read.shape == (cfg.model.d_model,)
     return True

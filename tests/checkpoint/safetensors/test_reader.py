@@ -16,7 +16,7 @@ from dsv3_jax.checkpoint.safetensors import writer as shard_writer
 from tests.checkpoint.safetensors import fuzz, fuzz_config, fuzz_shards
 from tests.checkpoint.safetensors import shard_files as files
 
-Spec = shard_writer.Spec
+TensorSpec = shard_writer.TensorSpec
 
 
 @pytest.fixture(name='pair')
