@@ -63,7 +63,7 @@ def changed(path, value):
 
 
 @pytest.mark.parametrize(
-  ('path', 'value', 'said'),
+  ('path', 'value', 'expected'),
   [
     ('model.moe.top_k', 9, 'model.moe.top_k=9 must be <= model.moe.num_expe'),
     ('model.moe.top_k', 5, 'model.moe.top_k=5 must be <= 4: '),
@@ -107,16 +107,16 @@ def changed(path, value):
     ('sample.prompts', 'text', 'must be a tuple of strings'),
   ],
 )  # fmt: skip
-def test_one_clear_line(path, value, said):
+def test_one_clear_line(path, value, expected):
   with pytest.raises(errors.InputError, match=r'must|unknown') as caught:
     config.from_config_dict(changed(path, value))
   message = str(caught.value)
-  assert said in message
+  assert expected in message
   assert '\n' not in message
 
 
 @pytest.mark.parametrize(
-  ('changes', 'said'),
+  ('changes', 'expected'),
   [
     ({}, ''),
     ({'train.batch_size_start': 24},
@@ -133,21 +133,21 @@ def test_one_clear_line(path, value, said):
      "multiple of 12, which parallel.schedule='interleaved'"),
   ],
 )  # fmt: skip
-def test_a_batch_grows_by_what_the_schedule_takes(changes, said):
+def test_a_batch_grows_by_what_the_schedule_takes(changes, expected):
   tree = changed('train.batch_ramp_tokens', 1000)
   tree['train'].update(batch_size=16, batch_size_start=8, batch_size_step=8)
   for path, value in changes.items():
     group, name = path.split('.')
     tree[group][name] = value
-  if not said:
+  if not expected:
     config.from_config_dict(tree)
     return
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+  with pytest.raises(errors.InputError, match=re.escape(expected)):
     config.from_config_dict(tree)
 
 
 @pytest.mark.parametrize(
-  ('path', 'value', 'said'),
+  ('path', 'value', 'expected'),
   [
     ('parallel.pipe', 2, 'parallel.pipe=2 must be 1 if deterministic'),
     ('parallel.fsdp', ('data',), "parallel.fsdp=('data',) must be ()"),
@@ -155,18 +155,18 @@ def test_a_batch_grows_by_what_the_schedule_takes(changes, said):
     ('train.microbatch_size', 3, 'microbatch_size=3 must be a power of 2'),
   ],
 )
-def test_what_would_tie_bits_to_the_mesh_is_refused(path, value, said):
+def test_what_would_tie_bits_to_the_mesh_is_refused(path, value, expected):
   tree = changed('parallel.deterministic', True)
   tree['train']['batch_size'] = 24
   config.from_config_dict(tree)
   group, name = path.split('.')
   tree[group][name] = value
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+  with pytest.raises(errors.InputError, match=re.escape(expected)):
     config.from_config_dict(tree)
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'said'),
+  ('sizes', 'expected'),
   [
     ({'expert': 3}, 'parallel.node * parallel.expert = 3 must divide '
      'model.moe.num_experts=8: 2 or 4'),
@@ -175,13 +175,13 @@ def test_what_would_tie_bits_to_the_mesh_is_refused(path, value, said):
      'that a group is on one node: 4'),
   ],
 )  # fmt: skip
-def test_experts_and_groups_align_with_the_mesh(sizes, said):
+def test_experts_and_groups_align_with_the_mesh(sizes, expected):
   tree = changed('train.microbatch_size', 48)
   tree['train'].update(batch_size=48)
   tree['eval']['batch_size'] = 48
   config.from_config_dict(tree)
   tree['parallel'].update(sizes)
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+  with pytest.raises(errors.InputError, match=re.escape(expected)):
     config.from_config_dict(tree)
 
 
@@ -197,8 +197,8 @@ def test_fp8_has_its_own_product_of_experts():
   tree = changed('precision', 'fp8')
   config.from_config_dict(tree)
   tree['model']['moe']['product'] = 'blocks'
-  said = r"product='blocks' must be auto with precision='fp8'"
-  with pytest.raises(errors.InputError, match=said):
+  expected = r"product='blocks' must be auto with precision='fp8'"
+  with pytest.raises(errors.InputError, match=expected):
     config.from_config_dict(tree)
 
 

@@ -227,20 +227,20 @@ def edited_manifest(body):
 
 
 @pytest.mark.parametrize(
-  ('change', 'said'),
+  ('change', 'expected'),
   [
     (damaged_manifest, 'manifest.json is damaged'),
     (edited_manifest, 'manifest.json does not match its own sha256'),
     (None, 'manifest.json is missing'),
   ],
 )
-def test_manifest_itself_is_checked(saved, change, said):
+def test_manifest_itself_is_checked(saved, change, expected):
   path = saved.directory / '000000002' / 'manifest.json'
   if change is None:
     path.unlink()
   else:
     path.write_text(change(path.read_text()))
-  with pytest.raises(store.CheckpointError, match=said):
+  with pytest.raises(store.CheckpointError, match=expected):
     saved.verify(2)
 
 
@@ -262,7 +262,7 @@ def test_no_step_is_whole(saved):
 
 
 @pytest.mark.parametrize(
-  ('like', 'said'),
+  ('like', 'expected'),
   [
     (lambda s: s | {'flag': jnp.zeros(2, bool)}, r'flag is bool\[\], wanted'),
     (lambda s: s | {'host': np.zeros(4)}, 'host is float32.*float64'),
@@ -270,8 +270,8 @@ def test_no_step_is_whole(saved):
     (lambda s: {k: v for k, v in s.items() if k != 'flag'}, 'also holds flag'),
   ],
 )
-def test_what_does_not_fit_is_named(saved, like, said):
-  with pytest.raises(store.CheckpointError, match=said):
+def test_what_does_not_fit_is_named(saved, like, expected):
+  with pytest.raises(store.CheckpointError, match=expected):
     saved.restore(2, like(make_state()))
 
 

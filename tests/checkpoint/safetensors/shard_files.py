@@ -61,13 +61,13 @@ def ours(folder):
     return bits({name: opened.read(name) for name in opened.entries})
 
 
-def refused(call, *said):
+def refused(call, *expected):
   """The one line of an InputError, which holds all of `said`."""
   with pytest.raises(errors.InputError) as caught:
     call()
   line = str(caught.value)
   assert len(line.splitlines()) == 1, line
-  for part in said:
+  for part in expected:
     assert part in line, line
   return line
 

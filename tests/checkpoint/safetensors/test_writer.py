@@ -140,8 +140,8 @@ def test_many_threads_read_and_write_one_folder(tmp_path):
       got = pool.map(
         lambda at: opened.read(at[0], slice(at[1], at[1] + 1)), asked
       )
-      for (name, row), found in zip(asked, got, strict=True):
-        np.testing.assert_array_equal(found, arrays[name][row : row + 1])
+      for (name, row), rows in zip(asked, got, strict=True):
+        np.testing.assert_array_equal(rows, arrays[name][row : row + 1])
   for file in shard_files:
     safetensors.numpy.load_file(tmp_path / file)
 
@@ -166,10 +166,10 @@ def test_a_plan_needs_room(most):
 
 def test_names_are_the_published_ones():
   assert shard_writer.shard_names(1) == ['model.safetensors']
-  found = shard_writer.shard_names(163)
-  assert found[0] == 'model-00001-of-00163.safetensors'
-  assert found[-1] == 'model-00163-of-00163.safetensors'
-  assert len(set(found)) == 163 and found == sorted(found)
+  names = shard_writer.shard_names(163)
+  assert names[0] == 'model-00001-of-00163.safetensors'
+  assert names[-1] == 'model-00163-of-00163.safetensors'
+  assert len(set(names)) == 163 and names == sorted(names)
 
 
 def test_an_index_is_the_published_one(pair):
@@ -202,9 +202,9 @@ def test_a_file_has_its_size_from_the_start(tmp_path):
     start = int.from_bytes(path.read_bytes()[:8], 'little') + 8
     assert start % 8 == 0 and size == start + 3 + 80 + 2
     for spec in specs:
-      found = entries[spec.name]
-      assert (found.dtype, found.shape) == (spec.dtype, spec.shape)
-      assert found.offset % shards.DTYPES[spec.dtype].itemsize == 0
+      entry = entries[spec.name]
+      assert (entry.dtype, entry.shape) == (spec.dtype, spec.shape)
+      assert entry.offset % shards.DTYPES[spec.dtype].itemsize == 0
       writer.write(spec.name, 0, files.filled(spec))
   assert path.stat().st_size == size
   writer.close()  # again: nothing to do
