@@ -283,7 +283,7 @@ def test_missing_step(saved):
 _SAVER = """
 import sys
 import jax.numpy as jnp
-from dsv3_jax.checkpoint import lazy, store
+from dsv3_jax.checkpoint import store
 kept = store.Store(sys.argv[1], keep=2)
 step = (kept.latest() or 0) + 1
 while True:
