@@ -87,10 +87,10 @@ def changed(path, value):
     ('parallel.data', 3, 'train.microbatch_size=4 must be a multiple of 3 = '
      'parallel.data * parallel.node * parallel.expert: 3 or 6'),
     ('parallel.pipe', 2, 'parallel.pipe=2 must divide model.vocab_size=23, '
-     'which it cuts: 1 or 23'),
+     'which it shards: 1 or 23'),
     ('parallel.model', 2, 'parallel.model=2 must be 1'),
     ('parallel.context', 4, 'data.seq_len=12 must be a multiple of 8 = '
-     '2 * parallel.context, whose devices have two pieces of a row each: '
+     '2 * parallel.context, for each device has two pieces of a sequence: '
      '8 or 16'),
     ('parallel.fsdp', ('pipe',), "parallel.fsdp=('pipe',) must be of: data"),
     ('parallel.fsdp', ('data', 'data'), 'must name each axis once'),
@@ -124,13 +124,13 @@ def test_one_clear_line(path, value, expected):
     ({'train.batch_size_start': 4}, 'train.batch_size_start=4 must be a '
      'multiple of train.batch_size_step=8: 8'),
     ({'train.batch_size_step': 2}, 'train.batch_size_step=2 must be a multiple '
-     "of 4, which parallel.schedule='dualpipe' takes of "
+     "of 4, for parallel.schedule='dualpipe' and "
      'train.microbatch_size=4: 4'),
     ({'train.batch_size_step': 4, 'parallel.pipe': 2,
-      'model.vocab_size': 24}, 'multiple of 8, which parallel'),
+      'model.vocab_size': 24}, 'multiple of 8, for parallel'),
     ({'train.batch_size_step': 4, 'parallel.pipe': 3, 'model.vocab_size': 24,
       'parallel.schedule': 'interleaved', 'eval.batch_size': 6},
-     "multiple of 12, which parallel.schedule='interleaved'"),
+     "multiple of 12, for parallel.schedule='interleaved'"),
   ],
 )  # fmt: skip
 def test_a_batch_grows_by_what_the_schedule_takes(changes, expected):
@@ -172,7 +172,7 @@ def test_what_would_tie_bits_to_the_mesh_is_refused(path, value, expected):
      'model.moe.num_experts=8: 2 or 4'),
     ({'expert': 16}, 'must divide model.moe.num_experts=8: 8'),
     ({'node': 8}, 'parallel.node=8 must divide model.moe.num_groups=4, so '
-     'that a group is on one node: 4'),
+     'that no group spans two nodes: 4'),
   ],
 )  # fmt: skip
 def test_experts_and_groups_align_with_the_mesh(sizes, expected):

@@ -200,7 +200,7 @@ def test_damage_is_named_and_the_previous_step_offered(saved, damage, which):
     saved.restore(2, make_state())
   message = str(caught.value)
   assert '000000002' in message
-  assert 'step 1 is whole: checkpoint.restore_step=1 goes on' in message
+  assert 'step 1 is intact: checkpoint.restore_step=1 resumes' in message
   assert '\n' not in message
   if damage is not swap_within:
     assert path.name in message
@@ -257,7 +257,7 @@ def test_whole_steps_exchanged(saved):
 def test_no_step_is_whole(saved):
   for step in (1, 2):
     flip(data_file(saved.directory / f'{step:09d}'))
-  with pytest.raises(store.CheckpointError, match='no earlier step is whole'):
+  with pytest.raises(store.CheckpointError, match='no earlier step is intact'):
     saved.verify(2)
 
 

@@ -272,7 +272,7 @@ def test_damaged_checkpoint_is_refused_by_name(env, trained, folder):
   body = bytearray(path.read_bytes())
   body[-9] ^= 4
   path.write_bytes(body)
-  expected = (path.name, 'step 8 is whole', 'checkpoint.restore_step=8')
+  expected = (path.name, 'step 8 is intact', 'checkpoint.restore_step=8')
   refused(dsv3(env, 'generate', f'--checkpoint={workdir}'), *expected)
   changes = {'checkpoint__every_steps': 4}
   refused(dsv3(env, *train_args(folder, workdir, 14, **changes)), *expected)
@@ -322,7 +322,7 @@ def test_an_earlier_step_and_the_average_are_evaluated(env, trained):
     bits.append(json.loads(done.stdout)['bits_per_byte'])
   assert len(set(bits)) == 3
   refused(
-    dsv3(env, 'eval', f'--checkpoint={trained}', '--step=5'), 'step 4 is whole'
+    dsv3(env, 'eval', f'--checkpoint={trained}', '--step=5'), 'step 4 is intact'
   )
 
 

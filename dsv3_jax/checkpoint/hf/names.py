@@ -1,12 +1,12 @@
-"""One table between our parameters and the published checkpoint's tensors.
+"""Maps our parameters to the published checkpoint's tensors and back.
 
-`table(cfg)` lists every tensor of the Hugging Face layout and the leaves that
-it is made of; a `Place` adds the shapes and turns pieces of the one into pieces
-of the other, both ways. PyTorch keeps a matrix as [out, in] and joins heads and
-their dims; ours keep inputs first and heads apart. kv_b_proj holds, head by
-head, key and value matrix. MTP module k is layer `num_layers + k`, with copies
-of embedding and head, which are ours shared (TR 2.2). Rotary dims are
-interleaved on both sides.
+`table(cfg)` lists every tensor of the Hugging Face layout with the parameters
+(leaves) that it consists of. A `TensorPlace` adds the shapes and converts
+slices of leaves to rows of the tensor and back. PyTorch stores a matrix as
+[out, in] and flattens heads; our matrices have their inputs first and heads as
+a dim. kv_b_proj holds, head by head, key and value matrix. MTP module k is
+layer `num_layers + k`, with copies of embedding and head, which our modules
+share with the main model (TR 2.2). RoPE dims are interleaved in both.
 """
 
 import functools
@@ -29,7 +29,7 @@ _SQUARE = 256
 
 
 class ParamLeaf(NamedTuple):
-  """A parameter by its keys, or, with `index`, a slice of its leading dims."""
+  """A parameter by its keys; `index` selects from its leading dims."""
 
   path: tuple[str, ...]
   index: tuple[int, ...] = ()
@@ -38,9 +38,10 @@ class ParamLeaf(NamedTuple):
 class HfTensor(NamedTuple):
   """One tensor of the Hugging Face layout.
 
-  leaves: joined along their last dim. num_in: leading dims that are inputs of
-  a matrix; 0 if both sides keep the array alike. copy: another tensor of the
-  file holds the same values, and import reads that one.
+  leaves: concatenated along their last dim.
+  num_in: number of leading dims that are inputs of a matrix; 0 if both layouts
+    store the array in the same way.
+  copy: another tensor holds the same values, and import reads that one.
   """
 
   name: str
@@ -57,9 +58,9 @@ _SWIGLU = (
 
 
 def table(cfg: config.ModelConfig) -> Iterator[HfTensor]:
-  """Every tensor of the whole model; no name and no leaf's slice twice.
+  """Every tensor of the model, each once.
 
-  One after the other: `cfg` may tell of more layers than anyone has.
+  A generator, as an untrusted `cfg` may claim any number of layers.
   """
   embed, head = (
     ParamLeaf(('params', 'embed', 'w')),
@@ -96,7 +97,7 @@ def table(cfg: config.ModelConfig) -> Iterator[HfTensor]:
 def _block(
   cfg: config.ModelConfig, prefix: str, where: ParamLeaf, bias: ParamLeaf | None
 ) -> Iterator[HfTensor]:
-  """The tensors of one layer; `bias` is its router's, None if it is dense."""
+  """Tensors of one layer; `bias` is its router bias, None in dense layers."""
 
   def tensor(name, path, num_in=0, index=()):
     leaves = tuple(
@@ -135,7 +136,7 @@ def _block(
 def leaf_shapes(
   cfg: config.Config,
 ) -> Mapping[tuple[str, ...], tuple[int, ...]]:
-  """Shapes of all parameters and router biases, by path; allocates nothing."""
+  """Shapes of all parameters and router biases by path; allocates nothing."""
   tree = {
     'params': model.param_shapes(model.build(cfg)),
     'router': jax.eval_shape(lambda: model.init_router(cfg.model)),
@@ -148,8 +149,8 @@ def leaf_shapes(
 class TensorPlace(NamedTuple):
   """A tensor of the table and the shapes of its leaves' slices.
 
-  Both sides are cut along one dim: the leaves along their first output dim, of
-  length `steps`; the tensor along its rows, `rows_per_step` of them a step.
+  Pieces are ranges of steps: a step is one index of the leaves' first output
+  dim, and `rows_per_step` rows of the tensor.
   """
 
   tensor: HfTensor
@@ -161,7 +162,7 @@ class TensorPlace(NamedTuple):
 
   @property
   def _tail(self) -> tuple[int, ...]:
-    """Output dims after the first, of the joined leaves."""
+    """Output dims after the first, of the concatenated leaves."""
     tail = self.shapes[0][self.tensor.num_in + 1 :]
     if len(self.shapes) > 1:
       tail = (*tail[:-1], sum(shape[-1] for shape in self.shapes))
@@ -173,7 +174,7 @@ class TensorPlace(NamedTuple):
 
   @property
   def file_shape(self) -> tuple[int, ...]:
-    """Shape of the whole tensor."""
+    """Shape of the tensor in the file."""
     if not self.tensor.num_in:
       return self.shapes[0]
     inputs = math.prod(self.shapes[0][: self.tensor.num_in])
@@ -181,15 +182,15 @@ class TensorPlace(NamedTuple):
 
   @property
   def tile(self) -> tuple[int, int]:
-    """Inputs and outputs of a leaf that share a scale.
+    """Inputs and outputs of a leaf that share an FP8 scale.
 
-    kv_b_proj is split into leaves, which may cut through its blocks: each of
-    their columns, which are its rows, has scales of its own.
+    kv_b_proj has two leaves, whose border may be inside a block. So every
+    column of them, a row of kv_b_proj, has its own scales.
     """
     return fp8_blocks.TILE if len(self.shapes) == 1 else (fp8_blocks.TILE[0], 1)
 
   def leaf_slices(self, start: int, stop: int) -> list[tuple[slice, ...]]:
-    """Of each leaf's slice: all, but the steps from start to stop."""
+    """Slices of each leaf for a range of steps."""
     at = self.tensor.num_in
     return [
       (*(slice(0, n) for n in shape[:at]), slice(start, stop))
@@ -198,7 +199,7 @@ class TensorPlace(NamedTuple):
     ]
 
   def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Pieces of the leaves -> rows of the tensor."""
+    """Converts slices of the leaves to rows of the tensor."""
     bits = [_as_integers(part) for part in parts]
     rows = bits[0] if len(bits) == 1 else np.concatenate(bits, axis=-1)
     if self.tensor.num_in:
@@ -207,7 +208,7 @@ class TensorPlace(NamedTuple):
     return rows.view(parts[0].dtype)
 
   def split(self, rows: np.ndarray) -> list[np.ndarray]:
-    """Rows of the tensor, whole steps -> pieces of the leaves."""
+    """Converts rows of the tensor, full steps, to slices of the leaves."""
     if not self.tensor.num_in:
       return [rows]
     inputs = self.shapes[0][: self.tensor.num_in]
@@ -220,15 +221,15 @@ class TensorPlace(NamedTuple):
 
 
 def _as_integers(x: np.ndarray) -> np.ndarray:
-  """The same bits: NumPy moves dtypes that it does not know one by one."""
+  """The same bits; NumPy copies unknown dtypes element by element."""
   return np.ascontiguousarray(x).view(f'u{x.dtype.itemsize}')
 
 
 def _turned(x: np.ndarray) -> np.ndarray:
-  """x.T, contiguous, moved in squares that fit into a cache.
+  """x.T, contiguous, transposed in squares that fit into the cache.
 
-  Each goes through a buffer whose rows are a little longer: rows that lie a
-  power of two apart would drive one another out of the cache.
+  The buffer's rows are padded: rows at a distance of a power of two would evict
+  one another from the cache.
   """
   out = lazy_array.empty(x.shape[::-1], x.dtype)
   buffer = np.empty((_SQUARE, _SQUARE + 8), x.dtype)
@@ -242,7 +243,7 @@ def _turned(x: np.ndarray) -> np.ndarray:
 
 
 def places(cfg: config.Config) -> list[TensorPlace]:
-  """The table with shapes."""
+  """The table with the shapes of a model."""
   shapes = leaf_shapes(cfg)
   cut = lambda leaf: tuple(shapes[leaf.path][len(leaf.index) :])
   return [
@@ -254,7 +255,7 @@ def places(cfg: config.Config) -> list[TensorPlace]:
 def dequantised(
   leaves: Mapping[tuple[str, ...], Any], cfg: config.Config
 ) -> dict[tuple[str, ...], Any]:
-  """The same leaves, what is `Quantized` as LazyArrays in f32."""
+  """The same leaves, with `Quantized` ones as LazyArrays in f32."""
   dims = {
     leaf.path: (len(leaf.index), place.tensor.num_in)
     for place in places(cfg)
@@ -275,7 +276,7 @@ def dequantised(
 def _read_quantised(
   q: fp8_blocks.Quantized, lead: int, num_in: int, slices: lazy_array.Slices
 ) -> np.ndarray:
-  """Reads whole matrices, and cuts off what is not asked for."""
+  """Dequantises full matrices, then slices them."""
   whole = tuple(slice(0, n) for n in q.shape[lead:])
   sizes = [s.stop - s.start for s in slices]
   out = np.empty(sizes, np.float32)
