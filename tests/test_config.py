@@ -96,7 +96,7 @@ def changed(path, value):
     ('parallel.fsdp', ('data', 'data'), 'must name each axis once'),
     ('parallel.schedule', 'zbv', 'must be one of: gpipe, 1f1b, inter'),
     ('eval.stride', 13, 'eval.stride=13 must be <= data.seq_len=12'),
-    ('checkpoint.restore_step', -2, 'must be a step, or -1'),
+    ('checkpoint.restore_step', -2, 'must be a step or -1'),
     ('model.moe.topk', 2, 'model.moe.topk is unknown; did you mean '
      'model.moe.top_k?'),
     ('optimizer', {}, 'optimizer is unknown; did you mean optim?'),
