@@ -1,4 +1,4 @@
-"""Bytes kept for the backward pass: the formula is what JAX really keeps."""
+"""Bytes saved for the backward pass: the formula against JAX's residuals."""
 
 import flax.linen as nn
 import jax

@@ -115,7 +115,7 @@ def read(path: pathlib.Path, most: int) -> dict[str, Any]:
 
   Args:
     path: of the `config.json`.
-    most: bytes of all tensors of the folder, an upper bound of any dim or count.
+    most: bytes of all tensors of the folder; bounds every dim and count.
 
   Raises:
     InputError: a field is missing, unknown, or has an unsupported value.

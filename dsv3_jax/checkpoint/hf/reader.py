@@ -130,7 +130,7 @@ class _Piece(NamedTuple):
 
   @property
   def chunk(self) -> tuple[int, ...]:
-    """Chunk of the leaf: full rows of the file, `CHUNK_BYTES` of f32 at most."""
+    """Chunk of the leaf: full rows of the file, up to `CHUNK_BYTES` in f32."""
     shape, at = self.place.shapes[self.part], self.place.tensor.num_in
     step = 4 * math.prod(self.place.file_shape[1:]) * self.place.rows_per_step
     count = max(1, min(shape[at], lazy_array.CHUNK_BYTES // step))
