@@ -56,8 +56,8 @@ def make(folder: pathlib.Path, experts: int) -> None:
     path: lazy_array.LazyArray(shape, np.dtype(np.float32), read, shape)
     for path, shape in hf_names.leaf_shapes(cfg).items()
   }
-  how = {'dtype': 'bfloat16', 'shard_bytes': _SHARD_BYTES}
-  exporter.export(cfg, leaves, folder, **how)
+  options = {'dtype': 'bfloat16', 'shard_bytes': _SHARD_BYTES}
+  exporter.export(cfg, leaves, folder, **options)
 
 
 def size(folder: pathlib.Path) -> int:
@@ -81,14 +81,14 @@ def run(*args: str) -> tuple[float, float, int, str]:
   start = time.perf_counter()
   child = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
   with child.stdout:
-    told = child.stdout.read()
+    output = child.stdout.read()
   _, status, usage = os.wait4(child.pid, 0)
   child.returncode = os.waitstatus_to_exitcode(status)
   assert child.returncode == 0, args
   os.sync()
   seconds = time.perf_counter() - start
   cpu = usage.ru_utime + usage.ru_stime
-  return seconds, cpu, usage.ru_maxrss * 1024, told
+  return seconds, cpu, usage.ru_maxrss * 1024, output
 
 
 def main() -> int:
@@ -119,10 +119,10 @@ def main() -> int:
   }  # fmt: skip
   for name, command in steps.items():
     copied = copy_rate(source, folder / 'copy')
-    seconds, cpu, peak, told = run(*command)
+    seconds, cpu, peak, output = run(*command)
     beyond = ''
     if name.startswith('load'):
-      arrays = int(told)
+      arrays = int(output)
       beyond = f', {(peak - arrays) / 1e9:.2f} beyond the arrays'
     rate = total / seconds
     print(

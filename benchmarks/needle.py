@@ -89,12 +89,12 @@ def read_text(cfg: config.Config) -> np.ndarray:
   """Bytes of the corpus, some megabytes."""
   train = corpora.open_corpus(cfg.data).train
   texts = (corpora.document_text(train[i]) for i in range(len(train)))
-  found = bytearray()
+  data = bytearray()
   for text in texts:
-    found += text.encode()
-    if len(found) > 4_000_000:
+    data += text.encode()
+    if len(data) > 4_000_000:
       break
-  return np.frombuffer(bytes(found), np.uint8).astype(np.int32)
+  return np.frombuffer(bytes(data), np.uint8).astype(np.int32)
 
 
 def draw_text(rng, text: np.ndarray, length: int) -> np.ndarray:
@@ -198,11 +198,11 @@ def train(cfg, start: Weights | None, text, num_steps, lr, seed) -> Weights:
     hyper = {name: jnp.float32(value) for name, value in hyper.items()}
     drawn = training_batch(rng, text, cfg, piece_at(number / num_steps, cfg))
     rows = jax.device_put(drawn, trainer.batch_sharding())
-    state, told = step(state, rows, trainer.plan.amount(1), hyper)
+    state, metrics = step(state, rows, trainer.plan.amount(1), hyper)
     if (number + 1) % 50 == 0:
       seconds = time.monotonic() - begun
       print(
-        f'  step {number + 1} of {num_steps}: loss {told["loss"]:.3f}, '
+        f'  step {number + 1} of {num_steps}: loss {metrics["loss"]:.3f}, '
         f'{(number + 1) * TOKENS / seconds:,.0f} tokens/s',
         file=sys.stderr,
         flush=True,
@@ -233,25 +233,25 @@ def accuracy(weights, text, length, depth, *, yarn, count, seed) -> float:
     rows = [test_row(rng, text, length, depth) for _ in range(at_once)]
     tokens, values = map(np.stack, zip(*rows, strict=True))
     batch = jax.tree.map(lambda x: x[0], _batch(tokens, tokens, tokens, length))
-    found = np.asarray(answer(weights, batch))[: count - start]
-    right += int(np.sum(found == values[: len(found)]))
+    predicted = np.asarray(answer(weights, batch))[: count - start]
+    right += int(np.sum(predicted == values[: len(predicted)]))
   return right / count
 
 
 def measure(stage, weights, text, args, *, yarn) -> list[report.Row]:
   """A row for every length and depth."""
-  found = []
+  rows = []
   for length in args.lengths:
     for depth in DEPTHS:
-      how = {
+      options = {
         'yarn': yarn,
         'count': args.count,
         'seed': [length, int(4 * depth)],
       }
-      share = accuracy(weights, text, length, depth, **how)
+      share = accuracy(weights, text, length, depth, **options)
       where = {'model': stage, 'tokens': length, 'depth': depth}
-      found.append(where | {'found': share})
-  return found
+      rows.append(where | {'found': share})
+  return rows
 
 
 def draw(rows: list[report.Row], path) -> None:
@@ -332,11 +332,11 @@ def main(argv: list[str] | None = None) -> int:
   args.output = args.output or report.RESULTS / 'needle.md'
   rows = run(args)
   draw(rows, args.output.with_suffix('.png'))
-  how = (
+  setup = (
     f'{args.steps} steps of {TOKENS} tokens at {SHORT}, {args.extension} at '
     f'{LONG} on context={args.context}; {args.count} rows a cell.'
   )
-  about = f'{" ".join(__doc__.split(chr(10) + chr(10))[1].split())} {how}'
+  about = f'{" ".join(__doc__.split(chr(10) + chr(10))[1].split())} {setup}'
   report.publish('needle', about, table(rows), args)
   return 0
 

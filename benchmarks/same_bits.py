@@ -86,7 +86,7 @@ _ENTRY = (
 
 def run(tree: pathlib.Path, only: str = '') -> dict:
   """Everything that a tree logs and generates, by case."""
-  found = {}
+  records = {}
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     for name, (config, settings) in CASES.items():
@@ -96,24 +96,24 @@ def run(tree: pathlib.Path, only: str = '') -> dict:
       flags = [f'--config={config}', f'--workdir={workdir}']
       flags += [f'--config.{key}={value}' for key, value in settings.items()]
       _dsv3(tree, 'train', *flags)
-      found[name] = _lines(workdir / 'metrics.jsonl')
+      records[name] = _lines(workdir / 'metrics.jsonl')
     if not only or only == 'quickstart':
-      found |= _generated(tree, folder)
-  return found
+      records |= _generated(tree, folder)
+  return records
 
 
 def _generated(tree: pathlib.Path, folder: pathlib.Path) -> dict:
   prompts = folder / 'prompts.jsonl'
   rows = [json.dumps({'prompt': prompt}) for prompt in _PROMPTS]
   prompts.write_text('\n'.join(rows), encoding='utf-8')
-  how = ['--max_new_tokens=64', '--temperature=0', '--json']
-  how.append(f'--checkpoint={folder / "quickstart"}')
-  found = {}
+  options = ['--max_new_tokens=64', '--temperature=0', '--json']
+  options.append(f'--checkpoint={folder / "quickstart"}')
+  generated = {}
   for name, flags in _GENERATE.items():
     flags = [flag.replace('PROMPTS', str(prompts)) for flag in flags]
-    text = _dsv3(tree, 'generate', *how, *flags)
-    found[name] = [json.loads(line) for line in text.splitlines()]
-  return found
+    text = _dsv3(tree, 'generate', *options, *flags)
+    generated[name] = [json.loads(line) for line in text.splitlines()]
+  return generated
 
 
 def _dsv3(tree: pathlib.Path, *argv: str) -> str:
@@ -145,15 +145,15 @@ def _lines(path: pathlib.Path) -> list[dict]:
 
 def differences(before: dict, after: dict) -> list[str]:
   """A line for every case: how many records, and the first that differs."""
-  said = []
+  lines = []
   for name, old in before.items():
     new = after[name]
     pairs = enumerate(zip(old, new, strict=False))
     first = next((f'{a} != {b}' for _, (a, b) in pairs if a != b), None)
     if first is None and len(old) != len(new):
       first = f'{len(old)} records, then {len(new)}'
-    said.append(f'{name:24} {len(old):4} records  {first or "equal"}')
-  return said
+    lines.append(f'{name:24} {len(old):4} records  {first or "equal"}')
+  return lines
 
 
 def main() -> int:
@@ -181,9 +181,9 @@ def main() -> int:
     given.keep.write_text(json.dumps(before), encoding='utf-8')
   after = json.loads(json.dumps(run(here, given.only)))
   before = {name: x for name, x in before.items() if name in after}
-  said = differences(before, after)
-  print('\n'.join(said))
-  return int(any(not line.endswith('equal') for line in said))
+  lines = differences(before, after)
+  print('\n'.join(lines))
+  return int(any(not line.endswith('equal') for line in lines))
 
 
 if __name__ == '__main__':

@@ -78,11 +78,11 @@ class Ours:
     """One step: forward, backward, clip, AdamW; returns the loss."""
     batch = self._batch(tokens_BZ[:, :-1], tokens_BZ[:, 1:])
     batch_nBT = jax.tree.map(lambda x: x[None], batch)
-    self.state, told = self._step(
+    self.state, metrics = self._step(
       self.state, batch_nBT, jnp.int32(1), self.hyper
     )
     jax.block_until_ready(self.state)
-    return told['loss'].item()
+    return metrics['loss'].item()
 
   def prefill(self, tokens_BT: np.ndarray) -> float:
     """Seconds until the first token, latents cached."""
@@ -91,9 +91,9 @@ class Ours:
   def decode(self, tokens_BT: np.ndarray) -> tuple[float, np.ndarray]:
     """Seconds of NEW cached steps, and the greedy tokens [B, NEW + 1]."""
     # The engine's clock leaves the first step out, as that one may compile.
-    made = self.engine.generate(tokens_BT.tolist(), NEW + 2)
-    assert made.decoded == NEW * len(tokens_BT)
-    return made.decode_seconds, np.array(made.tokens)[:, : NEW + 1]
+    generation = self.engine.generate(tokens_BT.tolist(), NEW + 2)
+    assert generation.decoded == NEW * len(tokens_BT)
+    return generation.decode_seconds, np.array(generation.tokens)[:, : NEW + 1]
 
   def _batch(self, tokens_BT, targets_BT=None) -> model.Batch:
     shape = tokens_BT.shape
@@ -148,14 +148,14 @@ class Theirs:
     with torch.no_grad():
       tokens = torch.from_numpy(tokens_BT)
       out = self.net(tokens, use_cache=True, logits_to_keep=1)
-      made = [out.logits[:, -1].argmax(-1, keepdim=True)]
+      outputs = [out.logits[:, -1].argmax(-1, keepdim=True)]
       start = time.perf_counter()
       for _ in range(NEW):
         cache = out.past_key_values
-        out = self.net(made[-1], past_key_values=cache, use_cache=True)
-        made.append(out.logits[:, -1].argmax(-1, keepdim=True))
+        out = self.net(outputs[-1], past_key_values=cache, use_cache=True)
+        outputs.append(out.logits[:, -1].argmax(-1, keepdim=True))
       seconds = time.perf_counter() - start
-    return seconds, torch.cat(made, 1).numpy()
+    return seconds, torch.cat(outputs, 1).numpy()
 
   def _load(self, weights: dict[str, np.ndarray]) -> None:
     """Copies our weights in; transformers fuses the experts in memory."""
@@ -251,10 +251,10 @@ def measure(cfg: config.Config, rounds: int) -> tuple[dict, str, dict]:
       for experts in names[task]:
         theirs.use(experts)
         times[experts] = (run(theirs), experts)
-      told = ', '.join(
+      summary = ', '.join(
         f'{n} {seconds:.3f} s' for n, (seconds, _) in times.items()
       )
-      print(f'{turn} {task:9} {told}', flush=True)
+      print(f'{turn} {task:9} {summary}', flush=True)
       fastest = min(times[experts] for experts in names[task])
       names[task] = (fastest[1],)
       for side, result in (('ours', times['ours']), ('theirs', fastest)):

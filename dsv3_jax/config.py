@@ -1,9 +1,9 @@
-"""The border between experiments and library: frozen dataclasses, checked.
+"""The settings of an experiment as frozen, checked dataclasses.
 
-`from_config_dict` is the only way in. It rejects unknown and missing keys by
-dotted path, wrong types, and impossible combinations, before anything compiles.
-No default lives here: `experiments/base.py` holds each of them once, with its
-unit and its section of the technical report (TR).
+`from_config_dict` builds them. It rejects unknown and missing keys by dotted
+path, wrong types and impossible combinations, before anything compiles. There
+are no defaults here: `experiments/base.py` has them all, with their units and
+sections of the technical report (TR).
 """
 
 import dataclasses
@@ -37,13 +37,13 @@ class MlaConfig:
 
   @property
   def cache_width(self) -> int:
-    """Values cached a token and layer: latent and rotated key."""
+    """Values in the cache a token and layer: latent and RoPE key."""
     return self.kv_lora_rank + self.qk_rope_head_dim
 
 
 @_frozen
 class RopeConfig:
-  """Rotary positions and their YaRN extension (TR 4.3)."""
+  """Rotary position embedding and its YaRN extension (TR 4.3)."""
 
   theta: float
   original_seq_len: int
@@ -105,7 +105,7 @@ class ModelConfig:
 
   @property
   def yarn(self) -> bool:
-    """YaRN is on only beyond the original length."""
+    """True if positions go beyond the original length."""
     return self.max_seq_len > self.rope.original_seq_len
 
 
@@ -140,7 +140,7 @@ class DataConfig:
 
 @_frozen
 class LrConfig:
-  """The learning rate's five pieces (TR 4.2)."""
+  """The five phases of the learning rate (TR 4.2)."""
 
   peak: float
   warmup_steps: int
@@ -153,7 +153,7 @@ class LrConfig:
 
 @_frozen
 class StepSchedule:
-  """`first` until `first_tokens` have been trained on, `then` afterwards."""
+  """`first` for the first `first_tokens` of training, `then` afterwards."""
 
   first: float
   first_tokens: int
@@ -162,7 +162,7 @@ class StepSchedule:
 
 @_frozen
 class OptimConfig:
-  """AdamW and the schedules keyed on tokens (TR 4.2)."""
+  """AdamW, EMA and the schedules over training tokens (TR 4.2)."""
 
   lr: LrConfig
   beta1: float
@@ -178,7 +178,7 @@ class OptimConfig:
 
 @_frozen
 class TrainConfig:
-  """Length of the run, batch ramp, guards."""
+  """Length of the run, batch ramp, logging, spike and hardware checks."""
 
   total_tokens: int
   batch_size: int
@@ -195,7 +195,7 @@ class TrainConfig:
 
 @_frozen
 class ParallelConfig:
-  """Devices along each mesh axis (unused ones 1), and how they are used."""
+  """Devices along each mesh axis (1 if unused), schedule, FSDP, bits."""
 
   pipe: int
   data: int
@@ -210,7 +210,7 @@ class ParallelConfig:
 
 @_frozen
 class CheckpointConfig:
-  """When to save, what to keep, where to start and resume."""
+  """When to save, how many steps to keep, what to start from."""
 
   every_steps: int
   keep: int
@@ -278,13 +278,13 @@ def to_json(config: Config) -> str:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a `config.json`, of a workdir or of a Hugging Face folder.
+  """The object in a `config.json` of a workdir or a Hugging Face folder.
 
   Raises:
-    InputError: it cannot be read, or is damaged; names the file.
+    InputError: the file, which the message names, is missing or damaged.
   """
   try:
-    found = json.loads(path.read_text(encoding='utf-8'))
+    body = json.loads(path.read_text(encoding='utf-8'))
   except OSError as error:
     raise errors.InputError(
       f'{path} cannot be read ({error.strerror}): name the workdir of a '
@@ -292,16 +292,16 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     ) from error
   except (ValueError, RecursionError) as error:
     raise errors.InputError(f'{path} is not JSON: {error}') from error
-  if not isinstance(found, dict):
+  if not isinstance(body, dict):
     raise errors.InputError(f'{path} must hold one JSON object')
-  return found
+  return body
 
 
 def check_path(source: Mapping, path: str) -> None:
   """Looks up a dotted path in nested settings.
 
   Raises:
-    InputError: there is no such setting; the nearest known one is named.
+    InputError: there is no such setting; names the nearest known one.
   """
   node, prefix = source, ''
   for key in path.split('.'):
@@ -315,7 +315,7 @@ def check_path(source: Mapping, path: str) -> None:
 
 
 def _build(cls: type, source: Any, path: str) -> Any:
-  """One dataclass from one mapping, recursively."""
+  """Builds a dataclass from a mapping, recursively."""
   if not isinstance(source, Mapping) and not hasattr(source, 'items'):
     raise errors.InputError(f'{path}={source!r} must be a group of settings')
   hints = typing.get_type_hints(cls)

@@ -1,7 +1,8 @@
-"""What no experiment may ask for: one rule a line, with key, value and reason.
+"""Rules that every experiment keeps, each with the message of its failure.
 
 A rule is `(holds, message)`; the message names the dotted key, its value and
-what to do. Rules are read in order, so that a later one may rely on an earlier.
+the values that are allowed. Rules are checked in order, so that a later rule
+may rely on an earlier one.
 """
 
 import dataclasses
@@ -77,18 +78,19 @@ _AT_MOST_ONE = ('data.fim_rate', 'data.split_rate', 'sample.top_p')
 def check(config: Any) -> None:
   """Raises InputError with the first rule of `config` that does not hold."""
   values = dict(_flatten(config, ''))
-  each = (_model, _run, _batch, _parallel)
-  for group in (_ranges(values), *(rules(config) for rules in each)):
+  groups = (_model, _run, _batch, _parallel)
+  for group in (_ranges(values), *(rules(config) for rules in groups)):
     for holds, message in group:
       if not holds:
         raise errors.InputError(message)
 
 
 def check_inference(model: Any, sizes: Mapping[str, int]) -> None:
-  """Raises InputError with the first axis of a mesh that a model does not fit.
+  """Raises InputError with the first rule that a model breaks on a mesh.
 
   Args:
-    model: a `ModelConfig`. sizes: devices along each axis.
+    model: a `ModelConfig`.
+    sizes: devices along each mesh axis.
   """
   for holds, message in _inference(model, sizes):
     if not holds:
@@ -96,7 +98,7 @@ def check_inference(model: Any, sizes: Mapping[str, int]) -> None:
 
 
 def _inference(model: Any, sizes: Mapping[str, int]) -> Iterator[Rule]:
-  """Rules that tie a model alone to the mesh that it runs on."""
+  """Rules of inference on a mesh."""
   for axis in ('pipe', 'context'):
     size = sizes[axis]
     yield size == 1, f'parallel.{axis}={size} must be 1: inference has none'
@@ -109,7 +111,7 @@ def _inference(model: Any, sizes: Mapping[str, int]) -> Iterator[Rule]:
   for name, width in widths.items():
     yield (
       width % tensor == 0,
-      f'parallel.model={tensor} must divide {name}={width}, which it cuts: '
+      f'parallel.model={tensor} must divide {name}={width}, which it shards: '
       f'{_divisors(tensor, width)}',
     )
   yield from _experts(moe, sizes['node'], sizes['expert'])
@@ -125,7 +127,7 @@ def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _ranges(values: dict[str, Any]) -> Iterator[Rule]:
-  """Rules about one value alone."""
+  """Rules of single values: choices, signs, bounds."""
   for path, value in values.items():
     if path in _CHOICES:
       names = ', '.join(_CHOICES[path])
@@ -143,11 +145,11 @@ def _ranges(values: dict[str, Any]) -> Iterator[Rule]:
       yield value <= 1, f'{path}={value} must be <= 1'
   yield values['seed'] < 2**32, f'seed={values["seed"]} must be < 2**32'
   step = values['checkpoint.restore_step']
-  yield step >= -1, f'checkpoint.restore_step={step} must be a step, or -1'
+  yield step >= -1, f'checkpoint.restore_step={step} must be a step or -1'
 
 
 def _model(config: Any) -> Iterator[Rule]:
-  """Rules about the network's shape."""
+  """Rules of the network's shape."""
   model, moe, rope = config.model, config.model.moe, config.model.rope
   dense, layers = model.num_dense_layers, model.num_layers
   yield (
@@ -190,7 +192,7 @@ def _model(config: Any) -> Iterator[Rule]:
   yield (
     moe.product == 'auto' or 'fp8' not in config.precision,
     f'model.moe.product={moe.product!r} must be auto with '
-    f'precision={config.precision!r}, which has grouped products of its own',
+    f'precision={config.precision!r}, which has its own grouped matmul',
   )
   longest = int(rope.original_seq_len * max(rope.factor, 1.0))
   yield (
@@ -207,7 +209,7 @@ def _model(config: Any) -> Iterator[Rule]:
 
 
 def _run(config: Any) -> Iterator[Rule]:
-  """Rules that tie the model to data, evaluation and samples."""
+  """Rules between the model and data, evaluation and samples."""
   model, data = config.model, config.data
   yield (
     data.seq_len <= model.max_seq_len,
@@ -237,7 +239,7 @@ def _run(config: Any) -> Iterator[Rule]:
   yield (
     most < model.max_seq_len,
     f'sample.max_new_tokens={most} must be < '
-    f'model.max_seq_len={model.max_seq_len}, which prompts share',
+    f'model.max_seq_len={model.max_seq_len}, to leave room for the prompt',
   )
 
 
@@ -252,15 +254,15 @@ def _batch(config: Any) -> Iterator[Rule]:
   )
   if not train.batch_ramp_tokens:
     return
-  # Micro-batches that a schedule takes together: the batch grows by as many.
-  together = {'dualpipe': 2, 'interleaved': p.pipe}.get(p.schedule, 1)
-  together = micro * (together if p.pipe > 1 else 1)
+  # The number of micro-batches must be a multiple of this in some schedules.
+  growth = {'dualpipe': 2, 'interleaved': p.pipe}.get(p.schedule, 1)
+  growth = micro * (growth if p.pipe > 1 else 1)
   step = train.batch_size_step
   yield (
-    step % together == 0,
-    f'train.batch_size_step={step} must be a multiple of {together}, which '
-    f'parallel.schedule={p.schedule!r} takes of train.microbatch_size={micro}: '
-    f'{_multiples(step, together)}',
+    step % growth == 0,
+    f'train.batch_size_step={step} must be a multiple of {growth}, for '
+    f'parallel.schedule={p.schedule!r} and train.microbatch_size={micro}: '
+    f'{_multiples(step, growth)}',
   )
   for name in ('batch_size', 'batch_size_start'):
     size = getattr(train, name)
@@ -277,7 +279,7 @@ def _batch(config: Any) -> Iterator[Rule]:
 
 
 def _parallel(config: Any) -> Iterator[Rule]:
-  """Rules that tie the model and its batches to the mesh."""
+  """Rules between the model, its batches and the mesh."""
   p, moe = config.parallel, config.model.moe
   yield p.model == 1, f'parallel.model={p.model} must be 1: it is not built yet'
   yield from _context(config)
@@ -298,51 +300,52 @@ def _parallel(config: Any) -> Iterator[Rule]:
     'parallel.pipe * parallel.data * parallel.node * parallel.expert: '
     f'{_multiples(windows, devices)}',
   )
-  each = 2 if p.schedule in ('interleaved', 'dualpipev') else 1
-  stages, layers = p.pipe * each, config.model.num_layers
+  stages_per_rank = 2 if p.schedule in ('interleaved', 'dualpipev') else 1
+  stages, layers = p.pipe * stages_per_rank, config.model.num_layers
   yield (
     p.pipe == 1 or stages <= layers,
     f'parallel.pipe={p.pipe} with parallel.schedule={p.schedule!r} makes '
-    f'{stages} stages, but model.num_layers={layers}: each has a layer at '
-    f'least, so at most parallel.pipe={layers // each}',
+    f'{stages} stages, but model.num_layers={layers} and a stage needs a '
+    f'layer: use at most parallel.pipe={layers // stages_per_rank}',
   )
   vocab = config.model.vocab_size
   yield (
     vocab % p.pipe == 0,
     f'parallel.pipe={p.pipe} must divide model.vocab_size={vocab}, which it '
-    f'cuts: {_divisors(p.pipe, vocab)}',
+    f'shards: {_divisors(p.pipe, vocab)}',
   )
   yield from _experts(moe, p.node, p.expert)
 
 
-def _experts(moe: Any, nodes: int, each: int) -> Iterator[Rule]:
-  """Experts are spread evenly over nodes and the devices of each."""
-  holders, experts, groups = nodes * each, moe.num_experts, moe.num_groups
+def _experts(moe: Any, nodes: int, devices_per_node: int) -> Iterator[Rule]:
+  """Experts are sharded evenly over nodes and over the devices of a node."""
+  experts, groups = moe.num_experts, moe.num_groups
+  devices = nodes * devices_per_node
   yield (
-    experts % holders == 0,
-    f'parallel.node * parallel.expert = {holders} must divide '
-    f'model.moe.num_experts={experts}: {_divisors(holders, experts)}',
+    experts % devices == 0,
+    f'parallel.node * parallel.expert = {devices} must divide '
+    f'model.moe.num_experts={experts}: {_divisors(devices, experts)}',
   )
   yield (
     groups % nodes == 0,
     f'parallel.node={nodes} must divide model.moe.num_groups={groups}, so that '
-    f'a group is on one node: {_divisors(nodes, groups)}',
+    f'no group spans two nodes: {_divisors(nodes, groups)}',
   )
 
 
 def _context(config: Any) -> Iterator[Rule]:
-  """Rows, of training and of evaluation, are cut into equal pieces."""
+  """Sequences are sharded over `context` in zig-zag order, two pieces each."""
   length, pieces = config.data.seq_len, 2 * config.parallel.context
   yield (
     pieces == 2 or length % pieces == 0,
     f'data.seq_len={length} must be a multiple of {pieces} = '
-    '2 * parallel.context, whose devices have two pieces of a row each: '
+    '2 * parallel.context, for each device has two pieces of a sequence: '
     f'{_multiples(length, pieces)}',
   )
 
 
 def _fsdp(config: Any) -> Iterator[Rule]:
-  """Which axes weights may lie cut over, and when that helps."""
+  """Rules of the axes that FSDP shards weights over."""
   p = config.parallel
   for axis in p.fsdp:
     yield (
@@ -357,12 +360,12 @@ def _fsdp(config: Any) -> Iterator[Rule]:
   yield (
     not p.fsdp or remat != 'none',
     f'model.remat={remat!r} must be report or full with parallel.fsdp='
-    f'{p.fsdp}, or every layer would keep what it gathered',
+    f'{p.fsdp}, or every layer would save its gathered weights',
   )
 
 
 def _deterministic(config: Any) -> Iterator[Rule]:
-  """Sums in one order need sequences that stand for themselves."""
+  """The deterministic mode computes each sequence on its own."""
   p, micro = config.parallel, config.train.microbatch_size
   if not p.deterministic:
     return
@@ -373,24 +376,24 @@ def _deterministic(config: Any) -> Iterator[Rule]:
   kind = config.balance.kind
   yield (
     kind != 'batch',
-    f'balance.kind={kind!r} must be another with parallel.deterministic: it '
-    'ties the sequences of a micro-batch together',
+    f'balance.kind={kind!r} must be another if parallel.deterministic: this '
+    'loss is not a sum over sequences',
   )
   yield (
     micro & (micro - 1) == 0,
     f'train.microbatch_size={micro} must be a power of 2 if '
-    'parallel.deterministic: its gradients are added up pairwise',
+    'parallel.deterministic: its gradients are summed in a binary tree',
   )
 
 
 def _multiples(value: int, of: int) -> str:
-  """The legal choices next to `value`."""
+  """The multiples of `of` next to `value`."""
   below = value // of * of
   return ' or '.join(str(n) for n in (below, below + of) if n)
 
 
 def _divisors(value: int, of: int) -> str:
-  """The legal choices next to `value`."""
+  """The divisors of `of` next to `value`."""
   legal = [n for n in range(1, of + 1) if of % n == 0]
   near = [max((n for n in legal if n < value), default=0)]
   near.append(min((n for n in legal if n > value), default=0))

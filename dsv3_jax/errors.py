@@ -1,7 +1,7 @@
-"""The one error that is the caller's: `dsv3` prints it and exits with 2.
+"""InputError, the caller's error, and the exit codes of `dsv3`.
 
-Any other exception, a ValueError of some library included, is a fault of ours
-and keeps its traceback.
+`dsv3` prints an InputError in one line and exits with 2. Any other exception,
+a library's ValueError included, is a bug of ours and keeps its traceback.
 """
 
 
@@ -9,10 +9,10 @@ class InputError(ValueError):
   """Bad input, in one line: field or file, value, rule, what to do."""
 
 
-# Exit codes of `dsv3`. 1 is a fault of ours, with its traceback.
+# Exit codes of `dsv3`. 1 is a bug of ours, with its traceback.
 EXIT_BAD_INPUT = 2  # one line, before anything compiles
 EXIT_STUCK = 70  # no step finished in time; all stacks are on stderr
-EXIT_SAVED_ON_SIGNAL = 75  # the same command goes on
-EXIT_NON_FINITE = 76  # the last checkpoint stands
+EXIT_SAVED_ON_SIGNAL = 75  # the same command resumes
+EXIT_NON_FINITE = 76  # the last checkpoint is good
 EXIT_CORRUPTION = 77  # one step, run twice, gave different bits
 EXIT_NO_READER = 141  # stdout was closed, as after `| head`

@@ -5,22 +5,22 @@
         activations and 128 x 128 of weights, f32 sums
   BF16  embedding, output head, MTP's projection (eh_proj), attention core,
         residual stream, outputs of linears
-  f32   master weights, norms, the gate, softmax, losses, gradients' sums
+  f32   master weights, norms, the gate, softmax, losses, gradient sums
 
-A `Policy` is what a `precision` of an experiment stands for; nothing else asks
-for the name.
+`POLICIES` maps the `precision` of an experiment to its `Policy`; all other code
+takes the policy, never the name.
 """
 
 import dataclasses
 from typing import NamedTuple
 
-# Scales of activations: released code holds amax at 1e-4 or more. Gradients of
-# a mean over many tokens are smaller than that, so theirs go as low as f32.
+# Released code clamps the amax of an activation tile to at least this. It does
+# not apply to gradients: those of a mean over many tokens are smaller.
 ACTIVATION_FLOOR = 1e-4
 
 
 class Matrix(NamedTuple):
-  """How many of a parameter's last dims are inputs, and how many outputs."""
+  """Number of input dims and of output dims, the last dims of a parameter."""
 
   inputs: int
   outputs: int
@@ -43,11 +43,12 @@ FP8_MATRICES = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
-  """One precision of a whole experiment; hashable, static in every function.
+  """The precision of an experiment; hashable, a static argument everywhere.
 
-  compute: dtype of activations and of products outside FP8. fp8: the linears'
-  three products are FP8. block_dgrad: gradients of activations are quantised in
-  128 x 128 blocks for Dgrad, which diverged in the report (TR 3.3.2, App. B).
+  compute: dtype of activations and of matmuls outside FP8.
+  fp8: Fprop, Dgrad and Wgrad of the linears are FP8.
+  block_dgrad: gradients of activations are quantised in 128 x 128 blocks for
+    Dgrad, which diverged in the report (TR 3.3.2, App. B).
   implementation: of the kernels, as in `pallas_kernels.dispatch`.
   """
 
@@ -57,7 +58,11 @@ class Policy:
   implementation: str = 'auto'
 
   def of(self, name: str) -> str:
-    """'fp8', 'float32' or the compute dtype, of a parameter by its last key."""
+    """The dtype that a parameter is multiplied in: 'fp8', or a NumPy name.
+
+    Args:
+      name: the last key of the parameter's path.
+    """
     if name == 'w_router' or name.endswith('norm'):
       return 'float32'
     return 'fp8' if self.fp8 and name in FP8_MATRICES else self.compute

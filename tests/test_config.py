@@ -63,7 +63,7 @@ def changed(path, value):
 
 
 @pytest.mark.parametrize(
-  ('path', 'value', 'said'),
+  ('path', 'value', 'expected'),
   [
     ('model.moe.top_k', 9, 'model.moe.top_k=9 must be <= model.moe.num_expe'),
     ('model.moe.top_k', 5, 'model.moe.top_k=5 must be <= 4: '),
@@ -87,16 +87,16 @@ def changed(path, value):
     ('parallel.data', 3, 'train.microbatch_size=4 must be a multiple of 3 = '
      'parallel.data * parallel.node * parallel.expert: 3 or 6'),
     ('parallel.pipe', 2, 'parallel.pipe=2 must divide model.vocab_size=23, '
-     'which it cuts: 1 or 23'),
+     'which it shards: 1 or 23'),
     ('parallel.model', 2, 'parallel.model=2 must be 1'),
     ('parallel.context', 4, 'data.seq_len=12 must be a multiple of 8 = '
-     '2 * parallel.context, whose devices have two pieces of a row each: '
+     '2 * parallel.context, for each device has two pieces of a sequence: '
      '8 or 16'),
     ('parallel.fsdp', ('pipe',), "parallel.fsdp=('pipe',) must be of: data"),
     ('parallel.fsdp', ('data', 'data'), 'must name each axis once'),
     ('parallel.schedule', 'zbv', 'must be one of: gpipe, 1f1b, inter'),
     ('eval.stride', 13, 'eval.stride=13 must be <= data.seq_len=12'),
-    ('checkpoint.restore_step', -2, 'must be a step, or -1'),
+    ('checkpoint.restore_step', -2, 'must be a step or -1'),
     ('model.moe.topk', 2, 'model.moe.topk is unknown; did you mean '
      'model.moe.top_k?'),
     ('optimizer', {}, 'optimizer is unknown; did you mean optim?'),
@@ -107,16 +107,16 @@ def changed(path, value):
     ('sample.prompts', 'text', 'must be a tuple of strings'),
   ],
 )  # fmt: skip
-def test_one_clear_line(path, value, said):
+def test_one_clear_line(path, value, expected):
   with pytest.raises(errors.InputError, match=r'must|unknown') as caught:
     config.from_config_dict(changed(path, value))
   message = str(caught.value)
-  assert said in message
+  assert expected in message
   assert '\n' not in message
 
 
 @pytest.mark.parametrize(
-  ('changes', 'said'),
+  ('changes', 'expected'),
   [
     ({}, ''),
     ({'train.batch_size_start': 24},
@@ -124,30 +124,30 @@ def test_one_clear_line(path, value, said):
     ({'train.batch_size_start': 4}, 'train.batch_size_start=4 must be a '
      'multiple of train.batch_size_step=8: 8'),
     ({'train.batch_size_step': 2}, 'train.batch_size_step=2 must be a multiple '
-     "of 4, which parallel.schedule='dualpipe' takes of "
+     "of 4, for parallel.schedule='dualpipe' and "
      'train.microbatch_size=4: 4'),
     ({'train.batch_size_step': 4, 'parallel.pipe': 2,
-      'model.vocab_size': 24}, 'multiple of 8, which parallel'),
+      'model.vocab_size': 24}, 'multiple of 8, for parallel'),
     ({'train.batch_size_step': 4, 'parallel.pipe': 3, 'model.vocab_size': 24,
       'parallel.schedule': 'interleaved', 'eval.batch_size': 6},
-     "multiple of 12, which parallel.schedule='interleaved'"),
+     "multiple of 12, for parallel.schedule='interleaved'"),
   ],
 )  # fmt: skip
-def test_a_batch_grows_by_what_the_schedule_takes(changes, said):
+def test_a_batch_grows_by_what_the_schedule_takes(changes, expected):
   tree = changed('train.batch_ramp_tokens', 1000)
   tree['train'].update(batch_size=16, batch_size_start=8, batch_size_step=8)
   for path, value in changes.items():
     group, name = path.split('.')
     tree[group][name] = value
-  if not said:
+  if not expected:
     config.from_config_dict(tree)
     return
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+  with pytest.raises(errors.InputError, match=re.escape(expected)):
     config.from_config_dict(tree)
 
 
 @pytest.mark.parametrize(
-  ('path', 'value', 'said'),
+  ('path', 'value', 'expected'),
   [
     ('parallel.pipe', 2, 'parallel.pipe=2 must be 1 if deterministic'),
     ('parallel.fsdp', ('data',), "parallel.fsdp=('data',) must be ()"),
@@ -155,33 +155,33 @@ def test_a_batch_grows_by_what_the_schedule_takes(changes, said):
     ('train.microbatch_size', 3, 'microbatch_size=3 must be a power of 2'),
   ],
 )
-def test_what_would_tie_bits_to_the_mesh_is_refused(path, value, said):
+def test_what_would_tie_bits_to_the_mesh_is_refused(path, value, expected):
   tree = changed('parallel.deterministic', True)
   tree['train']['batch_size'] = 24
   config.from_config_dict(tree)
   group, name = path.split('.')
   tree[group][name] = value
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+  with pytest.raises(errors.InputError, match=re.escape(expected)):
     config.from_config_dict(tree)
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'said'),
+  ('sizes', 'expected'),
   [
     ({'expert': 3}, 'parallel.node * parallel.expert = 3 must divide '
      'model.moe.num_experts=8: 2 or 4'),
     ({'expert': 16}, 'must divide model.moe.num_experts=8: 8'),
     ({'node': 8}, 'parallel.node=8 must divide model.moe.num_groups=4, so '
-     'that a group is on one node: 4'),
+     'that no group spans two nodes: 4'),
   ],
 )  # fmt: skip
-def test_experts_and_groups_align_with_the_mesh(sizes, said):
+def test_experts_and_groups_align_with_the_mesh(sizes, expected):
   tree = changed('train.microbatch_size', 48)
   tree['train'].update(batch_size=48)
   tree['eval']['batch_size'] = 48
   config.from_config_dict(tree)
   tree['parallel'].update(sizes)
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+  with pytest.raises(errors.InputError, match=re.escape(expected)):
     config.from_config_dict(tree)
 
 
@@ -197,8 +197,8 @@ def test_fp8_has_its_own_product_of_experts():
   tree = changed('precision', 'fp8')
   config.from_config_dict(tree)
   tree['model']['moe']['product'] = 'blocks'
-  said = r"product='blocks' must be auto with precision='fp8'"
-  with pytest.raises(errors.InputError, match=said):
+  expected = r"product='blocks' must be auto with precision='fp8'"
+  with pytest.raises(errors.InputError, match=expected):
     config.from_config_dict(tree)
 
 

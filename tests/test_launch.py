@@ -24,10 +24,10 @@ def dry(name, **extra):
 
 
 def test_local_starts_one_process_a_line():
-  how = {'PROCESSES': '2', 'DEVICES': '3', 'PORT': '123'}
-  code, said, _ = dry('local.sh', **how)
+  options = {'PROCESSES': '2', 'DEVICES': '3', 'PORT': '123'}
+  code, stdout, _ = dry('local.sh', **options)
   assert code == 0
-  for index, line in enumerate(said.splitlines()):
+  for index, line in enumerate(stdout.splitlines()):
     *environment, command, train, config, workdir = shlex.split(line)
     assert dict(pair.split('=') for pair in environment) == {
       'JAX_COORDINATOR_ADDRESS': '127.0.0.1:123',
@@ -42,35 +42,37 @@ def test_local_starts_one_process_a_line():
 
 
 def test_slurm_runs_one_step_that_ends_with_its_first_failure():
-  code, said, _ = dry('slurm.sh')
+  code, stdout, _ = dry('slurm.sh')
   train = ['dsv3', 'train', '--cluster', *ARGS]
   assert code == 0
-  assert shlex.split(said) == ['srun', *train]
+  assert shlex.split(stdout) == ['srun', *train]
 
 
 def test_tpu_pod_runs_the_line_on_all_hosts():
-  code, said, _ = dry('tpu_pod.sh', TPU='slice', ZONE='zone', FOLDER='here')
-  *how, line = shlex.split(said)
+  code, stdout, _ = dry('tpu_pod.sh', TPU='slice', ZONE='zone', FOLDER='here')
+  *command, line = shlex.split(stdout)
   assert code == 0
-  assert how[:5] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh']
-  assert how[5:] == ['slice', '--zone=zone', '--worker=all']
+  assert command[:5] == ['gcloud', 'compute', 'tpus', 'tpu-vm', 'ssh']
+  assert command[5:] == ['slice', '--zone=zone', '--worker=all']
   _, line = line.split('=', 1)
   train = ['.venv/bin/dsv3', 'train', '--cluster', *ARGS]
   assert shlex.split(line) == ['cd', 'here', '&&', *train]
 
 
 def test_gke_jobset_has_a_pod_for_each_process():
-  how = {'NAME': 'run', 'IMAGE': 'image', 'CLAIM': 'disk', 'PROCESSES': '4'}
-  code, said, _ = dry('gke_jobset.sh', **how)
+  options = {'NAME': 'run', 'IMAGE': 'image', 'CLAIM': 'disk', 'PROCESSES': '4'}
+  code, stdout, _ = dry('gke_jobset.sh', **options)
   assert code == 0
-  jobset = yaml.safe_load(said)
+  jobset = yaml.safe_load(stdout)
   (job,) = jobset['spec']['replicatedJobs']
   spec = job['template']['spec']
   assert (spec['completions'], spec['parallelism']) == (4, 4)
   pod = spec['template']['spec']
   (container,) = pod['containers']
   assert container['command'] + container['args'] == ['dsv3', 'train', *ARGS]
-  given = {each['name']: each.get('value') for each in container['env']}
+  given = {
+    variable['name']: variable.get('value') for variable in container['env']
+  }
   assert given == {
     'JAX_COORDINATOR_ADDRESS': 'run-workers-0-0.run:8476',
     'JAX_NUM_PROCESSES': '4',
@@ -80,8 +82,8 @@ def test_gke_jobset_has_a_pod_for_each_process():
 
 @pytest.mark.parametrize('name', ['tpu_pod.sh', 'gke_jobset.sh'])
 def test_what_a_launcher_needs_it_asks_for(name):
-  code, said, why = dry(name)
-  assert (code, said) == (1, '')
+  code, stdout, why = dry(name)
+  assert (code, stdout) == (1, '')
   assert len(why.splitlines()) == 1
 
 

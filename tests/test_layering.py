@@ -51,13 +51,13 @@ MOST_LINES, MOST_FUNCTION_LINES = 600, 60
 
 def modules(root):
   """Dotted name -> path of every module of the source."""
-  found = {}
+  paths = {}
   for top in ('dsv3_jax', 'experiments', 'pallas_kernels'):
     for path in sorted((root / top).rglob('*.py')):
       parts = path.relative_to(root).with_suffix('').parts
       name = '.'.join(p for p in parts if p != '__init__')
-      found[name] = path
-  return found
+      paths[name] = path
+  return paths
 
 
 def imports(tree, known):
@@ -155,7 +155,7 @@ def test_the_source_keeps_the_map():
 
 
 @pytest.mark.parametrize(
-  ('files', 'said'),
+  ('files', 'expected'),
   [
     ({'dsv3_jax/ops/a.py': 'from dsv3_jax.nn import b', 'dsv3_jax/nn/b.py': ''},
      'not below it'),
@@ -178,9 +178,9 @@ def test_the_source_keeps_the_map():
     ({'dsv3_jax/ops/a.py': 'def f():\n' + '  x = 1\n' * 60}, 'f has 61'),
   ],
 )  # fmt: skip
-def test_each_rule_can_fail(tmp_path, files, said):
+def test_each_rule_can_fail(tmp_path, files, expected):
   for name, text in files.items():
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding='utf-8')
-  assert [p for p in problems(tmp_path) if said in p]
+  assert [p for p in problems(tmp_path) if expected in p]

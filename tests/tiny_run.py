@@ -94,7 +94,7 @@ def committed(cfg, workdir, step):
     kept.close()
 
 
-def told(workdir):
+def read_metrics(workdir):
   """Lines of metrics.jsonl without the clock's."""
   clock = ('tokens_per_second', 'mfu')
   return [

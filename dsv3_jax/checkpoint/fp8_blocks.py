@@ -1,17 +1,17 @@
-"""FP8 (e4m3) blocks of host arrays, streamed to and from files (TR 3.3.2).
+"""FP8 (e4m3) block quantisation of host arrays, for files (TR 3.3.2).
 
   scale = amax / 448 of the tile        value = e4m3(w * (1 / scale))
   w ~ value * scale                     |error| <= max(|w| / 17, scale / 1024)
 
-The error holds up to f32's own rounding. Weights have tiles of 128 x 128, as in
-the published checkpoint, where the scales are called `weight_scale_inv`;
-partial tiles at the lower and right edges count as padded with zeros; unlike
-in released code amax is not held above 1e-4: tiny weights keep their digits.
+The bound holds up to the rounding of f32. Weights have tiles of 128 x 128, as
+in the published checkpoint, which calls the scales `weight_scale_inv`. Partial
+tiles at the lower and right edges are padded with zeros. Unlike in released
+code, amax is not clamped to 1e-4, so that tiny weights keep their digits.
 
-These are `pallas_kernels.fp8_matmul.reference`, bit for bit, of NumPy arrays;
-it says what becomes of zeros, denormals and the largest numbers. XLA turns a
-division by a broadcast or by a constant into a product with the reciprocal;
-here both say so themselves.
+The functions equal `pallas_kernels.fp8_matmul.reference` bit for bit, on NumPy
+arrays; see there for zeros, denormals and the largest numbers. XLA compiles a
+division by a broadcast or a constant to a multiplication by the reciprocal, so
+this module multiplies by reciprocals, too.
 
 Letters: I rows, J columns, i and j their tiles.
 """
@@ -28,24 +28,24 @@ E4M3 = quantized.E4M3
 TILE = quantized.BLOCK
 
 _INVERSE = np.float32(1.0 / 448.0)  # of the largest e4m3
-# Three times as fast as a cast.
+# A table of all 256 codes: three times as fast as a cast.
 _DECODED = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 
 
 def quantize_host(
   w_IJ: Float32[np.ndarray, 'I J'], name: str
 ) -> tuple[Float8e4m3fn[np.ndarray, 'I J'], Float32[np.ndarray, 'i j']]:
-  """Rounds each block under its own scale: values_IJ and scales_ij.
+  """Quantises each block under its own scale: values_IJ and scales_ij.
 
   Args:
-    name: of the tensor, for the error.
+    name: of the tensor, for the error message.
   Raises:
     InputError: a number is NaN or infinite.
   """
   (rows, columns), (high, wide) = w_IJ.shape, TILE
   values_IJ = np.empty(w_IJ.shape, E4M3)
   scales_ij = np.empty((-(-rows // high), -(-columns // wide)), np.float32)
-  # A band at a time: temporaries of 128 rows stay small, and in the cache.
+  # In bands of 128 rows, whose temporaries stay in the cache.
   for i, top in enumerate(range(0, rows, high)):
     band_IJ = w_IJ[top : top + high]
     amax_J = np.max(np.abs(band_IJ), axis=0)
@@ -67,13 +67,13 @@ def dequantize_host(
   scales_ij: Float32[np.ndarray, 'i j'],
   first_row: int = 0,
 ) -> Float32[np.ndarray, 'I J']:
-  """value * scale of a tensor, or of some of its rows, in f32.
+  """Dequantises a tensor, or some of its rows, to f32.
 
   Args:
     values_IJ: rows from `first_row` of the tensor, any number of them.
     scales_ij: of the whole tensor.
   Raises:
-    ValueError: the scales are too few rows, or another number of columns.
+    ValueError: there are too few scales.
   """
   (rows, columns), (high, wide) = values_IJ.shape, TILE
   end = first_row + rows

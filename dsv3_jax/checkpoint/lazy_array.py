@@ -1,8 +1,8 @@
-"""Arrays on disk, read and written by pieces, whatever their size.
+"""Arrays on disk that are read and written chunk by chunk.
 
-A leaf of the whole model does not fit into memory: the routed experts' w_up of
-671B has 436 GB. In a checkpoint it is cut into chunks of one layer and expert,
-and of at most 64 MB; a `LazyArray` stands for it and is read slice by slice.
+A parameter of the full model may not fit into memory: the routed experts' w_up
+of 671B has 436 GB. A checkpoint stores it in chunks of one layer and expert, of
+at most 64 MB each. A `LazyArray` represents it and is read slice by slice.
 """
 
 import asyncio
@@ -32,9 +32,10 @@ _STACKED_EXPERTS = ('w_gate', 'w_up', 'w_down')  # below 'moe'
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LazyArray:
-  """`read(slices)` gives that part as NumPy, made or fetched there and then.
+  """An array with shape and dtype whose slices are read or computed on demand.
 
-  chunk: shape of what is best read at once.
+  read: slices -> NumPy array.
+  chunk: shape of a slice that is efficient to read at once.
   """
 
   shape: tuple[int, ...]
@@ -43,7 +44,7 @@ class LazyArray:
   chunk: tuple[int, ...]
 
   def astype(self, dtype: Any) -> 'LazyArray':
-    """The same, cast when read."""
+    """The same array, cast when it is read."""
     dtype = np.dtype(dtype)
     if dtype == self.dtype:
       return self
@@ -63,7 +64,7 @@ class LazyArray:
     return self.size * self.dtype.itemsize
 
   def __getitem__(self, slices: Any) -> np.ndarray:
-    """Slices or indices of the leading dims, as of an array."""
+    """Reads slices or indices of the leading dims, as NumPy does."""
     slices = slices if isinstance(slices, tuple) else (slices,)
     spans, drop = [], []
     for i, part in enumerate(slices):
@@ -75,9 +76,9 @@ class LazyArray:
 
 
 def open_arrays(folder: pathlib.Path, names: list[str]) -> dict[str, LazyArray]:
-  """Arrays of an Orbax checkpoint by dotted name; nothing is read yet."""
+  """Arrays of an Orbax checkpoint by dotted name; reads only metadata."""
   base = {'driver': 'file', 'path': f'{folder}/'}
-  found = {}
+  arrays = {}
   for name in names:
     kvstore = {'driver': 'ocdbt', 'base': base, 'path': f'{name}/'}
     spec = {'driver': 'zarr', 'kvstore': kvstore}
@@ -88,12 +89,12 @@ def open_arrays(folder: pathlib.Path, names: list[str]) -> dict[str, LazyArray]:
 
     dtype = np.dtype(array.dtype.numpy_dtype)
     chunk = array.chunk_layout.read_chunk.shape or array.shape
-    found[name] = LazyArray(tuple(array.shape), dtype, read, tuple(chunk))
-  return found
+    arrays[name] = LazyArray(tuple(array.shape), dtype, read, tuple(chunk))
+  return arrays
 
 
 def save_args(tree: Any) -> Any:
-  """How Orbax is to cut each leaf: by layer and expert, then by bytes."""
+  """Orbax's chunks of each leaf: by layer and expert, then by bytes."""
 
   def args(path: tuple, leaf: Any) -> ocp.SaveArgs:
     if math.prod(np.shape(leaf)) * leaf.dtype.itemsize <= CHUNK_BYTES:
@@ -107,7 +108,7 @@ def save_args(tree: Any) -> Any:
 
 
 class LazyHandler(ocp.type_handlers.NumpyHandler):
-  """Lets Orbax save `LazyArray`s chunk by chunk, one after the other."""
+  """Saves `LazyArray`s with Orbax, chunk by chunk and one array at a time."""
 
   def __init__(self):
     super().__init__(deepcopy_host_arrays=False)
@@ -125,8 +126,10 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
   ) -> None:
     try:
       await self._write(value, tspec, ts_context)
-    except (OSError, ValueError) as error:  # raised above, when all have ended:
-      self._error = error  # Orbax would close the loop that they run in
+    except (OSError, ValueError) as error:
+      # Raised above, after all arrays. Raised here, it would make Orbax close
+      # the event loop that other arrays still use.
+      self._error = error
 
   async def _write(
     self, value: LazyArray, tspec: dict[str, Any], ts_context: Any
@@ -141,16 +144,16 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
       chunk = array.chunk_layout.write_chunk.shape
       pieces = read_ahead(value, grid(value.shape, chunk))
       writing = None
-      while (found := await asyncio.to_thread(next, pieces, None)) is not None:
+      while (item := await asyncio.to_thread(next, pieces, None)) is not None:
         if writing is not None:
           await writing
-        slices, piece = found
+        slices, piece = item
         writing = array[slices].write(piece)
       await writing
 
 
 def grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Slices]:
-  """Slices that cut `shape` into chunks, the last dim fastest."""
+  """Slices of the chunks of `shape`, the last dim fastest."""
   starts = [range(0, n, c) for n, c in zip(shape, chunk, strict=True)]
   for corner in itertools.product(*starts):
     yield tuple(
@@ -162,7 +165,7 @@ def grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Slices]:
 def read_ahead(
   array: LazyArray, parts: Iterable[Slices]
 ) -> Iterator[tuple[Slices, np.ndarray]]:
-  """Reads parts on all cores; gives them in order, and few at a time."""
+  """Reads slices on all cores, in order, with a bounded number in memory."""
   workers = os.cpu_count() or 1
   waiting: collections.deque = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -177,9 +180,9 @@ def read_ahead(
 
 
 def to_device(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
-  """The whole array on its devices; the host holds a few chunks at a time.
+  """Reads an array onto its devices; the host holds a few chunks at a time.
 
-  What several devices hold is read once.
+  A shard that several devices hold is read once.
   """
   index = sharding.addressable_devices_indices_map(array.shape)
   holders: dict[tuple, list] = {}
@@ -197,9 +200,9 @@ def to_device(array: LazyArray, sharding: jax.sharding.Sharding) -> jax.Array:
 def _to_holders(
   array: LazyArray, spans: tuple[tuple[int, int], ...], devices: list
 ) -> list[jax.Array]:
-  """The same part of an array on each of these devices."""
+  """Reads one shard of an array onto all devices that hold it."""
   sizes = tuple(stop - start for start, stop in spans)
-  # XLA:CPU moves dtypes below 32 bits one by one, but for integers.
+  # XLA:CPU copies elements below 32 bits one by one, unless they are integers.
   bits = array.dtype if array.dtype.itemsize > 2 else _bits_of(array.dtype)
   parts = [jnp.zeros(sizes, bits, device=device) for device in devices]
   moved = (
@@ -216,17 +219,17 @@ def _to_holders(
       piece = copied
     corner = [s.start - start for s, (start, _) in zip(at, spans, strict=True)]
     parts = [_put(part, piece.view(bits), corner) for part in parts]
-    jax.block_until_ready(parts)  # or pieces that wait would fill the memory
+    jax.block_until_ready(parts)  # bounds the memory of queued pieces
   return [_typed(part, array.dtype) for part in parts]
 
 
 def _bits_of(dtype: np.dtype) -> np.dtype:
-  """The unsigned integers of its size."""
+  """The unsigned integer dtype of the same size."""
   return np.dtype(f'u{dtype.itemsize}')
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-  """As np.empty, but begins where XLA:CPU need not copy it."""
+  """np.empty with an alignment that XLA:CPU can use without a copy."""
   size = math.prod(shape) * dtype.itemsize
   room = np.empty(size + _ALIGN, np.uint8)
   start = -room.ctypes.data % _ALIGN
@@ -235,7 +238,7 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(whole: jax.Array, piece: jax.Array, at: list) -> jax.Array:
-  """Writes into the buffer of `whole`."""
+  """Writes `piece` into the donated buffer of `whole`."""
   return jax.lax.dynamic_update_slice(whole, piece, at)
 
 
@@ -246,7 +249,7 @@ def _typed(bits: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def registry() -> Any:
-  """Orbax's handlers of arrays, and ours."""
+  """Orbax's array handlers and ours."""
   return ocp.type_handlers.create_type_handler_registry(
     (np.ndarray, ocp.type_handlers.NumpyHandler()),
     (jax.Array, ocp.type_handlers.ArrayHandler()),

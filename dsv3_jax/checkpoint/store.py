@@ -1,11 +1,12 @@
-"""Checkpoints: Orbax writes the arrays, we decide when a step counts.
+"""Checkpoints: Orbax writes the arrays, this module commits and verifies steps.
 
 A step is written into a hidden folder: arrays by Orbax, documents as JSON, then
 `manifest.json` with the SHA-256 of every file. One rename makes it visible, so
-what is visible is complete, whenever the process dies. On restore every file is
-hashed again: a flipped, cut, missing, surplus or swapped file is refused by
-name. Nothing is unpickled. Several processes write their parts into one folder,
-which all of them see, and share the hashing; the first commits.
+a visible step is complete, whenever the process dies. Restoring hashes every
+file again and refuses a changed, cut, missing, surplus or swapped file by name.
+Nothing is unpickled. Several processes write their shards into one folder,
+which must be on a file system that all of them see. They share the hashing; the
+first process commits.
 
   checkpoints/000000040/manifest.json  progress.json  arrays/...
 """
@@ -34,14 +35,18 @@ _UNFINISHED = ('.tmp-', '.old-')  # being written, being deleted
 
 
 class CheckpointError(errors.InputError):
-  """A step that cannot be used; says which file and what to do."""
+  """A step cannot be used; the message names the file and a remedy."""
 
 
 class Store:
   """The committed steps of one run.
 
-  Saving returns once the arrays are copied; a thread writes, hashes, commits.
-  An error there is raised by the next `save`, `wait` or `close`.
+  `save` returns once the arrays are copied; a thread writes, hashes and commits
+  them. The next `save`, `wait` or `close` raises the thread's error.
+
+  Args:
+    directory: has a folder for each step.
+    keep: number of newest steps that a commit leaves.
   """
 
   def __init__(self, directory: str | pathlib.Path, keep: int):
@@ -51,7 +56,7 @@ class Store:
     self._writer = ocp.AsyncCheckpointer(
       ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry,
-        use_compression=False,  # weights hardly shrink, and it takes long
+        use_compression=False,  # slow, and weights hardly shrink
       )
     )
     self._pool = concurrent.futures.ThreadPoolExecutor(1, 'checkpoint')
@@ -71,8 +76,8 @@ class Store:
   def save(self, step: int, state: Tree, extras: dict[str, Any]) -> None:
     """Starts to save `state` (arrays) and `extras` (name -> JSON document).
 
-    The arrays may be changed or donated as soon as this returns. The extras
-    are the same in all processes.
+    The arrays may be changed or donated as soon as this returns. All processes
+    must pass the same extras.
 
     Raises:
       ValueError: the step is committed already.
@@ -91,13 +96,13 @@ class Store:
     self._commit = self._pool.submit(self._finish, step, scratch)
 
   def wait(self) -> None:
-    """Waits for the save under way; raises what went wrong in it."""
+    """Waits for the save in progress and raises its error."""
     if self._commit is not None:
       commit, self._commit = self._commit, None
       commit.result()
 
   def close(self) -> None:
-    """Waits and ends the threads."""
+    """Waits for the save in progress and ends the threads."""
     try:
       self.wait()
     finally:
@@ -108,8 +113,8 @@ class Store:
     """Hashes every file of a step.
 
     Raises:
-      CheckpointError: the first damage found, and the newest earlier step
-        without any.
+      CheckpointError: a file is damaged; names it, and the newest earlier step
+        that is intact.
     """
     damage = self._damage(step)
     if damage is None:
@@ -117,10 +122,10 @@ class Store:
     steps = processes.broadcast('steps', self.steps())
     earlier = [s for s in reversed(steps) if s < step]
     good = next((s for s in earlier if self._damage(s) is None), None)
-    advice = 'no earlier step is whole'
+    advice = 'no earlier step is intact'
     if good is not None:
       advice = (
-        f'step {good} is whole: checkpoint.restore_step={good} goes on from '
+        f'step {good} is intact: checkpoint.restore_step={good} resumes from '
         f'it, --step={good} reads it'
       )
     raise CheckpointError(
@@ -128,11 +133,11 @@ class Store:
     )
 
   def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
-    """Reads a step after `verify`; returns the arrays and the extras.
+    """Verifies and reads a step; returns the arrays and the extras.
 
     Args:
       like: a tree of arrays or ShapeDtypeStructs. Leaves with a sharding come
-        back as jax.Arrays placed so, others as NumPy arrays.
+        back as jax.Arrays of that sharding, others as NumPy arrays.
 
     Raises:
       CheckpointError: a damaged file, or a leaf that differs from `like`.
@@ -157,7 +162,7 @@ class Store:
     return state, extras
 
   def open(self, step: int) -> dict[tuple[str, ...], lazy_array.LazyArray]:
-    """The arrays of a step by path, after `verify`; read when asked for.
+    """Verifies a step; returns its arrays by path, which are read on demand.
 
     Raises:
       CheckpointError: a damaged file.
@@ -165,11 +170,11 @@ class Store:
     self.verify(step)
     folder = self._path(step) / _ARRAYS
     names = _leaves(ocp.PyTreeCheckpointHandler().metadata(folder).tree)
-    found = lazy_array.open_arrays(folder, list(names))
-    return {tuple(name.split('.')): array for name, array in found.items()}
+    arrays = lazy_array.open_arrays(folder, list(names))
+    return {tuple(name.split('.')): array for name, array in arrays.items()}
 
   def mark(self, step: int) -> str:
-    """What tells this step's content from any other's: a hash of its hashes.
+    """Identifies a step's content: a hash of its hashes.
 
     Raises:
       CheckpointError: there is no such step.
@@ -180,10 +185,10 @@ class Store:
     return shards.digest(path)
 
   def roll_back(self, step: int) -> list[pathlib.Path]:
-    """Moves the steps after `step` aside, so that they can be made anew.
+    """Moves the steps after `step` aside, so that training can redo them.
 
     Returns:
-      Where they are now: `000000040.aside-1`. Nothing here deletes them.
+      Their new paths: `000000040.aside-1`. Nothing here deletes them.
     """
     moved = []
     for later in [s for s in self.steps() if s > step]:
@@ -199,11 +204,11 @@ class Store:
   def _begin(
     self, step: int, scratch: pathlib.Path, extras: dict[str, Any]
   ) -> None:
-    """Makes the hidden folder, with the documents."""
+    """Makes the hidden folder and writes the documents."""
     if step in self.steps():
       raise ValueError(f'{self._path(step)} is committed already')
     self.directory.mkdir(parents=True, exist_ok=True)
-    for old in self.directory.iterdir():  # of a process that was killed
+    for old in self.directory.iterdir():  # left by a killed process
       if old.name.startswith(_UNFINISHED):
         shutil.rmtree(old)
     scratch.mkdir()
@@ -212,10 +217,11 @@ class Store:
       (scratch / f'{name}.json').write_text(text, encoding='utf-8')
 
   def _finish(self, step: int, scratch: pathlib.Path) -> None:
-    """The second half of a save, on its own thread."""
+    """The second half of a save, in the thread."""
     with processes.propagate_errors('written'):
       self._writer.wait_until_finished()
-    # Of all: a folder over a network may show each its own files first.
+    # A network file system may show a process its own files first, so all are
+    # asked.
     seen = processes.gather('seen', _files(scratch))
     names = processes.broadcast('files', sorted(set().union(*seen)))
     with processes.propagate_errors('hashed'):
@@ -232,7 +238,7 @@ class Store:
   def _publish(
     self, step: int, scratch: pathlib.Path, files: dict[str, Any]
   ) -> None:
-    """Makes the step visible, and lets the oldest go."""
+    """Makes the step visible and deletes the oldest steps."""
     body = {'step': step, 'files': dict(sorted(files.items()))}
     manifest = {'body': body, 'sha256': _digest_json(body)}
     path = scratch / _MANIFEST
@@ -243,15 +249,15 @@ class Store:
     _flush(self.directory)
     for old in self.steps()[: -self._keep]:
       hidden = self.directory / f'.old-{old:09d}'
-      self._path(old).rename(hidden)  # gone at once, not file by file
+      self._path(old).rename(hidden)  # not visible while it is deleted
       shutil.rmtree(hidden)
 
   def _damage(self, step: int) -> tuple[str, str] | None:
-    """The first file that is not as it was committed, and what is wrong."""
+    """The first file that differs from its manifest, and how it differs."""
     return processes.first_reported('damage', self._damage_here(step))
 
   def _damage_here(self, step: int) -> tuple[str, str] | None:
-    """The same, of the files that this process hashes."""
+    """The same, for the files that this process hashes."""
     folder = self._path(step)
     if not folder.is_dir():
       return '', 'does not exist'
@@ -267,10 +273,10 @@ class Store:
       return _MANIFEST, 'does not match its own sha256'
     if body['step'] != step:
       return _MANIFEST, f'is of step {body["step"]}'
-    wanted, found = body['files'], set(_files(folder)) - {_MANIFEST}
-    for name in sorted(wanted.keys() - found):
+    wanted, present = body['files'], set(_files(folder)) - {_MANIFEST}
+    for name in sorted(wanted.keys() - present):
       return name, 'is missing'
-    for name in sorted(found - wanted.keys()):
+    for name in sorted(present - wanted.keys()):
       return name, 'is in no manifest'
     names = sorted(wanted)
     for name in names:
@@ -283,26 +289,26 @@ class Store:
     return None
 
 
-def _check_like(found: Tree, like: Tree, folder: pathlib.Path):
-  """Compares leaf by leaf before Orbax does, whose errors are long."""
-  found = _leaves(found)
+def _check_like(stored: Tree, like: Tree, folder: pathlib.Path):
+  """Compares leaf by leaf, for errors in one line; Orbax's are long."""
+  stored = _leaves(stored)
   for name, leaf in _leaves(like).items():
-    if name not in found:
+    if name not in stored:
       raise CheckpointError(f'{folder} has no array {name}')
-    shape, dtype = tuple(found[name].shape), np.dtype(found[name].dtype)
+    shape, dtype = tuple(stored[name].shape), np.dtype(stored[name].dtype)
     want = tuple(np.shape(leaf)), np.dtype(leaf.dtype)
     if (shape, dtype) != want:
       raise CheckpointError(
         f'{folder}: {name} is {dtype}{list(shape)}, wanted {want[1]}'
         f'{list(want[0])}'
       )
-  surplus = sorted(found.keys() - _leaves(like).keys())
+  surplus = sorted(stored.keys() - _leaves(like).keys())
   if surplus:
     raise CheckpointError(f'{folder} also holds {surplus[0]}')
 
 
 def _leaves(tree: Tree) -> dict[str, Any]:
-  """Leaves by dotted path; NamedTuples and dicts read alike."""
+  """Leaves by dotted path, for dicts and NamedTuples."""
   parts = lambda path: [
     str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', k))))
     for k in path
@@ -329,11 +335,11 @@ def _files(folder: pathlib.Path) -> list[str]:
 
 
 def _digests(folder: pathlib.Path, names: list[str]) -> dict[str, Any]:
-  """Of this process's share of the files."""
+  """Digests and sizes of this process's share of the files."""
   names = names[processes.index() :: processes.count()]
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    found = pool.map(_digest, (folder / name for name in names))
-    return dict(zip(names, found, strict=True))
+    digests = pool.map(_digest, (folder / name for name in names))
+    return dict(zip(names, digests, strict=True))
 
 
 def _digest(path: pathlib.Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`dsv3 bench NAME`: the scripts of `benchmarks/`, which only a clone has."""
+"""`dsv3 bench NAME`: runs a script of `benchmarks/`, which only a clone has."""
 
 import importlib
 import pathlib
@@ -11,7 +11,7 @@ _CLONE = pathlib.Path(__file__).resolve().parents[2]
 
 
 def bench(argv: list[str]) -> int:
-  """Runs a benchmark: NAME, then its own flags (NAME --help)."""
+  """Runs a benchmark of a clone: NAME, then its own flags (NAME --help)."""
   names = _names()
   name = argv[0] if argv else ''
   if name in ('-h', '--help'):
@@ -22,22 +22,23 @@ def bench(argv: list[str]) -> int:
       f'benchmark {name!r} must be one of: {", ".join(names)}'
     )
   before, sys.argv = sys.argv, [name, *argv[1:]]
-  try:  # as `python -m benchmarks.NAME` does, so that every script fits
+  try:  # like `python -m benchmarks.NAME`, which every script supports
     return importlib.import_module(f'benchmarks.{name}').main() or 0
-  except SystemExit as ended:
-    return ended.code or 0
+  except SystemExit as exit_:
+    return exit_.code or 0
   finally:
     sys.argv = before
 
 
 def _names() -> list[str]:
-  """All benchmarks.
+  """Names of all benchmarks; makes them importable.
 
   Raises:
-    InputError: the package was installed without them.
+    InputError: the package does not run from a clone.
   """
   folder = _CLONE / 'benchmarks'
-  if not folder.is_dir():
+  # Beside an installed package, `benchmarks` would be some other project's.
+  if not folder.is_dir() or not (_CLONE / 'pyproject.toml').is_file():
     raise errors.InputError(
       'benchmarks are not part of the installed package: run `dsv3 bench` from '
       'a clone that was installed with `pip install -e .`'
@@ -45,5 +46,7 @@ def _names() -> list[str]:
   if str(_CLONE) not in sys.path:
     sys.path.insert(0, str(_CLONE))
   return [
-    each.name for each in pkgutil.iter_modules([str(folder)]) if not each.ispkg
+    module.name
+    for module in pkgutil.iter_modules([str(folder)])
+    if not module.ispkg
   ]

@@ -33,9 +33,9 @@ def export(values: flags.FlagValues) -> None:
   from experiments import base
 
   directory = pathlib.Path(values.checkpoint)
-  how = {'step': values.step, 'ema': values.ema, 'keep_fp8': True}
+  options = {'step': values.step, 'ema': values.ema, 'keep_fp8': True}
   settings, documents = base.get_config().to_dict(), {}
-  with source.open_source(directory, settings, **how) as (cfg, leaves):
+  with source.open_source(directory, settings, **options) as (cfg, leaves):
     if (tokenizer := source.read_tokenizer(directory)) is not None:
       length = cfg.model.max_seq_len
       documents = tokenizers.hf_documents(tokenizer, length)

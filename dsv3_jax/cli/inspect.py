@@ -11,8 +11,8 @@ from dsv3_jax.cli import engine_flags, experiment_flags
 def define_inspect(values: flags.FlagValues, argv: list[str]) -> None:
   experiment_flags.define(values, argv)
   flags.DEFINE_boolean('json', False, 'One JSON object.', flag_values=values)
-  told = 'Where each array is on the mesh of config.parallel.'
-  flags.DEFINE_boolean('sharding', False, told, flag_values=values)
+  about = 'Where each array is on the mesh of config.parallel.'
+  flags.DEFINE_boolean('sharding', False, about, flag_values=values)
 
 
 def inspect(values: flags.FlagValues) -> None:
@@ -64,9 +64,9 @@ def evaluate(values: flags.FlagValues) -> None:
     windows=evaluate.open_windows(loaded.config, text, loaded.tokenizer),
   )
   for task in values.task:
-    told = evaluate.EVALUATORS[task](about)
+    metrics = evaluate.EVALUATORS[task](about)
     if values.json:
-      print(json.dumps({'task': task} | told), flush=True)
+      print(json.dumps({'task': task} | metrics), flush=True)
     else:
-      for name, value in told.items():
+      for name, value in metrics.items():
         print(f'{task:10} {name:24} {value:12.4f}', flush=True)

@@ -34,9 +34,9 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_integer(
     'chunks', None, 'Stages a rank under interleaved; 2 if not given.', **add
   )
-  each = 'of a micro-batch at a stage: a number, or one for each stage'
-  flags.DEFINE_list('f', '1', f'Time of the forward {each}.', **add)
-  flags.DEFINE_list('b', '2', f'Time of the full backward {each}.', **add)
+  suffix = 'of a micro-batch at a stage: a number, or one for each stage'
+  flags.DEFINE_list('f', '1', f'Time of the forward {suffix}.', **add)
+  flags.DEFINE_list('b', '2', f'Time of the full backward {suffix}.', **add)
   flags.DEFINE_list('w', '1', 'Time of the weight half within b.', **add)
   flags.DEFINE_list(
     'fb', None, 'Time of an overlapped pair; f + b if not given.', **add
@@ -61,7 +61,7 @@ def schedule(values: flags.FlagValues) -> None:
     )
   if values.png and not values.png.endswith('.png'):
     raise errors.InputError(f'png={values.png!r} must end in .png')
-  made = schedules.make_schedule(
+  pipeline = schedules.make_schedule(
     values.kind,
     stages=values.stages,
     microbatches=values.microbatches,
@@ -74,7 +74,7 @@ def schedule(values: flags.FlagValues) -> None:
     fb=fb,
     comm=_time('comm', values.comm),
   )
-  played = report.play(made, times)
+  played = report.play(pipeline, times)
   if values.png:
     from dsv3_jax.parallel.schedules import plot
 
@@ -86,15 +86,15 @@ def schedule(values: flags.FlagValues) -> None:
     print(json.dumps(report.as_json(played)))
   else:
     print(
-      f'{report.summary(played)}\n\n{report.text_table(made, played.table)}'
+      f'{report.summary(played)}\n\n{report.text_table(pipeline, played.table)}'
     )
 
 
 def _times(
   name: str, texts: list[str]
 ) -> fractions.Fraction | tuple[fractions.Fraction, ...]:
-  each = tuple(_time(name, text) for text in texts)
-  return each[0] if len(each) == 1 else each
+  times = tuple(_time(name, text) for text in texts)
+  return times[0] if len(times) == 1 else times
 
 
 def _time(name: str, text: str) -> fractions.Fraction:

@@ -13,14 +13,16 @@ from dsv3_jax.training import watchdog
 def define(values: flags.FlagValues, argv: list[str]) -> None:
   experiment_flags.define(values, argv)
   add = {'flag_values': values}
-  flags.DEFINE_string('workdir', None, 'Where all goes.', **add)
-  about = 'One of several processes, of the SLURM job or TPU pod around it.'
+  flags.DEFINE_string(
+    'workdir', None, 'Folder of the run: config, metrics, checkpoints.', **add
+  )
+  about = 'Run as one process of the surrounding SLURM job or TPU pod.'
   flags.DEFINE_boolean('cluster', False, about, **add)
 
 
 def train(values: flags.FlagValues) -> int:
   """Trains an experiment; run again, it resumes."""
-  with processes.joined(values.cluster):
+  with processes.join_job(values.cluster):
     with processes.propagate_errors('config'):
       cfg = experiment_flags.read(values)
       if not values.workdir:
@@ -39,8 +41,8 @@ def _train(cfg: config.Config, workdir: str) -> int:
     )
     return errors.EXIT_SAVED_ON_SIGNAL
   except loop.NonFiniteError as error:
-    step, told = error.args
-    print(f'dsv3: non-finite loss at step {step}: {told}', file=sys.stderr)
+    step, metrics = error.args
+    print(f'dsv3: non-finite loss at step {step}: {metrics}', file=sys.stderr)
     return errors.EXIT_NON_FINITE
   except loop.CorruptionError as error:
     print(f'dsv3: {error}', file=sys.stderr)

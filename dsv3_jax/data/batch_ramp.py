@@ -1,16 +1,16 @@
-"""Batch ramp: a step has more sequences as more tokens were seen (TR 4.2)."""
+"""Batch ramp: the batch size grows with the training tokens (TR 4.2)."""
 
 from dsv3_jax import config
 
 
 def batch_size_at(cfg: config.TrainConfig, tokens: int) -> int:
-  """Sequences of the step after `tokens` tokens (TR 4.2).
+  """Number of sequences of the step after `tokens` tokens.
 
-  Grows linearly in tokens, by whole `train.batch_size_step`s, rounded down.
+  Linear in tokens, rounded down to a multiple of `train.batch_size_step`.
   """
   if tokens >= cfg.batch_ramp_tokens:
     return cfg.batch_size
-  # Whole numbers: a float would miss a multiple of the step by an ulp.
+  # Integers, as a float could be an ulp below a multiple of the step.
   grown = (cfg.batch_size - cfg.batch_size_start) * tokens
   wanted = cfg.batch_size_start + grown // cfg.batch_ramp_tokens
   return wanted // cfg.batch_size_step * cfg.batch_size_step

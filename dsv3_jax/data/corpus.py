@@ -1,9 +1,9 @@
-"""Where text comes from: documents by index, a train and a held-out part.
+"""Text corpora: documents by index, in a train part and a held-out part.
 
-`data.source` is 'stdlib' (the running Python's own standard library, about 30
-MB of code and prose, as a TFDS dataset made at first use), 'tfds:NAME', or a
-glob of .jsonl, .txt or .parquet files. Unless the source has a held-out split
-of its own, a document is held out by a hash of its name.
+`data.source` is 'stdlib' (the running Python's standard library, about 30 MB of
+code and prose, converted to a TFDS dataset at first use), 'tfds:NAME', or a
+glob of .jsonl, .txt or .parquet files. If the source has no held-out split, a
+hash of a document's name decides whether it is held out.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from dsv3_jax.data import files, tokenizer
 
 _SUFFIXES = ('.py', '.txt', '.rst', '.md', '.pyi', '.toml', '.cfg')
 
-# File sizes are so uneven that a small held-out part may be far easier or
-# harder than the corpus. This is the first number for which zlib and xz find
-# both alike (docs/decisions/0005-held-out-split.md).
+# File sizes vary so much that a small held-out part may be far easier or harder
+# than the corpus. This is the first number for which zlib and xz compress both
+# parts equally well (docs/decisions/0005-held-out-split.md).
 _SALT = b'4:'
 
 
@@ -34,9 +34,9 @@ _SALT = b'4:'
 class Corpus:
   """Both parts: sequences of `{'name': str, 'text': str}`.
 
-  Records of chat data hold 'messages' in place of 'text'. `fingerprint` changes
-  with the documents: it knows the files' names and sizes, or the version and
-  sizes of a TFDS dataset.
+  Records of chat data have 'messages' instead of 'text'. `fingerprint` changes
+  with the documents: it depends on the files' names and sizes, or on the
+  version and sizes of a TFDS dataset.
   """
 
   train: Sequence[dict[str, Any]]
@@ -48,7 +48,7 @@ def open_corpus(cfg: config.DataConfig) -> Corpus:
   """Opens `data.source`.
 
   Raises:
-    InputError: no such files, a broken record, or a part that is empty.
+    InputError: there are no such files, a record is broken, or a part is empty.
   """
   if cfg.source == 'stdlib':
     corpus = _open_stdlib(cfg)
@@ -71,7 +71,7 @@ def open_corpus(cfg: config.DataConfig) -> Corpus:
 def load_tokenizer(
   cfg: config.DataConfig, corpus: Corpus
 ) -> tokenizer.Tokenizer:
-  """`data.tokenizer`, or one trained on the train part and kept."""
+  """Loads `data.tokenizer`, or trains one on the train part and caches it."""
   if cfg.tokenizer:
     return tokenizer.Tokenizer.from_file(cfg.tokenizer)
   key = (corpus.fingerprint, cfg.text_key, cfg.tokenizer_vocab)
@@ -79,14 +79,14 @@ def load_tokenizer(
   path = cache_dir(cfg) / f'tokenizer-{_mark(key)}.json'
   if not path.exists():
     with _alone(path.with_suffix('.lock')):
-      if not path.exists():  # another process may have made it meanwhile
+      if not path.exists():  # another process may have trained it meanwhile
         texts = map(document_text, corpus.train)
         tokenizer.train(list(texts), cfg.tokenizer_vocab).save(path)
   return tokenizer.Tokenizer.from_file(path)
 
 
 def document_text(record: dict[str, Any]) -> str:
-  """A record's text; a conversation's turns, one after the other."""
+  """A record's text; the turns of a conversation, one after the other."""
   if 'messages' in record:
     return '\n'.join(turn['content'] for turn in record['messages'])
   return record['text']
@@ -102,7 +102,7 @@ def cache_dir(cfg: config.DataConfig) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _alone(path: pathlib.Path) -> Iterator[None]:
-  """Holds a lock file: one of several processes does the work.
+  """Holds a lock file, so that one process at a time does the work.
 
   Raises:
     InputError: the cache cannot be written.
@@ -125,14 +125,14 @@ def _mark(key: Any) -> str:
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-  """Splits by name: stable under new documents and their order."""
+  """Splits by name, independently of other documents and their order."""
   digest = hashlib.sha256(_SALT + name.encode()).digest()
   return int.from_bytes(digest[:8], 'big') < fraction * 2**64
 
 
 @dataclasses.dataclass(frozen=True)
 class _Subset(Sequence):
-  """Some records of a sequence, by index."""
+  """Some records of a sequence, selected by index."""
 
   records: Any
   indices: Sequence[int]
@@ -154,7 +154,7 @@ def _split(
 
 
 def stdlib_documents(root: pathlib.Path) -> Iterator[tuple[str, str]]:
-  """(relative path, text) of every text file that is UTF-8, sorted by path."""
+  """(relative path, text) of every UTF-8 text file, sorted by path."""
   for path in sorted(root.rglob('*')):
     parts = path.relative_to(root).parts
     if path.suffix not in _SUFFIXES or not path.is_file():
@@ -188,7 +188,7 @@ class StdlibText(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    del dl_manager  # nothing is fetched
+    del dl_manager  # nothing is downloaded
     return {part: self._generate_examples(part) for part in ('train', 'valid')}
 
   def _generate_examples(self, part: str) -> Iterator[tuple[str, dict]]:
@@ -223,7 +223,7 @@ def _text(value: bytes | str) -> str:
 
 
 def _open_stdlib(cfg: config.DataConfig) -> Corpus:
-  """Prepares the dataset once for each library, fraction and rule of ours."""
+  """Prepares the dataset once for each library, fraction and set of rules."""
   version = '.'.join(map(str, sys.version_info[:3]))
   key = (sysconfig.get_paths()['stdlib'], cfg.valid_fraction, _SALT, _SUFFIXES)
   folder = cache_dir(cfg) / f'stdlib-{version}-{_mark(key)}'
@@ -252,7 +252,7 @@ def _open_tfds(cfg: config.DataConfig) -> Corpus:
       builder.download_and_prepare()
   except errors.InputError:
     raise
-  except Exception as error:  # a dataset is code of its own
+  except Exception as error:  # a dataset's code may raise anything
     why = f'{type(error).__name__}: {error}'.splitlines()[0]
     raise errors.InputError(
       f'data.source={cfg.source!r} cannot be prepared: {why}'
@@ -281,7 +281,7 @@ def _open_tfds(cfg: config.DataConfig) -> Corpus:
 
 
 def _tfds_mark(builder: Any) -> str:
-  """Version and size of what was prepared."""
+  """Version and sizes of the prepared dataset."""
   sizes = [
     f'{name}:{split.num_examples}:{split.num_bytes}'
     for name, split in sorted(builder.info.splits.items())

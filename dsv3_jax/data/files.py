@@ -1,8 +1,7 @@
 """Documents in .jsonl, .txt and .parquet files, read by index.
 
-A .txt file is one document, a line of a .jsonl or a row of a .parquet file is
-one. Only places are kept in memory (offsets of lines, counts of rows); text is
-read when asked for.
+A document is a .txt file, a line of a .jsonl file or a row of a .parquet file.
+Only offsets of lines and counts of rows are in memory; text is read on demand.
 """
 
 import bisect
@@ -23,10 +22,10 @@ from dsv3_jax import errors
 
 
 def open_glob(pattern: str, text_key: str) -> 'FileRecords':
-  """All files that match, in order of their names.
+  """Opens all files that match, in order of their names.
 
   Raises:
-    InputError: nothing matches, or a file is of another kind.
+    InputError: nothing matches, or a file has another suffix.
   """
   paths = [pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
   paths = [path for path in paths if path.is_file()]
@@ -39,7 +38,7 @@ def open_glob(pattern: str, text_key: str) -> 'FileRecords':
   for path in paths:
     if path.suffix not in kinds:
       raise errors.InputError(f'{path} must end in one of: {", ".join(kinds)}')
-  # Names, which split off the held-out part, stay when the folder moves.
+  # Names, which decide what is held out, do not change if the folder moves.
   fixed = re.split(r'[*?[]', pattern)[0]
   root = pathlib.Path(fixed if fixed == pattern else fixed + 'x').parent
   parts = [kinds[path.suffix](path, text_key) for path in paths]
@@ -63,17 +62,17 @@ class FileRecords(Sequence):
     return self._parts[at], i - (self._ends[at - 1] if at else 0)
 
   def name(self, i: int) -> str:
-    """`path#row`, the path seen from the glob's first folder."""
+    """`path#row`, the path relative to the glob's fixed folder."""
     part, row = self._find(i)
     return f'{part.path.relative_to(self._root).as_posix()}#{row}'
 
   def fingerprint(self) -> str:
     """A digest of the files' names and sizes [bytes]."""
-    told = [
+    sizes = [
       (part.path.relative_to(self._root).as_posix(), part.path.stat().st_size)
       for part in self._parts
     ]
-    return hashlib.sha256(repr(told).encode()).hexdigest()
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     part, row = self._find(i)
@@ -99,7 +98,7 @@ class _Text:
 
 
 class _Jsonl:
-  """An object a line: a text, or a conversation in 'messages'."""
+  """One JSON object a line: a text, or a conversation in 'messages'."""
 
   def __init__(self, path: pathlib.Path, text_key: str):
     self.path, self._key = path, text_key
@@ -136,7 +135,7 @@ class _Jsonl:
 
 
 class _Parquet:
-  """A row of a column of strings."""
+  """One column of strings."""
 
   def __init__(self, path: pathlib.Path, text_key: str):
     self.path, self._key = path, text_key
@@ -153,7 +152,7 @@ class _Parquet:
     meta = self._file.metadata
     counts = (meta.row_group(g).num_rows for g in range(meta.num_row_groups))
     self._ends = list(itertools.accumulate(counts))
-    # Random order visits the same group again and again: keep a few.
+    # Random access visits the same row group many times: a few are cached.
     self._group = functools.lru_cache(maxsize=4)(self._read_group)
 
   def __len__(self) -> int:

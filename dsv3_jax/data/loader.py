@@ -1,10 +1,9 @@
 """Batches for training and windows for evaluation.
 
-Training data is an endless Grain pipeline: shuffle, encode on the fly, pack,
-shuffle rows, batch. All randomness comes from the seed and a document's index,
-so the stream depends on nothing else, not even on the number of processes, each
-of which reads all of it. A position in it is a small dict that goes into the
-checkpoint.
+Training data is an endless Grain pipeline: shuffle, encode, pack, shuffle rows,
+batch. All randomness comes from the seed and a document's index. So the stream
+does not depend on the number of processes; each process reads all of it. A
+position in the stream is a small dict, which the checkpoint stores.
 """
 
 import dataclasses
@@ -33,7 +32,7 @@ class Loader:
 
   Args:
     documents: records with 'text' or 'messages', by index.
-    rows: of a batch.
+    rows: number of rows of a batch.
   """
 
   def __init__(
@@ -63,8 +62,8 @@ class Loader:
     example = functools.partial(
       packing.to_example, isolated=cfg.isolate_samples
     )
-    # A long document fills many rows in a row: without this a small batch would
-    # hold nothing but one book.
+    # A long document fills many consecutive rows. Without this shuffle, a small
+    # batch could consist of a single book.
     data = experimental.WindowShuffleIterDataset(
       data, window_size=cfg.shuffle_window, seed=seed
     )
@@ -81,11 +80,11 @@ class Loader:
     return next(self._iterator)
 
   def get_state(self) -> dict[str, Any]:
-    """Position after the last batch given out, for JSON."""
+    """Position after the last batch, as JSON values."""
     return self._iterator.get_state()
 
   def set_state(self, state: dict[str, Any]) -> None:
-    """Goes on where `get_state` was taken."""
+    """Resumes from a position of `get_state`."""
     self._iterator.set_state(state)
 
   def close(self) -> None:
@@ -122,15 +121,16 @@ def eval_windows(
   max_bytes: int,
   stride: int,
 ) -> dict[str, Any]:
-  """Held-out documents as windows in which every token is scored once.
+  """Held-out documents as sliding windows that score every token once.
 
-  Documents come in the order of a hash of their names, until `max_bytes` of
-  text; one at least. Each is bos and its tokens, read in windows of T that
-  advance by `stride`; a window scores what no earlier one did.
+  Documents are taken in the order of a hash of their names, until `max_bytes`
+  of text, at least one. A document is bos and its tokens, in windows of T
+  tokens that advance by `stride`. A window scores the tokens that no earlier one did.
+  W counts windows here.
 
   Returns:
     tokens_WT, targets_WT, positions_WT, segments_WT (int32), weights_WT (f32, 1
-    where scored); `num_bytes` (UTF-8, of the scored text); `texts`.
+    on scored targets); `num_bytes` of the scored text in UTF-8; `texts`.
   """
   order = sorted(
     range(len(documents)),
@@ -163,7 +163,7 @@ def _windows(
   """Windows of one document; targets are tokens 1 to the last."""
   rows, scored, last = [], 0, len(tokens) - 1
   while scored < last:
-    # The first window scores all it sees, later ones `stride` targets.
+    # The first window scores all of its targets, later ones `stride` targets.
     end = min(scored + (stride if scored else length), last)
     start = max(0, end - length)
     size = end - start

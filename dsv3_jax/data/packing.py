@@ -1,15 +1,15 @@
 """From documents to rows of T + 1 tokens (TR 4.1, 5.1).
 
-  1. fill-in-the-middle: some documents are cut at two places and written as
-     prefix, suffix, middle (PSM), before packing
+  1. fill-in-the-middle (FIM): some documents are split at two places and
+     written as prefix, suffix, middle (PSM)
   2. some punctuation + newline tokens are split in two
-  3. documents longer than a row are cut into rows
+  3. documents longer than a row are split into rows
   4. best-fit packing: a piece goes to the open row that it fills best
      (Grain's implementation, after Ding et al., 2404.10830)
 
-FIM cuts the text, not the tokens, so that the model also learns to go on from
-the middle of a word. In pre-training samples in one row see each other; with
-`isolate_samples` (SFT) they do not, and are never cut over two rows.
+FIM splits the text, not the tokens, so that the model also learns to continue
+from the middle of a word. In pre-training, samples in a row attend to each
+other; with `isolate_samples` (SFT) they do not and are never split over rows.
 """
 
 from typing import Any
@@ -26,11 +26,11 @@ def encode_document(
   cfg: config.DataConfig,
   rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-  """Tokens of one document, and which of them are learned.
+  """Encodes one document as bos, text, eos; as PSM with `data.fim_rate`.
 
   Returns:
-    `tokens` int32 and `learned` int32 (1, or 0 on prompts of chats), equally
-    long: bos, text, eos, as PSM with probability `data.fim_rate`.
+    `tokens` int32 and `learned` int32, equally long; `learned` is 1 on tokens
+    that are targets of the loss, 0 on the prompts of chats.
   """
   if 'messages' in record:
     tokens, learned = tokenizer.encode_chat(record['messages'])
@@ -49,7 +49,7 @@ def encode_document(
 def fim_tokens(
   text: str, tokenizer: tokenizers.Tokenizer, rng: np.random.Generator
 ) -> np.ndarray:
-  """<begin> prefix <hole> suffix <end> middle, cut at two random characters."""
+  """<begin> prefix <hole> suffix <end> middle, split at two random places."""
   first, second = sorted(rng.integers(0, len(text) + 1, size=2))
   parts = (text[:first], text[second:], text[first:second])
   marks = (tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id)
@@ -81,7 +81,7 @@ def split_at_random(
 def cut(
   document: dict[str, np.ndarray], length: int, isolated: bool
 ) -> list[dict[str, np.ndarray]]:
-  """Pieces of at most `length` tokens; isolated samples lose what is beyond."""
+  """Splits into pieces of `length` tokens; truncates isolated samples."""
   total = len(document['tokens'])
   stop = min(total, length) if isolated else total
   return [
@@ -93,27 +93,28 @@ def cut(
 def to_example(
   row: dict[str, np.ndarray], isolated: bool
 ) -> dict[str, np.ndarray]:
-  """A packed row of T + 1 tokens -> inputs and targets of length T.
+  """Converts a packed row of T + 1 tokens to inputs and targets of length T.
 
   Args:
-    row: `tokens`, `learned`, and of the packer `tokens_segment_ids` (from 1, 0
-      on padding) and `tokens_positions` (from 0 in each segment).
+    row: `tokens`, `learned`, and from the packer `tokens_segment_ids` (from 1,
+      0 on padding) and `tokens_positions` (from 0 in each segment).
+    isolated: samples of the row do not attend to each other.
   Returns:
     tokens, targets, positions, segments (int32) and weights (f32), as in
-    `nn.model.Batch`. Without isolation a document's last token predicts the
-    next document's first; padding is no target.
+    `nn.model.Batch`. Without isolation, a document's last token predicts the
+    next document's first token. Padding is never a target.
   """
-  segments_Z = row['tokens_segment_ids']
-  weights_Z = (segments_Z > 0) * row['learned']
-  weights_T = weights_Z[1:].astype(np.float32)
-  positions_T = np.arange(len(segments_Z) - 1, dtype=np.int32)
+  segments = row['tokens_segment_ids']
+  weights = (segments > 0) * row['learned']
+  weights_T = weights[1:].astype(np.float32)
+  positions_T = np.arange(len(segments) - 1, dtype=np.int32)
   if isolated:
-    weights_T *= segments_Z[1:] == segments_Z[:-1]
+    weights_T *= segments[1:] == segments[:-1]
     positions_T = row['tokens_positions'][:-1].astype(np.int32)
   return {
     'tokens_BT': row['tokens'][:-1].astype(np.int32),
     'targets_BT': row['tokens'][1:].astype(np.int32),
     'positions_BT': positions_T,
-    'segments_BT': segments_Z[:-1].astype(np.int32),
+    'segments_BT': segments[:-1].astype(np.int32),
     'weights_BT': weights_T,
   }

@@ -1,8 +1,8 @@
 """Byte-level BPE with DeepSeek-V3's pre-tokenizer and special tokens (TR 4.1).
 
-The algorithm is Hugging Face `tokenizers`; ours are the three splitting rules,
-the special tokens, the chat template, and one guarantee: the text of a document
-never becomes a special token, whatever it spells.
+The algorithm is that of Hugging Face `tokenizers`. This module adds the three
+pre-tokenizer rules, the special tokens, the chat template, and a guarantee: the
+text of a document is never encoded as a special token, even if it spells one.
 """
 
 import functools
@@ -30,8 +30,8 @@ ASSISTANT = '<\uff5cAssistant\uff5c>'
 EOT = '<|EOT|>'
 SPECIAL = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT)
 
-# Digits in threes; Chinese and Japanese runs; then words, punctuation that
-# takes the line ends behind it along, and white space.
+# Up to three digits; runs of Chinese and Japanese; words, punctuation with the
+# line ends that follow it, and white space.
 SPLITS = (
   r'\p{N}{1,3}',
   '[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+',
@@ -40,10 +40,10 @@ SPLITS = (
   '| ?[\\p{P}\\p{S}]+[\r\n]*'
   r'|\s*[' + '\r\n' + r']+|\s+(?!\S)|\s+',
 )
-# Texts of at most so many characters are read to train a vocabulary: every n-th
-# document, with the smallest n that fits.
+# A vocabulary is trained on at most so many characters: on every n-th document,
+# with the smallest n that suffices.
 _TRAIN_CHARS = 12_000_000
-# `Tokenizer.encode_chat` in transformers' words.
+# `Tokenizer.encode_chat` as a template for transformers.
 _CHAT_TEMPLATE = (
   "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
   "{{ m['content'] }}{% elif m['role'] == 'user' %}{{ '"
@@ -58,7 +58,7 @@ _LINE_ENDS = '\u010a\u010d'  # how byte-level BPE spells the bytes 10 and 13
 
 
 class Tokenizer:
-  """Text to ids and back; ids of the special tokens as attributes.
+  """Encodes text as ids and back; has ids of special tokens as attributes.
 
   `text` is the JSON text of the `tokenizer.json`.
 
@@ -71,7 +71,7 @@ class Tokenizer:
     spec = json.loads(text)
     self.text = text
     self._full = tokenizers.Tokenizer.from_str(text)
-    # Without added tokens no text can match one; `add_bos` is ours as well.
+    # Without added tokens, no text can match one. `add_bos` adds bos itself.
     plain = spec | {'added_tokens': [], 'post_processor': None}
     self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
     self.vocab_size = 1 + max(self._full.get_vocab().values())
@@ -82,19 +82,20 @@ class Tokenizer:
     self.user_id, self.assistant_id = self._id(USER), self._id(ASSISTANT)
 
   def _id(self, token: str) -> int:
-    found = self._full.token_to_id(token)
-    if found is None:
+    index = self._full.token_to_id(token)
+    if index is None:
       raise errors.InputError(
         f'the tokenizer lacks the special token {token!a}'
       )
-    return found
+    return index
 
   @classmethod
   def from_file(cls, path: str | pathlib.Path) -> 'Tokenizer':
-    """Loads a `tokenizer.json`, also gzipped.
+    """Loads a `tokenizer.json`, plain or gzipped.
 
     Raises:
-      InputError: the file cannot be read or is no such tokenizer; names it.
+      InputError: the file, which the message names, cannot be read or is no
+        tokenizer of DeepSeek-V3.
     """
     path = pathlib.Path(path)
     try:
@@ -121,17 +122,17 @@ class Tokenizer:
       ) from error
 
   def save(self, path: str | pathlib.Path) -> None:
-    """Writes `tokenizer.json`: all of it or nothing."""
+    """Writes `tokenizer.json` atomically."""
     path = pathlib.Path(path)
     scratch = path.with_name(f'.{path.name}.{os.getpid()}')
     scratch.write_text(self.text, encoding='utf-8')
     scratch.replace(path)
 
   def encode(self, text: str, add_bos: bool = False) -> np.ndarray:
-    """int32 ids of plain text, which never holds a special token.
+    """Encodes plain text as int32 ids, none of them of a special token.
 
     Raises:
-      InputError: the text has a lone surrogate, which UTF-8 cannot spell.
+      InputError: the text has a lone surrogate, which UTF-8 cannot encode.
     """
     try:
       text.encode()
@@ -139,14 +140,14 @@ class Tokenizer:
       raise errors.InputError(
         f'text has a lone surrogate at character {error.start}'
       ) from error
-    # A batch of one: unlike `encode`, it lets other threads run meanwhile.
-    found = self._plain.encode_batch_fast([text], add_special_tokens=False)
-    return np.array([self.bos_id] * add_bos + found[0].ids, np.int32)
+    # A batch of one, as this call releases the GIL, unlike `encode`.
+    batch = self._plain.encode_batch_fast([text], add_special_tokens=False)
+    return np.array([self.bos_id] * add_bos + batch[0].ids, np.int32)
 
   def decode(
     self, ids: Iterable[int] | np.ndarray, skip_special: bool = False
   ) -> str:
-    """Text of ids; bytes that are no UTF-8 come back as U+FFFD."""
+    """Decodes ids; bytes that are not UTF-8 become U+FFFD."""
     ids = [int(i) for i in ids]
     if skip_special:
       ids = [i for i in ids if i not in self._special_ids]
@@ -154,7 +155,7 @@ class Tokenizer:
 
   @functools.cached_property
   def _special_ids(self) -> frozenset[int]:
-    """Those that are no text; a reasoner's think tags are."""
+    """Ids of special tokens; a reasoning model's think tags count as text."""
     added = self._full.get_added_tokens_decoder()
     tags = ('<think>', '</think>')
     return frozenset(
@@ -166,10 +167,10 @@ class Tokenizer:
     messages: Sequence[dict[str, str]],
     add_generation_prompt: bool = False,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of a conversation, and which of them the model is to learn.
+    """Ids of a conversation, and which of them are targets of the loss.
 
-    bos system <User> user <Assistant> answer eos ... Learned are the answers
-    and the eos after each.
+    bos system <User> user <Assistant> answer eos ... The answers and the eos
+    after each are targets.
 
     Raises:
       InputError: a role other than system, user, assistant; no messages.
@@ -203,19 +204,19 @@ class Tokenizer:
 
   @functools.cached_property
   def punctuation_newlines(self) -> dict[int, np.ndarray]:
-    """Tokens of punctuation with line ends behind, and the pieces of each.
+    """Tokens of punctuation and line ends -> the ids of their two parts.
 
-    Splitting some of them at random while training keeps a prompt that ends
-    without the line end from being out of distribution (TR 4.1).
+    Training splits some of these tokens at random. Otherwise a prompt that ends
+    before the line end would be out of distribution (TR 4.1).
     """
-    found = {}
+    pieces_of = {}
     for token, index in self._plain.get_vocab().items():
       head = token.rstrip(_LINE_ENDS)
       if head == token or not _is_punctuation(_BYTE_LEVEL.decode([head])):
         continue
       pieces = [self._pieces(part) for part in (head, token[len(head) :])]
-      found[index] = np.array(sum(pieces, []), np.int32)
-    return found
+      pieces_of[index] = np.array(sum(pieces, []), np.int32)
+    return pieces_of
 
   @functools.cached_property
   def splittable_ids(self) -> np.ndarray:
@@ -223,7 +224,7 @@ class Tokenizer:
     return np.array(sorted(self.punctuation_newlines), np.int32)
 
   def _pieces(self, token: str) -> list[int]:
-    """Ids of a string of byte-level letters, whole if it is itself a token."""
+    """Ids of byte-level letters: one if the string is a token, or one each."""
     whole = self._plain.token_to_id(token)
     if whole is not None:
       return [whole]
@@ -231,7 +232,7 @@ class Tokenizer:
 
 
 def hf_documents(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
-  """The files that `transformers.AutoTokenizer` loads, by name."""
+  """Files that `transformers.AutoTokenizer` loads: name -> text."""
   body = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'bos_token': BOS,
@@ -252,7 +253,7 @@ def hf_documents(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
 
 
 def _is_punctuation(text: str) -> bool:
-  """True for punctuation and symbols only, behind at most one space."""
+  """True for punctuation and symbols only, after at most one space."""
   bare = text.removeprefix(' ')
   return bool(bare) and all(unicodedata.category(c)[0] in 'PS' for c in bare)
 
@@ -260,10 +261,10 @@ def _is_punctuation(text: str) -> bool:
 def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
   """Trains a vocabulary of `vocab_size` entries, special tokens first.
 
-  Reads every n-th text, n the smallest that keeps within 12M characters.
+  Reads every n-th text, with the smallest n for at most 12M characters.
 
   Raises:
-    InputError: the texts do not hold enough pairs for `vocab_size`.
+    InputError: the texts do not have enough pairs for `vocab_size`.
   """
   total = sum(len(text) for text in texts)
   every = max(1, -(-total // _TRAIN_CHARS))
@@ -283,10 +284,10 @@ def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
     show_progress=False,
   )
   bpe.train_from_iterator(texts[::every], trainer)
-  found = bpe.get_vocab_size()
-  if found != vocab_size:
+  num_entries = bpe.get_vocab_size()
+  if num_entries != vocab_size:
     raise errors.InputError(
-      f'data.tokenizer_vocab={vocab_size} must be <= {found}: the corpus has '
-      'no more pairs to merge'
+      f'data.tokenizer_vocab={vocab_size} must be <= {num_entries}: the corpus '
+      'has no more pairs to merge'
     )
   return Tokenizer(bpe.to_str())

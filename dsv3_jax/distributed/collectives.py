@@ -1,7 +1,7 @@
-"""What the devices of a mesh say to each other, inside a `shard_map_step`.
+"""Collectives over the mesh, inside a `sharding.shard_map_step`.
 
-Outside of it every axis has the size 1 and nothing is sent, so that the same
-code is the plain program of one device.
+Outside of it every axis has size 1 and nothing is sent, so that the same code
+runs unchanged on one device.
 """
 
 import math
@@ -14,12 +14,12 @@ from dsv3_jax.distributed import sharding
 
 
 def axis_size(axes: sharding.MeshAxes) -> int:
-  """Devices along axes, inside a `shard_map_step`; 1 outside."""
+  """Number of devices along axes in a `shard_map_step`; 1 outside."""
   return math.prod(axis_sizes()[axis] for axis in sharding.axes_of(axes))
 
 
 def axis_sizes() -> dict[str, int]:
-  """Devices along each axis, inside a `shard_map_step`; 1 outside."""
+  """Number of devices by axis in a `shard_map_step`; 1 outside."""
   mesh = jax.sharding.get_abstract_mesh()
   inside = () if mesh.empty else mesh.manual_axes
   return {
@@ -28,41 +28,41 @@ def axis_sizes() -> dict[str, int]:
 
 
 def local_shape(shape: tuple[int, ...], spec: sharding.Spec) -> tuple[int, ...]:
-  """What of an array with this partition is on one device."""
+  """Shape of one device's shard of an array with this partition."""
   return tuple(
     n // axis_size(axes) for n, axes in zip(shape, spec, strict=True)
   )
 
 
 def psum(x: Any, axes: sharding.MeshAxes) -> Any:
-  """Sum of a tree of arrays over the devices along axes."""
+  """All-reduces (sums) a tree of arrays over the devices along axes."""
   along = tuple(axis for axis in sharding.axes_of(axes) if axis_size(axis) > 1)
   return jax.lax.psum(x, along) if along else x
 
 
 def psum_f32(x: jax.Array, axes: sharding.MeshAxes) -> jax.Array:
-  """Sum of each device's part of a product, in f32, rounded once."""
+  """All-reduces partial sums in f32; the result is rounded once."""
   if axis_size(axes) == 1:
     return x
   return psum(x.astype(jnp.float32), axes).astype(x.dtype)
 
 
 def pmax(x: jax.Array, axes: sharding.MeshAxes) -> jax.Array:
-  """Maximum over the devices along axes."""
+  """All-reduces the maximum over the devices along axes."""
   along = tuple(axis for axis in sharding.axes_of(axes) if axis_size(axis) > 1)
   return jax.lax.pmax(x, along) if along else x
 
 
 def axis_index(axis: str) -> jax.Array | int:
-  """This device's number along an axis."""
+  """This device's index along an axis."""
   return jax.lax.axis_index(axis) if axis_size(axis) > 1 else 0
 
 
 def shard_sequence(x_BS: jax.Array) -> jax.Array:
-  """This device's tokens [B, T, ...] of whole rows.
+  """This device's tokens [B, T, ...] of full sequences, in zig-zag order.
 
-  `context` cuts a row into twice as many pieces as it has devices; device i has
-  pieces i and, of those from the end, i again. So all have as much before them.
+  A sequence is split into 2 * parallel.context pieces. Device i gets pieces i
+  and -1 - i, so that causal attention costs the same on every device.
   """
   parts = axis_size('context')
   if parts == 1:
@@ -73,7 +73,7 @@ def shard_sequence(x_BS: jax.Array) -> jax.Array:
 
 
 def all_gather_sequence(x_BT: jax.Array) -> jax.Array:
-  """The inverse: rows of all tokens, in their order, on every device."""
+  """The inverse of `shard_sequence`: full sequences on every device."""
   parts = axis_size('context')
   if parts == 1:
     return x_BT

@@ -1,11 +1,11 @@
-"""A job of several processes: how they join, agree and end together.
+"""A job of several processes: joining it, agreeing within it, ending it.
 
-All run the same program on the same values; what none may do alone is to
-decide. What they say to each other goes through the key-value store of JAX's
-coordinator, in the first process. That needs no device, so a thread beside
-training may use it. Alone, a process agrees with itself and nothing is sent.
+All processes run the same program on the same values, and no process decides
+anything alone. They communicate through the key-value store of JAX's
+coordinator, which runs in the first process. This needs no device, so a thread
+beside training may use it. A process that is alone sends nothing.
 
-A process is told that it is one of several by the environment:
+The environment says that a process is one of several:
 
   JAX_COORDINATOR_ADDRESS=HOST:PORT  of the first process
   JAX_NUM_PROCESSES=N  JAX_PROCESS_ID=I
@@ -31,53 +31,57 @@ _ADDRESS, _COUNT, _INDEX = ENVIRONMENT = (
   'JAX_NUM_PROCESSES',
   'JAX_PROCESS_ID',
 )
-# A process that is dead is found by its missing heartbeats, one that is stuck
-# by its own watchdog; so nobody has to guess how long work may take.
+# Missing heartbeats reveal a dead process, its own watchdog a stuck one. So no
+# timeout has to bound the work itself.
 _HEARTBEAT_SECONDS = 60
 _SHUTDOWN_SECONDS = 30
-_MEET_SECONDS = 10
+_FAILURE_BARRIER_SECONDS = 10
 _EVER_MS = 7 * 24 * 3600 * 1000
 
 
 class PeerError(RuntimeError):
-  """Another process of the job failed; says which, and how."""
+  """Another process of the job failed; the message has its index and error."""
 
 
 @dataclasses.dataclass
 class _Job:
-  """client: of the key-value store. told: what the first has yet to delete."""
+  """The job that this process is part of.
+
+  client: of the key-value store. num_calls: exchanges so far, by name.
+  broadcast_keys: keys that the first process has yet to delete.
+  """
 
   client: Any
   index: int
   count: int
-  said: collections.Counter = dataclasses.field(
+  num_calls: collections.Counter = dataclasses.field(
     default_factory=collections.Counter
   )
-  told: list[str] = dataclasses.field(default_factory=list)
+  broadcast_keys: list[str] = dataclasses.field(default_factory=list)
 
   def key(self, name: str) -> str:
-    """A new one at each call, the same in all processes."""
-    self.said[name] += 1
-    return f'dsv3/{name}/{self.said[name]}'
+    """A new key at each call, the same in all processes."""
+    self.num_calls[name] += 1
+    return f'dsv3/{name}/{self.num_calls[name]}'
 
 
 _job: _Job | None = None
 
 
 def index() -> int:
-  """Of this process; 0 alone writes and prints."""
+  """Index of this process; only process 0 writes and prints."""
   return _job.index if _job else 0
 
 
 def count() -> int:
-  """Of processes in the job."""
+  """Number of processes in the job."""
   return _job.count if _job else 1
 
 
 def from_environment(
   environment: Mapping[str, str],
 ) -> tuple[str, int, int] | None:
-  """Address, count and index from the environment; None if it tells nothing.
+  """Address, count and index from the environment; None if none is set.
 
   Raises:
     InputError: one of the three is missing, or wrong.
@@ -108,35 +112,35 @@ def _is_int(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def joined(cluster: bool = False) -> Iterator[None]:
-  """Makes this process one of its job, if it is one of several.
+def join_job(cluster: bool = False) -> Iterator[None]:
+  """Joins this process to its job, if it is one of several.
 
-  Only the first process prints to stdout. After an InputError that all
-  processes meet they end together; after one that this process meets alone, or
-  any other exception, it ends at once: others may wait for it, and notice.
+  Only the first process prints to stdout. If all processes raise an InputError,
+  they leave the job in order. If this process alone raises one, or any other
+  exception, it exits at once, so that processes that wait for it notice.
 
   Raises:
     InputError: the environment is wrong, or `cluster` and there is none.
   """
   global _job
-  found = from_environment(os.environ)
-  if cluster and found:
+  address = from_environment(os.environ)
+  if cluster and address:
     raise errors.InputError(
-      f'--cluster and {_ADDRESS}={found[0]}: only one may describe the job'
+      f'--cluster and {_ADDRESS}={address[0]}: only one may describe the job'
     )
-  if not cluster and (found is None or found[1] == 1):
+  if not cluster and (address is None or address[1] == 1):
     yield
     return
-  _job = _join(found)
+  _job = _join(address)
   quiet = contextlib.redirect_stdout(None if _job.index else sys.stdout)
   try:
     with quiet:
       yield
-    barrier('end')  # the first may have more to do
+    barrier('end')  # the first process may have more to do
   except errors.InputError as error:
-    _end_together(error)
+    _leave_after_error(error)
     raise
-  except BaseException as error:  # noqa: BLE001 - the others may wait for us
+  except BaseException as error:  # noqa: BLE001 - others may wait for this one
     traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -144,32 +148,32 @@ def joined(cluster: bool = False) -> Iterator[None]:
   _leave()
 
 
-def _end_together(error: errors.InputError) -> None:
-  """Leaves if all processes met the error; else ends this one."""
+def _leave_after_error(error: errors.InputError) -> None:
+  """Leaves the job if all processes raised an error; else exits at once."""
   try:
-    _job.client.wait_at_barrier('dsv3/failed', 1000 * _MEET_SECONDS)
-  except RuntimeError:  # they do not come
+    _job.client.wait_at_barrier('dsv3/failed', 1000 * _FAILURE_BARRIER_SECONDS)
+  except RuntimeError:  # the others did not fail
     print(f'dsv3: process {_job.index}: {error}', file=sys.stderr, flush=True)
     os._exit(2)
   _leave()
 
 
-def _join(found: tuple[str, int, int] | None) -> _Job:
-  """Waits for all processes; before any device is looked for."""
+def _join(address: tuple[str, int, int] | None) -> _Job:
+  """Waits for all processes; called before JAX initialises any device."""
   import jax
   from jax._src import distributed  # its client has no public name
 
   jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  # It would take SIGTERM, which `supervise.StopSignal` answers.
+  # JAX's service would take SIGTERM, which `watchdog.StopSignal` handles.
   jax.config.update('jax_enable_preemption_service', False)
-  how = {}
-  if found:
+  options = {}
+  if address:
     names = ('coordinator_address', 'num_processes', 'process_id')
-    how = dict(zip(names, found, strict=True))
-    how['cluster_detection_method'] = 'deactivate'
+    options = dict(zip(names, address, strict=True))
+    options['cluster_detection_method'] = 'deactivate'
   try:
     jax.distributed.initialize(
-      **how,
+      **options,
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
@@ -189,11 +193,12 @@ def _leave() -> None:
 
 
 def gather(name: str, value: Any) -> list[Any]:
-  """What each process says, by index; [] in all but the first.
+  """Values of all processes, by index, in the first; [] in the others.
 
   Args:
-    value: for JSON. name: says what is gathered; processes that come to other
-      names wait for each other for ever.
+    name: of this exchange. All processes must pass the same names in the same
+      order, or they wait for each other for ever.
+    value: anything that JSON can hold.
   """
   if _job is None:
     return [value]
@@ -206,9 +211,10 @@ def gather(name: str, value: Any) -> list[Any]:
     text = _job.client.blocking_key_value_get(f'{key}/{other}', _EVER_MS)
     values.append(json.loads(text))
     _job.client.key_value_delete(f'{key}/{other}')
-  for read in _job.told:  # by all: they have come further since
-    _job.client.key_value_delete(read)
-  _job.told.clear()
+  # Every process has sent its value, so it has read all earlier broadcasts.
+  for key in _job.broadcast_keys:
+    _job.client.key_value_delete(key)
+  _job.broadcast_keys.clear()
   return values
 
 
@@ -219,27 +225,27 @@ def broadcast(name: str, value: Any) -> Any:
   key = _job.key(name)
   if _job.index == 0:
     _job.client.key_value_set(key, json.dumps(value))
-    _job.told.append(key)
+    _job.broadcast_keys.append(key)
     return value
   return json.loads(_job.client.blocking_key_value_get(key, _EVER_MS))
 
 
 def first_reported(name: str, value: Any) -> Any:
-  """The value of the first process that has one that is not None, in all."""
-  found = (v for v in gather(name, value) if v is not None)
-  return broadcast(name, next(found, None))
+  """The first value that is not None, by process index; the same in all."""
+  reported = (v for v in gather(name, value) if v is not None)
+  return broadcast(name, next(reported, None))
 
 
 def barrier(name: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes have called it."""
   broadcast(name, gather(name, None) and None)
 
 
 def compile_then_barrier(function: Any) -> Callable:
-  """A jitted function that none begins to run before all have compiled it.
+  """A jitted function that no process runs before all have compiled it.
 
-  Compiling may take one process longer than another, which has it in a cache,
-  but at the first exchange of a group Gloo waits 30 seconds for its members.
+  A process with a warm compilation cache is much faster than one without, but
+  Gloo waits only 30 seconds for all members of a group at its first collective.
   """
   if _job is None:
     return function
@@ -261,13 +267,13 @@ def compile_then_barrier(function: Any) -> Callable:
 
 @contextlib.contextmanager
 def propagate_errors(name: str) -> Iterator[None]:
-  """What fails in one process fails in all; ends when all are through.
+  """Raises the error of one process in all; waits for all at the end.
 
-  Nothing inside may itself talk to the others.
+  The body must not communicate with other processes.
 
   Raises:
-    InputError: of this process or, with its number, of another.
-    PeerError: another process failed otherwise.
+    InputError: of this process, or of another, whose index it names.
+    PeerError: another process failed with any other exception.
   """
   mine = None
   try:
@@ -278,13 +284,13 @@ def propagate_errors(name: str) -> Iterator[None]:
     mine = error
   if _job is None:
     return
-  said = None
+  report = None
   if mine is not None:
     who = f'process {_job.index}: ' if _job.index else ''
     is_input = isinstance(mine, errors.InputError)
     what = str(mine) if is_input else f'{type(mine).__name__}: {mine}'
-    said = [is_input, who + what]
-  failed = first_reported(name, said)
+    report = [is_input, who + what]
+  failed = first_reported(name, report)
   if failed is None:
     return
   if mine is not None and not isinstance(mine, errors.InputError):
@@ -294,10 +300,10 @@ def propagate_errors(name: str) -> Iterator[None]:
 
 
 def any_process(question: Callable[[], bool], mesh: Any) -> Callable[[], bool]:
-  """Begins to ask whether it is so in any process; call it for the answer.
+  """Starts an any-reduction of `question()`; call the result for the answer.
 
-  The same in all processes, as it comes from their devices: put before a step,
-  the answer is there when the step before is done.
+  The devices reduce it, so all processes get the same answer. If it is started
+  before a step, the answer is ready when the step before that is done.
   """
   if _job is None:
     return question
@@ -305,9 +311,9 @@ def any_process(question: Callable[[], bool], mesh: Any) -> Callable[[], bool]:
   import numpy as np
 
   here = np.array([question()])
-  each = jax.sharding.PartitionSpec(mesh.axis_names)
-  cut = jax.sharding.NamedSharding(mesh, each)
-  votes = jax.make_array_from_callback((mesh.size,), cut, lambda at: here)
+  spec = jax.sharding.PartitionSpec(mesh.axis_names)
+  sharding = jax.sharding.NamedSharding(mesh, spec)
+  votes = jax.make_array_from_callback((mesh.size,), sharding, lambda at: here)
   answer = _any_jit()(votes)
   return lambda: bool(answer)
 

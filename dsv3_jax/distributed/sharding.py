@@ -1,13 +1,13 @@
-"""Logical axes, the mesh, and the strict way from one to the other.
+"""The mesh, and the rules that map logical dim names to its axes.
 
-Parameters and activations name their dims ('embed', 'batch', ...). One frozen
-table maps these names to mesh axes; an unknown name, a wrong arity or one mesh
-axis used by two dims is an error and never means "unsharded".
+Parameters and activations name their dims ('embed', 'batch', ...). A frozen
+table, `ShardingRules`, maps these names to mesh axes. An unknown name, a wrong
+number of names, or a mesh axis used by two dims is an error and never means
+"replicated".
 
-Training and evaluation are one `jax.shard_map` over all axes: the same model
-code runs on every device, on its rows of the batch and its experts, and says
-what it sends. The functions at the end are for such code; outside of it every
-axis has the size 1, so that one device runs the plain program.
+Training and evaluation are one `jax.shard_map` over all axes
+(`shard_map_step`): the same model code runs on every device, on its sequences
+of the batch and its experts, with explicit collectives (`collectives.py`).
 """
 
 import contextvars
@@ -34,10 +34,10 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardingRules:
-  """Mesh axes of each logical name; None is replicated.
+  """Mesh axes by logical name; None is replicated.
 
-  fsdp: axes that no name has, over which matrices lie cut all the same; a
-  module gathers its own when it multiplies them.
+  fsdp: further axes that stored matrices are sharded over. A module
+    all-gathers its matrices just before it multiplies them.
   """
 
   batch: MeshAxes = BATCH_AXES
@@ -54,14 +54,14 @@ class ShardingRules:
 
 
 RULES = ShardingRules()
-# Of inference: heads and FFN width over `model`, whose devices have the same
-# tokens and add up what each makes of its part.
+# Tensor parallelism, of inference only: heads and FFN width over `model`. Its
+# devices have the same tokens and all-reduce their partial outputs.
 TENSOR_RULES = ShardingRules(heads='model', ffn='model')
 _RULES = contextvars.ContextVar('rules', default=RULES)
 
 
 class ShardedSpec(NamedTuple):
-  """A partition, and which dim of it lies cut over which axes on top."""
+  """A partition in which `dim` is also sharded over `axes`."""
 
   spec: Spec
   dim: int
@@ -71,11 +71,11 @@ class ShardedSpec(NamedTuple):
 def to_spec(
   names: tuple[str | None, ...], rules: ShardingRules, ndim: int
 ) -> jax.sharding.PartitionSpec:
-  """The partition of an array of `ndim` dims called `names`.
+  """The partition of an array whose `ndim` dims have these logical names.
 
   Raises:
     ValueError: an unknown name, the wrong number of names, or a mesh axis that
-      two dims would share.
+      would shard two dims.
   """
   if len(names) != ndim:
     raise ValueError(f'{names} names {len(names)} dims of an array of {ndim}')
@@ -101,8 +101,8 @@ def make_mesh(cfg: config.ParallelConfig) -> jax.sharding.Mesh:
   """The mesh over the first devices, axes in the order of `AXES`.
 
   Raises:
-    InputError: the axes ask for more devices than there are or, in a job of
-      several processes, for fewer.
+    InputError: the mesh has more devices than there are or, in a job of several
+      processes, fewer.
   """
   shape = tuple(getattr(cfg, axis) for axis in AXES)
   count, devices = math.prod(shape), jax.devices()
@@ -124,18 +124,19 @@ def make_mesh(cfg: config.ParallelConfig) -> jax.sharding.Mesh:
 
 
 def without_pipe(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-  """The same devices in the same order, those of `pipe` as more of `data`."""
+  """A mesh of the same devices, with `pipe` folded into `data`."""
   pipe, data, *rest = mesh.devices.shape
   grid = mesh.devices.reshape(1, pipe * data, *rest)
   return jax.sharding.Mesh(grid, AXES, axis_types=mesh.axis_types)
 
 
 def named_shardings(specs: Any, mesh: jax.sharding.Mesh) -> Any:
-  """Where arrays of these partitions, a tree, are."""
+  """A tree of partitions as NamedShardings of a mesh."""
   is_spec = lambda x: isinstance(x, Spec)
 
   def one(spec):
-    # Spelt as JAX spells what a step returns, or the second would compile anew.
+    # Spelt as in the outputs of a jitted step. Otherwise the second call, whose
+    # inputs are these outputs, would compile again.
     real = lambda axes: tuple(
       axis for axis in axes_of(axes) if mesh.shape[axis] > 1
     )
@@ -153,13 +154,15 @@ def shard_map_step(
   rules: ShardingRules = RULES,
   **specs,
 ) -> Callable:
-  """`function` on every device of the mesh, each on its own shards.
+  """`function` under `jax.shard_map` over all axes of the mesh.
 
   Args:
-    rules: by which parameters are cut, inside of it.
+    rules: by which parameters are sharded; `sharding.rules()` returns them
+      inside the function.
+    specs: `in_specs` and `out_specs`.
   """
 
-  def run(*args):  # named as what it runs, for profiles
+  def run(*args):  # gets the name of `function`, for profiles
     before = _RULES.set(rules)
     try:
       return function(*args)
@@ -170,13 +173,13 @@ def shard_map_step(
   while isinstance(inner, functools.partial):
     inner = inner.func
   run.__name__ = inner.__name__
-  # Losses are shares that add up over the devices, so the transpose of a sum
-  # over devices is that sum again: what JAX does without tracking of replicas.
+  # A loss is this device's share of a sum over devices, so the transpose of
+  # psum is psum. JAX does that if it does not track replication.
   return jax.shard_map(run, mesh=mesh, check_vma=False, **specs)
 
 
 def rules() -> ShardingRules:
-  """Those of the `mapped` function that is being traced."""
+  """The rules of the `shard_map_step` that is being traced."""
   return _RULES.get()
 
 
@@ -186,7 +189,7 @@ def storage_spec(
   rules: ShardingRules,
   sizes: Mapping[str, int],
 ) -> ShardedSpec:
-  """How a parameter lies: by its names, a matrix over `rules.fsdp` on top."""
+  """Partition of a stored parameter: by its names, matrices also by FSDP."""
   spec = to_spec(names, rules, len(shape))
   used = {axis for axes in spec for axis in axes_of(axes)}
   dims = [dim for dim, name in enumerate(names) if name != 'layers']
@@ -203,7 +206,10 @@ def shard_largest_dim(
   sizes: Mapping[str, int],
   dims: Sequence[int],
 ) -> ShardedSpec:
-  """Cuts the largest of `dims` that divides, over as many axes as divide it."""
+  """Shards one more dim: over as many `free` axes as divide one of `dims`.
+
+  Of the dims that they divide, the largest is chosen.
+  """
   by_length = sorted(dims, key=lambda dim: -shape[dim])
   counts = range(len(free), 0, -1)
   choices = [c for n in counts for c in itertools.combinations(free, n)]
@@ -217,5 +223,5 @@ def shard_largest_dim(
 
 
 def axes_of(axes: MeshAxes) -> tuple[str, ...]:
-  """As a tuple."""
+  """Mesh axes as a tuple."""
   return (axes,) if isinstance(axes, str) else axes or ()

@@ -1,10 +1,10 @@
 """Parameters, cache bytes and FLOP of a model, from its shape alone.
 
-FLOP per token count 6 per active parameter that multiplies (embedding lookup
-and norms' neighbours follow the published figure: all active parameters but the
-embedding table) and the attention products at half the sequence (causal) or all
-of it. The main figures leave MTP and recomputation out, as the published 250
-GFLOP a token and its MFU do (ISCA tables 2 and 4, arXiv 2505.09343).
+FLOP per token are 6 for each active parameter, except those of the embedding
+table, plus attention matmuls over half the sequence (causal) or all of it. This
+is how the published figures count. The main figures leave out MTP and
+recomputation, as do the published 250 GFLOP a token and its MFU (ISCA tables 2
+and 4, arXiv 2505.09343).
 """
 
 import dataclasses
@@ -15,9 +15,9 @@ from dsv3_jax import config
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """One kind of parameter: `count` values, `copies` times (layers, experts).
+  """One kind of parameter, `copies` times (over layers and experts).
 
-  `active` of the copies take part in one token.
+  `active` of the copies are used for a token.
   """
 
   name: str
@@ -53,7 +53,7 @@ def main_parts(cfg: config.ModelConfig) -> list[Part]:
 
 
 def mtp_parts(cfg: config.ModelConfig) -> list[Part]:
-  """Parameters that the MTP modules have of their own, biases included."""
+  """Parameters of the MTP modules, biases included, without shared ones."""
   dim, depth = cfg.d_model, cfg.mtp.depth
   parts = [Part('mtp.projection', (2 * dim, dim), depth, depth)]
   parts += _attention(cfg, 'mtp.attention', depth)
@@ -90,21 +90,21 @@ def _moe(cfg: config.ModelConfig, name: str, copies: int) -> Iterator[Part]:
 
 
 def kv_values_per_token(cfg: config.ModelConfig) -> int:
-  """Values that the main model caches a token."""
+  """Values that the main model caches for a token."""
   return cfg.num_layers * cfg.mla.cache_width
 
 
 def flops_per_token(
   cfg: config.ModelConfig, seq_len: int, causal: bool = True
 ) -> float:
-  """Training FLOP a token of the main model (forward and backward)."""
+  """Training FLOP per token of the main model (forward and backward)."""
   active = sum(p.active_size for p in main_parts(cfg))
   active -= cfg.vocab_size * cfg.d_model  # the lookup multiplies nothing
   return 6.0 * active + cfg.num_layers * _attention_flops(cfg, seq_len, causal)
 
 
 def mtp_flops_per_token(cfg: config.ModelConfig, seq_len: int) -> float:
-  """What the MTP modules add, each with a pass through the shared head."""
+  """FLOP per token of the MTP modules, which include the shared head."""
   active = sum(p.active_size for p in mtp_parts(cfg))
   head = cfg.mtp.depth * cfg.vocab_size * cfg.d_model
   attention = cfg.mtp.depth * _attention_flops(cfg, seq_len, True)
@@ -114,7 +114,7 @@ def mtp_flops_per_token(cfg: config.ModelConfig, seq_len: int) -> float:
 def _attention_flops(
   cfg: config.ModelConfig, seq_len: int, causal: bool
 ) -> float:
-  """Scores and mixing of one layer: 2 FLOP a product, three passes."""
+  """Both attention matmuls of one layer: 2 FLOP a product, three passes."""
   keys = seq_len / 2 if causal else seq_len
   m = cfg.mla
   return 6.0 * m.num_heads * (m.qk_head_dim + m.v_head_dim) * keys
@@ -146,18 +146,18 @@ def inspect_dict(cfg: config.ModelConfig, seq_len: int) -> dict:
 
 
 def render(cfg: config.ModelConfig, seq_len: int) -> str:
-  """The same for reading: a row a kind of parameter, then the sums."""
+  """A table for people: a row for each kind of parameter, then sums."""
   rows = [f'{"parameter":24} {"shape":>22} {"copies":>8} {"values":>18}']
   for part in [*main_parts(cfg), *mtp_parts(cfg)]:
     shape = ' x '.join(map(str, part.shape))
     rows.append(f'{part.name:24} {shape:>22} {part.copies:8,} {part.size:18,}')
-  told = inspect_dict(cfg, seq_len)
+  summary = inspect_dict(cfg, seq_len)
   rows.append('')
-  for name, value in told['parameters'].items():
+  for name, value in summary['parameters'].items():
     rows.append(f'{name.replace("_", " "):32} {value:18,}')
-  kv = told['kv_bytes_per_token']
+  kv = summary['kv_bytes_per_token']
   rows.append(f'{"KV cache, bytes a token (BF16)":32} {kv:18,}')
-  for name, value in told['flops_per_token'].items():
+  for name, value in summary['flops_per_token'].items():
     title = f'GFLOP a token, {name} (T={seq_len})'
     rows.append(f'{title:36} {value / 1e9:14,.4g}')
   return '\n'.join(rows)

@@ -1,4 +1,4 @@
-"""Published peaks of accelerators, by the name that JAX gives the device."""
+"""Published peak FLOP/s of accelerators, by JAX's `device_kind`."""
 
 # Dense BF16 [FLOP/s] of one device.
 BF16_FLOPS = {

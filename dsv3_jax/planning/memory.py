@@ -1,9 +1,10 @@
-"""Bytes that training keeps, from shapes alone (TR 3.2.3, 3.3.3).
+"""Bytes of activations and weights in training, from shapes alone.
 
-Activations: what each layer's backward pass has, a token, under
-`model.remat='report'`: RMSNorm, the MLA up-projections and the SwiGLU product
-are made again. Weights: f32 masters, and what products read: BF16 casts, or
-FP8 forms in both orientations, as Hopper's FP8 products contract last dims.
+Activations: residuals that a layer saves for its backward pass, per token, with
+`model.remat='report'`, which recomputes RMSNorm, the MLA up-projections and the
+SwiGLU product (TR 3.2.3). Weights: f32 masters, and the forms that matmuls
+read: BF16 casts, or FP8 in both orientations, as Hopper's FP8 matmuls contract
+the last dims of both operands (TR 3.3.3).
 """
 
 import math
@@ -19,14 +20,14 @@ def activation_bytes(
   is_moe: bool,
   expert_rows: float | None = None,
 ) -> dict[str, int | float]:
-  """Bytes a token that one layer keeps for its backward pass, by kind.
+  """Bytes per token that one layer saves for its backward pass, by kind.
 
   Args:
-    expert_rows: rows of the routed experts a token; None: top_k, unpadded.
+    expert_rows: rows of routed experts per token; None is top_k, no padding.
   """
   m, size = cfg.mla, 4 if policy.compute == 'float32' else 2
   outputs = m.num_heads * m.v_head_dim
-  made = {
+  sizes = {
     'residual stream': 2 * cfg.d_model * size,
     'query latent': m.q_lora_rank * size,
     'key-value latent': m.cache_width * size,
@@ -34,22 +35,22 @@ def activation_bytes(
     'log-sum-exp': m.num_heads * 4,
   }
   if policy.fp8:  # E5M6: 12 bits
-    made['attention output'] = 3 * -(-outputs // 2) + _scales(outputs)
+    sizes['attention output'] = 3 * -(-outputs // 2) + _scales(outputs)
   per_row = lambda width: (
     2 * (width + _scales(width) if policy.fp8 else width * size)
   )
   if not is_moe:
-    return made | {'swiglu inputs': per_row(cfg.d_ff)}
+    return sizes | {'swiglu inputs': per_row(cfg.d_ff)}
   moe = cfg.moe
   rows = moe.top_k if expert_rows is None else expert_rows
-  made['routed swiglu inputs'] = rows * per_row(moe.d_ff)
+  sizes['routed swiglu inputs'] = rows * per_row(moe.d_ff)
   if moe.num_shared_experts:
-    made['shared swiglu inputs'] = per_row(moe.num_shared_experts * moe.d_ff)
-  return made
+    sizes['shared swiglu inputs'] = per_row(moe.num_shared_experts * moe.d_ff)
+  return sizes
 
 
 def _scales(columns: int) -> int:
-  """Bytes of a row's f32 scales."""
+  """Bytes of the f32 scales of a row."""
   return 4 * -(-columns // 128)
 
 
@@ -58,7 +59,7 @@ def weight_bytes(
 ) -> dict[str, int]:
   """Bytes of all parameters, MTP modules included, unsharded.
 
-  'master': f32. 'compute': what the products of a step read besides.
+  'master': f32. 'compute': the forms that the matmuls of a step read.
   """
   total, compute = 0, 0
   for part in (*flops.main_parts(cfg), *flops.mtp_parts(cfg)):
@@ -68,11 +69,11 @@ def weight_bytes(
 
 
 def _compute_bytes(part: flops.Part, policy: precision.Policy) -> int:
-  """What one copy of a parameter is read as; 0 if from the master itself."""
+  """Bytes of a parameter's compute form; 0 if the master itself is read."""
   name, values = part.name.rsplit('.', 1)[-1], math.prod(part.shape)
   swiglu = name in ('swiglu', 'experts', 'shared')
   kind = policy.of('w_up' if swiglu else name)
-  unread = ('embedding', 'router', 'router_bias', 'norms')  # as a copy
+  unread = ('embedding', 'router', 'router_bias', 'norms')  # have no copy
   if name in unread or kind == 'float32':
     return 0
   if kind != 'fp8':
@@ -87,7 +88,7 @@ def _compute_bytes(part: flops.Part, policy: precision.Policy) -> int:
 def inspect_dict(
   cfg: config.ModelConfig, policy: precision.Policy
 ) -> dict[str, dict[str, int | float]]:
-  """What `dsv3 inspect --json` prints of memory."""
+  """The part of `dsv3 inspect --json` about memory."""
   dense, routed = (
     sum(activation_bytes(cfg, policy, is_moe=is_moe).values())
     for is_moe in (False, True)
@@ -104,16 +105,16 @@ def inspect_dict(
 
 
 def render(cfg: config.ModelConfig, policy: precision.Policy) -> str:
-  """The same for reading."""
-  rows = ['kept for the backward pass, bytes a token']
+  """The same as a table for people."""
+  rows = ['saved for the backward pass, bytes a token']
   for title, is_moe in (('dense layer', False), ('MoE layer', True)):
     kinds = activation_bytes(cfg, policy, is_moe=is_moe)
     for name, size in kinds.items():
       rows.append(f'  {title:12} {name:24} {size:18,.0f}')
-  told = inspect_dict(cfg, policy)
-  for name, size in told['activation_bytes_per_token'].items():
+  summary = inspect_dict(cfg, policy)
+  for name, size in summary['activation_bytes_per_token'].items():
     rows.append(f'  {name.replace("_", " "):37} {size:18,.0f}')
   rows.append('weights, GB')
-  for name, size in told['weight_bytes'].items():
+  for name, size in summary['weight_bytes'].items():
     rows.append(f'  {name:37} {size / 1e9:18,.2f}')
   return '\n'.join(rows)

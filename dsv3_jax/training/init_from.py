@@ -12,10 +12,11 @@ import jax
 
 from dsv3_jax import config, errors
 from dsv3_jax.checkpoint import lazy_array, source, store
-from dsv3_jax.checkpoint.hf import importer
 from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.distributed import processes
 from dsv3_jax.training import step as steps
+
+Leaves = source.Leaves
 
 
 def start_directory(
@@ -36,7 +37,7 @@ def start_directory(
   return directory
 
 
-def read(cfg: config.Config, directory: pathlib.Path) -> importer.Leaves:
+def read(cfg: config.Config, directory: pathlib.Path) -> Leaves:
   """Parameters and biases, hashed and of the right shapes, yet unread.
 
   Raises:
@@ -60,7 +61,7 @@ def read(cfg: config.Config, directory: pathlib.Path) -> importer.Leaves:
 
 
 def start(
-  trainer: steps.Trainer, state: steps.State, leaves: importer.Leaves
+  trainer: steps.Trainer, state: steps.State, leaves: Leaves
 ) -> steps.State:
   """A fresh state with these weights, each read where its master is."""
   places, tree = trainer.model_shardings(), {'params': {}, 'router': {}}

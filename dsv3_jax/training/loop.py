@@ -22,7 +22,6 @@ import numpy as np
 
 from dsv3_jax import config, errors
 from dsv3_jax.checkpoint import store
-from dsv3_jax.checkpoint.hf import importer
 from dsv3_jax.data import batch_ramp
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import loader as loaders
@@ -101,7 +100,7 @@ def _open(
   cfg: config.Config, workdir: pathlib.Path, stack: contextlib.ExitStack
 ) -> Run:
   """Data, mesh and state, fresh or restored; `stack` closes what was opened."""
-  assert jax.process_count() == processes.count(), 'see processes.joined'
+  assert jax.process_count() == processes.count(), 'see processes.join_job'
   _check_same({'config': json.loads(config.to_json(cfg))})
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   source = init_from.start_directory(cfg, workdir)
@@ -199,7 +198,7 @@ def _state(
   trainer: steps.Trainer,
   checkpoints: store.Store,
   resume: int | None,
-  leaves: importer.Leaves | None,
+  leaves: init_from.Leaves | None,
 ) -> tuple[steps.State, ema.HostEma, dict]:
   """Fresh, with given weights or without; or restored, with nothing made."""
   cfg = trainer.cfg

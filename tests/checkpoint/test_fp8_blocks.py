@@ -223,8 +223,10 @@ def test_quantizing_again_changes_no_value(shape, dtype):
 def test_the_host_refuses_what_is_not_finite(bad):
   w_IJ = np.ones((200, 150), np.float32)
   w_IJ[130, 140] = w_IJ[199, 0] = bad
-  said = 'kv_a_proj holds a NaN or an infinity, first in row 130, column 140'
-  with pytest.raises(errors.InputError, match=said):
+  expected = (
+    'kv_a_proj holds a NaN or an infinity, first in row 130, column 140'
+  )
+  with pytest.raises(errors.InputError, match=expected):
     fp8_blocks.quantize_host(w_IJ, 'kv_a_proj')
 
 

@@ -22,7 +22,7 @@ SUMS = 'SHA256SUMS'
 
 
 @pytest.fixture(scope='module')
-def made(tmp_path_factory):
+def folders(tmp_path_factory):
   """Of each dtype, a folder of the same model; not to be changed."""
   cfg, folder = exchanged.make('plain'), tmp_path_factory.mktemp('made')
   weights = exchanged.random_weights(cfg)
@@ -32,19 +32,19 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def folder(made, tmp_path):
+def folder(folders, tmp_path):
   """An f32 folder of one's own."""
-  return shutil.copytree(made / 'float32', tmp_path / 'a')
+  return shutil.copytree(folders / 'float32', tmp_path / 'a')
 
 
-def refused(folder, *said):
+def refused(folder, *expected):
   """Import names the folder and what is wrong, and leaves nothing behind."""
   run = folder.with_name('run')
   with pytest.raises(errors.InputError) as caught:
     importer.to_workdir(folder, run, BASE)
   message = str(caught.value)
   assert message.isprintable()
-  for part in (str(folder), *said):
+  for part in (str(folder), *expected):
     assert part in message, message
   assert not list(folder.parent.glob('run*'))
 
@@ -59,7 +59,7 @@ def edited(folder):
 
 
 @pytest.mark.parametrize(
-  ('field', 'value', 'said'),
+  ('field', 'value', 'expected'),
   [
     ('attention_bias', True, 'attention_bias=True is not built'),
     ('hidden_act', 'gelu', "hidden_act='gelu' is not built"),
@@ -85,22 +85,22 @@ def edited(folder):
     ('num_hidden_layers', 4, 'is missing'),
   ],
 )
-def test_a_config_that_is_not_built_is_refused(folder, field, value, said):
+def test_a_config_that_is_not_built_is_refused(folder, field, value, expected):
   with edited(folder) as body:
     body[field] = value
-  refused(folder, 'config.json: ' if field in said else '', said)
+  refused(folder, 'config.json: ' if field in expected else '', expected)
 
 
 def test_a_config_is_read_strictly(folder):
   path = folder / 'config.json'
   text = path.read_text()
-  for more, said in (
+  for more, expected in (
     ('"hidden_size": 48,', "'hidden_size' twice"),
     ('"auto_map": {"a": 1, "a": 2},', "'auto_map' has 'a' twice"),
     ('"bos_token_id": NaN,', 'NaN is no value'),
   ):
     path.write_text(text.replace('{', '{' + more, 1))
-    refused(folder, str(path), said)
+    refused(folder, str(path), expected)
   path.unlink()
   refused(folder, str(path), 'cannot be read')
 
@@ -126,7 +126,7 @@ NAME = 'model.layers.1.self_attn.kv_b_proj.weight'
 
 
 @pytest.mark.parametrize(
-  ('change', 'said'),
+  ('change', 'expected'),
   [
     (lambda x: x.pop(NAME), f'tensor {NAME} is missing'),
     (lambda x: x.update(more=x[NAME]), 'tensor more is no part of this model'),
@@ -149,9 +149,9 @@ NAME = 'model.layers.1.self_attn.kv_b_proj.weight'
     ),
   ],
 )  # fmt: skip
-def test_tensors_that_do_not_fit_are_named(folder, change, said):
+def test_tensors_that_do_not_fit_are_named(folder, change, expected):
   exchanged.rewrite(folder, change)
-  refused(folder, said)
+  refused(folder, expected)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_a_number_that_is_none_is_named(folder, kind, value):
 
 
 @pytest.mark.parametrize(
-  ('code', 'scale', 'said'),
+  ('code', 'scale', 'expected'),
   [
     (0x7F, None, f'{NAME} holds a NaN or an infinity, first NaN at [37, 5]'),
     (0xFF, None, f'{NAME} holds a NaN or an infinity, first NaN at [37, 5]'),
@@ -199,7 +199,9 @@ def test_a_number_that_is_none_is_named(folder, kind, value):
     (None, 1e36, 'must be > 0 and at most 7.6e+35'),
   ],
 )
-def test_fp8_that_is_no_number_is_named(made, tmp_path, code, scale, said):
+def test_fp8_that_is_no_number_is_named(
+  folders, tmp_path, code, scale, expected
+):
   """Kept as FP8, dequantised into a workdir, and loaded."""
 
   def change(arrays):
@@ -208,7 +210,7 @@ def test_fp8_that_is_no_number_is_named(made, tmp_path, code, scale, said):
     else:
       arrays[NAME + '_scale_inv'][0, 0] = scale
 
-  folder = shutil.copytree(made / 'fp8', tmp_path / 'a')
+  folder = shutil.copytree(folders / 'fp8', tmp_path / 'a')
   exchanged.rewrite(folder, change)
   for way in (
     lambda: importer.to_workdir(folder, tmp_path / 'run', BASE, 'fp8'),
@@ -219,13 +221,13 @@ def test_fp8_that_is_no_number_is_named(made, tmp_path, code, scale, said):
       way()
     message = str(caught.value)
     assert message.startswith(f'{folder}/model.safetensors: ')
-    assert said in message and message.isprintable()
+    assert expected in message and message.isprintable()
     assert not list(tmp_path.glob('run*'))
 
 
-def test_damage_of_our_shards_is_named(made, tmp_path):
+def test_damage_of_our_shards_is_named(folders, tmp_path):
   for damage in ('flip', 'cut', 'unlink'):
-    folder = shutil.copytree(made / 'float32', tmp_path / damage)
+    folder = shutil.copytree(folders / 'float32', tmp_path / damage)
     path = sorted(folder.glob('*.safetensors'))[1]
     data = bytearray(path.read_bytes())
     if damage == 'flip':

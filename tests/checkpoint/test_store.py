@@ -200,7 +200,7 @@ def test_damage_is_named_and_the_previous_step_offered(saved, damage, which):
     saved.restore(2, make_state())
   message = str(caught.value)
   assert '000000002' in message
-  assert 'step 1 is whole: checkpoint.restore_step=1 goes on' in message
+  assert 'step 1 is intact: checkpoint.restore_step=1 resumes' in message
   assert '\n' not in message
   if damage is not swap_within:
     assert path.name in message
@@ -227,20 +227,20 @@ def edited_manifest(body):
 
 
 @pytest.mark.parametrize(
-  ('change', 'said'),
+  ('change', 'expected'),
   [
     (damaged_manifest, 'manifest.json is damaged'),
     (edited_manifest, 'manifest.json does not match its own sha256'),
     (None, 'manifest.json is missing'),
   ],
 )
-def test_manifest_itself_is_checked(saved, change, said):
+def test_manifest_itself_is_checked(saved, change, expected):
   path = saved.directory / '000000002' / 'manifest.json'
   if change is None:
     path.unlink()
   else:
     path.write_text(change(path.read_text()))
-  with pytest.raises(store.CheckpointError, match=said):
+  with pytest.raises(store.CheckpointError, match=expected):
     saved.verify(2)
 
 
@@ -257,12 +257,12 @@ def test_whole_steps_exchanged(saved):
 def test_no_step_is_whole(saved):
   for step in (1, 2):
     flip(data_file(saved.directory / f'{step:09d}'))
-  with pytest.raises(store.CheckpointError, match='no earlier step is whole'):
+  with pytest.raises(store.CheckpointError, match='no earlier step is intact'):
     saved.verify(2)
 
 
 @pytest.mark.parametrize(
-  ('like', 'said'),
+  ('like', 'expected'),
   [
     (lambda s: s | {'flag': jnp.zeros(2, bool)}, r'flag is bool\[\], wanted'),
     (lambda s: s | {'host': np.zeros(4)}, 'host is float32.*float64'),
@@ -270,8 +270,8 @@ def test_no_step_is_whole(saved):
     (lambda s: {k: v for k, v in s.items() if k != 'flag'}, 'also holds flag'),
   ],
 )
-def test_what_does_not_fit_is_named(saved, like, said):
-  with pytest.raises(store.CheckpointError, match=said):
+def test_what_does_not_fit_is_named(saved, like, expected):
+  with pytest.raises(store.CheckpointError, match=expected):
     saved.restore(2, like(make_state()))
 
 
@@ -283,7 +283,7 @@ def test_missing_step(saved):
 _SAVER = """
 import sys
 import jax.numpy as jnp
-from dsv3_jax.checkpoint import lazy, store
+from dsv3_jax.checkpoint import store
 kept = store.Store(sys.argv[1], keep=2)
 step = (kept.latest() or 0) + 1
 while True:

@@ -42,8 +42,8 @@ def test_there_and_back_by_commands(folder, tmp_path, capsys):
   assert not cli.main(['import', f'--hf={folder}', f'--output={run}'])
   args = [f'--checkpoint={run}', f'--output={out}', '--dtype=float32']
   assert not cli.main(['export', *args, '--shard_gb=0.00006'])
-  said = capsys.readouterr().out
-  assert 'holds step 0' in said and 'model-00002-of-' in said
+  output = capsys.readouterr().out
+  assert 'holds step 0' in output and 'model-00002-of-' in output
   for name in ('SHA256SUMS', 'config.json', 'tokenizer_config.json'):
     assert (out / name).read_text() == (folder / name).read_text()
   # A folder is exported as well: from f32 to FP8, and named by `generate`.
@@ -68,7 +68,7 @@ def test_manifest_is_what_an_export_holds(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('args', 'said'),
+  ('args', 'expected'),
   [
     (['export', '--output=x'], '--checkpoint=DIR is missing'),
     (['export', '--checkpoint=x'], '--output=DIR is missing'),
@@ -81,11 +81,11 @@ def test_manifest_is_what_an_export_holds(capsys, monkeypatch):
     (['manifest'], '--config=FILE.py is missing'),
   ],
 )
-def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, args, said):
+def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, args, expected):
   monkeypatch.chdir(tmp_path)
   assert cli.main(args) == 2
-  told = capsys.readouterr().err
-  assert said in told and told.count('\n') == 1
+  stderr = capsys.readouterr().err
+  assert expected in stderr and stderr.count('\n') == 1
   assert not list(tmp_path.iterdir())
 
 
@@ -102,9 +102,9 @@ def test_damaged_weights_end_in_one_line(folder, tmp_path, capsys):
     ['export', f'--checkpoint={bad}', f'--output={tmp_path / "out"}'],
   ):
     assert cli.main(args) == 2
-    told = capsys.readouterr().err
-    assert told.count('\n') == 1 and 'first NaN at [1, 2]' in told
-    assert f'{bad}/model.safetensors: model.layers.2.mlp.gate.weight' in told
+    stderr = capsys.readouterr().err
+    assert stderr.count('\n') == 1 and 'first NaN at [1, 2]' in stderr
+    assert f'{bad}/model.safetensors: model.layers.2.mlp.gate.weight' in stderr
     assert [path.name for path in tmp_path.iterdir()] == ['bad']
 
 
@@ -132,11 +132,11 @@ def test_transformers_loads_the_tokenizer(folder, tokenizer):
     {'role': 'user', 'content': 'more'},
   ]
   for prompt in (False, True):
-    made = theirs.apply_chat_template(
+    ids = theirs.apply_chat_template(
       turns, add_generation_prompt=prompt, return_dict=False
     )
     want, _ = tokenizer.encode_chat(turns, add_generation_prompt=prompt)
-    np.testing.assert_array_equal(made, want)
+    np.testing.assert_array_equal(ids, want)
   assert dsv3_jax.load(folder).tokenizer.text == tokenizer.text
 
 

@@ -51,8 +51,8 @@ def dsv3(env, *args):
 def train_args(folder, workdir, steps, **changes):
   named = {n.replace('__', '.'): x for n, x in changes.items()}
   flags = tiny_run.overrides(folder / 'data', steps) | named
-  each = [f'--config.{name}={value}' for name, value in flags.items()]
-  return 'train', _CONFIG, f'--workdir={workdir}', *each
+  overrides = [f'--config.{name}={value}' for name, value in flags.items()]
+  return 'train', _CONFIG, f'--workdir={workdir}', *overrides
 
 
 @pytest.fixture(scope='module')
@@ -65,17 +65,17 @@ def trained(folder, env):
   return workdir
 
 
-def refused(done, *said):
+def refused(done, *expected):
   """Code 2 and one line on stderr that says all of it."""
   assert done.returncode == 2, done.stdout + done.stderr
   assert done.stderr.startswith('dsv3: ')
   assert done.stderr.count('\n') == 1, done.stderr
-  for text in said:
+  for text in expected:
     assert text in done.stderr
 
 
 @pytest.mark.parametrize(
-  ('args', 'said'),
+  ('args', 'expected'),
   [
     (['fly'], "'fly' is no command"),
     (['train'], '--config=FILE.py is missing'),
@@ -122,16 +122,16 @@ def refused(done, *said):
     (['bench', 'speculation', '--checkpoint=x'], 'x/config.json'),
   ],
 )
-def test_bad_input_is_one_line(capsys, monkeypatch, args, said):
+def test_bad_input_is_one_line(capsys, monkeypatch, args, expected):
   monkeypatch.chdir(_ROOT)
   code = cli.main(args)
   done = subprocess.CompletedProcess(args, code, *capsys.readouterr())
-  refused(done, said)
+  refused(done, expected)
   assert not (_ROOT / 'x').exists()
 
 
 @pytest.mark.parametrize(
-  ('body', 'said'),
+  ('body', 'expected'),
   [
     ('def get_config(:', 'invalid syntax (broken.py, line 1)'),
     ('import nothing_such', 'broken.py:1'),
@@ -142,7 +142,7 @@ def test_bad_input_is_one_line(capsys, monkeypatch, args, said):
   ],
 )
 def test_a_broken_experiment_is_one_line(
-  capsys, monkeypatch, tmp_path, body, said
+  capsys, monkeypatch, tmp_path, body, expected
 ):
   # ml_collections runs every experiment in one module: forget the last one's.
   monkeypatch.delitem(sys.modules, 'config_config', raising=False)
@@ -151,7 +151,7 @@ def test_a_broken_experiment_is_one_line(
     path.write_text(body)
   code = cli.main(['inspect', f'--config={path}'])
   done = subprocess.CompletedProcess([], code, *capsys.readouterr())
-  refused(done, 'broken.py', said)
+  refused(done, 'broken.py', expected)
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
@@ -165,21 +165,21 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ('error', 'code', 'said'),
+  ('error', 'code', 'expected'),
   [
     (loop.NonFiniteError(7, {'loss': math.inf}), 76, 'loss at step 7'),
     (loop.CorruptionError('step 3 gave'), 77, 'step 3 gave'),
     (watchdog.Stopped(5), 75, 'step 5 is saved'),
   ],
 )
-def test_exit_codes(capsys, monkeypatch, error, code, said):
+def test_exit_codes(capsys, monkeypatch, error, code, expected):
   def run(cfg, workdir):
     raise error
 
   monkeypatch.setattr(loop, 'run', run)
   monkeypatch.chdir(_ROOT)
   assert cli.main(['train', _CONFIG, '--workdir=x']) == code
-  assert said in ''.join(capsys.readouterr())
+  assert expected in ''.join(capsys.readouterr())
 
 
 def test_bad_input_ends_the_process_with_2(env):
@@ -202,8 +202,8 @@ def test_inspect_671b(env):
     start = time.perf_counter()
     done = dsv3(env, 'inspect', *args)
     best = min(best, time.perf_counter() - start)
-  told = json.loads(done.stdout)
-  assert told['parameters'] == {
+  summary = json.loads(done.stdout)
+  assert summary['parameters'] == {
     'main': 671_026_419_200,
     'router_bias': 14_848,
     'mtp_stored': 13_463_426_304,
@@ -211,8 +211,8 @@ def test_inspect_671b(env):
     'active': 37_552_282_624,
     'active_without_embedding': 36_625_603_584,
   }
-  assert told['kv_bytes_per_token'] == 70_272
-  flop = told['flops_per_token']
+  assert summary['kv_bytes_per_token'] == 70_272
+  flop = summary['flops_per_token']
   assert round(flop['causal'] / 1e9, 1) == 250.5
   assert round(flop['non_causal'] / 1e9, 1) == 281.2
   assert round(flop['mtp'] / 1e9, 1) == 10.2
@@ -237,8 +237,8 @@ def test_eval(env, trained):
   assert not done.returncode, done.stderr
   heldout, compared = map(json.loads, done.stdout.splitlines())
   assert heldout['task'] == 'heldout'
-  told = metrics.read_metrics(trained)[-1]
-  assert heldout['bits_per_byte'] == pytest.approx(told['bits_per_byte'])
+  last = metrics.read_metrics(trained)[-1]
+  assert heldout['bits_per_byte'] == pytest.approx(last['bits_per_byte'])
   assert (
     0 < compared['bigram_bits_per_byte'] < compared['unigram_bits_per_byte']
   )
@@ -272,10 +272,10 @@ def test_damaged_checkpoint_is_refused_by_name(env, trained, folder):
   body = bytearray(path.read_bytes())
   body[-9] ^= 4
   path.write_bytes(body)
-  said = (path.name, 'step 8 is whole', 'checkpoint.restore_step=8')
-  refused(dsv3(env, 'generate', f'--checkpoint={workdir}'), *said)
+  expected = (path.name, 'step 8 is intact', 'checkpoint.restore_step=8')
+  refused(dsv3(env, 'generate', f'--checkpoint={workdir}'), *expected)
   changes = {'checkpoint__every_steps': 4}
-  refused(dsv3(env, *train_args(folder, workdir, 14, **changes)), *said)
+  refused(dsv3(env, *train_args(folder, workdir, 14, **changes)), *expected)
 
 
 def test_truncated_config_is_refused(env, trained, folder):
@@ -322,7 +322,7 @@ def test_an_earlier_step_and_the_average_are_evaluated(env, trained):
     bits.append(json.loads(done.stdout)['bits_per_byte'])
   assert len(set(bits)) == 3
   refused(
-    dsv3(env, 'eval', f'--checkpoint={trained}', '--step=5'), 'step 4 is whole'
+    dsv3(env, 'eval', f'--checkpoint={trained}', '--step=5'), 'step 4 is intact'
   )
 
 
@@ -354,9 +354,9 @@ def test_sigterm_saves_once_and_the_rerun_goes_on(env, trained, folder):
     for x in metrics.read_metrics(where)
     if x['kind'] == 'train'
   ]
-  told = losses(workdir)
-  assert [step for step, _ in told] == list(range(1, stopped_at + 6))
-  assert told[:12] == losses(trained)[: len(told[:12])]
+  logged = losses(workdir)
+  assert [step for step, _ in logged] == list(range(1, stopped_at + 6))
+  assert logged[:12] == losses(trained)[: len(logged[:12])]
 
 
 def test_bench_runs_a_benchmark(env, folder):

@@ -13,7 +13,7 @@ from dsv3_jax.cli import main as cli
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
-def told(capsys, *args):
+def run(capsys, *args):
   """What the command prints when it ends well."""
   assert cli.main(['schedule', *args]) == 0
   out, err = capsys.readouterr()
@@ -23,16 +23,16 @@ def told(capsys, *args):
 
 def test_json_of_the_reports_figure(capsys):
   args = ['--kind=dualpipe', '--stages=8', '--microbatches=20', '--json']
-  found = json.loads(told(capsys, *args))
-  assert found['bubble'] == found['closed_form_bubble'] == 6
-  assert found['total'] == 66 and found['bubble_fraction'] == 6 / 66
-  assert found['peak_live_activations'] == [9] * 8
-  assert found['parameter_copies'] == [2] * 8
-  assert found['ranks'] == 8
-  forwards = [row for row in found['table'] if 'forward' in row]
+  result = json.loads(run(capsys, *args))
+  assert result['bubble'] == result['closed_form_bubble'] == 6
+  assert result['total'] == 66 and result['bubble_fraction'] == 6 / 66
+  assert result['peak_live_activations'] == [9] * 8
+  assert result['parameter_copies'] == [2] * 8
+  assert result['ranks'] == 8
+  forwards = [row for row in result['table'] if 'forward' in row]
   assert len(forwards) == 8 * 20
-  assert max(row['end'] for row in found['table']) == 66
-  assert found == json.loads(told(capsys, '--json'))  # the defaults
+  assert max(row['end'] for row in result['table']) == 66
+  assert result == json.loads(run(capsys, '--json'))  # the defaults
 
 
 def test_a_reader_that_leaves_is_no_fault():
@@ -42,8 +42,8 @@ def test_a_reader_that_leaves_is_no_fault():
   with subprocess.Popen(args + sizes, cwd=_ROOT, text=True, **pipes) as child:
     assert child.stdout.readline()
     child.stdout.close()
-    said = child.stderr.read()
-  assert (child.returncode, said) == (141, '')
+    stderr = child.stderr.read()
+  assert (child.returncode, stderr) == (141, '')
 
 
 @pytest.mark.parametrize(
@@ -63,27 +63,27 @@ def test_a_reader_that_leaves_is_no_fault():
   ],
 )
 def test_figures(capsys, args, expected):
-  found = json.loads(told(capsys, *args, '--json'))
+  result = json.loads(run(capsys, *args, '--json'))
   bubble, ranks, live, copies = expected
-  assert found['bubble'] == bubble
-  assert found['ranks'] == ranks
-  assert found['peak_live_activations'] == live
-  assert found['parameter_copies'] == [copies] * ranks
+  assert result['bubble'] == bubble
+  assert result['ranks'] == ranks
+  assert result['peak_live_activations'] == live
+  assert result['parameter_copies'] == [copies] * ranks
 
 
 def test_uneven_stages(capsys):
   """The last stage takes twice as long: the others wait for it."""
   args = ['--kind=1f1b', '--stages=2', '--microbatches=10', '--f=1,2']
-  found = json.loads(told(capsys, *args, '--b=2,4', '--w=1,2', '--json'))
-  assert found['total'] == 1 + 10 * 6 + 2
-  assert found['idle'] == [63 - 30, 3] and found['bubble'] == 33
-  assert found['closed_form_bubble'] is None
+  result = json.loads(run(capsys, *args, '--b=2,4', '--w=1,2', '--json'))
+  assert result['total'] == 1 + 10 * 6 + 2
+  assert result['idle'] == [63 - 30, 3] and result['bubble'] == 33
+  assert result['closed_form_bubble'] is None
 
 
 def test_text_and_picture(capsys, tmp_path):
   path = tmp_path / 'drawn.png'
   args = ['--kind=1f1b', '--stages=2', '--microbatches=4', f'--png={path}']
-  lines = told(capsys, *args).splitlines()
+  lines = run(capsys, *args).splitlines()
   assert lines[0] == '1f1b: 2 stages on 2 ranks, 4 micro-batches'
   assert lines[1] == 'total 15, bubble 3 (20.0%), by formula 3'
   assert lines[-1] == 'rank  1 | .  F0 B0 F1 B1 F2 B2 F3 B3 .'
@@ -91,7 +91,7 @@ def test_text_and_picture(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('args', 'said'),
+  ('args', 'expected'),
   [
     (['--kind=2f2b'], "kind='2f2b' must be one of: gpipe, 1f1b, "),
     (
@@ -115,12 +115,12 @@ def test_text_and_picture(capsys, tmp_path):
     (['--stages=x'], 'stages'),
   ],
 )
-def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, args, said):
+def test_bad_input_is_one_line(capsys, monkeypatch, tmp_path, args, expected):
   monkeypatch.chdir(tmp_path)
   assert cli.main(['schedule', *args]) == 2
   out, err = capsys.readouterr()
   assert not out and err.startswith('dsv3: ') and err.count('\n') == 1
-  assert said in err
+  assert expected in err
   assert not list(tmp_path.iterdir())
 
 

@@ -64,8 +64,8 @@ def test_split_follows_the_name_not_the_place_or_the_others(tmp_path):
     for i in range(extra):
       (place / f'extra{i}.txt').write_text('more')
     valid = corpus.open_corpus(data_config(source)).valid
-    found = {valid[i]['name'] for i in range(len(valid))}
-    names[folder] = {name for name in found if 'extra' not in name}
+    held_out = {valid[i]['name'] for i in range(len(valid))}
+    names[folder] = {name for name in held_out if 'extra' not in name}
   assert names['one'] == names['two']
   share = sum(corpus.is_held_out(f'{i}', 0.1) for i in range(10_000)) / 10_000
   assert 0.09 < share < 0.11
@@ -84,7 +84,7 @@ def test_conversations(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('name', 'body', 'said'),
+  ('name', 'body', 'expected'),
   [
     ('a.jsonl', b'{"text": "x"}\n{"text": 3}\n', 'a.jsonl:2'),
     ('a.jsonl', b'{"text": "x"}\n{"tex', 'a.jsonl:2 is not JSON'),
@@ -107,9 +107,9 @@ def test_conversations(tmp_path):
     ('a.csv', b'text', 'a.csv must end in one of'),
   ],
 )
-def test_bad_files_are_named(tmp_path, name, body, said):
+def test_bad_files_are_named(tmp_path, name, body, expected):
   (tmp_path / name).write_bytes(body)
-  with pytest.raises(errors.InputError, match=re.escape(said)) as caught:
+  with pytest.raises(errors.InputError, match=re.escape(expected)) as caught:
     list(files.open_glob(str(tmp_path / '*'), 'text'))
   assert '\n' not in str(caught.value)
 
@@ -169,11 +169,13 @@ def test_any_tfds_set(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-  ('name', 'said'),
+  ('name', 'expected'),
   [('no_such_set', 'DatasetNotFoundError'), ('broken_texts', 'is gone')],
 )
-def test_a_tfds_set_that_cannot_be_made_is_one_line(tmp_path, name, said):
-  with pytest.raises(errors.InputError, match=f'tfds:{name}.*{said}') as caught:
+def test_a_tfds_set_that_cannot_be_made_is_one_line(tmp_path, name, expected):
+  with pytest.raises(
+    errors.InputError, match=f'tfds:{name}.*{expected}'
+  ) as caught:
     corpus.open_corpus(data_config(f'tfds:{name}', tmp_path))
   assert '\n' not in str(caught.value)
 

@@ -36,12 +36,12 @@ def test_a_broken_record_ends_the_stream_with_its_own_error(bpe):
         raise errors.InputError(f'records.jsonl:{i} is not JSON')
       return super().__getitem__(i)
 
-  made = loader.Loader(Broken(_DOCUMENTS), bpe, data_config(), seed=0, rows=2)
+  stream = loader.Loader(Broken(_DOCUMENTS), bpe, data_config(), seed=0, rows=2)
   try:
     with pytest.raises(errors.InputError, match=r'records\.jsonl:\d+ is'):
-      next(made)
+      next(stream)
   finally:
-    made.close()
+    stream.close()
 
 
 def data_config(**changes):
@@ -51,9 +51,9 @@ def data_config(**changes):
   return settings.small(**(fixed | named)).data
 
 
-def open_loader(bpe, cfg, **how):
-  how = {'seed': 3, 'rows': 2} | how
-  return loader.Loader(_DOCUMENTS, bpe, cfg, **how)
+def open_loader(bpe, cfg, **options):
+  options = {'seed': 3, 'rows': 2} | options
+  return loader.Loader(_DOCUMENTS, bpe, cfg, **options)
 
 
 def take(stream, count):
@@ -138,19 +138,19 @@ def test_every_token_is_scored_once(bpe, lengths, length, stride):
   ]
   cfg = data_config(seq_len=12)
   cfg = dataclasses.replace(cfg, seq_len=length)
-  made = loader.eval_windows(documents, bpe, cfg, 10**6, stride)
-  assert made['num_bytes'] == sum(len(d['text']) for d in documents)
-  weights = made['weights_WT'] > 0
-  scored = made['targets_WT'][weights].tolist()
-  want = [t for text in made['texts'] for t in bpe.encode(text).tolist()]
+  windows = loader.eval_windows(documents, bpe, cfg, 10**6, stride)
+  assert windows['num_bytes'] == sum(len(d['text']) for d in documents)
+  weights = windows['weights_WT'] > 0
+  scored = windows['targets_WT'][weights].tolist()
+  want = [t for text in windows['texts'] for t in bpe.encode(text).tolist()]
   assert scored == want
   # A scored token saw all of its window before it, and the one just before.
   for w, row in enumerate(weights):
     for t in np.flatnonzero(row):
-      assert made['segments_WT'][w, : t + 1].all()
+      assert windows['segments_WT'][w, : t + 1].all()
       if t:
-        before = made['targets_WT'][w, t - 1]
-        assert made['tokens_WT'][w, t] == before
+        before = windows['targets_WT'][w, t - 1]
+        assert windows['tokens_WT'][w, t] == before
 
 
 def test_at_most_so_many_bytes_but_one_document(bpe):

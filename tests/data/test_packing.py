@@ -34,48 +34,48 @@ def test_fim_rate(bpe, rate):
   cfg = settings.small(data__fim_rate=rate, data__split_rate=0.0).data
   rng, count = np.random.default_rng(0), 2000
   record = {'text': 'a b c'}
-  found = [
+  is_fim = [
     bpe.fim_begin_id in packing.encode_document(record, bpe, cfg, rng)['tokens']
     for _ in range(count)
   ]
   spread = 4 * (rate * (1 - rate) / count) ** 0.5
-  assert abs(np.mean(found) - rate) <= spread
+  assert abs(np.mean(is_fim) - rate) <= spread
 
 
 def test_documents_have_both_ends(bpe):
   cfg = settings.small(data__fim_rate=0.5, data__split_rate=0.5).data
-  made = packing.encode_document(
+  document = packing.encode_document(
     {'text': _TEXT}, bpe, cfg, np.random.default_rng(1)
   )
-  assert made['tokens'][0] == bpe.bos_id
-  assert made['tokens'][-1] == bpe.eos_id
-  assert made['learned'].all()
-  assert made['tokens'].shape == made['learned'].shape
+  assert document['tokens'][0] == bpe.bos_id
+  assert document['tokens'][-1] == bpe.eos_id
+  assert document['learned'].all()
+  assert document['tokens'].shape == document['learned'].shape
 
 
 def test_random_splits_keep_the_text(bpe):
   """Rate 0 changes nothing; rate 1 leaves no such token; between, some."""
   ids = bpe.encode(_TEXT)
   kinds = set(bpe.splittable_ids.tolist())
-  joined = np.isin(ids, bpe.splittable_ids).sum()
-  assert joined > 50
+  count = np.isin(ids, bpe.splittable_ids).sum()
+  assert count > 50
   left = {}
   for rate in (0.0, 0.3, 1.0):
     rng = np.random.default_rng(0)
     split = packing.split_at_random(ids, bpe, rate, rng)
     assert bpe.decode(split) == _TEXT
     left[rate] = sum(int(t) in kinds for t in split)
-  assert left[0.0] == joined
+  assert left[0.0] == count
   assert left[1.0] == 0
-  assert 0.5 * joined < left[0.3] < 0.9 * joined
+  assert 0.5 * count < left[0.3] < 0.9 * count
 
 
 @hypothesis.given(total=st.integers(1, 50), length=st.integers(1, 12))
 def test_cut_loses_nothing_and_isolated_keeps_the_start(total, length):
   document = {'tokens': np.arange(total), 'learned': np.ones(total)}
   pieces = packing.cut(document, length, isolated=False)
-  joined = np.concatenate([p['tokens'] for p in pieces])
-  np.testing.assert_array_equal(joined, np.arange(total))
+  tokens = np.concatenate([p['tokens'] for p in pieces])
+  np.testing.assert_array_equal(tokens, np.arange(total))
   assert max(p['tokens'].size for p in pieces) <= length
   (only,) = packing.cut(document, length, isolated=True)
   np.testing.assert_array_equal(only['tokens'], np.arange(min(total, length)))
@@ -93,19 +93,27 @@ def row():
 
 def test_example_of_pre_training():
   """Samples see each other; the border's target counts, padding does not."""
-  made = packing.to_example(row(), isolated=False)
-  assert made['targets_BT'].tolist() == [11, 12, 13, 20, 21, 22, 0]
-  assert made['weights_BT'].tolist() == [1, 1, 1, 0, 1, 1, 0]  # 20 not learned
-  assert made['positions_BT'].tolist() == list(range(7))
-  assert made['segments_BT'].tolist() == [1, 1, 1, 1, 2, 2, 2]
+  example = packing.to_example(row(), isolated=False)
+  assert example['targets_BT'].tolist() == [11, 12, 13, 20, 21, 22, 0]
+  assert example['weights_BT'].tolist() == [
+    1,
+    1,
+    1,
+    0,
+    1,
+    1,
+    0,
+  ]  # 20 not learned
+  assert example['positions_BT'].tolist() == list(range(7))
+  assert example['segments_BT'].tolist() == [1, 1, 1, 1, 2, 2, 2]
 
 
 def test_example_of_isolated_samples():
   """No target across a border; positions begin anew."""
   given = row() | {'learned': np.array([1, 1, 1, 1, 1, 1, 1, 0])}
-  made = packing.to_example(given, isolated=True)
-  assert made['weights_BT'].tolist() == [1, 1, 1, 0, 1, 1, 0]
-  assert made['positions_BT'].tolist() == [0, 1, 2, 3, 0, 1, 2]
+  example = packing.to_example(given, isolated=True)
+  assert example['weights_BT'].tolist() == [1, 1, 1, 0, 1, 1, 0]
+  assert example['positions_BT'].tolist() == [0, 1, 2, 3, 0, 1, 2]
   open_ = packing.to_example(given, isolated=False)
   assert open_['weights_BT'].tolist() == [1, 1, 1, 1, 1, 1, 0]
 
@@ -117,9 +125,9 @@ def test_counts_by_kind(bpe):
     {'role': 'assistant', 'content': 'b'},
   ]
   cfg = settings.small().data
-  made = packing.encode_document(
+  document = packing.encode_document(
     {'messages': chat}, bpe, cfg, np.random.default_rng(0)
   )
-  kinds = collections.Counter(made['learned'].tolist())
+  kinds = collections.Counter(document['learned'].tolist())
   assert kinds[1] == bpe.encode('b').size + 1
-  assert made['learned'].dtype == np.int32
+  assert document['learned'].dtype == np.int32

@@ -142,15 +142,15 @@ def test_chat_template():
 
 
 @pytest.mark.parametrize(
-  ('messages', 'said'),
+  ('messages', 'expected'),
   [
     ([], 'at least one message'),
     ([{'role': 'tool', 'content': ''}], r"messages\[0\]\.role='tool'"),
     ([{'role': 'user'}], r'messages\[0\]\.content must be a string'),
   ],
 )
-def test_bad_chats(messages, said):
-  with pytest.raises(errors.InputError, match=said):
+def test_bad_chats(messages, expected):
+  with pytest.raises(errors.InputError, match=expected):
     trained().encode_chat(messages)
 
 
@@ -163,7 +163,7 @@ def test_save_and_load(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('body', 'said'),
+  ('body', 'expected'),
   [
     (None, 'cannot be read'),
     (b'{"model": ', 'is damaged'),
@@ -172,10 +172,10 @@ def test_save_and_load(tmp_path):
     (b'{}', 'tokenizer'),
   ],
 )
-def test_bad_files_are_named(tmp_path, body, said):
+def test_bad_files_are_named(tmp_path, body, expected):
   path = tmp_path / 'tokenizer.json'
   if body is not None:
     path.write_bytes(body)
-  with pytest.raises(errors.InputError, match=said) as caught:
+  with pytest.raises(errors.InputError, match=expected) as caught:
     tokenizer.Tokenizer.from_file(path)
   assert str(path) in str(caught.value)

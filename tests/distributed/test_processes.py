@@ -30,7 +30,7 @@ def get_config(arg=''):
 
 
 @pytest.mark.parametrize(
-  ('given', 'said'),
+  ('given', 'expected'),
   [
     (('', '2', '0'), 'JAX_COORDINATOR_ADDRESS is missing'),
     (('host:1', '', '0'), 'JAX_NUM_PROCESSES is missing'),
@@ -43,9 +43,9 @@ def get_config(arg=''):
     (('host:1', '2', '-1'), 'JAX_PROCESS_ID=-1 must be a number < JAX_NUM_P'),
   ],
 )
-def test_a_wrong_environment_is_one_line(given, said):
+def test_a_wrong_environment_is_one_line(given, expected):
   wrong = dict(zip(processes.ENVIRONMENT, given, strict=True))
-  with pytest.raises(errors.InputError, match=re.escape(said)) as caught:
+  with pytest.raises(errors.InputError, match=re.escape(expected)) as caught:
     processes.from_environment(wrong)
   assert '\n' not in str(caught.value)
 
@@ -57,7 +57,7 @@ def test_what_the_environment_tells():
 
 
 def test_alone_a_process_agrees_with_itself():
-  with processes.joined():
+  with processes.join_job():
     assert (processes.index(), processes.count()) == (0, 1)
     assert processes.gather('a', 1) == [1]
     assert processes.broadcast('a', 2) == processes.first_reported('a', 2) == 2
@@ -88,8 +88,8 @@ def launch(command, args, **extra):
 
 def local(command, args, **extra):
   child = launch(command, args, **extra)
-  said, _ = child.communicate(timeout=280)
-  return child.returncode, said
+  output, _ = child.communicate(timeout=280)
+  return child.returncode, output
 
 
 JOIN = """
@@ -97,7 +97,7 @@ import sys
 from dsv3_jax import errors
 from dsv3_jax.distributed import processes
 def main():
-  with processes.joined():
+  with processes.join_job():
     me = processes.index()
     print('only the first says', me)
     assert processes.gather('a', 10 + me) == [[10, 11], []][me]
@@ -116,22 +116,24 @@ except errors.InputError as error:
 """
 
 
-def lines(said):
-  return [x for x in said.splitlines() if x and not x.startswith('local.sh: p')]
+def lines(output):
+  return [
+    x for x in output.splitlines() if x and not x.startswith('local.sh: p')
+  ]
 
 
 @pytest.mark.slow
 def test_processes_agree_and_fail_together(tmp_path):
-  code, said = job(tmp_path, JOIN.format(then=''))
-  assert (code, lines(said)) == (0, ['only the first says 0']), said
+  code, output = job(tmp_path, JOIN.format(then=''))
+  assert (code, lines(output)) == (0, ['only the first says 0']), output
   then = (
     "with processes.propagate_errors('x'):\n"
     "      if me == 1: raise errors.InputError('no such file')\n"
     "    print('never')"
   )
-  code, said = job(tmp_path, JOIN.format(then=then))
+  code, output = job(tmp_path, JOIN.format(then=then))
   assert code in (2, 3)
-  first, *rest = lines(said)
+  first, *rest = lines(output)
   assert (first, rest) == (
     'only the first says 0',
     ['process 1: no such file'] * 2,
@@ -143,10 +145,10 @@ def test_one_process_that_crashes_ends_the_job(tmp_path):
   """The other waits for it, and would for a minute; no restart helps."""
   then = "if me == 1: raise RuntimeError('a bug')\n    processes.barrier('x')"
   begun = time.monotonic()
-  code, said = job(tmp_path, JOIN.format(then=then), RESTARTS='1')
+  code, output = job(tmp_path, JOIN.format(then=then), RESTARTS='1')
   assert code == 1
-  assert said.count('RuntimeError: a bug') == 2
-  assert said.count('local.sh: a process ended with 1; restart 1 of 1') == 1
+  assert output.count('RuntimeError: a bug') == 2
+  assert output.count('local.sh: a process ended with 1; restart 1 of 1') == 1
   assert time.monotonic() - begun < 120
 
 
@@ -178,28 +180,28 @@ def experiment(tmp_path_factory):
 
 def train(experiment, workdir, *args, **extra):
   """Starts a job that trains."""
-  how = {
+  environment = {
     # What the first process compiled, it has next time.
     'JAX_COMPILATION_CACHE_DIR': str(ROOT / '.pytest_cache' / 'compiled'),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.3',
   }
   where = [f'--config={experiment}', f'--workdir={workdir}']
   command = f'{sys.executable} -m dsv3_jax.cli'
-  return launch(command, [*where, *args], **(how | extra))
+  return launch(command, [*where, *args], **(environment | extra))
 
 
 def wait_for(child, condition):
   """Reads what a job says, up to when it holds; returns that."""
-  said = ''
-  while not condition(said):
+  output = ''
+  while not condition(output):
     line = child.stdout.readline()
-    assert line, f'the job has ended: {said}'
-    said += line
-  return said
+    assert line, f'the job has ended: {output}'
+    output += line
+  return output
 
 
-def pid(said, process):
-  return int(re.findall(f'process {process} has pid ([0-9]+)', said)[-1])
+def pid(output, process):
+  return int(re.findall(f'process {process} has pid ([0-9]+)', output)[-1])
 
 
 @pytest.mark.slow
@@ -209,25 +211,25 @@ def test_a_killed_process_loses_nothing(experiment, tmp_path):
   two = {'PROCESSES': '2', 'DEVICES': '4'}
   calm, rough = tmp_path / 'calm', tmp_path / 'rough'
   child = train(experiment, calm, **two)
-  said, _ = child.communicate(timeout=900)
-  assert child.returncode == 0, said
-  want = tiny_run.told(calm)
+  output, _ = child.communicate(timeout=900)
+  assert child.returncode == 0, output
+  want = tiny_run.read_metrics(calm)
   assert [line['step'] for line in want] == list(range(1, 9))
   for name in ('loss.png', 'samples.txt', 'config.json', 'tokenizer.json'):
     assert (calm / name).stat().st_size > 0
 
   longer = f'--config.train.total_tokens={1000 * STEP_TOKENS}'
   child = train(experiment, rough, longer, RESTARTS='1', **two)
-  said = wait_for(child, lambda said: '\nstep 5 ' in said)
-  os.kill(pid(said, 1), signal.SIGKILL)
-  said += wait_for(child, lambda said: '\nstep 8 ' in said)
-  assert 'restart 1 of 1' in said
-  assert re.search('goes on after step [24]\n', said), said
-  os.kill(pid(said, 1), signal.SIGTERM)
+  output = wait_for(child, lambda output: '\nstep 5 ' in output)
+  os.kill(pid(output, 1), signal.SIGKILL)
+  output += wait_for(child, lambda output: '\nstep 8 ' in output)
+  assert 'restart 1 of 1' in output
+  assert re.search('goes on after step [24]\n', output), output
+  os.kill(pid(output, 1), signal.SIGTERM)
   rest, _ = child.communicate(timeout=300)
   assert child.returncode == 75, rest
   assert 'dsv3: stopped by a signal' in rest
-  got = tiny_run.told(rough)
+  got = tiny_run.read_metrics(rough)
   assert got[:8] == want
 
   steps = len(got)
@@ -235,10 +237,10 @@ def test_a_killed_process_loses_nothing(experiment, tmp_path):
   further = f'--config.train.total_tokens={(steps + 1) * STEP_TOKENS}'
   quiet = '--config.eval.max_bytes=100'
   child = train(experiment, rough, further, quiet, DEVICES='8')
-  said, _ = child.communicate(timeout=300)
-  assert child.returncode == 0, said
-  assert f'goes on after step {steps}' in said
-  *before, last = tiny_run.told(rough)
+  output, _ = child.communicate(timeout=300)
+  assert child.returncode == 0, output
+  assert f'goes on after step {steps}' in output
+  *before, last = tiny_run.read_metrics(rough)
   assert before == got
   assert last['step'] == steps + 1
   assert last['loss'] < want[0]['loss']

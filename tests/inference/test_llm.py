@@ -13,7 +13,7 @@ import pytest
 
 import dsv3_jax
 from dsv3_jax import errors
-from dsv3_jax.checkpoint import source, store
+from dsv3_jax.checkpoint import store
 from dsv3_jax.inference import engine, generate, llm
 from dsv3_jax.nn import model
 from dsv3_jax.training import evaluate, loop
@@ -177,15 +177,6 @@ def test_any_committed_step_can_be_loaded(run, trained):
     np.testing.assert_array_equal(a, b)
   with pytest.raises(errors.InputError, match=r'000000004.*step 3 is'):
     dsv3_jax.load(run[1], step=4)
-
-
-def test_marks_tell_weights_apart(run, copied):
-  marks = [source.mark(run[1], step) for step in (3, 6)]
-  assert marks[0] != marks[1] == source.mark(run[1])
-  assert source.mark(run[1], ema=True) != marks[1]
-  assert source.mark(copied[0]) == marks[1]
-  with pytest.raises(errors.InputError, match='000000004 does not exist'):
-    source.mark(run[1], 4)
 
 
 def test_the_average_of_the_weights_can_be_loaded(run, trained, copied):

@@ -10,8 +10,8 @@ from tests import settings
 
 def test_published_figures_of_671b():
   cfg = config.from_config_dict(v3_671b.get_config())
-  told = flops.inspect_dict(cfg.model, 4096)
-  assert told['parameters'] == {
+  summary = flops.inspect_dict(cfg.model, 4096)
+  assert summary['parameters'] == {
     'main': 671_026_419_200,
     'router_bias': 58 * 256,
     'mtp_stored': 13_463_426_304,
@@ -20,8 +20,8 @@ def test_published_figures_of_671b():
     'active_without_embedding': 36_625_603_584,
   }
   # 61 layers, latent 512 and rotary key 64, two bytes each.
-  assert told['kv_bytes_per_token'] == 61 * (512 + 64) * 2 == 70_272
-  flop = told['flops_per_token']
+  assert summary['kv_bytes_per_token'] == 61 * (512 + 64) * 2 == 70_272
+  flop = summary['flops_per_token']
   assert flop['causal'] == pytest.approx(250.456e9, rel=1e-5)
   assert flop['non_causal'] == pytest.approx(281.158e9, rel=1e-5)
   assert flop['mtp'] == pytest.approx(10.19e9, rel=1e-3)
@@ -29,9 +29,9 @@ def test_published_figures_of_671b():
 
 def test_16b():
   cfg = config.from_config_dict(v3_16b.get_config())
-  told = flops.inspect_dict(cfg.model, 4096)
-  assert told['parameters']['main'] == 15_706_484_224 + 26 * 64
-  assert told['flops_per_token']['causal'] == pytest.approx(16.4e9, rel=5e-3)
+  summary = flops.inspect_dict(cfg.model, 4096)
+  assert summary['parameters']['main'] == 15_706_484_224 + 26 * 64
+  assert summary['flops_per_token']['causal'] == pytest.approx(16.4e9, rel=5e-3)
 
 
 def test_flop_of_every_product_of_a_tiny_model():
@@ -57,5 +57,5 @@ def test_flop_of_every_product_of_a_tiny_model():
 def test_render_names_the_parts():
   cfg = config.from_config_dict(v3_671b.get_config())
   text = flops.render(cfg.model, 4096)
-  for said in ('671,026,419,200', '70,272', '250.5'):
-    assert said in text
+  for figure in ('671,026,419,200', '70,272', '250.5'):
+    assert figure in text

@@ -58,20 +58,20 @@ def test_parts_add_up_to_the_arrays_of_the_model(changes):
   total = count(params) + count(router)
   parts = flops.main_parts(cfg.model) + flops.mtp_parts(cfg.model)
   assert sum(part.size for part in parts) == total
-  told = flops.inspect_dict(cfg.model, 12)['parameters']
-  assert told['main'] + told['mtp_unique'] == total
+  summary = flops.inspect_dict(cfg.model, 12)['parameters']
+  assert summary['main'] + summary['mtp_unique'] == total
   copies = 2 * cfg.model.mtp.depth * cfg.model.vocab_size * cfg.model.d_model
-  assert told['mtp_stored'] == told['mtp_unique'] + copies
+  assert summary['mtp_stored'] == summary['mtp_unique'] + copies
 
 
 @hypothesis.given(shapes(), st.integers(1, 5000))
 def test_all_figures_are_the_oracle_s(changes, seq_len):
   cfg = settings.small(**changes).model
-  told = flops.inspect_dict(cfg, seq_len)
-  assert told['parameters'] == oracle.counts(cfg)
-  assert told['kv_bytes_per_token'] == oracle.kv_bytes_per_token(cfg, 2)
+  summary = flops.inspect_dict(cfg, seq_len)
+  assert summary['parameters'] == oracle.counts(cfg)
+  assert summary['kv_bytes_per_token'] == oracle.kv_bytes_per_token(cfg, 2)
   want = oracle.flops_per_token(cfg, seq_len)
-  assert told['flops_per_token'] == pytest.approx(want, rel=1e-12)
+  assert summary['flops_per_token'] == pytest.approx(want, rel=1e-12)
 
 
 @hypothesis.given(shapes())
@@ -91,17 +91,17 @@ def test_236b():
     m.moe.top_groups = 3
     m.mtp.depth = 0
     source.data.tokenizer_vocab = 102400
-  told = flops.inspect_dict(config.from_config_dict(source).model, 4096)
-  counted = told['parameters']
+  summary = flops.inspect_dict(config.from_config_dict(source).model, 4096)
+  counted = summary['parameters']
   # V2's gate has no bias; ours has 160 values of it in each of 59 layers.
   assert counted['router_bias'] == 59 * 160
   assert counted['main'] - counted['router_bias'] == 235_741_434_880
   assert counted['active'] == 21_375_800_320
   assert counted['active_without_embedding'] == 20_851_512_320
   assert counted['mtp_stored'] == counted['mtp_unique'] == 0
-  assert told['kv_bytes_per_token'] == 69_120
-  assert round(told['flops_per_token']['causal'] / 1e9, 1) == 155.3
-  assert told['flops_per_token']['mtp'] == 0.0
+  assert summary['kv_bytes_per_token'] == 69_120
+  assert round(summary['flops_per_token']['causal'] / 1e9, 1) == 155.3
+  assert summary['flops_per_token']['mtp'] == 0.0
 
 
 def products(program):
@@ -142,7 +142,7 @@ def test_a_traced_step_makes_the_products_that_are_counted(depth):
   batch, _ = models.make_batch(cfg, ([13], [13]))
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
   traced = jax.make_jaxpr(models.loss_and_grads(cfg))
-  made = products(traced(params, router, batch, scales).jaxpr)
+  num_products = products(traced(params, router, batch, scales).jaxpr)
 
   length, m = cfg.data.seq_len, cfg.model.mla
   want = flops.flops_per_token(cfg.model, length, causal=False)
@@ -160,7 +160,7 @@ def test_a_traced_step_makes_the_products_that_are_counted(depth):
   # over o do that stand for those over p dp.
   again = 2 * m.num_heads * (m.qk_head_dim * length + m.v_head_dim)
   want += again * (cfg.model.num_layers + depth)
-  assert made == batch.tokens_BT.size * want
+  assert num_products == batch.tokens_BT.size * want
 
 
 def is_norm(path):

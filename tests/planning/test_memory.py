@@ -1,4 +1,4 @@
-"""Bytes kept for the backward pass: the formula is what JAX really keeps."""
+"""Bytes saved for the backward pass: the formula against JAX's residuals."""
 
 import flax.linen as nn
 import jax
@@ -79,13 +79,13 @@ def test_residuals_of_a_whole_layer(name, is_moe):
 
 def test_report_of_671b():
   cfg = config.from_config_dict(base.get_config())
-  told = {
+  summaries = {
     name: memory.inspect_dict(cfg.model, precision.POLICIES[name])
     for name in ('bf16', 'fp8')
   }
-  size = lambda name: told[name]['activation_bytes_per_token']['moe_layer']
+  size = lambda name: summaries[name]['activation_bytes_per_token']['moe_layer']
   assert (size('bf16'), size('fp8')) == (139_904, 96_512)
-  weights = {name: t['weight_bytes'] for name, t in told.items()}
+  weights = {name: t['weight_bytes'] for name, t in summaries.items()}
   stored = 671_026_419_200 + 11_610_068_224
   assert weights['fp8']['master'] == weights['bf16']['master'] == 4 * stored
   # Two bytes a weight either way: BF16, or FP8 in both orientations.

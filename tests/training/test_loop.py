@@ -37,7 +37,7 @@ def test_batch_ramp_does_not_recompile(folder):
     loop.run(cfg, folder / 'ramp')
   finally:
     jax.monitoring.clear_event_listeners()
-  rows = {line['tokens'] for line in tiny_run.told(folder / 'ramp')}
+  rows = {line['tokens'] for line in tiny_run.read_metrics(folder / 'ramp')}
   gaps = set(np.diff(sorted(rows)).tolist())
   assert gaps == {2 * 32, 4 * 32}
   assert compiled.count('step') + compiled.count('jit(step)') <= 3
@@ -114,7 +114,7 @@ def test_every_experiment_runs_locally(folder, name):
     assert cfg.model.scan_layers and cfg.model.remat == 'report'
   final = loop.run(cfg, folder / name)
   assert 0 < final['loss_nats_per_token'] < 1.2 * np.log(cfg.model.vocab_size)
-  assert len(tiny_run.told(folder / name)) == 3
+  assert len(tiny_run.read_metrics(folder / name)) == 3
   assert (folder / name / 'samples.txt').stat().st_size > 0
 
 

@@ -38,16 +38,16 @@ def test_resume_is_bitwise(folder):
     got, same = tiny_run.committed(cfg, workdir, 40)
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert same == documents
-    assert tiny_run.told(workdir) == tiny_run.told(straight)
-  assert len(tiny_run.told(straight)) == 40
-  for line in tiny_run.told(straight):
+    assert tiny_run.read_metrics(workdir) == tiny_run.read_metrics(straight)
+  assert len(tiny_run.read_metrics(straight)) == 40
+  for line in tiny_run.read_metrics(straight):
     done = line['step'] - 1
     seen = tiny_run.tokens_after(done)
     assert line['lr'] == np.float32(lr_schedule.lr_at(cfg.optim.lr, done, seen))
     assert line['skipped'] == 0
   for name in ('loss.png', 'samples.txt', 'config.json', 'tokenizer.json'):
     assert (straight / name).stat().st_size > 0
-  first, *_, last = tiny_run.told(straight)
+  first, *_, last = tiny_run.read_metrics(straight)
   assert last['loss'] < first['loss'] - 0.5
 
 
@@ -70,7 +70,9 @@ def test_going_back_makes_the_later_steps_anew(folder):
   names = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
   assert names == ['000000004', '000000008', '000000008.aside-1',
                    '000000012', '000000012.aside-1']  # fmt: skip
-  assert [line['step'] for line in tiny_run.told(workdir)] == list(range(1, 13))
+  assert [line['step'] for line in tiny_run.read_metrics(workdir)] == list(
+    range(1, 13)
+  )
   lines = metrics.read_metrics(workdir)
   held_out = [line for line in lines if line['kind'] == 'eval']
   assert [line['step'] for line in held_out] == [4, 8, 12]
@@ -82,7 +84,9 @@ def test_going_back_makes_the_later_steps_anew(folder):
   # Asked again it goes on, so that a stopped run can be started again.
   loop.run(tiny_run.until(backwards, 13), workdir)
   assert len(list((workdir / 'checkpoints').glob('*.aside-*'))) == 2
-  assert [line['step'] for line in tiny_run.told(workdir)] == list(range(1, 14))
+  assert [line['step'] for line in tiny_run.read_metrics(workdir)] == list(
+    range(1, 14)
+  )
   (folder / 'corpus' / 'more.txt').write_text('more text', encoding='utf-8')
   try:
     with pytest.raises(errors.InputError, match=r'the corpus is .* but .*back'):

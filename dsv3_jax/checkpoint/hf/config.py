@@ -1,8 +1,8 @@
-"""The `config.json` of a Hugging Face folder, in both directions.
+"""Reads and writes the `config.json` of a Hugging Face folder.
 
-Every field is read, checked, or known to change nothing; any other is refused.
-Nothing that a config names (`auto_map`) is ever imported, and nothing is made
-of a size that it claims.
+Every field is read, checked, or known to have no effect; any other is refused.
+Nothing that a config names (`auto_map`) is imported, and nothing is allocated
+at a size that it claims.
 """
 
 import copy
@@ -44,7 +44,7 @@ _OPTIONAL = {'num_nextn_predict_layers': 0, 'initializer_range': 0.006}
 _KINDS = dict.fromkeys(
   ('rms_norm_eps', 'initializer_range', 'routed_scaling_factor'), (float, int)
 ) | {'norm_topk_prob': (bool,)}
-# Fields that the model has one answer to.
+# Fields of which the model supports one value.
 _FIXED = {
   'model_type': 'deepseek_v3',
   'architectures': ['DeepseekV3ForCausalLM'],
@@ -58,7 +58,7 @@ _FIXED = {
   'tie_word_embeddings': False,
   'rope_interleave': True,
 }
-# Fields that change no logit.
+# Fields that do not change the logits.
 _IGNORED = (
   *('_name_or_path', 'auto_map', 'transformers_version', 'ep_size'),
   *('bos_token_id', 'eos_token_id', 'pad_token_id', 'torch_dtype', 'dtype'),
@@ -73,22 +73,22 @@ _FP8 = {
   'weight_block_size': [128, 128],
 }
 _MOST_LENGTH = 2**31 - 1  # positions are int32
-_MOST_ROPE = 1e12  # of RoPE's numbers, and the least is its inverse
+_MOST_ROPE = 1e12  # of RoPE's numbers; their minimum is its inverse
 
 Refuse = Callable[[str, str], errors.InputError]
 
 
 def write(cfg: config.Config, dtype: str = 'float32') -> dict[str, Any]:
-  """The config of a `DeepseekV3ForCausalLM` with our shape.
+  """The config of a `DeepseekV3ForCausalLM` of this shape.
 
-  transformers applies YaRN whatever the length; ours and the released code only
-  beyond the original one. So `rope_scaling` is written exactly when it acts.
+  transformers applies YaRN at every length; we and the released code apply it
+  only beyond the original length. So `rope_scaling` is written only then.
 
   Args:
-    dtype: of the tensors beside it: 'float32', 'bfloat16' or 'fp8'.
+    dtype: of the exported tensors: 'float32', 'bfloat16' or 'fp8'.
   """
   net = cfg.model
-  body = copy.deepcopy(_FIXED)  # lists too: the caller may change his own
+  body = copy.deepcopy(_FIXED)  # lists too: the caller may change them
   for field, path in _FIELDS.items():
     node = net
     for name in path.split('.'):
@@ -115,10 +115,10 @@ def read(path: pathlib.Path, most: int) -> dict[str, Any]:
 
   Args:
     path: of the `config.json`.
-    most: bytes of the tensors beside it: no dim and no count can be larger.
+    most: bytes of all tensors of the folder; bounds every dim and count.
 
   Raises:
-    InputError: a field is missing, unknown, or has a value that is not built.
+    InputError: a field is missing, unknown, or has an unsupported value.
   """
   body = shards.read_json(path)
   for field, value in body.items():
@@ -140,27 +140,27 @@ def read(path: pathlib.Path, most: int) -> dict[str, Any]:
   for field, value in _FIXED.items():
     if field in body and body[field] != value:
       raise refuse(field, f'is not built: it must be {value!r}')
-  found = {}
+  settings = {}
   for field, name in _FIELDS.items():
     if field not in body and field not in _OPTIONAL:
       raise errors.InputError(f'{path}: {field} is missing')
-    found[name] = _value(field, body, most, refuse)
+    settings[name] = _value(field, body, most, refuse)
   sums = {
-    'num_key_value_heads': found['mla.num_heads'],
-    'head_dim': found['mla.qk_rope_head_dim'],
-    'qk_head_dim': found['mla.qk_nope_head_dim']
-    + found['mla.qk_rope_head_dim'],
+    'num_key_value_heads': settings['mla.num_heads'],
+    'head_dim': settings['mla.qk_rope_head_dim'],
+    'qk_head_dim': settings['mla.qk_nope_head_dim']
+    + settings['mla.qk_rope_head_dim'],
   }
   for field, value in sums.items():
     if field in body and body[field] != value:
       raise refuse(field, f'is not built: it must be {value}')
   if body.get('quantization_config', _FP8) != _FP8:
     raise refuse('quantization_config', f'is not built: it must be {_FP8}')
-  return found | _rope(body, found['max_seq_len'], refuse)
+  return settings | _rope(body, settings['max_seq_len'], refuse)
 
 
 def _value(field: str, body: dict[str, Any], most: int, refuse: Refuse) -> Any:
-  """One of `_FIELDS`: of its type, and of a size that can be."""
+  """The value of one of `_FIELDS`, with its type and bounds checked."""
   value = body.get(field, _OPTIONAL.get(field))
   if value is None and field in ('q_lora_rank', 'n_shared_experts'):
     value = 0
@@ -179,7 +179,7 @@ def _value(field: str, body: dict[str, Any], most: int, refuse: Refuse) -> Any:
 def _rope(
   body: dict[str, Any], max_seq_len: int, refuse: Refuse
 ) -> dict[str, Any]:
-  """RoPE as either generation of transformers writes it."""
+  """RoPE settings, as written by old and new versions of transformers."""
   field, given = 'rope_parameters', body.get('rope_parameters')
   if old := given is None:
     field, given = 'rope_scaling', body.get('rope_scaling')
@@ -194,7 +194,7 @@ def _rope(
   given.pop('type', None)
   numbers = [theta, *given.values()]
   for x in numbers:
-    # A size that no model has would overflow where it is computed with.
+    # Larger numbers, which no model has, would overflow in YaRN's formulas.
     if type(x) not in (int, float) or not 1 / _MOST_ROPE <= x <= _MOST_ROPE:
       raise refuse(
         field,
@@ -215,5 +215,5 @@ def _rope(
       f'{original} positions, transformers on; drop it, or raise '
       'max_position_embeddings',
     )
-  found = {f'rope.{name}': given[name] for name in _ROPE}
-  return found | {'rope.theta': theta, 'rope.original_seq_len': original}
+  settings = {f'rope.{name}': given[name] for name in _ROPE}
+  return settings | {'rope.theta': theta, 'rope.original_seq_len': original}

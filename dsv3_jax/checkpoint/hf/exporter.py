@@ -1,9 +1,9 @@
-"""Our parameters as a Hugging Face folder, written piece by piece.
+"""Writes parameters as a Hugging Face folder, piece by piece.
 
-Shards are made at their full size and filled in place; a piece is at most 32 MB
-of f32, whatever the tensor's size. All is written into `OUTPUT.partial`, with a
-list of the finished shards; one rename at the end makes it `OUTPUT`. Begun
-again after an interruption, finished shards stay and the rest is made.
+A shard file has its full size from the start and is filled in place, in pieces
+of at most 32 MB of f32. Everything is written into `OUTPUT.partial`, with a
+journal of the finished shards; one rename at the end makes it `OUTPUT`. An
+export that was interrupted keeps its finished shards when it runs again.
 
   model-00001-of-00163.safetensors  model.safetensors.index.json  SHA256SUMS
   config.json  generation_config.json  tokenizer.json  tokenizer_config.json
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsv3_jax import config, errors
-from dsv3_jax.checkpoint import fp8_blocks
+from dsv3_jax.checkpoint import fp8_blocks, partial_folder
 from dsv3_jax.checkpoint.hf import config as hf_config
 from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.checkpoint.safetensors import finite
@@ -45,13 +45,13 @@ Leaves = Mapping[tuple[str, ...], Any]
 
 
 class _Source(NamedTuple):
-  """The leaves as they are, and with what is `Quantized` in f32."""
+  """The leaves as stored, and with `Quantized` leaves dequantised to f32."""
 
   stored: Leaves
   plain: Leaves
 
 
-def manifest(cfg: config.Config, dtype: str) -> list[shard_writer.Spec]:
+def manifest(cfg: config.Config, dtype: str) -> list[shard_writer.TensorSpec]:
   """Name, dtype and shape of every tensor of an export; allocates nothing.
 
   Args:
@@ -63,18 +63,20 @@ def manifest(cfg: config.Config, dtype: str) -> list[shard_writer.Spec]:
   return specs
 
 
-def _specs(place: hf_names.Place, dtype: str) -> list[shard_writer.Spec]:
-  """The tensor and, in FP8, the scales of its blocks."""
+def _specs(
+  place: hf_names.TensorPlace, dtype: str
+) -> list[shard_writer.TensorSpec]:
+  """The tensor and, if it is FP8, its block scales."""
   name, shape = place.tensor.name, place.file_shape
   if name.endswith('e_score_correction_bias'):
-    return [shard_writer.Spec(name, 'F32', shape)]
+    return [shard_writer.TensorSpec(name, 'F32', shape)]
   if dtype == 'fp8' and name.split('.')[-2] in _FP8:
     blocks = tuple(-(-n // 128) for n in shape)
     return [
-      shard_writer.Spec(name, 'F8_E4M3', shape),
-      shard_writer.Spec(name + '_scale_inv', 'F32', blocks),
+      shard_writer.TensorSpec(name, 'F8_E4M3', shape),
+      shard_writer.TensorSpec(name + '_scale_inv', 'F32', blocks),
     ]
-  return [shard_writer.Spec(name, _DTYPES[dtype], shape)]
+  return [shard_writer.TensorSpec(name, _DTYPES[dtype], shape)]
 
 
 def export(
@@ -92,18 +94,18 @@ def export(
 
   Args:
     leaves: path -> array with `shape` and slicing: NumPy, JAX or LazyArray.
-    shard_bytes: most bytes of one file, unless one tensor is larger.
+    dtype: of matrices: 'float32', 'bfloat16' or 'fp8'.
+    shard_bytes: maximum size of a file, unless one tensor is larger.
     documents: file name -> text, of the tokenizer.
-    source: names what is exported, so that a folder begun with another is not
-      gone on with.
+    source: identifies the weights. An interrupted export resumes only if it is
+      the same.
+    progress: called with a line for each finished shard.
 
   Raises:
     InputError: `output` exists, or a weight is not finite (names the tensor).
   """
   output = pathlib.Path(output)
-  if output.exists():
-    raise errors.InputError(f'--output={output} exists: name another')
-  partial = output.with_name(output.name + '.partial')
+  partial = partial_folder.path(output)
   places = hf_names.places(cfg)
   of = {spec.name: p for p in places for spec in _specs(p, dtype)}
   plan = shard_writer.plan(manifest(cfg, dtype), shard_bytes)
@@ -117,7 +119,7 @@ def export(
   }
   try:
     _write_shards(partial, jobs, mark.hexdigest(), digests, progress)
-  except errors.InputError:  # to go on from there would end alike
+  except errors.InputError:  # resuming would fail in the same way
     shutil.rmtree(partial)
     raise
   shard_writer.write_index(partial, plan)
@@ -138,7 +140,7 @@ def _write_shards(
   digests: dict[str, str],
   progress: Callable[[str], None],
 ) -> None:
-  """Makes what is not in `digests`; one is hashed while the next is written."""
+  """Writes shards that have no digest; hashes one while writing the next."""
 
   def finish(name: str) -> None:
     if name not in digests:
@@ -161,13 +163,8 @@ def _write_shards(
 
 
 def _begin(partial: pathlib.Path, mark: str) -> dict[str, str]:
-  """Digests of the shards that an earlier export of the same finished."""
-  try:
-    partial.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.InputError(
-      f'--output: {partial} cannot be written ({error.strerror})'
-    ) from error
+  """Makes the folder; returns digests of shards that can be kept."""
+  partial_folder.make(partial)
   try:
     old = json.loads((partial / _JOURNAL).read_text(encoding='utf-8'))
     same = old['mark'] == mark
@@ -189,11 +186,11 @@ def _note(partial: pathlib.Path, mark: str, digests: dict[str, str]) -> None:
 
 def _write_shard(
   path: pathlib.Path,
-  specs: list[shard_writer.Spec],
-  of: dict[str, hf_names.Place],
+  specs: list[shard_writer.TensorSpec],
+  of: dict[str, hf_names.TensorPlace],
   leaves: _Source,
 ) -> None:
-  """All tensors of one shard; pieces are converted on all cores."""
+  """Writes the tensors of one shard, on all cores."""
   workers = os.cpu_count() or 1
   with (
     shard_writer.ShardWriter(path, specs) as writer,
@@ -209,7 +206,7 @@ def _write_shard(
 
 
 def _jobs(specs, of, leaves, writer) -> Iterator[tuple]:
-  """One call a piece: function and arguments; scales come with their weight."""
+  """A function and its arguments for each piece of a weight and its scales."""
   here = {spec.name: spec for spec in specs}
   for name in dict.fromkeys(n.removesuffix('_scale_inv') for n in here):
     place = of[name]
@@ -218,8 +215,8 @@ def _jobs(specs, of, leaves, writer) -> Iterator[tuple]:
       yield _write_piece, pair, place, start, stop, leaves, writer
 
 
-def _pieces(place: hf_names.Place) -> Iterator[tuple[int, int]]:
-  """Steps of pieces: of bounded size, and of whole blocks of 128 rows."""
+def _pieces(place: hf_names.TensorPlace) -> Iterator[tuple[int, int]]:
+  """Ranges of steps, of bounded size and of full blocks of 128 rows."""
   per = place.rows_per_step
   row_bytes = 4 * math.prod(place.file_shape[1:])
   whole = 128 // math.gcd(per, 128)  # steps until rows are a multiple of 128
@@ -229,9 +226,10 @@ def _pieces(place: hf_names.Place) -> Iterator[tuple[int, int]]:
 
 
 def _write_piece(pair, place, start, stop, leaves, writer) -> None:
-  """Reads one piece of the leaves, turns it, converts it, writes it.
+  """Reads, transposes, converts and writes one piece of a tensor.
 
-  Of the pair (weight, scales) the plan may have put one into another file.
+  Args:
+    pair: specs of the weight and its scales; None for one in another file.
   """
   spec, scales = pair
   first = start * place.rows_per_step
@@ -243,24 +241,24 @@ def _write_piece(pair, place, start, stop, leaves, writer) -> None:
       for leaf, q in zip(place.tensor.leaves, kept, strict=True)
     }
     values = _rows(place, start, stop, values)
-    found = None if start else _kept_scales(place, kept)
+    scales_ij = None if start else _kept_scales(place, kept)
   else:
     values = _rows(place, start, stop, leaves.plain)
     if write_fp8:
       values = np.ascontiguousarray(values, np.float32)
       finite.check(values, place.tensor.name, first)
-      values, found = fp8_blocks.quantize_host(values, place.tensor.name)
+      values, scales_ij = fp8_blocks.quantize_host(values, place.tensor.name)
   if spec is not None:
     dtype = shards.DTYPES[spec.dtype]
     values = np.ascontiguousarray(values.astype(dtype, copy=False))
     finite.check(values, place.tensor.name, first)
     writer.write(spec.name, first, values)
-  if scales is not None and found is not None:
-    writer.write(scales.name, first // 128, found)
+  if scales is not None and scales_ij is not None:
+    writer.write(scales.name, first // 128, scales_ij)
 
 
 def _rows(place, start, stop, leaves) -> np.ndarray:
-  """Rows of a tensor, from pieces of its leaves."""
+  """Rows of a tensor, from slices of its leaves."""
   slices = place.leaf_slices(start, stop)
   return place.join(
     [
@@ -271,19 +269,20 @@ def _rows(place, start, stop, leaves) -> np.ndarray:
 
 
 def _kept_scales(
-  place: hf_names.Place, kept: list[fp8_blocks.Quantized]
+  place: hf_names.TensorPlace, kept: list[fp8_blocks.Quantized]
 ) -> np.ndarray:
-  """The scales of a tensor that is FP8 already, as the file has them."""
-  found = [
+  """Block scales of a tensor whose leaves are FP8 already."""
+  per_leaf = [
     np.asarray(q.scales[leaf.index])
     for leaf, q in zip(place.tensor.leaves, kept, strict=True)
   ]
-  if len(found) == 1:
-    return np.ascontiguousarray(found[0].T)
-  # Each row has its scale: heads come together again, and blocks have one.
+  if len(per_leaf) == 1:
+    return np.ascontiguousarray(per_leaf[0].T)
+  # kv_b_proj: its leaves have a scale for each row. Joined by heads, the rows
+  # of a block have equal scales again.
   heads = [
     x.T.reshape(-1, shape[-1], x.shape[0])
-    for x, shape in zip(found, place.shapes, strict=True)
+    for x, shape in zip(per_leaf, place.shapes, strict=True)
   ]
-  rows = np.concatenate(heads, axis=1).reshape(-1, found[0].shape[0])
+  rows = np.concatenate(heads, axis=1).reshape(-1, per_leaf[0].shape[0])
   return np.ascontiguousarray(rows[:: fp8_blocks.TILE[0]])

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a workdir, or straight onto the devices."""
+"""Opens a Hugging Face folder, and writes a workdir from one."""
 
 import contextlib
 import copy
@@ -10,8 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from dsv3_jax import config, errors
-from dsv3_jax.checkpoint import fp8_blocks, store
+from dsv3_jax.checkpoint import fp8_blocks, partial_folder, store
 from dsv3_jax.checkpoint.hf import config as hf_config
+from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.checkpoint.hf import reader as hf_reader
 from dsv3_jax.checkpoint.safetensors import reader as shards
 
@@ -19,30 +20,33 @@ Leaves = hf_reader.Leaves
 
 
 @contextlib.contextmanager
-def opened(
+def open_folder(
   directory: pathlib.Path, base: Mapping[str, Any], keep_fp8: bool = False
 ) -> Iterator[tuple[config.Config, Leaves]]:
-  """The experiment and the parameters of a folder, all checked.
+  """The settings and the parameters of a folder, checked but not read.
 
   Args:
     base: every setting that `config.json` does not name.
+    keep_fp8: FP8 tensors stay `Quantized`; else they are dequantised to f32.
 
   Raises:
     InputError: something in the folder is wrong; names file and tensor.
   """
   with shards.Folder(directory) as folder:
-    cfg = experiment(folder, base)
+    cfg = read_config(folder, base)
     leaves = hf_reader.open_folder(folder, cfg, keep_fp8)
     folder.verify()
     hf_reader.check_copies(folder, cfg.model)
     yield cfg, leaves
 
 
-def experiment(folder: shards.Folder, base: Mapping[str, Any]) -> config.Config:
-  """`base` with the shape that `config.json` tells.
+def read_config(
+  folder: shards.Folder, base: Mapping[str, Any]
+) -> config.Config:
+  """`base` with the model's shape from the folder's `config.json`.
 
   Raises:
-    InputError: it is damaged, or tells of a model that is not built.
+    InputError: it is damaged, or describes a model that is not built.
   """
   where = folder.directory / 'config.json'
   most = sum(entry.nbytes for entry in folder.entries.values())
@@ -59,8 +63,8 @@ def experiment(folder: shards.Folder, base: Mapping[str, Any]) -> config.Config:
   body['data']['tokenizer'] = 'tokenizer.json'
   body['data']['seq_len'] = min(body['data']['seq_len'], length)
   body['eval']['stride'] = min(body['eval']['stride'], length)
-  room = body['sample']
-  room['max_new_tokens'] = min(room['max_new_tokens'], max(1, length // 2))
+  sample = body['sample']
+  sample['max_new_tokens'] = min(sample['max_new_tokens'], max(1, length // 2))
   try:
     return config.from_config_dict(body)
   except errors.InputError as error:
@@ -73,27 +77,20 @@ def to_workdir(
   base: Mapping[str, Any],
   dtype: str = 'float32',
 ) -> None:
-  """Writes a workdir that `load` and `export` take, chunk by chunk.
+  """Writes a workdir that `dsv3_jax.load` and `dsv3 export` read.
 
   Args:
-    dtype: 'float32', 'bfloat16', or 'fp8': what is FP8 in the folder is kept as
-      it is, with its scales, and the rest becomes 'bfloat16'.
+    dtype: 'float32', 'bfloat16', or 'fp8': FP8 tensors of the folder keep their
+      values and scales, all others become 'bfloat16'.
 
   Raises:
     InputError: something in the folder is wrong, or `output` exists.
   """
   directory, output = pathlib.Path(directory), pathlib.Path(output)
-  if output.exists():
-    raise errors.InputError(f'--output={output} exists: name another')
-  partial = output.with_name(output.name + '.partial')
-  with opened(directory, base, keep_fp8=dtype == 'fp8') as (cfg, leaves):
-    try:
-      shutil.rmtree(partial, ignore_errors=True)  # of an earlier try
-      partial.mkdir(parents=True)
-    except OSError as error:
-      raise errors.InputError(
-        f'--output={output} cannot be written ({error.strerror})'
-      ) from error
+  partial = partial_folder.path(output)
+  with open_folder(directory, base, keep_fp8=dtype == 'fp8') as (cfg, leaves):
+    shutil.rmtree(partial, ignore_errors=True)  # of an interrupted import
+    partial_folder.make(partial)
     try:
       _fill(partial, directory, cfg, _tree(leaves, dtype))
       partial.rename(output)
@@ -108,7 +105,7 @@ def _fill(
   cfg: config.Config,
   tree: dict[str, Any],
 ) -> None:
-  """Step 0, its configuration, and the tokenizer if there is one."""
+  """Writes step 0, the settings, and the tokenizer if there is one."""
   checkpoints = store.Store(partial / 'checkpoints', keep=1)
   with contextlib.closing(checkpoints):
     checkpoints.save(0, tree, {'progress': {'step': 0, 'tokens': 0}})
@@ -122,13 +119,10 @@ def _tree(leaves: Leaves, dtype: str) -> dict[str, Any]:
   """The nested dict that a checkpoint holds."""
   tree: dict[str, Any] = {}
   for path, leaf in leaves.items():
-    node = tree
-    for key in ('train', *path[:-1]):
-      node = node.setdefault(key, {})
     if isinstance(leaf, fp8_blocks.Quantized):
       leaf = {'values': leaf.values, 'scales': leaf.scales}
     else:
       low = dtype != 'float32' and path[0] == 'params'
       leaf = leaf.astype(jnp.bfloat16 if low else jnp.float32)
-    node[path[-1]] = leaf
+    hf_names.put(tree, ('train', *path), leaf)
   return tree

@@ -1,12 +1,12 @@
-"""One table between our parameters and the published checkpoint's tensors.
+"""Maps our parameters to the published checkpoint's tensors and back.
 
-`table(cfg)` lists every tensor of the Hugging Face layout and the leaves that
-it is made of; a `Place` adds the shapes and turns pieces of the one into pieces
-of the other, both ways. PyTorch keeps a matrix as [out, in] and joins heads and
-their dims; ours keep inputs first and heads apart. kv_b_proj holds, head by
-head, key and value matrix. MTP module k is layer `num_layers + k`, with copies
-of embedding and head, which are ours shared (TR 2.2). Rotary dims are
-interleaved on both sides.
+`table(cfg)` lists every tensor of the Hugging Face layout with the parameters
+(leaves) that it consists of. A `TensorPlace` adds the shapes and converts
+slices of leaves to rows of the tensor and back. PyTorch stores a matrix as
+[out, in] and flattens heads; our matrices have their inputs first and heads as
+a dim. kv_b_proj holds, head by head, key and value matrix. MTP module k is
+layer `num_layers + k`, with copies of embedding and head, which our modules
+share with the main model (TR 2.2). RoPE dims are interleaved in both.
 """
 
 import functools
@@ -28,23 +28,24 @@ Tree = dict[str, Any]
 _SQUARE = 256
 
 
-class Leaf(NamedTuple):
-  """A parameter by its keys, or, with `index`, a slice of its leading dims."""
+class ParamLeaf(NamedTuple):
+  """A parameter by its keys; `index` selects from its leading dims."""
 
   path: tuple[str, ...]
   index: tuple[int, ...] = ()
 
 
-class Tensor(NamedTuple):
+class HfTensor(NamedTuple):
   """One tensor of the Hugging Face layout.
 
-  leaves: joined along their last dim. num_in: leading dims that are inputs of
-  a matrix; 0 if both sides keep the array alike. copy: another tensor of the
-  file holds the same values, and import reads that one.
+  leaves: concatenated along their last dim.
+  num_in: number of leading dims that are inputs of a matrix; 0 if both layouts
+    store the array in the same way.
+  copy: another tensor holds the same values, and import reads that one.
   """
 
   name: str
-  leaves: tuple[Leaf, ...]
+  leaves: tuple[ParamLeaf, ...]
   num_in: int
   copy: bool = False
 
@@ -56,49 +57,54 @@ _SWIGLU = (
 )
 
 
-def table(cfg: config.ModelConfig) -> Iterator[Tensor]:
-  """Every tensor of the whole model; no name and no leaf's slice twice.
+def table(cfg: config.ModelConfig) -> Iterator[HfTensor]:
+  """Every tensor of the model, each once.
 
-  One after the other: `cfg` may tell of more layers than anyone has.
+  A generator, as an untrusted `cfg` may claim any number of layers.
   """
-  embed, head = Leaf(('params', 'embed', 'w')), Leaf(('params', 'head', 'w'))
-  final_norm = Leaf(('params', 'final_norm', 'norm'))
-  yield Tensor('model.embed_tokens.weight', (embed,), 0)
-  yield Tensor('model.norm.weight', (final_norm,), 0)
-  yield Tensor('lm_head.weight', (head,), 1)
+  embed, head = (
+    ParamLeaf(('params', 'embed', 'w')),
+    ParamLeaf(('params', 'head', 'w')),
+  )
+  final_norm = ParamLeaf(('params', 'final_norm', 'norm'))
+  yield HfTensor('model.embed_tokens.weight', (embed,), 0)
+  yield HfTensor('model.norm.weight', (final_norm,), 0)
+  yield HfTensor('lm_head.weight', (head,), 1)
   for i in range(cfg.num_layers):
     stack, at = 'dense_layers', i
     if is_moe := i >= cfg.num_dense_layers:
       stack, at = 'moe_layers', i - cfg.num_dense_layers
-    where = Leaf(('params', stack, f'layer_{at}'))
+    where = ParamLeaf(('params', stack, f'layer_{at}'))
     if cfg.scan_layers:
-      where = Leaf(('params', stack, 'layers'), (at,))
-    bias = Leaf(('router', 'moe'), (at,)) if is_moe else None
+      where = ParamLeaf(('params', stack, 'layers'), (at,))
+    bias = ParamLeaf(('router', 'moe'), (at,)) if is_moe else None
     yield from _block(cfg, f'model.layers.{i}.', where, bias)
   for k in range(cfg.mtp.depth):
     prefix, path = f'model.layers.{cfg.num_layers + k}.', ('params', f'mtp_{k}')
-    bias = Leaf(('router', 'mtp'), (k,))
-    yield from _block(cfg, prefix, Leaf((*path, 'block')), bias)
-    norm = lambda name, path=path: (Leaf((*path, name, 'norm')),)
-    yield Tensor(prefix + 'embed_tokens.weight', (embed,), 0, copy=True)
-    yield Tensor(prefix + 'enorm.weight', norm('embed_norm'), 0)
-    yield Tensor(prefix + 'hnorm.weight', norm('hidden_norm'), 0)
-    yield Tensor(prefix + 'eh_proj.weight', (Leaf((*path, 'w_proj')),), 1)
-    yield Tensor(prefix + 'shared_head.norm.weight', norm('final_norm'), 0)
-    yield Tensor(prefix + 'shared_head.head.weight', (head,), 1, copy=True)
+    bias = ParamLeaf(('router', 'mtp'), (k,))
+    yield from _block(cfg, prefix, ParamLeaf((*path, 'block')), bias)
+    norm = lambda name, path=path: (ParamLeaf((*path, name, 'norm')),)
+    yield HfTensor(prefix + 'embed_tokens.weight', (embed,), 0, copy=True)
+    yield HfTensor(prefix + 'enorm.weight', norm('embed_norm'), 0)
+    yield HfTensor(prefix + 'hnorm.weight', norm('hidden_norm'), 0)
+    yield HfTensor(
+      prefix + 'eh_proj.weight', (ParamLeaf((*path, 'w_proj')),), 1
+    )
+    yield HfTensor(prefix + 'shared_head.norm.weight', norm('final_norm'), 0)
+    yield HfTensor(prefix + 'shared_head.head.weight', (head,), 1, copy=True)
 
 
 def _block(
-  cfg: config.ModelConfig, prefix: str, where: Leaf, bias: Leaf | None
-) -> Iterator[Tensor]:
-  """The tensors of one layer; `bias` is its router's, None if it is dense."""
+  cfg: config.ModelConfig, prefix: str, where: ParamLeaf, bias: ParamLeaf | None
+) -> Iterator[HfTensor]:
+  """Tensors of one layer; `bias` is its router bias, None in dense layers."""
 
   def tensor(name, path, num_in=0, index=()):
     leaves = tuple(
-      Leaf((*where.path, *p.split('.')), where.index + index)
+      ParamLeaf((*where.path, *p.split('.')), where.index + index)
       for p in path.split(' ')
     )
-    return Tensor(prefix + name + '.weight', leaves, num_in)
+    return HfTensor(prefix + name + '.weight', leaves, num_in)
 
   yield tensor('input_layernorm', 'attention_norm.norm')
   yield tensor('post_attention_layernorm', 'ffn_norm.norm')
@@ -118,7 +124,7 @@ def _block(
       yield tensor(f'mlp.{theirs}', f'ffn.{ours}', 1)
     return
   yield tensor('mlp.gate', 'moe.w_router', 1)
-  yield Tensor(prefix + 'mlp.gate.e_score_correction_bias', (bias,), 0)
+  yield HfTensor(prefix + 'mlp.gate.e_score_correction_bias', (bias,), 0)
   for theirs, ours in _SWIGLU:
     for e in range(cfg.moe.num_experts):
       yield tensor(f'mlp.experts.{e}.{theirs}', f'moe.{ours}', 1, (e,))
@@ -130,7 +136,7 @@ def _block(
 def leaf_shapes(
   cfg: config.Config,
 ) -> Mapping[tuple[str, ...], tuple[int, ...]]:
-  """Shapes of all parameters and router biases, by path; allocates nothing."""
+  """Shapes of all parameters and router biases by path; allocates nothing."""
   tree = {
     'params': model.param_shapes(model.build(cfg)),
     'router': jax.eval_shape(lambda: model.init_router(cfg.model)),
@@ -140,14 +146,14 @@ def leaf_shapes(
   return types.MappingProxyType(shapes)
 
 
-class Place(NamedTuple):
+class TensorPlace(NamedTuple):
   """A tensor of the table and the shapes of its leaves' slices.
 
-  Both sides are cut along one dim: the leaves along their first output dim, of
-  length `steps`; the tensor along its rows, `rows_per_step` of them a step.
+  Pieces are ranges of steps: a step is one index of the leaves' first output
+  dim, and `rows_per_step` rows of the tensor.
   """
 
-  tensor: Tensor
+  tensor: HfTensor
   shapes: tuple[tuple[int, ...], ...]
 
   @property
@@ -156,7 +162,7 @@ class Place(NamedTuple):
 
   @property
   def _tail(self) -> tuple[int, ...]:
-    """Output dims after the first, of the joined leaves."""
+    """Output dims after the first, of the concatenated leaves."""
     tail = self.shapes[0][self.tensor.num_in + 1 :]
     if len(self.shapes) > 1:
       tail = (*tail[:-1], sum(shape[-1] for shape in self.shapes))
@@ -168,7 +174,7 @@ class Place(NamedTuple):
 
   @property
   def file_shape(self) -> tuple[int, ...]:
-    """Shape of the whole tensor."""
+    """Shape of the tensor in the file."""
     if not self.tensor.num_in:
       return self.shapes[0]
     inputs = math.prod(self.shapes[0][: self.tensor.num_in])
@@ -176,15 +182,15 @@ class Place(NamedTuple):
 
   @property
   def tile(self) -> tuple[int, int]:
-    """Inputs and outputs of a leaf that share a scale.
+    """Inputs and outputs of a leaf that share an FP8 scale.
 
-    kv_b_proj is split into leaves, which may cut through its blocks: each of
-    their columns, which are its rows, has scales of its own.
+    kv_b_proj has two leaves, whose border may be inside a block. So every
+    column of them, a row of kv_b_proj, has its own scales.
     """
     return fp8_blocks.TILE if len(self.shapes) == 1 else (fp8_blocks.TILE[0], 1)
 
   def leaf_slices(self, start: int, stop: int) -> list[tuple[slice, ...]]:
-    """Of each leaf's slice: all, but the steps from start to stop."""
+    """Slices of each leaf for a range of steps."""
     at = self.tensor.num_in
     return [
       (*(slice(0, n) for n in shape[:at]), slice(start, stop))
@@ -193,16 +199,16 @@ class Place(NamedTuple):
     ]
 
   def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Pieces of the leaves -> rows of the tensor."""
+    """Converts slices of the leaves to rows of the tensor."""
     bits = [_as_integers(part) for part in parts]
-    joined = bits[0] if len(bits) == 1 else np.concatenate(bits, axis=-1)
+    rows = bits[0] if len(bits) == 1 else np.concatenate(bits, axis=-1)
     if self.tensor.num_in:
-      inputs = math.prod(joined.shape[: self.tensor.num_in])
-      joined = _turned(joined.reshape(inputs, -1))
-    return joined.view(parts[0].dtype)
+      inputs = math.prod(rows.shape[: self.tensor.num_in])
+      rows = _turned(rows.reshape(inputs, -1))
+    return rows.view(parts[0].dtype)
 
   def split(self, rows: np.ndarray) -> list[np.ndarray]:
-    """Rows of the tensor, whole steps -> pieces of the leaves."""
+    """Converts rows of the tensor, full steps, to slices of the leaves."""
     if not self.tensor.num_in:
       return [rows]
     inputs = self.shapes[0][: self.tensor.num_in]
@@ -215,15 +221,15 @@ class Place(NamedTuple):
 
 
 def _as_integers(x: np.ndarray) -> np.ndarray:
-  """The same bits: NumPy moves dtypes that it does not know one by one."""
+  """The same bits; NumPy copies unknown dtypes element by element."""
   return np.ascontiguousarray(x).view(f'u{x.dtype.itemsize}')
 
 
 def _turned(x: np.ndarray) -> np.ndarray:
-  """x.T, contiguous, moved in squares that fit into a cache.
+  """x.T, contiguous, transposed in squares that fit into the cache.
 
-  Each goes through a buffer whose rows are a little longer: rows that lie a
-  power of two apart would drive one another out of the cache.
+  The buffer's rows are padded: rows at a distance of a power of two would evict
+  one another from the cache.
   """
   out = lazy_array.empty(x.shape[::-1], x.dtype)
   buffer = np.empty((_SQUARE, _SQUARE + 8), x.dtype)
@@ -236,19 +242,20 @@ def _turned(x: np.ndarray) -> np.ndarray:
   return out
 
 
-def places(cfg: config.Config) -> list[Place]:
-  """The table with shapes."""
+def places(cfg: config.Config) -> list[TensorPlace]:
+  """The table with the shapes of a model."""
   shapes = leaf_shapes(cfg)
   cut = lambda leaf: tuple(shapes[leaf.path][len(leaf.index) :])
   return [
-    Place(tensor, tuple(map(cut, tensor.leaves))) for tensor in table(cfg.model)
+    TensorPlace(tensor, tuple(map(cut, tensor.leaves)))
+    for tensor in table(cfg.model)
   ]
 
 
 def dequantised(
   leaves: Mapping[tuple[str, ...], Any], cfg: config.Config
 ) -> dict[tuple[str, ...], Any]:
-  """The same leaves, what is `Quantized` as LazyArrays in f32."""
+  """The same leaves, with `Quantized` ones as LazyArrays in f32."""
   dims = {
     leaf.path: (len(leaf.index), place.tensor.num_in)
     for place in places(cfg)
@@ -269,7 +276,7 @@ def dequantised(
 def _read_quantised(
   q: fp8_blocks.Quantized, lead: int, num_in: int, slices: lazy_array.Slices
 ) -> np.ndarray:
-  """Reads whole matrices, and cuts off what is not asked for."""
+  """Dequantises full matrices, then slices them."""
   whole = tuple(slice(0, n) for n in q.shape[lead:])
   sizes = [s.stop - s.start for s in slices]
   out = np.empty(sizes, np.float32)
@@ -284,6 +291,13 @@ def _read_quantised(
       scales = scales.take(np.arange(matrix.shape[axis]), axis)
     out[at] = (matrix * scales).reshape(values.shape)[tuple(slices[lead:])]
   return out
+
+
+def put(tree: Tree, path: tuple[str, ...], leaf: Any) -> None:
+  """Sets the leaf at the end of a path of keys; makes the dicts above it."""
+  for key in path[:-1]:
+    tree = tree.setdefault(key, {})
+  tree[path[-1]] = leaf
 
 
 def get(tree: Tree, path: tuple[str, ...]) -> Any:

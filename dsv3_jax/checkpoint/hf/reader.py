@@ -1,9 +1,9 @@
-"""A folder of the published layout, seen as our parameters.
+"""Reads a folder of the published layout as our parameters.
 
-`open_folder` checks names, shapes and dtypes of all tensors against the model;
-each parameter is then a `LazyArray` whose slices are read, searched for what is
-no number, dequantised and turned when they are asked for. The released
-inference code's names (`wq_a`, `ffn.experts.0.w1`) are read as well.
+`open_folder` checks names, shapes and dtypes of all tensors against the model.
+Each parameter is then a `LazyArray`: a slice is read, checked for non-finite
+values, dequantised and transposed on demand. Folders with the names of the
+released inference code (`wq_a`, `ffn.experts.0.w1`) are read as well.
 """
 
 import itertools
@@ -23,8 +23,8 @@ from dsv3_jax.checkpoint.safetensors import reader as shards
 Leaves = dict[tuple[str, ...], lazy_array.LazyArray | fp8_blocks.Quantized]
 
 _FLOATS = ('F32', 'BF16', 'F16')
-_SCALE = '_scale_inv'  # behind the weight's name
-# Part of a published name -> of the inference code's.
+_SCALE = '_scale_inv'  # suffix of the weight's name
+# Part of a published name -> part of the inference code's name.
 _OFFICIAL = {
   'lm_head': 'head',
   'embed_tokens': 'embed',
@@ -56,7 +56,7 @@ def official_name(name: str) -> str:
 
 
 def mtp_depth(folder: shards.Folder) -> int:
-  """Layers with an eh_proj, whatever `config.json` says of them."""
+  """Number of layers with an eh_proj, whatever `config.json` claims."""
   return sum(bool(_MTP.fullmatch(name)) for name in folder.entries)
 
 
@@ -66,15 +66,14 @@ def open_folder(
   """Parameters and router biases by path, in the dtypes of the files.
 
   Args:
-    keep_fp8: what is FP8 in the file comes as `Quantized` of LazyArrays, the
-      scales of the two halves of kv_b_proj with tiles of one row; else it is
-      dequantised to f32.
+    keep_fp8: FP8 tensors become `Quantized` of LazyArrays, the two leaves of
+      kv_b_proj with scales for each row; else they are dequantised to f32.
 
   Raises:
     InputError: a tensor is missing, surplus, or of another shape or dtype.
       Later, from the LazyArrays: a value or scale is not finite.
   """
-  files = _names(folder, cfg.model)  # first: bounds what the model may be
+  files = _names(folder, cfg.model)  # first, as it bounds the model's size
   places = hf_names.places(cfg)
   _check(folder, places, files)
   sources: dict[tuple[str, ...], dict] = {}
@@ -93,7 +92,7 @@ def open_folder(
 def _leaf(
   pieces: dict, shape: tuple[int, ...], keep_fp8: bool
 ) -> lazy_array.LazyArray | fp8_blocks.Quantized:
-  """One parameter over all of its layers and experts."""
+  """One parameter, stacked over its layers and experts."""
   lead, first = len(next(iter(pieces))), next(iter(pieces.values()))
   ones = (1,) * lead
 
@@ -118,11 +117,11 @@ def _leaf(
 
 
 class _Piece(NamedTuple):
-  """One leaf's part of one tensor, in its file."""
+  """One leaf's part of one tensor of a file."""
 
   folder: shards.Folder
   name: str
-  place: hf_names.Place
+  place: hf_names.TensorPlace
   part: int
 
   @property
@@ -131,7 +130,7 @@ class _Piece(NamedTuple):
 
   @property
   def chunk(self) -> tuple[int, ...]:
-    """Of our leaf: whole rows of the file, at most `CHUNK_BYTES` in f32."""
+    """Chunk of the leaf: full rows of the file, up to `CHUNK_BYTES` in f32."""
     shape, at = self.place.shapes[self.part], self.place.tensor.num_in
     step = 4 * math.prod(self.place.file_shape[1:]) * self.place.rows_per_step
     count = max(1, min(shape[at], lazy_array.CHUNK_BYTES // step))
@@ -139,24 +138,24 @@ class _Piece(NamedTuple):
 
   @property
   def scales_shape(self) -> tuple[int, int]:
-    """Of our leaf's scales: blocks of inputs, blocks of outputs."""
+    """Shape of the leaf's scales: blocks of inputs, blocks of outputs."""
     shape, at = self.place.shapes[self.part], self.place.tensor.num_in
     sides = (math.prod(shape[:at]), math.prod(shape[at:]))
     tile = self.place.tile
     return tuple(-(-n // t) for n, t in zip(sides, tile, strict=True))
 
   def read(self, slices: lazy_array.Slices) -> np.ndarray:
-    """A part of our leaf, in f32."""
+    """A slice of the leaf, in f32."""
     return self._cut(slices, read_rows)
 
   def read_stored(self, slices: lazy_array.Slices) -> np.ndarray:
-    """A part of our leaf, as stored."""
+    """A slice of the leaf, as stored."""
     return self._cut(slices, read_values)
 
   def read_scales(self, slices: lazy_array.Slices) -> np.ndarray:
-    """A part of our leaf's scales."""
+    """A slice of the leaf's scales."""
     scales = read_scales(self.folder, scale_name(self.folder, self.name))
-    if len(self.place.shapes) > 1:  # a scale for each row, then as the rows
+    if len(self.place.shapes) > 1:  # scales for each row, split like the rows
       rows = np.repeat(scales, fp8_blocks.TILE[0], axis=0)
       rows = rows[: self.place.file_shape[0]]
       widths = [shape[-1] for shape in self.place.shapes]
@@ -166,7 +165,7 @@ class _Piece(NamedTuple):
     return scales.T[slices]
 
   def _cut(self, slices: lazy_array.Slices, read: Callable) -> np.ndarray:
-    """Reads the rows that are needed, whole, and cuts the rest off."""
+    """Reads the rows that contain a slice, then slices them."""
     at, per = self.place.tensor.num_in, self.place.rows_per_step
     rows = slice(slices[at].start * per, slices[at].stop * per)
     ours = self.place.split(read(self.folder, self.name, rows))[self.part]
@@ -176,7 +175,7 @@ class _Piece(NamedTuple):
 
 
 class _Stacked(NamedTuple):
-  """A leaf whose leading dims are layers and experts: one piece for each."""
+  """A leaf with leading dims for layers and experts, a piece for each."""
 
   pieces: dict[tuple[int, ...], _Piece]
   dtype: Any
@@ -234,22 +233,22 @@ def read_rows(folder: shards.Folder, name: str, rows: slice) -> np.ndarray:
 
 def scale_name(folder: shards.Folder, name: str) -> str | None:
   """The name of a weight's block scales, if it has any."""
-  for found in (name + _SCALE, name.removesuffix('weight') + 'scale'):
-    if found != name and found in folder.entries:
-      return found
+  for candidate in (name + _SCALE, name.removesuffix('weight') + 'scale'):
+    if candidate != name and candidate in folder.entries:
+      return candidate
   return None
 
 
 def _names(folder: shards.Folder, cfg: config.ModelConfig) -> dict[str, str]:
-  """Published name -> name in this folder; refuses the first that is missing.
+  """Published name -> name in this folder; refuses the first missing one.
 
-  A config may tell of any number of layers and experts: this stops at what the
-  folder does not have, before anything is made for each.
+  An untrusted config may claim any number of layers and experts. This stops at
+  the first one that the folder lacks, before memory is used for each.
   """
   official, files = 'embed.weight' in folder.entries, {}
   for tensor in hf_names.table(cfg):
     name = official_name(tensor.name) if official else tensor.name
-    # A shared matrix need not be there twice.
+    # Copies of shared matrices are optional.
     if name not in folder.entries and not tensor.copy:
       raise errors.InputError(f'{folder.directory}: tensor {name} is missing')
     files[tensor.name] = name
@@ -257,9 +256,11 @@ def _names(folder: shards.Folder, cfg: config.ModelConfig) -> dict[str, str]:
 
 
 def _check(
-  folder: shards.Folder, places: list[hf_names.Place], files: dict[str, str]
+  folder: shards.Folder,
+  places: list[hf_names.TensorPlace],
+  files: dict[str, str],
 ) -> None:
-  """Every tensor is as the model has it, and there is no other."""
+  """Checks that every tensor fits the model and that there is no other."""
   left = {name for name in folder.entries if not _ROTARY.fullmatch(name)}
   for place in places:
     name = files[place.tensor.name]
@@ -273,10 +274,10 @@ def _check(
 
 
 def check_copies(folder: shards.Folder, cfg: config.ModelConfig) -> None:
-  """Embedding and head of MTP modules are the main model's: nothing is lost.
+  """Checks that MTP modules have the main model's embedding and head.
 
   Raises:
-    InputError: one differs.
+    InputError: one of them differs.
   """
   tensors = list(hf_names.table(cfg))
   originals = {x.leaves: x.name for x in tensors if not x.copy}
@@ -298,7 +299,7 @@ def check_copies(folder: shards.Folder, cfg: config.ModelConfig) -> None:
 
 
 def _check_entry(
-  folder: shards.Folder, name: str, place: hf_names.Place
+  folder: shards.Folder, name: str, place: hf_names.TensorPlace
 ) -> None:
   entry, want = folder.entries[name], place.file_shape
   if entry.shape != want:

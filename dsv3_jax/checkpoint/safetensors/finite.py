@@ -1,8 +1,9 @@
-"""Weights that are no numbers, found by their bits.
+"""Checks that weights are finite, by their bits.
 
-Read as integers, floats of one sign are in order, and infinities and NaN lie on
-top: the largest signed integer tells of the positive ones, the largest unsigned
-one of the negative ones. Two maxima need no memory and no second pass.
+The bits of floats of one sign, read as integers, sort like the floats, with
+infinities and NaN above all others. So the maximum of the bits as signed
+integers finds positive ones, the maximum as unsigned integers negative ones.
+Two maxima need no temporaries.
 """
 
 import ml_dtypes
@@ -10,14 +11,14 @@ import numpy as np
 
 from dsv3_jax import errors
 
-# The least bits without sign that are no finite number.
+# The smallest bits, without the sign, of a value that is not finite.
 _FIRST = {
   np.dtype(np.float32): 0x7F80_0000,
   np.dtype(np.float16): 0x7C00,
   np.dtype(ml_dtypes.bfloat16): 0x7F80,
   np.dtype(ml_dtypes.float8_e4m3fn): 0x7F,
 }
-# Times the largest e4m3 it is still an f32.
+# Its product with the largest e4m3 is still finite in f32.
 _LARGEST_SCALE = np.float32(np.finfo(np.float32).max / 448)
 
 
@@ -25,9 +26,9 @@ def check(rows: np.ndarray, what: str, first_row: int = 0) -> None:
   """Refuses NaN and infinities.
 
   Args:
-    rows: contiguous, of a dtype that weights have in files.
-    what: file and tensor, for the error.
-    first_row: of the tensor, that `rows` begin with.
+    rows: contiguous, of a float dtype of `header.DTYPES`.
+    what: file and tensor, for the error message.
+    first_row: index of the first row in the tensor.
 
   Raises:
     InputError: names the first element that is not finite.
@@ -46,10 +47,11 @@ def check(rows: np.ndarray, what: str, first_row: int = 0) -> None:
 
 
 def check_scales(scales_ij: np.ndarray, what: str) -> None:
-  """Refuses what no block of finite weights has as its scale.
+  """Refuses scales that no block of finite weights has.
 
   Raises:
-    InputError: a scale is not finite, not > 0, or makes infinities.
+    InputError: a scale is not finite, not > 0, or so large that e4m3 values
+      times the scale overflow.
   """
   good = (scales_ij > 0) & (scales_ij <= _LARGEST_SCALE)
   if not good.all():

@@ -1,9 +1,9 @@
 """The header of one safetensors file, read strictly.
 
-A file is 8 bytes of header length, a JSON header, then the tensors without a
-gap. What the header claims is held against the file's size before anything is
-allocated; what differs from the format in any way is refused by file and
-tensor, also where the `safetensors` package is lenient. Nothing is unpickled.
+A file has 8 bytes of header length, a JSON header, then the tensors without
+gaps. The header's claims are checked against the file's size before anything is
+allocated. Every deviation from the format is refused, naming file and tensor,
+also where the `safetensors` package is lenient. Nothing is unpickled.
 """
 
 import collections
@@ -49,12 +49,12 @@ _FIELDS = {'dtype', 'shape', 'data_offsets'}
 
 
 class _Object(dict):
-  """A JSON object that knows a key that was there twice."""
+  """A JSON object; `twice` is a key that it has twice."""
 
   twice: str | None = None
 
 
-# Bounds what a hostile file can put into a message, and keeps it in one line.
+# Bounds what a hostile file can put into a message; keeps it on one line.
 _short = reprlib.Repr()
 _short.maxstring, _short.maxlist, _short.maxlevel = 200, 10, 2
 _short.repr__Object = _short.repr_dict
@@ -63,7 +63,7 @@ show = _short.repr
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-  """Where a tensor lies; `offset` counts from the file's start [bytes]."""
+  """Location of a tensor; `offset` is from the file's start [bytes]."""
 
   path: pathlib.Path
   dtype: str
@@ -81,8 +81,8 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
   """The tensors of one file by name, in the header's order.
 
   Raises:
-    InputError: the file cannot be read or breaks the format in any way; names
-      the file, and the tensor where there is one.
+    InputError: the file cannot be read or deviates from the format; names the
+      file and, if possible, the tensor.
   """
   path = pathlib.Path(path)
   raw, start, size = _read_raw(path)
@@ -104,9 +104,9 @@ def read_header(path: str | os.PathLike) -> dict[str, Entry]:
 
 @contextlib.contextmanager
 def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
-  """A file to read; what the system refuses becomes an InputError."""
+  """Opens a file for reading; an OSError becomes an InputError."""
   try:
-    # Before it is opened: that would wait for ever on a pipe.
+    # Checked before opening, which would block on a pipe.
     if not stat.S_ISREG(path.stat().st_mode):
       raise errors.InputError(f'{path} is not a file')
     with open(path, 'rb') as file:
@@ -116,12 +116,12 @@ def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
 
 
 def unreadable(path: pathlib.Path, error: OSError) -> errors.InputError:
-  """The system's refusal in one line."""
+  """An OSError as an InputError."""
   return errors.InputError(f'{path} cannot be read ({error.strerror})')
 
 
 def _read_raw(path: pathlib.Path) -> tuple[bytes, int, int]:
-  """The header's bytes, where the data starts, the file's size."""
+  """The header's bytes, the offset of the data, the file's size."""
   with opened(path) as file:
     size = os.fstat(file.fileno()).st_size
     if size < 8:
@@ -139,7 +139,7 @@ def _read_raw(path: pathlib.Path) -> tuple[bytes, int, int]:
 
 
 def parse(raw: bytes, where: str) -> Any:
-  """JSON, as strict as serde, which is what others read it with.
+  """Parses JSON as strictly as serde, the parser of the safetensors package.
 
   Raises:
     InputError: it is not UTF-8, not JSON, or no object.
@@ -170,20 +170,20 @@ def _pairs(pairs: list[tuple[str, Any]]) -> _Object:
 
 
 def _integer(text: str) -> int | float:
-  """What is no integer of 64 bits becomes a float, and so is refused."""
+  """Integers beyond 64 bits become floats, which later checks refuse."""
   return float(text) if text == '-0' or len(text) > 20 else int(text)
 
 
 def _constant(text: str) -> float:
-  """NaN and Infinity, which Python reads and JSON does not have."""
+  """Refuses NaN and Infinity, which Python accepts and JSON lacks."""
   raise ValueError(f'{text} is no value')
 
 
 def as_object(value: Any, where: str, what: str) -> dict[str, Any]:
-  """`value`, if it is a JSON object of `parse` that has each key once.
+  """Returns `value`, a result of `parse`, as an object without double keys.
 
   Raises:
-    InputError: it is not.
+    InputError: it is no JSON object, or has a key twice.
   """
   if not isinstance(value, _Object):
     raise errors.InputError(f'{where}: {what} must be a JSON object')
@@ -203,7 +203,7 @@ def _is_text(value: Any) -> bool:
 def _entry(
   path: pathlib.Path, name: str, value: Any, start: int, size: int
 ) -> Entry:
-  """One tensor of a header, checked by itself."""
+  """One tensor of a header, with its fields checked."""
   where = f'{path}: tensor {show(name)}'
   if not name or not _is_text(name):
     raise errors.InputError(f'{where}: a name must be text and not empty')
@@ -222,7 +222,7 @@ def _entry(
     raise errors.InputError(
       f'{where}: shape {show(shape)} must be at most {_MOST_DIMS} integers >= 0'
     )
-  # NumPy's limit, which holds for an empty tensor's other dims as well.
+  # NumPy's limit, which also applies to the other dims of an empty tensor.
   if num_bytes(dtype, tuple(n or 1 for n in shape)) >= 2**63:
     raise errors.InputError(f'{where}: shape {show(shape)} is too large')
   if not _is_sizes(span) or len(span) != 2 or span[0] > span[1]:
@@ -254,15 +254,15 @@ def _is_sizes(value: Any) -> bool:
 def _check_contiguous(
   path: pathlib.Path, entries: dict[str, Entry], start: int, size: int
 ) -> None:
-  """Each tensor begins where the last one ended; the last ends the file."""
+  """Checks that the tensors fill the data without gaps or overlaps."""
   end, last = start, 'the header'
   order = sorted(entries.items(), key=lambda e: (e[1].offset, e[1].nbytes))
   for name, entry in order:
     if entry.offset != end:
       gap = entry.offset - end
-      how = 'overlaps' if gap < 0 else 'leaves a hole after'
+      defect = 'overlaps' if gap < 0 else 'leaves a hole after'
       raise errors.InputError(
-        f'{path}: tensor {show(name)} {how} {last}: {abs(gap)} bytes'
+        f'{path}: tensor {show(name)} {defect} {last}: {abs(gap)} bytes'
       )
     end, last = end + entry.nbytes, f'tensor {show(name)}'
   if end != size:

@@ -1,12 +1,13 @@
 """Folders of safetensors files, read strictly.
 
-Index, headers and files must agree on every tensor; a tensor, or some rows of
-it, is read when it is asked for. Nothing is unpickled.
+Index, headers and files must agree on every tensor. A tensor, or some of its
+rows, is read on demand. Nothing is unpickled.
 
   DIR/model.safetensors.index.json  model-00001-of-00002.safetensors ...
   DIR/model.safetensors
 
-SHA256SUMS beside them, as sha256sum writes it, is what `verify` checks.
+`verify` checks the files against SHA256SUMS, which is in the format of the
+sha256sum command.
 """
 
 import concurrent.futures
@@ -35,10 +36,10 @@ _SUM = re.compile(r'([0-9a-fA-F]{64}) [ *](.{1,1000})')
 
 
 class Folder:
-  """The tensors of a folder by name: `entries`. Reads in any thread.
+  """The tensors of a folder; `entries` has them by name. Thread-safe.
 
-  With an index its shards are read and other files are left alone; without one
-  it is model.safetensors, or the only .safetensors file.
+  If there is an index, its shards are read and other files ignored. If not,
+  the folder's model.safetensors or only .safetensors file is read.
 
   Raises:
     InputError: a file is missing, unsafe or damaged, or index and headers do
@@ -71,10 +72,10 @@ class Folder:
         os.close(self._handles.popitem()[1])
 
   def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-    """A tensor, or some rows of its first dim, in memory of its own.
+    """Reads a tensor, or some rows of its first dim, into a new array.
 
     Args:
-      rows: as NumPy takes it, with a step of 1; only these bytes are read.
+      rows: a slice with a step of 1; only its bytes are read.
 
     Raises:
       InputError: the file was cut or changed since it was opened, or a BOOL
@@ -133,10 +134,10 @@ class Folder:
     if not os.path.lexists(path):
       return False
     wanted = _read_sums(path)
-    for found in sorted(self.directory.glob(f'*{SUFFIX}')):
-      if found.name not in wanted:
+    for file in sorted(self.directory.glob(f'*{SUFFIX}')):
+      if file.name not in wanted:
         raise errors.InputError(
-          f'{self.directory}: {_show(found.name)} is not listed in {SUMS}'
+          f'{self.directory}: {_show(file.name)} is not listed in {SUMS}'
         )
     pool = concurrent.futures.ThreadPoolExecutor(_HASH_THREADS, 'sha256')
     try:
@@ -154,7 +155,7 @@ class Folder:
 
 
 def _only_file(directory: pathlib.Path) -> pathlib.Path:
-  """The file of a folder without an index."""
+  """The only .safetensors file of a folder without an index."""
   if os.path.lexists(directory / SINGLE):
     return directory / SINGLE
   names = sorted(path.name for path in directory.glob(f'*{SUFFIX}'))
@@ -169,7 +170,7 @@ def _only_file(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _open_index(directory: pathlib.Path) -> dict[str, Entry]:
-  """All tensors of all shards, when index and headers agree on them."""
+  """All tensors of all shards; checks that index and headers agree."""
   where = directory / INDEX
   shard_of = _read_map(where)
   if os.path.lexists(directory / SINGLE) and SINGLE not in shard_of.values():
@@ -180,9 +181,11 @@ def _open_index(directory: pathlib.Path) -> dict[str, Entry]:
   for shard in sorted(set(shard_of.values())):
     path = directory / shard
     for name, entry in read_header(path).items():
-      told = shard_of.get(name)
-      if told != shard:
-        why = 'not in the index' if told is None else f'in {told} by the index'
+      listed = shard_of.get(name)
+      if listed != shard:
+        why = (
+          'not in the index' if listed is None else f'in {listed} by the index'
+        )
         raise errors.InputError(f'{path}: tensor {_show(name)} is {why}')
       entries[name] = entry
   for name, shard in shard_of.items():
@@ -211,9 +214,9 @@ def _read_map(path: pathlib.Path) -> dict[str, str]:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The JSON object that a file holds, read as strictly as a header.
+  """Reads a JSON object from a file, as strictly as a header.
 
-  Objects inside are yet to be checked, by `shard_header.as_object`.
+  The caller checks nested objects with `shard_header.as_object`.
 
   Raises:
     InputError: it cannot be read, is too large, or is no object.
@@ -223,18 +226,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_shard(name: Any) -> bool:
-  """True for a name that can only be a file of the folder itself."""
+  """True for the name of a shard that cannot be outside the folder."""
   return (
     isinstance(name, str)
     and name.endswith(SUFFIX)
-    and len(name) < 256  # which no file system goes beyond
+    and len(name) < 256  # the limit of file systems
     and name.isprintable()
     and not any(part in name for part in ('/', '\\', '..'))
   )
 
 
 def _read_bytes(path: pathlib.Path) -> bytes:
-  """A whole file of bounded size."""
+  """Reads a file of bounded size."""
   with shard_header.opened(path) as file:
     size = os.fstat(file.fileno()).st_size
     if size > shard_header.MOST_JSON:
@@ -245,7 +248,7 @@ def _read_bytes(path: pathlib.Path) -> bytes:
 
 
 def _read_sums(path: pathlib.Path) -> dict[str, str]:
-  """File -> digest, of the lines that sha256sum writes."""
+  """File -> digest, from lines in the format of sha256sum."""
   try:
     lines = _read_bytes(path).decode('utf-8').removesuffix('\n').split('\n')
   except UnicodeDecodeError as error:

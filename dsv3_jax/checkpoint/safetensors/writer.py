@@ -1,7 +1,7 @@
-"""Safetensors files, planned from shapes alone and filled in place.
+"""Writes safetensors files, planned from shapes alone and filled in place.
 
-A file has its full size from the start; blocks of rows go to their places in
-any order and from any thread, so no tensor need ever be whole in memory.
+A file has its full size from the start. Blocks of rows are written in any order
+and from any thread, so that no tensor has to be in memory as a whole.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ _ALIGN = 8  # bytes; of the widest dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
-  """A tensor to be written; `dtype` is a key of `shards.DTYPES`."""
+class TensorSpec:
+  """A tensor to write; `dtype` is a key of `shards.DTYPES`."""
 
   name: str
   dtype: str
@@ -44,18 +44,20 @@ class Spec:
     return shard_header.num_bytes(self.dtype, self.shape[1:])
 
 
-def plan(specs: Iterable[Spec], shard_bytes: int) -> list[list[Spec]]:
-  """Tensors of each file, in order; a tensor is never split.
+def plan(
+  specs: Iterable[TensorSpec], shard_bytes: int
+) -> list[list[TensorSpec]]:
+  """Assigns tensors to files, in order; a tensor is never split.
 
   Args:
-    shard_bytes: most bytes of tensors in one file, unless one alone has more.
+    shard_bytes: maximum bytes of tensors in a file, unless one tensor has more.
 
   Raises:
     InputError: shard_bytes is not > 0.
   """
   if shard_bytes <= 0:
     raise errors.InputError(f'shard_bytes={shard_bytes} must be > 0')
-  planned: list[list[Spec]] = []
+  planned: list[list[TensorSpec]] = []
   room = -1
   for spec in specs:
     if not planned or spec.nbytes > room:
@@ -67,7 +69,7 @@ def plan(specs: Iterable[Spec], shard_bytes: int) -> list[list[Spec]]:
 
 
 def shard_names(count: int) -> list[str]:
-  """The published form of the names of `count` files."""
+  """Names of `count` files, as in the published checkpoint."""
   if count == 1:
     return [shards.SINGLE]
   return [
@@ -76,16 +78,16 @@ def shard_names(count: int) -> list[str]:
 
 
 class ShardWriter:
-  """One file, filled block by block; replaces a file of that name.
+  """Writes one file, block by block; replaces a file of that name.
 
-  Tensors lie from the widest dtype to the narrowest, as the safetensors
-  package lays them, which aligns each to its own dtype.
+  Tensors are ordered from the widest dtype to the narrowest, as by the
+  safetensors package, which aligns each tensor to its dtype.
 
   Raises:
     OSError: the file cannot be written.
   """
 
-  def __init__(self, path: str | os.PathLike, specs: Iterable[Spec]):
+  def __init__(self, path: str | os.PathLike, specs: Iterable[TensorSpec]):
     self.path = pathlib.Path(path)
     specs = sorted(specs, key=lambda s: -shards.DTYPES[s.dtype].itemsize)
     self._specs = {spec.name: spec for spec in specs}
@@ -110,17 +112,17 @@ class ShardWriter:
   def __exit__(self, kind, *_) -> None:
     if kind is None:
       self.close()
-    else:  # the file is of no use: its error is the one to see
+    else:  # the file is incomplete: show the error that caused it
       self._release()
 
   def write(self, name: str, start_row: int, array: np.ndarray) -> None:
-    """Writes rows `start_row`, ... of a tensor; each row just once.
+    """Writes rows of a tensor, from `start_row`; every row once.
 
     Args:
-      array: C-contiguous, of the tensor's own dtype and row shape.
+      array: C-contiguous, of the tensor's dtype and row shape.
 
     Raises:
-      OSError: the disk is full, for one.
+      OSError: for example if the disk is full.
     """
     spec = self._specs[name]
     rows = array.shape[0] if array.shape else 1
@@ -136,7 +138,7 @@ class ShardWriter:
       self._spans[name].append((start_row, start_row + rows))
 
   def close(self) -> None:
-    """Checks that every row was written just once."""
+    """Checks that every row was written exactly once; closes the file."""
     if self._handle is None:
       return
     try:
@@ -157,8 +159,8 @@ class ShardWriter:
       os.close(handle)
 
 
-def _layout(specs: list[Spec]) -> tuple[bytes, dict[str, int], int]:
-  """The header with its length, each tensor's offset, the file's size."""
+def _layout(specs: list[TensorSpec]) -> tuple[bytes, dict[str, int], int]:
+  """The header with its length, tensor offsets, and the file's size."""
   body: dict = {shard_header.METADATA: {'format': 'pt'}}
   starts, end = {}, 0
   for spec in specs:
@@ -177,8 +179,8 @@ def _layout(specs: list[Spec]) -> tuple[bytes, dict[str, int], int]:
   return header, offsets, len(header) + end
 
 
-def _check_whole(spec: Spec, spans: list[tuple[int, int]]) -> None:
-  """No row is missing, none was written twice."""
+def _check_whole(spec: TensorSpec, spans: list[tuple[int, int]]) -> None:
+  """Checks that every row was written exactly once."""
   if not spec.nbytes:
     return
   done = 0
@@ -189,7 +191,7 @@ def _check_whole(spec: Spec, spans: list[tuple[int, int]]) -> None:
 
 
 def flush(path: str | os.PathLike) -> None:
-  """Waits until a file is on the disk."""
+  """Forces a file to the disk."""
   handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
   try:
     os.fsync(handle)
@@ -198,9 +200,9 @@ def flush(path: str | os.PathLike) -> None:
 
 
 def write_index(
-  directory: str | os.PathLike, planned: list[list[Spec]]
+  directory: str | os.PathLike, planned: list[list[TensorSpec]]
 ) -> None:
-  """Writes the index of several files; one file has none."""
+  """Writes the index of several files; a single file needs none."""
   if len(planned) < 2:
     return
   names = shard_names(len(planned))
@@ -216,13 +218,13 @@ def write_index(
 
 
 def write_sums(directory: str | os.PathLike, digests: dict[str, str]) -> None:
-  """Writes SHA256SUMS from file -> digest; `sha256sum -c` reads it too."""
+  """Writes SHA256SUMS from file -> digest, for `sha256sum -c` and `verify`."""
   lines = [f'{digests[name]}  {name}\n' for name in sorted(digests)]
   _replace(pathlib.Path(directory) / shards.SUMS, ''.join(lines))
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
-  """Writes a whole file or none."""
+  """Writes a file atomically."""
   scratch = path.with_name(f'.{path.name}.tmp')
   with open(scratch, 'w', encoding='utf-8') as file:
     file.write(text)

@@ -92,10 +92,12 @@ def leaves_of(params, router):
   return {tuple(k.key for k in path): np.asarray(leaf) for path, leaf in flat}
 
 
-def write(cfg, params, router, folder, dtype='float32', **how):
+def write(cfg, params, router, folder, dtype='float32', **options):
   """Exports into several shards; returns the folder."""
-  how = {'shard_bytes': 60_000} | how
-  exporter.export(cfg, leaves_of(params, router), folder, dtype=dtype, **how)
+  options = {'shard_bytes': 60_000} | options
+  exporter.export(
+    cfg, leaves_of(params, router), folder, dtype=dtype, **options
+  )
   return folder
 
 
@@ -112,7 +114,7 @@ def rewrite(folder, change):
 def put(path, arrays):
   """One file of whole arrays."""
   specs = [
-    shard_writer.Spec(name, shards.DTYPE_NAMES[array.dtype], array.shape)
+    shard_writer.TensorSpec(name, shards.DTYPE_NAMES[array.dtype], array.shape)
     for name, array in arrays.items()
   ]
   with shard_writer.ShardWriter(path, specs) as writer:

@@ -128,7 +128,7 @@ def _attention(get, body):
   num_heads, nope = body['num_attention_heads'], body['qk_nope_head_dim']
   by_head = lambda w_XI: w_XI.T.reshape(w_XI.shape[1], num_heads, -1)
   kv_b_CNX = by_head(get('kv_b_proj'))
-  found = {
+  weights = {
     'w_dkv_DY': get('kv_a_proj_with_mqa').T,
     'kv_norm_C': get('kv_a_layernorm'),
     'w_uk_CNH': kv_b_CNX[:, :, :nope],
@@ -136,8 +136,8 @@ def _attention(get, body):
     'w_o_NUD': get('o_proj').T.reshape(num_heads, -1, body['hidden_size']),
   }
   if not body['q_lora_rank']:
-    return found | {'w_q_DNX': by_head(get('q_proj'))}
-  return found | {
+    return weights | {'w_q_DNX': by_head(get('q_proj'))}
+  return weights | {
     'w_dq_DQ': get('q_a_proj').T,
     'q_norm_Q': get('q_a_layernorm'),
     'w_uq_QNX': by_head(get('q_b_proj')),

@@ -51,14 +51,14 @@ def test_f32_comes_back_to_the_bit(name, tmp_path):
   params, router = exchanged.random_weights(cfg)
   first = exchanged.write(cfg, params, router, tmp_path / 'a')
   assert len(list(first.glob('*.safetensors'))) > 1
-  with importer.opened(first, BASE) as (told, leaves):
+  with importer.open_folder(first, BASE) as (opened, leaves):
     given = exchanged.leaves_of(params, router)
     # Ours may be unrolled, what is read never is; its files tell below.
     same = given.keys() & leaves.keys()
     assert cfg.model.scan_layers == (same == given.keys())
     for path in same:
       np.testing.assert_array_equal(leaves[path][:], given[path])
-    exporter.export(told, leaves, tmp_path / 'b', dtype='float32',
+    exporter.export(opened, leaves, tmp_path / 'b', dtype='float32',
                   shard_bytes=60_000)  # fmt: skip
   assert (first / SUMS).read_text() == (tmp_path / 'b' / SUMS).read_text()
 
@@ -74,10 +74,12 @@ def test_bf16_comes_back_to_the_bit(wide, tmp_path):
     importer.to_workdir(first, tmp_path / dtype, BASE, dtype)
     again = dsv3_jax.load(tmp_path / dtype)
     same_trees((again.params, again.router), (rounded, router))
-    with source.open_source(tmp_path / dtype, BASE) as (told, leaves):
-      exporter.export(told, leaves, tmp_path / f'{dtype} out', dtype='bfloat16',
-                    shard_bytes=60_000)  # fmt: skip
-    sums = (tmp_path / f'{dtype} out' / SUMS).read_text()
+    output = tmp_path / f'{dtype} out'
+    with source.open_source(tmp_path / dtype, BASE) as (opened, leaves):
+      exporter.export(
+        opened, leaves, output, dtype='bfloat16', shard_bytes=60_000
+      )
+    sums = (output / SUMS).read_text()
     assert sums == (first / SUMS).read_text()
 
 
@@ -152,11 +154,11 @@ def test_parameters_come_sharded(in_fp8, monkeypatch):
   read, real = [], shards.Folder.read
 
   def counted(folder, name, rows=None):
-    found = real(folder, name, rows)
-    read.append(found.nbytes if '_scale' not in name else 0)
-    return found
+    rows_read = real(folder, name, rows)
+    read.append(rows_read.nbytes if '_scale' not in name else 0)
+    return rows_read
 
-  with importer.opened(in_fp8, BASE) as (cfg, leaves):
+  with importer.open_folder(in_fp8, BASE) as (cfg, leaves):
     monkeypatch.setattr(shards.Folder, 'read', counted)
     got, router = source.to_devices(leaves, cfg, 'float32', mesh, rules)
   monkeypatch.undo()
@@ -217,19 +219,19 @@ def test_a_sharded_checkpoint_is_exported(tmp_path):
     checkpoints.save(7, tree, {})
     checkpoints.wait()
     leaves = source.step_leaves(checkpoints.open(7), cfg)
-    how = {'dtype': 'bfloat16', 'shard_bytes': 60_000}
-    exporter.export(cfg, leaves, tmp_path / 'out', **how)
+    options = {'dtype': 'bfloat16', 'shard_bytes': 60_000}
+    exporter.export(cfg, leaves, tmp_path / 'out', **options)
   assert (tmp_path / 'out' / SUMS).read_text() == (want / SUMS).read_text()
 
 
 def test_an_interrupted_export_is_finished_by_the_next(wide, tmp_path):
   """Nothing that looks complete is left; finished shards are not made anew."""
-  output, made = tmp_path / 'out', []
+  output, lines = tmp_path / 'out', []
   whole = exchanged.write(*wide, tmp_path / 'whole')
 
   def stop(line):
-    made.append(line)
-    if len(made) == 3:
+    lines.append(line)
+    if len(lines) == 3:
       raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):

@@ -80,9 +80,9 @@ def test_ours_reads_transformers(name, tmp_path):
     want = net(torch.tensor(tokens_BT, dtype=torch.long)).logits.numpy()
   assert np.std(want) > 0.1
   np.testing.assert_allclose(ours.logits(tokens_BT), want, rtol=0, atol=1e-5)
-  told = ours.config.model
-  assert told.mla == cfg.model.mla and told.mtp.depth == 0
-  assert told.yarn == cfg.model.yarn and told.norm_eps == cfg.model.norm_eps
+  loaded = ours.config.model
+  assert loaded.mla == cfg.model.mla and loaded.mtp.depth == 0
+  assert loaded.yarn == cfg.model.yarn and loaded.norm_eps == cfg.model.norm_eps
 
 
 @pytest.mark.parametrize('name', exchanged.CASES)
@@ -98,23 +98,25 @@ def test_transformers_reads_ours(name, tmp_path):
   batch = exchanged.batch_of(tokens_BT)
   ours, _ = models.logits(cfg)(params, router, batch)
   prompt = torch.tensor(tokens_BT, dtype=torch.long)
-  how = {'do_sample': False, 'pad_token_id': 0, 'eos_token_id': None}
+  options = {'do_sample': False, 'pad_token_id': 0, 'eos_token_id': None}
   with torch.no_grad():
     out = net(prompt, use_cache=True)
-    ids = net.generate(prompt, max_new_tokens=64, **how)
+    ids = net.generate(prompt, max_new_tokens=64, **options)
   np.testing.assert_allclose(ours, out.logits.numpy(), rtol=0, atol=1e-5)
-  made = generate.Generator(cfg, params, router).generate(
+  generation = generate.Generator(cfg, params, router).generate(
     tokens_BT.tolist(), 64
   )
-  assert made.tokens == ids[:, tokens_BT.shape[1] :].tolist()
+  assert generation.tokens == ids[:, tokens_BT.shape[1] :].tolist()
   check_cached(cfg, params, router, tokens_BT, out)
 
 
 def check_cached(cfg, params, router, tokens_BT, out):
   """Prefill, then absorbed steps: logits, and the latents that are cached."""
   apply = [
-    jax.jit(functools.partial(model.build(cfg, **how).apply, method='cached'))
-    for how in ({}, {'absorbed': True})
+    jax.jit(
+      functools.partial(model.build(cfg, **options).apply, method='cached')
+    )
+    for options in ({}, {'absorbed': True})
   ]
   # A page a row.
   assert tokens_BT.shape[1] <= engine.PAGE

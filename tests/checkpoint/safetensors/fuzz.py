@@ -20,8 +20,8 @@ def run(folder: pathlib.Path, count: int, seed: int = 0) -> dict[str, list]:
   Raises:
     AssertionError: with the case, or whatever it was that a case raised.
   """
-  told = {'shards': [0, 0], 'configs': [0, 0]}
-  places = {kind: folder / kind for kind in told}
+  counts = {'shards': [0, 0], 'configs': [0, 0]}
+  places = {kind: folder / kind for kind in counts}
   for place in places.values():
     place.mkdir()
   fuzz_config.make(places['configs'])
@@ -38,10 +38,10 @@ def run(folder: pathlib.Path, count: int, seed: int = 0) -> dict[str, list]:
     except BaseException as error:
       error.add_note(f'case {i} of seed {seed}, {kind}: {case!r:.5000}')
       raise
-    told[kind][not good] += 1
+    counts[kind][not good] += 1
     if (i + 1) % 10_000 == 0:
-      print(f'{i + 1}: [accepted, refused] {told}', flush=True)
-  return told
+      print(f'{i + 1}: [accepted, refused] {counts}', flush=True)
+  return counts
 
 
 def main(argv: list[str]) -> None:

@@ -143,22 +143,22 @@ def check(raw: bytes, folder: pathlib.Path, deep: bool) -> bool:
   output = folder.with_name('never')
   try:
     with shards.Folder(folder) as opened:
-      cfg = importer.experiment(opened, BASE)
+      cfg = importer.read_config(opened, BASE)
     assert config.from_config_dict(config.to_dict(cfg)) == cfg
-    told = shards.read_json(folder / CONFIG)['hidden_size']
-    assert cfg.model.d_model == told
+    hidden_size = shards.read_json(folder / CONFIG)['hidden_size']
+    assert cfg.model.d_model == hidden_size
     if deep:
-      with importer.opened(folder, BASE) as (_, leaves):
+      with importer.open_folder(folder, BASE) as (_, leaves):
         read = leaves['params', 'final_norm', 'norm'][:]
       assert read.shape == (cfg.model.d_model,)
     return True
   except errors.InputError as error:
-    said = str(error)
-  assert len(said.splitlines()) == 1 and len(said) < 2000, said
-  assert said.isprintable() and str(folder) in said, said
+    message = str(error)
+  assert len(message.splitlines()) == 1 and len(message) < 2000, message
+  assert message.isprintable() and str(folder) in message, message
   with pytest.raises(errors.InputError) as again:
     importer.to_workdir(folder, output, BASE)
-  assert str(again.value) == said
+  assert str(again.value) == message
   assert not output.exists()
   assert not output.with_name(output.name + '.partial').exists()
   return False

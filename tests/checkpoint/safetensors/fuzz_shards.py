@@ -97,8 +97,8 @@ def slots(node) -> Iterator[tuple[list, int]]:
 
 def get(pairs, key):
   """The value of a key, if there is one."""
-  found = [v for k, v in pairs if k == key] if isinstance(pairs, Pairs) else []
-  return found[0] if found else None
+  values = [v for k, v in pairs if k == key] if isinstance(pairs, Pairs) else []
+  return values[0] if values else None
 
 
 # Changes of a tree in place; each may find nothing to do.
@@ -125,16 +125,16 @@ def change_list(rng, tree):
   places = [place for place in places if type(place) is list]
   if not places:
     return
-  place, how = rng.choice(places), rng.randrange(6)
-  if how == 0:
+  place, choice = rng.choice(places), rng.randrange(6)
+  if choice == 0:
     place.append(rng.choice((0, 1, 2)))
-  elif how == 1 and place:
+  elif choice == 1 and place:
     place.pop(rng.randrange(len(place)))
-  elif how == 2:
+  elif choice == 2:
     rng.shuffle(place)
-  elif how == 3:
+  elif choice == 3:
     place += [1] * rng.randrange(12)
-  elif how == 4:
+  elif choice == 4:
     place[:] = [rng.choice((0, 1, 2**16, 2**31, 2**62)) for _ in range(5)]
   else:
     place.clear()
@@ -159,16 +159,16 @@ def exchange(rng, tree):
 def change_pairs(rng, tree):
   """A key more, less, twice or of another name; another order."""
   places = [tree, *(p[i] for p, i in slots(tree) if isinstance(p[i], Pairs))]
-  place, how = rng.choice(places), rng.randrange(6)
-  if how == 0 or not place:
+  place, choice = rng.choice(places), rng.randrange(6)
+  if choice == 0 or not place:
     place.append([rng.choice(STRINGS), rng.choice((1, 'x', None, []))])
-  elif how == 1:
+  elif choice == 1:
     place.pop(rng.randrange(len(place)))
-  elif how == 2:
+  elif choice == 2:
     place.insert(rng.randrange(len(place) + 1), copy(rng.choice(place)))
-  elif how == 3:
+  elif choice == 3:
     rng.choice(place)[0] = rng.choice(STRINGS)
-  elif how == 4:
+  elif choice == 4:
     rng.choice(place)[0] = rng.choice(place)[0]
   else:
     rng.shuffle(place)
@@ -182,12 +182,12 @@ def put_junk(rng, tree):
 
 
 def change_metadata(rng, tree):
-  told = rng.choice(
+  metadata = rng.choice(
     (None, 'x', [], Pairs(), Pairs([['k', rng.choice(STRINGS)]]),
      Pairs([['k', 1]]), Pairs([[rng.choice(STRINGS), 'v']]),
      Pairs([['k', 'v'], ['k', 'w']]), Pairs([['k', Pairs()]]))
   )  # fmt: skip
-  tree.insert(rng.randrange(len(tree) + 1), ['__metadata__', told])
+  tree.insert(rng.randrange(len(tree) + 1), ['__metadata__', metadata])
 
 
 CHANGES = (
@@ -198,21 +198,21 @@ CHANGES = (
 
 def change_bytes(rng, raw: bytes) -> bytes:
   """Cuts, flips, puts in or takes out some bytes."""
-  at, how = rng.randrange(len(raw) + 1), rng.randrange(8)
-  if how == 0:
+  at, choice = rng.randrange(len(raw) + 1), rng.randrange(8)
+  if choice == 0:
     return raw[:at]
-  if how == 1:
+  if choice == 1:
     return raw + rng.choice(FILLS)
-  if how == 2:
+  if choice == 2:
     return raw[:at] + rng.choice(FILLS) + raw[at:]
-  if how == 3:
+  if choice == 3:
     return raw[:at] + raw[at + rng.randint(1, 9) :]
-  if how == 4 and len(raw) >= 8:
+  if choice == 4 and len(raw) >= 8:
     length = int.from_bytes(raw[:8], 'little')
     near = length + rng.choice((-8, -1, 1, 8, len(raw) - 8 - length))
     wrong = rng.choice((near, near, 0, 1, 10**8 + 1, 2**60, 2**63, 2**64 - 1))
     return (wrong % 2**64).to_bytes(8, 'little') + raw[8:]
-  if how == 5:
+  if choice == 5:
     start = rng.randrange(len(raw) + 1)
     return raw[:at] + raw[start : start + rng.randint(1, 40)] + raw[at:]
   flipped = bytearray(raw)
@@ -262,14 +262,16 @@ def case(rng) -> dict[str, bytes]:
     trees = {rng.choice((shards.SINGLE, 'other.safetensors')): tree}
     parts = {next(iter(trees)): data}
   else:
-    trees, parts, told = {}, {}, Pairs()
+    trees, parts, weight_map = {}, {}, Pairs()
     cut = rng.randint(0, len(names))
     for file, some in zip(FILES, (names[:cut], names[cut:]), strict=True):
       trees[file], parts[file] = whole(rng, some)
-      told += [[name, file] for name in some]
+      weight_map += [[name, file] for name in some]
     total = sum(map(len, parts.values()))
     meta = Pairs([['total_size', total]])
-    trees[shards.INDEX] = Pairs([['metadata', meta], ['weight_map', told]])
+    trees[shards.INDEX] = Pairs(
+      [['metadata', meta], ['weight_map', weight_map]]
+    )
   for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
     rng.choice(CHANGES)(rng, rng.choice(list(trees.values())))
   files = {
@@ -300,7 +302,7 @@ def check(files: dict[str, bytes], folder: pathlib.Path) -> bool:
     old.unlink()
   for name, raw in files.items():
     (folder / name).write_bytes(raw)
-  said = None
+  message = None
   try:
     with shards.Folder(folder) as opened:
       entries = opened.entries
@@ -311,11 +313,11 @@ def check(files: dict[str, bytes], folder: pathlib.Path) -> bool:
         if array.ndim
       }
   except errors.InputError as error:
-    said = str(error)
-  if said is not None:
-    assert len(said.splitlines()) == 1, said
-    assert len(said) < 2000, said
-    assert str(folder) in said
+    message = str(error)
+  if message is not None:
+    assert len(message.splitlines()) == 1, message
+    assert len(message) < 2000, message
+    assert str(folder) in message
     return False
   if shards.INDEX in files:
     read = {entry.path.name for entry in entries.values()}

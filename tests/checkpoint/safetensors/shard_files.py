@@ -14,7 +14,7 @@ from dsv3_jax.checkpoint.safetensors import header as shard_header
 from dsv3_jax.checkpoint.safetensors import reader as shards
 from dsv3_jax.checkpoint.safetensors import writer as shard_writer
 
-Spec = shard_writer.Spec
+TensorSpec = shard_writer.TensorSpec
 ONE, TWO = (
   'model-00001-of-00002.safetensors',
   'model-00002-of-00002.safetensors',
@@ -33,7 +33,7 @@ def filled(spec, seed=0):
 
 def put(path, arrays, dtype_of=shards.DTYPE_NAMES):
   """Writes a file with our writer, whole tensors at once."""
-  specs = [Spec(n, dtype_of[a.dtype], a.shape) for n, a in arrays.items()]
+  specs = [TensorSpec(n, dtype_of[a.dtype], a.shape) for n, a in arrays.items()]
   with shard_writer.ShardWriter(path, specs) as writer:
     for name, array in arrays.items():
       writer.write(name, 0, array)
@@ -61,13 +61,13 @@ def ours(folder):
     return bits({name: opened.read(name) for name in opened.entries})
 
 
-def refused(call, *said):
+def refused(call, *expected):
   """The one line of an InputError, which holds all of `said`."""
   with pytest.raises(errors.InputError) as caught:
     call()
   line = str(caught.value)
   assert len(line.splitlines()) == 1, line
-  for part in said:
+  for part in expected:
     assert part in line, line
   return line
 
@@ -87,7 +87,7 @@ tensors = st.lists(
 def make_pair(folder):
   """A folder of two files: a and b in the first, c in the second."""
   folder.mkdir()
-  specs = [Spec(name, 'F32', (2, 3)) for name in 'abc']
+  specs = [TensorSpec(name, 'F32', (2, 3)) for name in 'abc']
   planned = shard_writer.plan(specs, 2 * specs[0].nbytes)
   for file, some in zip((ONE, TWO), planned, strict=True):
     put(folder / file, {spec.name: filled(spec) for spec in some})

@@ -114,30 +114,30 @@ ENTRIES = {
 }
 
 
-def refused_file(tmp_path, raw, *said):
+def refused_file(tmp_path, raw, *expected):
   path = tmp_path / 'some.safetensors'
   path.write_bytes(raw)
-  files.refused(lambda: shards.read_header(path), str(path), *said)
-  files.refused(lambda: shards.Folder(tmp_path), str(path), *said)
+  files.refused(lambda: shards.read_header(path), str(path), *expected)
+  files.refused(lambda: shards.Folder(tmp_path), str(path), *expected)
 
 
 @pytest.mark.parametrize('case', HEADERS)
 def test_a_header_is_refused(tmp_path, case):
-  header, *said = HEADERS[case]
-  refused_file(tmp_path, raw_file(header), *said)
+  header, *expected = HEADERS[case]
+  refused_file(tmp_path, raw_file(header), *expected)
 
 
 @pytest.mark.parametrize('case', ENTRIES)
 def test_an_entry_is_refused_by_name(tmp_path, case):
-  header, *said = ENTRIES[case]
-  line = ["'w'", *said] if case != 'empty, inside' else said
+  header, *expected = ENTRIES[case]
+  line = ["'w'", *expected] if case != 'empty, inside' else expected
   refused_file(tmp_path, raw_file(header), *line)
 
 
 def test_a_hole_between_tensors_is_refused(tmp_path):
   header = PAIR % entry(span=(12, 20))
-  said = ("'w'", "leaves a hole after tensor 'v': 4 bytes")
-  refused_file(tmp_path, raw_file(header, bytes(20)), *said)
+  expected = ("'w'", "leaves a hole after tensor 'v': 4 bytes")
+  refused_file(tmp_path, raw_file(header, bytes(20)), *expected)
 
 
 @pytest.mark.parametrize('name', ['', '\ud800', 'a\udc00b'])

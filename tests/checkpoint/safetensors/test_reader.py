@@ -16,7 +16,7 @@ from dsv3_jax.checkpoint.safetensors import writer as shard_writer
 from tests.checkpoint.safetensors import fuzz, fuzz_config, fuzz_shards
 from tests.checkpoint.safetensors import shard_files as files
 
-Spec = shard_writer.Spec
+TensorSpec = shard_writer.TensorSpec
 
 
 @pytest.fixture(name='pair')
@@ -105,10 +105,10 @@ INDEXES = {
 
 @pytest.mark.parametrize('case', INDEXES)
 def test_an_index_is_refused(pair, case):
-  raw, *said = INDEXES[case]
+  raw, *expected = INDEXES[case]
   raw = raw.encode() if isinstance(raw, str) else raw
   (pair / shards.INDEX).write_bytes(raw)
-  files.refused(lambda: shards.Folder(pair), shards.INDEX, *said)
+  files.refused(lambda: shards.Folder(pair), shards.INDEX, *expected)
 
 
 @pytest.mark.parametrize(
@@ -212,8 +212,8 @@ def test_an_index_beside_a_single_file_is_refused(pair):
 
 def sums(folder):
   paths = folder.glob('*.safetensors')
-  found = {path.name: shards.digest(path) for path in paths}
-  shard_writer.write_sums(folder, found)
+  digests = {path.name: shards.digest(path) for path in paths}
+  shard_writer.write_sums(folder, digests)
   return folder / shards.SUMS
 
 
@@ -229,8 +229,8 @@ def test_sums_are_those_of_sha256sum(pair):
   subprocess.run(['sha256sum', '-c', path.name], cwd=pair, check=True)
   for flag in ('--text', '--binary'):
     call = ['sha256sum', flag, './' + files.ONE, files.TWO, shards.INDEX]
-    told = subprocess.run(call, cwd=pair, check=True, capture_output=True)
-    path.write_bytes(told.stdout)
+    process = subprocess.run(call, cwd=pair, check=True, capture_output=True)
+    path.write_bytes(process.stdout)
     assert verify(pair) is True
   path.write_text(path.read_text().upper().replace('MODEL', 'model').replace(
     'OF', 'of').replace('SAFETENSORS', 'safetensors').replace(
@@ -287,12 +287,12 @@ LINES = {
 
 @pytest.mark.parametrize('case', LINES)
 def test_a_list_of_sums_is_refused(pair, case):
-  raw, *said = LINES[case]
+  raw, *expected = LINES[case]
   path = sums(pair)
   if case in ('missing', 'folder', 'long'):
     raw = path.read_text() + raw
   path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
-  files.refused(lambda: verify(pair), str(pair), *said)
+  files.refused(lambda: verify(pair), str(pair), *expected)
 
 
 def test_a_file_that_is_not_listed_is_refused(pair):

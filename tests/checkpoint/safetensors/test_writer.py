@@ -19,7 +19,7 @@ from dsv3_jax.checkpoint.safetensors import reader as shards
 from dsv3_jax.checkpoint.safetensors import writer as shard_writer
 from tests.checkpoint.safetensors import shard_files as files
 
-Spec = shard_writer.Spec
+TensorSpec = shard_writer.TensorSpec
 
 
 @pytest.fixture(name='pair')
@@ -29,7 +29,7 @@ def _pair(tmp_path):
 
 @hypothesis.given(files.tensors)
 def test_the_package_reads_what_we_write(tensors):
-  specs = [Spec(*tensor) for tensor in tensors]
+  specs = [TensorSpec(*tensor) for tensor in tensors]
   arrays = {spec.name: files.filled(spec, i) for i, spec in enumerate(specs)}
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / shards.SINGLE
@@ -43,7 +43,7 @@ def test_the_package_reads_what_we_write(tensors):
 
 @hypothesis.given(files.tensors)
 def test_we_read_what_the_package_writes(tensors):
-  specs = [Spec(*tensor) for tensor in tensors]
+  specs = [TensorSpec(*tensor) for tensor in tensors]
   arrays = {spec.name: files.filled(spec, i) for i, spec in enumerate(specs)}
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'any name.safetensors'
@@ -54,7 +54,7 @@ def test_we_read_what_the_package_writes(tensors):
 @pytest.mark.parametrize('dtype', shards.DTYPES)
 def test_every_dtype_goes_both_ways(tmp_path, dtype):
   assert shards.DTYPE_NAMES[shards.DTYPES[dtype]] == dtype
-  array = files.filled(Spec('x', dtype, (5, 3)))
+  array = files.filled(TensorSpec('x', dtype, (5, 3)))
   files.put(tmp_path / shards.SINGLE, {'x': array})
   assert (
     files.ours(tmp_path)
@@ -70,8 +70,8 @@ def test_every_dtype_goes_both_ways(tmp_path, dtype):
 )
 def test_rows_are_numpys_rows(dtype, shape, rows):
   before, array = (
-    files.filled(Spec('a', 'F64', (3,))),
-    files.filled(Spec('x', dtype, shape)),
+    files.filled(TensorSpec('a', 'F64', (3,))),
+    files.filled(TensorSpec('x', dtype, shape)),
   )
   with tempfile.TemporaryDirectory() as folder:
     files.put(
@@ -102,7 +102,7 @@ def test_rows_are_all_that_is_read(tmp_path, monkeypatch):
 
 
 def test_a_read_in_short_pieces_is_whole(tmp_path, monkeypatch):
-  array = files.filled(Spec('x', 'I32', (50,)))
+  array = files.filled(TensorSpec('x', 'I32', (50,)))
   files.put(tmp_path / shards.SINGLE, {'x': array})
   real = os.preadv
   monkeypatch.setattr(os, 'preadv', lambda h, r, o: real(h, [r[0][:7]], o))
@@ -120,7 +120,7 @@ def test_arrays_are_the_callers_own(tmp_path):
 
 
 def test_many_threads_read_and_write_one_folder(tmp_path):
-  specs = [Spec(f't{i}', 'I32', (64, 5)) for i in range(6)]
+  specs = [TensorSpec(f't{i}', 'I32', (64, 5)) for i in range(6)]
   planned = shard_writer.plan(specs, 2 * specs[0].nbytes)
   shard_files = shard_writer.shard_names(len(planned))
   arrays = {spec.name: files.filled(spec, i) for i, spec in enumerate(specs)}
@@ -140,15 +140,15 @@ def test_many_threads_read_and_write_one_folder(tmp_path):
       got = pool.map(
         lambda at: opened.read(at[0], slice(at[1], at[1] + 1)), asked
       )
-      for (name, row), found in zip(asked, got, strict=True):
-        np.testing.assert_array_equal(found, arrays[name][row : row + 1])
+      for (name, row), rows in zip(asked, got, strict=True):
+        np.testing.assert_array_equal(rows, arrays[name][row : row + 1])
   for file in shard_files:
     safetensors.numpy.load_file(tmp_path / file)
 
 
 @hypothesis.given(files.tensors, st.integers(1, 300))
 def test_a_plan_is_greedy_and_in_order(tensors, most):
-  specs = [Spec(*tensor) for tensor in tensors]
+  specs = [TensorSpec(*tensor) for tensor in tensors]
   planned = shard_writer.plan(iter(specs), most)
   assert [spec for shard in planned for spec in shard] == specs
   size = lambda shard: sum(spec.nbytes for spec in shard)
@@ -166,10 +166,10 @@ def test_a_plan_needs_room(most):
 
 def test_names_are_the_published_ones():
   assert shard_writer.shard_names(1) == ['model.safetensors']
-  found = shard_writer.shard_names(163)
-  assert found[0] == 'model-00001-of-00163.safetensors'
-  assert found[-1] == 'model-00163-of-00163.safetensors'
-  assert len(set(found)) == 163 and found == sorted(found)
+  names = shard_writer.shard_names(163)
+  assert names[0] == 'model-00001-of-00163.safetensors'
+  assert names[-1] == 'model-00163-of-00163.safetensors'
+  assert len(set(names)) == 163 and names == sorted(names)
 
 
 def test_an_index_is_the_published_one(pair):
@@ -183,7 +183,7 @@ def test_an_index_is_the_published_one(pair):
 
 
 def test_one_file_has_no_index(tmp_path):
-  shard_writer.write_index(tmp_path, [[Spec('a', 'F32', (2,))]])
+  shard_writer.write_index(tmp_path, [[TensorSpec('a', 'F32', (2,))]])
   shard_writer.write_index(tmp_path, [])
   assert not list(tmp_path.iterdir())
 
@@ -192,9 +192,9 @@ def test_a_file_has_its_size_from_the_start(tmp_path):
   path = tmp_path / shards.SINGLE
   path.write_bytes(b'x' * 10_000)  # of an export that was interrupted
   specs = [
-    Spec('a', 'U8', (3,)),
-    Spec('b', 'F64', (5, 2)),
-    Spec('c', 'BF16', ()),
+    TensorSpec('a', 'U8', (3,)),
+    TensorSpec('b', 'F64', (5, 2)),
+    TensorSpec('c', 'BF16', ()),
   ]
   writer = shard_writer.ShardWriter(path, specs)
   with writer:
@@ -202,9 +202,9 @@ def test_a_file_has_its_size_from_the_start(tmp_path):
     start = int.from_bytes(path.read_bytes()[:8], 'little') + 8
     assert start % 8 == 0 and size == start + 3 + 80 + 2
     for spec in specs:
-      found = entries[spec.name]
-      assert (found.dtype, found.shape) == (spec.dtype, spec.shape)
-      assert found.offset % shards.DTYPES[spec.dtype].itemsize == 0
+      entry = entries[spec.name]
+      assert (entry.dtype, entry.shape) == (spec.dtype, spec.shape)
+      assert entry.offset % shards.DTYPES[spec.dtype].itemsize == 0
       writer.write(spec.name, 0, files.filled(spec))
   assert path.stat().st_size == size
   writer.close()  # again: nothing to do
@@ -214,7 +214,7 @@ def test_a_file_has_its_size_from_the_start(tmp_path):
 
 @hypothesis.given(st.data())
 def test_blocks_may_come_in_any_order(data):
-  specs = [Spec(*tensor) for tensor in data.draw(files.tensors)]
+  specs = [TensorSpec(*tensor) for tensor in data.draw(files.tensors)]
   arrays = {spec.name: files.filled(spec, i) for i, spec in enumerate(specs)}
   blocks = []
   for spec in specs:
@@ -230,7 +230,7 @@ def test_blocks_may_come_in_any_order(data):
     assert files.theirs(path) == files.bits(arrays)
 
 
-SPEC = Spec('w', 'F32', (4, 3))
+SPEC = TensorSpec('w', 'F32', (4, 3))
 
 
 @pytest.mark.parametrize(
@@ -273,8 +273,8 @@ def test_a_block_that_does_not_fit_is_our_bug(tmp_path, start, array):
 
 
 def test_specs_that_no_file_can_hold_are_our_bug(tmp_path):
-  for specs in ([SPEC, SPEC], [Spec('__metadata__', 'F32', ())],
-                [Spec('', 'F32', ())]):  # fmt: skip
+  for specs in ([SPEC, SPEC], [TensorSpec('__metadata__', 'F32', ())],
+                [TensorSpec('', 'F32', ())]):  # fmt: skip
     with pytest.raises(AssertionError):
       shard_writer.ShardWriter(tmp_path / shards.SINGLE, specs)
   assert not list(tmp_path.iterdir())
@@ -292,9 +292,9 @@ def test_an_error_inside_is_the_one_that_is_seen(tmp_path):
 
 def test_a_tensor_beyond_4_gb_has_its_place(tmp_path):
   """The file is a hole but for its ends: it takes no room on the disk."""
-  spec = Spec('w', 'U8', (5, 2**30))
+  spec = TensorSpec('w', 'U8', (5, 2**30))
   path = tmp_path / shards.SINGLE
-  writer = shard_writer.ShardWriter(path, [spec, Spec('z', 'U8', (3,))])
+  writer = shard_writer.ShardWriter(path, [spec, TensorSpec('z', 'U8', (3,))])
   writer.write('z', 0, np.array([1, 2, 3], np.uint8))
   with pytest.raises(AssertionError, match='w: 0 of 5'):
     writer.close()

@@ -1,0 +1,188 @@
+"""One word a thing: names and phrases that the source no longer uses.
+
+docs/glossary.md has the words that it does use, beside the field's.
+"""
+
+import ast
+import io
+import pathlib
+import re
+import tokenize
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCOPE = ('dsv3_jax', 'pallas_kernels', 'benchmarks', 'experiments')
+CONTENTS = 'a name for what it holds'
+
+# Variables, parameters, attributes, functions and classes -> the word to use.
+NAMES = {
+  'told': f'{CONTENTS}: metrics, output',
+  'made': f'{CONTENTS}: tokens_BT, schedule',
+  'found': f'{CONTENTS}: arrays, settings',
+  'how': f'{CONTENTS}: options',
+  'each': f'{CONTENTS}: per_rank, spec',
+  'said': f'{CONTENTS}: message, stdout',
+  'twin': 'reference, or what the other one is',
+  'one_way': 'unidirectional',
+  'fixed_order': 'deterministic',
+  'own_tokens': 'local_tokens',
+  'whole_rows': 'all_gather_sequence, or full sequences',
+  'add_up': 'psum or all_reduce',
+  'in_step': 'to_ticks, or synchronised',
+  'together': f'{CONTENTS}: batch, pair',
+  'meet': 'barrier',
+  'num_drafts': 'num_speculative_tokens',
+  'Ranks': 'DataParallelEngine',
+  'Ticket': 'Request',
+  'News': 'RequestOutput',
+  'Told': 'RequestOutput',
+  'Made': 'StepOutput',
+  'Ask': 'Request',
+}
+# Where the old spelling stays, for who wrote it into a script.
+ALLOWED = {
+  'num_drafts': ('dsv3_jax/__init__.py', 'dsv3_jax/cli/engine_flags.py'),
+}
+# In comments and strings, docstrings included.
+PHRASES = {
+  'in lockstep': 'in ticks',
+  'prompt cache': 'prefix cache',
+  'copies of busy experts': 'redundant experts',
+  'made again': 'recomputed',
+  'is told': 'is given, is passed',
+  'are told': 'are given, are passed',
+  'gives its pages back': 'is preempted',
+  'cut over an axis': 'sharded over an axis',
+  'whole on every device': 'replicated',
+  'kept for the backward pass': 'saved for the backward pass',
+}
+
+
+def python_files(root, scope=SCOPE):
+  """Files below folders, or files, of `root`."""
+  for name in scope:
+    path = root / name
+    yield from sorted(path.rglob('*.py')) if path.is_dir() else (path,)
+
+
+def problems(root, scope=SCOPE):
+  """A line for each retired word, with the one to use."""
+  for path in python_files(root, scope):
+    where, text = path.relative_to(root).as_posix(), path.read_text('utf-8')
+    tree = ast.parse(text)
+    for line, name in names(tree):
+      word = name.lstrip('_')
+      if word in NAMES and where not in ALLOWED.get(word, ()):
+        yield f'{where}:{line}: {name} -> {NAMES[word]}'
+    for line, prose in [*comments(text), *strings(tree)]:
+      for phrase, use in PHRASES.items():
+        if re.search(rf'\b{phrase}\b', ' '.join(prose.split()), re.I):
+          yield f'{where}:{line}: {phrase!r} -> {use}'
+
+
+def names(tree):
+  """(line, name) of whatever a module gives a name to."""
+  for node in ast.walk(tree):
+    line = getattr(node, 'lineno', 0)
+    match node:
+      case ast.Name(id=name, ctx=ast.Store()):
+        yield line, name
+      case ast.Attribute(attr=name, ctx=ast.Store()):
+        yield line, name
+      case ast.arg(arg=name):
+        yield line, name
+      case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+        yield line, node.name
+      case ast.ExceptHandler(name=str(name)):
+        yield line, name
+      case ast.MatchAs(name=str(name)) | ast.MatchStar(name=str(name)):
+        yield line, name
+      case ast.Import() | ast.ImportFrom():
+        yield from ((line, x.asname) for x in node.names if x.asname)
+
+
+def comments(text):
+  """(first line, text) of each block of comments."""
+  start, last, words = 0, -2, []
+  for token in tokenize.generate_tokens(io.StringIO(text).readline):
+    if token.type != tokenize.COMMENT:
+      continue
+    line = token.start[0]
+    if line != last + 1 and words:
+      yield start, ' '.join(words)
+      words = []
+    start = start if words else line
+    words.append(token.string.lstrip('#'))
+    last = line
+  if words:
+    yield start, ' '.join(words)
+
+
+def strings(tree):
+  """(line, text) of each string; docstrings are strings."""
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+      yield node.lineno, node.value
+
+
+def test_the_source_uses_no_retired_word():
+  retired = list(problems(ROOT))
+  assert not retired, '\n' + '\n'.join(retired)
+
+
+@pytest.mark.parametrize('word', NAMES)
+def test_each_name_can_fail(tmp_path, word):
+  (tmp_path / 'a.py').write_text(f'{word} = 1\n', encoding='utf-8')
+  (line,) = problems(tmp_path, ['a.py'])
+  assert line == f'a.py:1: {word} -> {NAMES[word]}'
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'a, (*told,) = x',
+    'def told(): pass',
+    'class told: pass',
+    'def f(*, told): pass',
+    'def f(**told): pass',
+    'lambda told: 1',
+    'a.told = 1',
+    'class A:\n  told: int',
+    '[1 for told in x]',
+    'with a as told: pass',
+    'import a as told',
+    'try: pass\nexcept E as told: pass',
+    'match a:\n  case [told]: pass',
+    '_told = 1',
+    '(told := 1)',
+  ],
+)
+def test_each_kind_of_name_can_fail(tmp_path, text):
+  (tmp_path / 'a.py').write_text(text, encoding='utf-8')
+  assert len(list(problems(tmp_path, ['a.py']))) == 1
+
+
+@pytest.mark.parametrize('phrase', PHRASES)
+def test_each_phrase_can_fail(tmp_path, phrase):
+  first, *rest = phrase.split()
+  broken = f'{first.capitalize()}\n{{}}{" ".join(rest)} here.'
+  for text in (f'"""{broken.format("")}"""', f'# {broken.format("# ")}\n'):
+    (tmp_path / 'a.py').write_text(text, encoding='utf-8')
+    (line,) = problems(tmp_path, ['a.py'])
+    assert line == f'a.py:1: {phrase!r} -> {PHRASES[phrase]}'
+
+
+def test_what_is_no_retired_word_passes(tmp_path):
+  text = '# Each of them was found and told.\nf(each=a.told)\nfounder = 1\n'
+  (tmp_path / 'a.py').write_text(text, encoding='utf-8')
+  assert not list(problems(tmp_path, ['a.py']))
+
+
+def test_an_old_flag_keeps_its_spelling(tmp_path):
+  path = tmp_path / 'dsv3_jax/__init__.py'
+  path.parent.mkdir()
+  path.write_text('def load(num_drafts=None): pass\n', encoding='utf-8')
+  assert not list(problems(tmp_path, ['dsv3_jax']))
+  path.rename(path.with_name('a.py'))
+  assert len(list(problems(tmp_path, ['dsv3_jax']))) == 1
