@@ -22,8 +22,6 @@ _PATH = re.compile(
   r'(?:benchmarks|docs|dsv3_jax|experiments|launch|pallas_kernels|tests)/'
   r'[\w./-]*|[\w./-]+\.(?:py|md|sh|cfg|toml)'
 )
-# Written on a branch of its own; to be deleted here when it is merged.
-_PENDING = ('docs/glossary.md', '../glossary.md', 'glossary.md')
 # `file.py`: `name`, `name`
 _FUNCTIONS = re.compile(r'`([\w./-]+\.py)`:((?:[,\s]+(?:and )?`\w+`)+)')
 _MODULE = re.compile(r'(?:python -m benchmarks\.|dsv3 bench )(\w+)')
@@ -59,10 +57,10 @@ def problems(page, root=ROOT):
   at = root / page
   text = at.read_text(encoding='utf-8')
   for path in paths(text):
-    if path not in _PENDING and not (root / path).exists():
+    if not (root / path).exists():
       yield f'{page}: no file {path}'
   for target in _LINK.findall(text):
-    if re.match(r'\w+:', target) or target in _PENDING:
+    if re.match(r'\w+:', target):
       continue
     name, _, anchor = target.partition('#')
     there = at.parent / name if name else at
@@ -126,8 +124,6 @@ def test_no_link_is_left_to_an_untracked_file():
     for target in _LINK.findall(text):
       there = (ROOT / page).parent / target.partition('#')[0]
       if re.match(r'\w+:', target) or there.is_dir() or target[0] == '#':
-        continue
-      if target in _PENDING:
         continue
       name = str(there.resolve().relative_to(ROOT))
       assert name in tracked, f'{page}: {name}'
