@@ -5,13 +5,13 @@
 #   NAME=run IMAGE=IMAGE CLAIM=CLAIM PROCESSES=4 launch/gke_jobset.sh \
 #     --config=FILE --workdir=/runs/DIR
 #
-# IMAGE      has the project installed
-# CLAIM      a volume claim that all pods may write, mounted at /runs
-# PROCESSES  pods (1)
-# GPUS       of each (8)
-# RESTARTS   how often the job may start again, from its last step, after a pod
-#            was stopped, crashed or hung (9)
-# DRY_RUN=1  prints the manifest
+# IMAGE      an image with the project installed
+# CLAIM      a volume claim that all pods can write, mounted at /runs
+# PROCESSES  number of pods (1)
+# GPUS       of each pod (8)
+# RESTARTS   maximum restarts, from the last step, after a pod was stopped,
+#            crashed or hung (9)
+# DRY_RUN=1  prints the manifest instead of applying it
 set -euo pipefail
 
 NAME=${NAME:?is that of the job}
@@ -27,7 +27,7 @@ spec:
   failurePolicy:
     maxRestarts: ${RESTARTS:-9}
     rules:
-    - action: FailJobSet  # see README: not mended by a restart
+    - action: FailJobSet  # see README: a restart does not help
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: workers
@@ -78,9 +78,9 @@ for word in sys.argv[1:]: print("              -", json.dumps(word))' "$@"
 EOF
 }
 
-made=$(manifest "$@")
+yaml=$(manifest "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
-  echo "$made"
+  echo "$yaml"
   exit
 fi
-kubectl apply -f - <<< "$made"
+kubectl apply -f - <<< "$yaml"

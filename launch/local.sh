@@ -4,21 +4,21 @@
 #
 #   PROCESSES=2 DEVICES=4 RESTARTS=3 launch/local.sh --config=FILE --workdir=DIR
 #
-# PROCESSES  how many (1)
-# DEVICES    of each (1): GPUs, or on a CPU as many that share its cores
-# RESTARTS   how often the job may start again, from its last step, after a
-#            process was killed, crashed or hung (0)
-# PORT       of the first process (a free one)
+# PROCESSES  number of processes (1)
+# DEVICES    of each process (1): GPUs, or CPU devices that share all cores
+# RESTARTS   maximum restarts, from the last step, after a process was killed,
+#            crashed or hung (0)
+# PORT       of the coordinator (a free port)
 # DSV3       the command (dsv3)
-# DRY_RUN=1  prints what would be run
+# DRY_RUN=1  prints the commands instead of running them
 #
-# One process that fails ends all. The exit code is that of the first to fail.
+# If one process fails, all are ended. The exit code is that of the first.
 set -euo pipefail
-set -m # a Ctrl-C reaches this script alone, which passes it on
+set -m # Ctrl-C reaches this script only, which forwards it
 
 PROCESSES=${PROCESSES:-1} DEVICES=${DEVICES:-1} RESTARTS=${RESTARTS:-0}
 read -r -a dsv3 <<< "${DSV3:-dsv3}"
-GRACE_SECONDS=5 # for the others to end by themselves
+GRACE_SECONDS=5 # before the other processes are killed
 pids=()
 
 free_port() {
@@ -88,7 +88,7 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit
 fi
 
-asked= # a job that is told to stop is not to start again
+asked= # a job that was asked to stop is not restarted
 trap 'asked=1; stop TERM' TERM
 trap 'asked=1; stop INT' INT
 trap 'stop KILL' EXIT
@@ -97,7 +97,7 @@ for ((attempt = 1; ; attempt++)); do
   code=0
   run_job "$@" || code=$?
   case $code in
-    0 | 2 | 75 | 76 | 77) exit "$code" ;; # see README: not mended by a restart
+    0 | 2 | 75 | 76 | 77) exit "$code" ;; # see README: a restart does not help
   esac
   [[ -z $asked ]] && ((attempt <= RESTARTS)) || exit "$code"
   echo "local.sh: a process ended with $code; restart $attempt of $RESTARTS" >&2

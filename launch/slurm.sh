@@ -4,12 +4,12 @@
 #
 #   sbatch --nodes=4 --time=1-0 launch/slurm.sh --config=FILE --workdir=DIR
 #
-# RESTARTS   how often the job may be queued again, to go on from its last step
-#            after its time was up or a process was killed, crashed or hung (9)
+# RESTARTS   maximum times that the job is queued again, to resume from its last
+#            step after a timeout, a kill, a crash or a hang (9)
 # DSV3       the command (dsv3)
-# DRY_RUN=1  prints what would be run: DRY_RUN=1 launch/slurm.sh ...
+# DRY_RUN=1  prints the command instead: DRY_RUN=1 launch/slurm.sh ...
 #
-# DIR is on a file system that all nodes see.
+# DIR is on a file system that all nodes share.
 #SBATCH --job-name=dsv3
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -28,7 +28,7 @@ fi
 code=0
 "${command[@]}" || code=$?
 case $code in
-  0 | 2 | 76 | 77) exit "$code" ;; # see README: not mended by a restart
+  0 | 2 | 76 | 77) exit "$code" ;; # see README: a restart does not help
 esac
 if ((${SLURM_RESTART_COUNT:-0} < RESTARTS)); then
   scontrol requeue "$SLURM_JOB_ID"
