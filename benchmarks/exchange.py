@@ -1,15 +1,15 @@
-"""Import and export of a checkpoint that is no toy, in small memory.
+"""Speed and memory of import and export, with a checkpoint of real widths.
 
-Question: how fast, and in how much memory, does a checkpoint with the widths of
-DeepSeek-V3 go from a Hugging Face folder to a workdir, onto the device, back?
+Question: how fast, and in how much memory, are import, load and export of a
+checkpoint with the widths of DeepSeek-V3?
 
   python benchmarks/exchange.py --folder=DIR [--experts=32]
 
 Makes a folder of BF16 shards (2 layers, one of them MoE; 8.2 GB with 32
-experts) and runs the commands, each in a process of its own. Beside each stands
-a plain copy of the same files, made just before. Memory is the peak resident
-set of the process, as `/usr/bin/time -v` reports it; CPU seconds, of all cores,
-tell more than seconds where others work on the same machine.
+experts) and runs each command in its own process. The reference is a plain copy
+of the same files, just before. Memory is the peak resident set of the process,
+as `/usr/bin/time -v` reports it. CPU seconds are summed over all cores; on a
+shared machine, they are more reliable than seconds.
 """
 
 import argparse
@@ -39,7 +39,7 @@ print(sum(x.nbytes for x in jax.tree.leaves(loaded.params)))
 
 
 def make(folder: pathlib.Path, experts: int) -> None:
-  """V3's layout with 2 layers and a few experts; values repeat every 1 MiB."""
+  """V3's widths, 2 layers, a few experts; values repeat every 2**20."""
   source = v3_671b.get_config()
   with source.unlocked():
     source.model.update(num_layers=2, num_dense_layers=1)
@@ -61,13 +61,13 @@ def make(folder: pathlib.Path, experts: int) -> None:
 
 
 def size(folder: pathlib.Path) -> int:
-  """Bytes of all files below."""
+  """Bytes of all files below a folder."""
   files = (path for path in folder.rglob('*') if path.is_file())
   return sum(path.stat().st_size for path in files)
 
 
 def copy_rate(folder: pathlib.Path, target: pathlib.Path) -> float:
-  """Bytes a second of a plain copy, flushed."""
+  """Bytes per second of a plain copy, flushed to disk."""
   start = time.perf_counter()
   shutil.copytree(folder, target)
   os.sync()
@@ -77,7 +77,7 @@ def copy_rate(folder: pathlib.Path, target: pathlib.Path) -> float:
 
 
 def run(*args: str) -> tuple[float, float, int, str]:
-  """Seconds, flushed; CPU seconds; peak resident bytes; what was printed."""
+  """Runs a command; seconds with flush, CPU seconds, peak bytes, stdout."""
   start = time.perf_counter()
   child = subprocess.Popen(args, stdout=subprocess.PIPE, text=True)
   with child.stdout:

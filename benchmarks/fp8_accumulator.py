@@ -1,17 +1,17 @@
-"""What 14-bit accumulation loses over K, and what promotion repairs (TR 3.3.2).
+"""The error of 14-bit accumulation over K, with and without promotion.
 
 Question: the report finds a maximum relative error of nearly 2 % in the FP8
-product of two random matrices with K = 4096, for the tensor cores keep about 14
-bits. Does the rule that it gives for them (TR 3.5.2) reproduce that, and what
-is left when sums are promoted to f32 every 128 products?
+matmul of two random matrices with K = 4096, as tensor cores accumulate with
+about 14 bits (TR 3.3.2). Does the report's rule for them (TR 3.5.2) reproduce
+this error, and how large is it if sums are promoted to f32 every 128 products?
 
   python benchmarks/fp8_accumulator.py
 
-Normal operands in e4m3, one scale a matrix, so that nothing but the sums
-differs. An error is that of a sum against the exact product of the same FP8
-numbers, over the typical magnitude of the exact product: over the entry itself
-it has no bound, as entries come as near to zero as one likes, and the report
-does not say over what. Writes table and figure.
+Operands are normal, in e4m3, with one scale for a matrix, so that only the sums
+differ. An error is the difference from the exact product of the same FP8
+numbers, over the typical magnitude of the exact product. Over the entry itself
+it would be unbounded, as entries can be close to zero; the report does not
+define it. Writes a table and a figure.
 """
 
 import argparse
@@ -45,7 +45,7 @@ matmul_limited = jax.jit(
 
 
 def quantize(x_IK: np.ndarray) -> quantized.Quantized:
-  """In e4m3 under one scale."""
+  """Quantises to e4m3 with one scale."""
   return reference.quantize(jnp.asarray(x_IK, jnp.float32), x_IK.shape)
 
 
@@ -55,7 +55,7 @@ def exact(q: quantized.Quantized) -> np.ndarray:
 
 
 def measure(draw, size: int, depth: int, seed: int) -> np.ndarray:
-  """Errors [arm, kind] in % of the exact product's magnitudes."""
+  """Errors [arm, kind] in % of the exact product's magnitude."""
   rng = np.random.default_rng((depth, seed))
   a, b = (quantize(draw(rng, (size, depth))) for _ in range(2))
   want_MN = exact(a) @ exact(b).T
@@ -86,7 +86,7 @@ def positive(rng, shape):
 
 
 def table(rows: dict[int, np.ndarray]) -> str:
-  """Markdown: one line a K."""
+  """A Markdown table with a line for each K."""
   titles = [f'{kind}, {arm}' for kind in KINDS.values() for arm in ARMS]
   lines = [f'| K | {" | ".join(titles)} |', '|---' * (1 + len(titles)) + '|']
   for depth, row in rows.items():
@@ -96,7 +96,7 @@ def table(rows: dict[int, np.ndarray]) -> str:
 
 
 def draw_figure(rows: dict[int, np.ndarray], path: pathlib.Path) -> None:
-  """Largest and rms error over K, of both arms."""
+  """Plots largest and rms error over K, with and without promotion."""
   figure, axes = plt.subplots(figsize=(6.4, 4.2), layout='constrained')
   shares = np.array(list(rows.values()))  # [K, arm, kind]
   for i, (arm, color) in enumerate(
@@ -121,7 +121,7 @@ def draw_figure(rows: dict[int, np.ndarray], path: pathlib.Path) -> None:
 
 
 def versions() -> str:
-  """Software, and the commit that made the figures."""
+  """Versions of the software, and the commit."""
   command = ['git', 'rev-parse', '--short', 'HEAD']
   process = subprocess.run(
     command, cwd=RESULTS, capture_output=True, text=True, check=False
@@ -132,7 +132,7 @@ def versions() -> str:
 
 
 def report(rows, biased: np.ndarray, size: int, seeds: int) -> str:
-  """The whole page of results."""
+  """The page of results."""
   (without, mean, _), (with_, *_) = rows[4096]
   times = without / with_
   return f"""# What 14-bit accumulation loses, and what promotion repairs

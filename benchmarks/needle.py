@@ -1,22 +1,22 @@
-"""Does a model find a needle eight times beyond the length it was trained at?
+"""Does a model find needles at eight times its training length, with YaRN?
 
 Question: after pre-training on rows of 256 tokens and a short YaRN phase at
 2,048 (TR 4.3), is a value found by its key over all of the longer context?
 
   dsv3 bench needle [--steps=400] [--extension=50] [--context=1] [--json]
 
-Rows are the standard library's text as bytes, with symbols in between. A
-needle is one symbol of 256 that stands for a key and a value, of 16 each; a
-question is a key, and behind it comes the value of the needle with that key. A
-test row has a needle of every key in its text, one at the depth asked for, and
-ends with the question for that one: right is its value as the likeliest of all
-tokens. Guessing among the values gives 1 in 16.
+Rows are the standard library's text as bytes, with extra symbols inserted. A
+needle is one of 256 symbols, for a key and a value out of 16 each. A question
+is a key, followed by the value of the needle with that key. A test row has a
+needle for every key, one of them at the given depth, and ends with the question
+for that one. The answer is right if its value is the likeliest of all tokens.
+Guessing among the values gives 1 in 16.
 
-Told for three models: `before`, plain RoPE as trained; `yarn`, the same weights
-with YaRN's frequencies and softmax scale, untrained; `after`, with the phase.
-The network is the quickstart's, smaller and without MTP; the phase starts from
-its weights and biases with fresh moments, and may be spread over `--context`
-devices. Writes a table, a heat map, and a row for every cell.
+Three models are measured: `before`, plain RoPE as trained; `yarn`, the same
+weights with YaRN's frequencies and softmax scale, not trained further; `after`,
+trained in the phase. The network is the quickstart's, smaller and without MTP.
+The phase starts from its weights and biases with new moments, and may run on
+`--context` devices. Writes a table, a heat map, and a row for every cell.
 """
 
 import argparse
@@ -55,7 +55,7 @@ _FACTOR = 10.0  # YaRN's s: as far beyond the length used as the report's 40
 
 
 class Weights(NamedTuple):
-  """What the phase takes over."""
+  """The part of a state that the phase starts from."""
 
   params: dict
   router: model.Router
@@ -113,10 +113,10 @@ def spell(needles: np.ndarray) -> np.ndarray:
 
 
 def training_row(rng, text: np.ndarray, length: int):
-  """Tokens [length + 1] and the weights of those behind the first.
+  """Tokens [length + 1] and the loss weights of all but the first.
 
-  Weights are 1 on answers whose needle was before, little on text, and 0 on
-  what nobody can know: needles, questions, answers before their needle.
+  Weights are 1 on answers after their needle, small on text, and 0 on tokens
+  that cannot be predicted: needles, questions, answers before their needle.
   """
   needles = draw_needles(rng, int(rng.integers(4, min(KINDS, length // 4) + 1)))
   asked = needles[rng.integers(len(needles), size=length // 8)]
@@ -139,7 +139,7 @@ def training_row(rng, text: np.ndarray, length: int):
 
 
 def piece_at(done: float, cfg: config.Config) -> int:
-  """Tokens of a sample: heads that look up form sooner in short ones."""
+  """Length of a sample; retrieval heads form sooner on short samples."""
   if cfg.model.yarn:
     return cfg.data.seq_len
   return next(piece for until, piece in _PIECES if done < until)
@@ -153,7 +153,7 @@ def training_batch(rng, text, cfg: config.Config, piece: int) -> model.Batch:
 
 
 def _batch(tokens_ST, targets_ST, weights_ST, length: int) -> model.Batch:
-  """Samples that do not see each other, some in a row of `length`."""
+  """Packs isolated samples into rows of `length`."""
   count, piece = tokens_ST.shape
   whole = lambda x: np.broadcast_to(x, (count, piece)).reshape(1, -1, length)
   ints = lambda x: whole(x).astype(np.int32)
@@ -178,7 +178,7 @@ def test_row(rng, text: np.ndarray, length: int, depth: float):
 
 
 def train(cfg, start: Weights | None, text, num_steps, lr, seed) -> Weights:
-  """Cosine from `lr` to a tenth after a warm-up; prints as it goes."""
+  """Trains with warm-up and a cosine from `lr` to a tenth of it."""
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   state = trainer.init(jax.random.key(cfg.seed))
   if start is not None:
@@ -225,7 +225,7 @@ def _answer(cfg: config.Config):
 
 def accuracy(weights, text, length, depth, *, yarn, count, seed) -> float:
   """Share of `count` test rows whose value is found."""
-  # As in use: one model for all lengths, made for the longest.
+  # One model for all lengths, built for the longest, as in practice.
   cfg, rng = make_config(LONG, yarn=yarn), np.random.default_rng(seed)
   answer, right = _answer(cfg), 0
   at_once = min(count, max(1, 2 * TOKENS // length))
@@ -239,7 +239,7 @@ def accuracy(weights, text, length, depth, *, yarn, count, seed) -> float:
 
 
 def measure(stage, weights, text, args, *, yarn) -> list[report.Row]:
-  """A row for every length and depth."""
+  """Measures a model; a row for every length and depth."""
   rows = []
   for length in args.lengths:
     for depth in DEPTHS:
@@ -255,7 +255,7 @@ def measure(stage, weights, text, args, *, yarn) -> list[report.Row]:
 
 
 def draw(rows: list[report.Row], path) -> None:
-  """Depth over length, a panel a model."""
+  """Plots depth over length, a panel for each model."""
   from matplotlib import pyplot as plt
 
   names = list(dict.fromkeys(row['model'] for row in rows))
@@ -290,7 +290,7 @@ def run(args: argparse.Namespace) -> list[report.Row]:
   """Trains, measures, extends, measures."""
   short = make_config(SHORT, yarn=False)
   text, rows = read_text(short), report.Rows(args)
-  half = len(text) // 2  # of other text than the training's
+  half = len(text) // 2  # one half for training, the other for tests
   learnt, asked = text[:half], text[half:]
 
   def tell(stage, weights, *, yarn):

@@ -85,7 +85,7 @@ _ENTRY = (
 
 
 def run(tree: pathlib.Path, only: str = '') -> dict:
-  """Everything that a tree logs and generates, by case."""
+  """Metrics and generated tokens of a tree, by case."""
   records = {}
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
@@ -117,7 +117,7 @@ def _generated(tree: pathlib.Path, folder: pathlib.Path) -> dict:
 
 
 def _dsv3(tree: pathlib.Path, *argv: str) -> str:
-  """Stdout of a `dsv3` command of that tree."""
+  """Runs a `dsv3` command of a tree; returns stdout."""
   environment = os.environ | {
     'PYTHONPATH': str(tree),
     'JAX_NUM_CPU_DEVICES': '8',
@@ -144,7 +144,7 @@ def _lines(path: pathlib.Path) -> list[dict]:
 
 
 def differences(before: dict, after: dict) -> list[str]:
-  """A line for every case: how many records, and the first that differs."""
+  """A line for each case: number of records, and the first difference."""
   lines = []
   for name, old in before.items():
     new = after[name]
@@ -161,7 +161,7 @@ def main() -> int:
   parser.add_argument('--before', required=True, help='commit to compare with')
   parser.add_argument('--only', default='', choices=['', *CASES])
   parser.add_argument(
-    '--keep', type=pathlib.Path, help='JSON of the other commit, to use again'
+    '--keep', type=pathlib.Path, help='file to cache the other results in'
   )
   given = parser.parse_args()
   here = pathlib.Path(__file__).resolve().parents[1]

@@ -1,16 +1,15 @@
-"""Training, prefill and decode beside transformers, on the CPU.
+"""Training, prefill and decode compared with transformers, on the CPU.
 
-Question: how fast is one and the same DeepSeek-V3, with the same weights and in
-f32 on two threads, here and as transformers' DeepseekV3ForCausalLM in PyTorch?
+Question: how fast is the same DeepSeek-V3, with the same weights, in f32 and on
+two threads, here and as transformers' DeepseekV3ForCausalLM in PyTorch?
 
   python benchmarks/train_vs_transformers.py
 
-Both sides run in one process and take turns; a figure is a side's best of
-`--rounds`. Before anything is timed, logits, the training loss and the greedy
-tokens are compared. Ceilings of the same run: the best f32 matmul of either
-library, and reading memory with two threads. transformers runs each of its
-expert implementations in the first turn, which does not count, and goes on with
-its best.
+Both sides run in one process, in turns; the figures are the best of `--rounds`.
+Logits, training loss and greedy tokens are compared first. The ceilings, of the
+same run, are the best f32 matmul of either library and the read bandwidth of
+two threads. transformers runs all of its expert implementations in a warm-up
+turn and continues with the fastest.
 """
 
 import argparse
@@ -50,7 +49,7 @@ EXPERTS['decode'] = ('eager', 'grouped_mm', 'batched_mm')
 
 
 class Ours:
-  """The library, through what its training loop and `generate` call."""
+  """dsv3_jax, through the functions of its training loop and `generate`."""
 
   def __init__(self, cfg: config.Config):
     self.cfg = cfg
@@ -62,7 +61,7 @@ class Ours:
     }
     self._step = jax.jit(steps.make_train_step(cfg), donate_argnums=0)
     self._logits = jax.jit(lambda *args: model.build(cfg).apply(*args)[0])
-    # Copies: training gives its buffers away.
+    # Copies, as training donates its buffers.
     kept = jax.tree.map(jnp.copy, self.state)
     self.engine = generate.Generator(cfg, kept['params'], kept['router'])
 
@@ -85,12 +84,12 @@ class Ours:
     return metrics['loss'].item()
 
   def prefill(self, tokens_BT: np.ndarray) -> float:
-    """Seconds until the first token, latents cached."""
+    """Seconds until the first token, including writes to the latent cache."""
     return self.engine.generate(tokens_BT.tolist(), 1).prefill_seconds
 
   def decode(self, tokens_BT: np.ndarray) -> tuple[float, np.ndarray]:
     """Seconds of NEW cached steps, and the greedy tokens [B, NEW + 1]."""
-    # The engine's clock leaves the first step out, as that one may compile.
+    # The engine's clock excludes the first step, which may compile.
     generation = self.engine.generate(tokens_BT.tolist(), NEW + 2)
     assert generation.decoded == NEW * len(tokens_BT)
     return generation.decode_seconds, np.array(generation.tokens)[:, : NEW + 1]
@@ -158,7 +157,7 @@ class Theirs:
     return seconds, torch.cat(outputs, 1).numpy()
 
   def _load(self, weights: dict[str, np.ndarray]) -> None:
-    """Copies our weights in; transformers fuses the experts in memory."""
+    """Loads our weights; transformers fuses the experts in memory."""
     state = {n: torch.from_numpy(np.array(w)) for n, w in weights.items()}
     for i in range(self.net.config.num_hidden_layers):
       at = f'model.layers.{i}.mlp.experts.'
@@ -176,7 +175,7 @@ class Theirs:
 
 
 def compare(ours: Ours, theirs: Theirs, tokens_BZ: np.ndarray) -> str:
-  """Fails unless both sides are the same model; says how close they are."""
+  """Checks that both sides are the same model; returns the differences."""
   gap = np.abs(
     ours.logits(tokens_BZ[:, :-1]) - theirs.logits(tokens_BZ[:, :-1])
   )
@@ -193,7 +192,7 @@ def compare(ours: Ours, theirs: Theirs, tokens_BZ: np.ndarray) -> str:
 
 
 def ceilings() -> dict[str, float]:
-  """f32 matmul [FLOP/s], the better library, and reading memory [bytes/s]."""
+  """The better f32 matmul [FLOP/s], and the read bandwidth [bytes/s]."""
   size = 2048
   x = jnp.ones((size, size), jnp.float32)
   product, y = jax.jit(jnp.matmul), torch.ones(size, size)
@@ -224,7 +223,7 @@ def _best(run, rounds: int) -> float:
 
 
 def measure(cfg: config.Config, rounds: int) -> tuple[dict, str, dict]:
-  """Best seconds of each task and side, the check's line, the ceilings."""
+  """Best seconds by task and side, the comparison's line, the ceilings."""
   rng = np.random.default_rng(0)
   tokens = rng.integers(1, cfg.model.vocab_size, (8, LENGTH + 1))
   train = tokens[:BATCH]

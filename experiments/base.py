@@ -1,8 +1,8 @@
-"""Every default, once: the recipe of DeepSeek-V3 671B.
+"""All defaults: the recipe of DeepSeek-V3 671B.
 
-Section numbers are the technical report's (TR, arXiv 2412.19437). A value that
-the report does not give is marked NP (not published) with what we chose. Other
-experiments start from this one and change what they need.
+Section numbers are those of the technical report (TR, arXiv 2412.19437). NP
+(not published) marks values that the report does not give and we chose. Other
+experiments start from this one and change some values.
 """
 
 from ml_collections import config_dict
@@ -22,22 +22,22 @@ def get_config(arg: str = '') -> config_dict.ConfigDict:
     'pipe': 1,
     'data': 1,
     'context': 1,
-    'node': 1,  # experts are cut over node x expert, groups over nodes
+    'node': 1,  # experts are sharded over node x expert, groups over nodes
     'expert': 1,
     'model': 1,
     # 'gpipe', '1f1b', 'interleaved', 'zb1p', 'dualpipe' or 'dualpipev'
     'schedule': 'dualpipe',
-    # Axes over which matrices lie cut, to be gathered layer by layer: of
-    # 'data', 'context', 'node', 'expert'.
+    # Axes that matrices are sharded over and all-gathered from layer by layer:
+    # of 'data', 'context', 'node', 'expert'.
     'fsdp': (),
-    # Slow: the same bits on any number of devices (data, node, expert).
+    # Same bits for any sizes of data, node and expert; slower.
     'deterministic': False,
   }
   config.checkpoint = {
     'every_steps': 1000,
-    'keep': 3,  # newest committed steps that are kept
+    'keep': 3,  # number of newest steps to keep
     'restore_step': -1,  # -1: the newest; else exactly this step
-    'init_from': '',  # workdir whose newest weights a fresh run starts from
+    'init_from': '',  # workdir; a new run starts from its newest weights
   }
   config.eval = {
     'every_steps': 1000,  # 0: only at the end
@@ -68,7 +68,7 @@ def _model():
     'num_dense_layers': 3,  # the first ones
     'norm_eps': 1e-6,
     'init_std': 0.006,  # all matrices, TR 4.2
-    'max_seq_len': 4096,  # longest position; YaRN is on beyond the original
+    'max_seq_len': 4096,  # YaRN is on if it is above rope.original_seq_len
     'scan_layers': True,  # False: layers unrolled (faster decode)
     'remat': 'report',  # 'none', 'report' (TR 3.2.3) or 'full'
     'mla': {  # TR 2.1.1
@@ -93,7 +93,7 @@ def _model():
       'num_shared_experts': 1,
       'top_k': 8,
       'num_groups': 8,
-      'top_groups': 4,  # groups that a token may reach
+      'top_groups': 4,  # groups that a token is routed to at most
       'd_ff': 2048,  # of one expert
       'score_func': 'sigmoid',  # 'softmax' is V2's gate
       'norm_topk': True,  # gates divided by their sum
@@ -125,12 +125,12 @@ def _data():
     'text_key': 'text',  # field of TFDS, JSONL and Parquet records
     'valid_fraction': 0.02,  # held out, by a hash of the document's name
     'cache_dir': '',  # '': dsv3_jax under the user's cache folder
-    'tokenizer': '',  # a tokenizer.json; '': trained on the corpus
-    'tokenizer_vocab': 129280,  # entries when trained
+    'tokenizer': '',  # a tokenizer.json; '': train one on the corpus
+    'tokenizer_vocab': 129280,  # entries of a trained one
     'seq_len': 4096,  # T, tokens predicted a row, TR 4.2
     'fim_rate': 0.1,  # documents rearranged to PSM, TR 4.1
     'split_rate': 0.1,  # NP: share of punctuation+newline tokens split, TR 4.1
-    'isolate_samples': False,  # True for SFT: samples do not see each other
+    'isolate_samples': False,  # True for SFT: no attention between samples
     'packing_bins': 64,  # open rows of best-fit packing
     'shuffle_window': 1024,  # NP: rows shuffled among themselves; 1: none
   }
@@ -184,9 +184,9 @@ def _train():
 
 
 def shrink(config: config_dict.ConfigDict) -> None:
-  """The `runlocal` size of any experiment: seconds on one CPU core.
+  """Shrinks an experiment to its `runlocal` size: seconds on one CPU core.
 
-  Keeps what is on or off in `config` and cuts widths, lengths and counts.
+  Reduces widths, lengths and counts; keeps which features are on.
   """
   with config.unlocked():
     model = config.model

@@ -1,4 +1,4 @@
-"""Laptop: the quickstart's model with half an hour or an hour, as machines go.
+"""Laptop: the quickstart's model, trained for half an hour to an hour.
 
 Claim:    the same network, given eight times the tokens, compresses
           held-out text better than xz.
@@ -7,7 +7,7 @@ Hardware: two CPU cores, no accelerator.
 Expected: benchmarks/results/laptop.md (curve, figures and samples).
 
 The batch grows from 4 to 16 sequences, as the report's does (TR 4.2): the
-number of micro-batches is data, so nothing compiles twice.
+number of micro-batches is an input, so nothing is compiled twice.
 """
 
 from experiments import base, quickstart

@@ -1,4 +1,4 @@
-"""Long context: the report's two phases behind pre-training, 32K and 128K.
+"""Long context: the report's two phases after pre-training, 32K and 128K.
 
 Claim:    TR 4.3: YaRN and 1,000 steps at 32K, then 1,000 at 128K, make a
           model of 4K contexts one of 128K.
@@ -11,16 +11,17 @@ Hardware: 2,048 H800 in the report.
 Expected: needles found at all depths to 128K (TR figure 8); not re-run by
           us at this size. At a laptop's: benchmarks/results/needle.md.
 
-The layouts are ours (NP) and have not run. On the 128 data ranks of
-pre-training a step would have 15 and 3.75 micro-batches, fewer than the 32 of
-DualPipe with 16 stages, and a micro-batch would be 8 and 32 times as large. So
-rows are cut over `context`, experts over 32 devices, and layers are made again
-in the backward pass. At 32K, 60 micro-batches go through DualPipeV, without a
-second copy of the weights; at 128K the 480 rows give 15, too few for either,
-which ZB1P runs on 8 stages, their weights cut over `context` as well (FSDP).
+The meshes are ours (NP) and have not been run. With the 128 data ranks of
+pre-training, a step would have 15 and 3.75 micro-batches, fewer than the 32
+that DualPipe needs with 16 stages, each of 8 and 32 times as many tokens. So
+sequences are sharded over `context` and experts over 32 devices, and layers are
+recomputed in the backward pass. At 32K, DualPipeV runs 60 micro-batches,
+without a second copy of the weights. At 128K, the 480 sequences give 15
+micro-batches, too few for both schedules. ZB1P runs them on 8 stages, with
+weights also sharded over `context` (FSDP).
 
-`32k,runlocal` and `128k,runlocal` are the same at a size for a laptop, on two
-devices: JAX_NUM_CPU_DEVICES=2, from a run of experiments/v3_671b.py:runlocal.
+`32k,runlocal` and `128k,runlocal` have a laptop's size, on two devices: set
+JAX_NUM_CPU_DEVICES=2, and start from a run of experiments/v3_671b.py:runlocal.
 """
 
 from experiments import base
@@ -31,21 +32,21 @@ _PHASES = {'32k': (32768, 1920), '128k': (131072, 480)}
 
 
 def get_config(arg: str = ''):
-  """`arg`: '32k' or '128k', and ',runlocal' behind it; '' is '32k'."""
+  """`arg`: '32k' or '128k', optionally with ',runlocal'; '' is '32k'."""
   phase, _, size = arg.partition(',')
-  if phase in ('', 'runlocal'):  # what every experiment has
+  if phase in ('', 'runlocal'):  # every experiment accepts these
     phase, size = '32k', phase
   if phase not in _PHASES or size not in ('', 'runlocal'):
     raise ValueError(
-      f"config argument {arg!r} must be '32k' or '128k', or one of them with "
-      "',runlocal' behind it"
+      f"config argument {arg!r} must be '32k' or '128k', or one of them "
+      "followed by ',runlocal'"
     )
   config = base.get_config()
   length, rows = _PHASES[phase]
   with config.unlocked():
     if size == 'runlocal':
       base.shrink(config)
-      times = length // 4096  # as much longer as in the report
+      times = length // 4096  # the factor of the report
       length = times * config.model.rope.original_seq_len
       _take(config, length=length, rows=4, steps=10, lr=3e-4)
       config.train.microbatch_size = 2
@@ -64,7 +65,7 @@ def get_config(arg: str = ''):
 
 
 def _take(config, *, length, rows, steps, lr):
-  """Constant learning rate on long rows; the rest as pre-training ends."""
+  """Sets long sequences and a constant learning rate."""
   tokens = steps * rows * length
   config.model.max_seq_len = length  # beyond the original: YaRN is on
   config.data.seq_len = length

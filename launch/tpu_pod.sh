@@ -6,9 +6,9 @@
 #
 # FOLDER     of the project on each host (dsv3-jax)
 # DSV3       the command there (.venv/bin/dsv3)
-# DRY_RUN=1  prints what would be run
+# DRY_RUN=1  prints the command instead of running it
 #
-# DIR is on a file system that all hosts see. Run again, it goes on.
+# DIR is on a file system that all hosts share. Run it again to resume.
 set -euo pipefail
 
 printf -v line ' %q' train --cluster "$@"

@@ -1,4 +1,4 @@
-"""`dsv3 export`, `import` and `manifest`: to PyTorch and back."""
+"""`dsv3 export`, `import` and `manifest`: exchange with PyTorch."""
 
 import functools
 import pathlib
@@ -15,13 +15,17 @@ def define_export(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
   engine_flags.checkpoint_flags(values)
   add = {'flag_values': values}
-  flags.DEFINE_string('output', None, 'Folder to make.', **add)
-  flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, 'Of matrices.', **add)
-  flags.DEFINE_float('shard_gb', 5.0, 'Most GB (1e9 bytes) of a file.', **add)
+  flags.DEFINE_string(
+    'output', None, 'Folder to write; it must not exist.', **add
+  )
+  about = 'Dtype of matrices.'
+  flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, about, **add)
+  about = 'Maximum size of a file [GB, 1e9 bytes].'
+  flags.DEFINE_float('shard_gb', 5.0, about, **add)
 
 
 def export(values: flags.FlagValues) -> None:
-  """Writes a checkpoint for PyTorch (Hugging Face layout), in little memory."""
+  """Writes a checkpoint for PyTorch (Hugging Face layout), tensor by tensor."""
   for name in ('checkpoint', 'output'):
     if not values[name].value:
       raise errors.InputError(f'--{name}=DIR is missing')
@@ -54,14 +58,16 @@ def export(values: flags.FlagValues) -> None:
 def define_import(values: flags.FlagValues, argv: list[str]) -> None:
   experiment_flags.define(values, argv)
   add = {'flag_values': values}
-  flags.DEFINE_string('hf', None, 'Folder of safetensors.', **add)
-  flags.DEFINE_string('output', None, 'Workdir to make.', **add)
-  about = "Stored; 'fp8' keeps what is FP8."
+  flags.DEFINE_string('hf', None, 'Hugging Face folder to read.', **add)
+  flags.DEFINE_string(
+    'output', None, 'Workdir to write; it must not exist.', **add
+  )
+  about = "Dtype of stored matrices; 'fp8' keeps FP8 tensors as they are."
   flags.DEFINE_enum('dtype', 'float32', _EXPORT_DTYPES, about, **add)
 
 
 def import_(values: flags.FlagValues) -> None:
-  """Makes a workdir of a Hugging Face folder; --config names the rest."""
+  """Makes a workdir from a Hugging Face folder; --config has the rest."""
   for name in ('hf', 'output'):
     if not values[name].value:
       raise errors.InputError(f'--{name}=DIR is missing')
@@ -77,7 +83,8 @@ def import_(values: flags.FlagValues) -> None:
 def define_manifest(values: flags.FlagValues, argv: list[str]) -> None:
   experiment_flags.define(values, argv)
   add = {'flag_values': values}
-  flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, 'Of matrices.', **add)
+  about = 'Dtype of matrices.'
+  flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, about, **add)
 
 
 def manifest(values: flags.FlagValues) -> None:

@@ -1,4 +1,4 @@
-"""`--config=FILE.py` and its overrides, checked before anything runs."""
+"""`--config=FILE.py` and its overrides, checked before a command runs."""
 
 import traceback
 
@@ -23,7 +23,7 @@ def check_overrides(argv: list[str]) -> None:
   """Loads the experiment alone and looks up each `--config.a.b` in it.
 
   Raises:
-    InputError: the file cannot be run, or has no such setting.
+    InputError: the file cannot be executed, or has no such setting.
   """
   pairs = zip(argv, [*argv[1:], ''], strict=True)
   spelt = [f'{a}={b}' if a == '--config' else a for a, b in pairs]
@@ -35,7 +35,7 @@ def check_overrides(argv: list[str]) -> None:
   try:
     alone([argv[0], files[-1]])
     experiment = dict(alone.config.items())
-  except Exception as error:  # an experiment is code of its own
+  except Exception as error:  # an experiment's code may raise anything
     why = (str(error).strip().splitlines() or [''])[-1].strip()
     where = traceback.extract_tb(error.__traceback__)[-1]
     if isinstance(error, flags.Error | OSError | SyntaxError):

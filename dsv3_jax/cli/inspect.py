@@ -1,4 +1,4 @@
-"""`dsv3 inspect` and `dsv3 eval`: what a model is, and how good it is."""
+"""`dsv3 inspect` and `dsv3 eval`: the size of a model, and its quality."""
 
 import json
 
@@ -10,8 +10,8 @@ from dsv3_jax.cli import engine_flags, experiment_flags
 
 def define_inspect(values: flags.FlagValues, argv: list[str]) -> None:
   experiment_flags.define(values, argv)
-  flags.DEFINE_boolean('json', False, 'One JSON object.', flag_values=values)
-  about = 'Where each array is on the mesh of config.parallel.'
+  flags.DEFINE_boolean('json', False, 'Print JSON.', flag_values=values)
+  about = 'Print the sharding of each array on the mesh of config.parallel.'
   flags.DEFINE_boolean('sharding', False, about, flag_values=values)
 
 
@@ -39,13 +39,18 @@ def define_eval(values: flags.FlagValues, argv: list[str]) -> None:
   engine_flags.checkpoint_flags(values)
   add = {'flag_values': values}
   flags.DEFINE_multi_string(
-    'task', ['heldout', 'baselines'], 'heldout, baselines.', **add
+    'task',
+    ['heldout', 'baselines'],
+    'heldout or baselines; repeat for both.',
+    **add,
   )
-  flags.DEFINE_boolean('json', False, 'One JSON object a task.', **add)
+  flags.DEFINE_boolean(
+    'json', False, 'Print one JSON object for each task.', **add
+  )
 
 
 def evaluate(values: flags.FlagValues) -> None:
-  """Held-out loss and bits per byte in f32, beside n-grams and compressors."""
+  """Prints held-out loss and bits per byte in f32, and those of baselines."""
   from dsv3_jax.data import corpus
   from dsv3_jax.training import evaluate
 

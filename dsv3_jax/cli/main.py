@@ -1,4 +1,4 @@
-"""The `dsv3` command: which function runs which subcommand."""
+"""The `dsv3` command and its table of subcommands."""
 
 import contextlib
 import os
@@ -19,8 +19,8 @@ from dsv3_jax.cli import (
 )
 from dsv3_jax.distributed import processes
 
-# Heavy imports are inside the commands: `inspect` and a bad config answer
-# without waiting for JAX.
+# Heavy imports are inside the commands, so that `inspect` and config errors do
+# not wait for JAX.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except errors.InputError as error:
       return _fail(str(error))
   values = flags.FlagValues()
-  flags.DEFINE_boolean('help', False, 'Show this.', flag_values=values)
+  flags.DEFINE_boolean('help', False, 'Show this help.', flag_values=values)
   define(values, argv)
   if '--help' in argv or '-h' in argv:
     print(f'dsv3 {argv[0]}: {run.__doc__}\n{values.get_help()}')
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _reader_may_leave() -> Iterator[None]:
-  """Ends the process without a word if stdout is a pipe that was closed."""
+  """Ends the process silently if stdout is a closed pipe."""
   try:
     yield
     sys.stdout.flush()
@@ -70,7 +70,7 @@ def _reader_may_leave() -> Iterator[None]:
 
 
 def _fail(message: str) -> int:
-  if processes.index() == 0:  # of a job: what ends one ends all
+  if processes.index() == 0:  # all processes of a job fail alike
     print('dsv3: ' + ' '.join(message.split()), file=sys.stderr)
   return errors.EXIT_BAD_INPUT
 
@@ -90,7 +90,7 @@ COMMANDS = {
   'import': (checkpoint.import_, checkpoint.define_import),
   'manifest': (checkpoint.manifest, checkpoint.define_manifest),
   'schedule': (schedule.schedule, schedule.define),
-  'bench': (bench.bench, None),  # its flags are the benchmark's
+  'bench': (bench.bench, None),  # each benchmark parses its own flags
 }
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""`dsv3 schedule`: its flags, and a few lines over `parallel`."""
+"""`dsv3 schedule`: simulates a pipeline schedule."""
 
 import fractions
 import json
@@ -11,7 +11,7 @@ _MOST_TASKS = 200_000  # stages x micro-batches; seconds of simulation
 
 
 def define(values: flags.FlagValues, argv: list[str]) -> None:
-  """The flags; the defaults are the report's figure 5."""
+  """Defines the flags; the defaults give figure 5 of the report."""
   del argv
   add = {'flag_values': values}
   flags.DEFINE_string(
@@ -23,34 +23,41 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
   flags.DEFINE_integer(
     'stages',
     8,
-    'Pieces that the layers are cut into, over all ranks. There are as many '
-    'ranks, but half as many under dualpipev and stages / chunks under '
-    'interleaved.',
+    'Stages of the model. The number of ranks is the same, but half of it for '
+    'dualpipev and stages / chunks for interleaved.',
     **add,
   )
   flags.DEFINE_integer(
-    'microbatches', 20, 'Of a step; under dualpipe, of both directions.', **add
+    'microbatches',
+    20,
+    'Micro-batches of a step; for dualpipe, of both directions.',
+    **add,
   )
   flags.DEFINE_integer(
-    'chunks', None, 'Stages a rank under interleaved; 2 if not given.', **add
+    'chunks', None, 'Stages of a rank for interleaved; default: 2.', **add
   )
-  suffix = 'of a micro-batch at a stage: a number, or one for each stage'
+  suffix = 'of a micro-batch in a stage: a number, or one for each stage'
   flags.DEFINE_list('f', '1', f'Time of the forward {suffix}.', **add)
   flags.DEFINE_list('b', '2', f'Time of the full backward {suffix}.', **add)
-  flags.DEFINE_list('w', '1', 'Time of the weight half within b.', **add)
   flags.DEFINE_list(
-    'fb', None, 'Time of an overlapped pair; f + b if not given.', **add
+    'w', '1', 'Time of the weight gradients, a part of b.', **add
   )
-  flags.DEFINE_string('comm', '0', 'Time from a rank to the next.', **add)
+  flags.DEFINE_list(
+    'fb',
+    None,
+    'Time of an overlapped forward/backward; default: f + b.',
+    **add,
+  )
+  flags.DEFINE_string('comm', '0', 'Time of a transfer between ranks.', **add)
   flags.DEFINE_boolean(
     'split', False, 'Split full backwards (gpipe, 1f1b, interleaved).', **add
   )
-  flags.DEFINE_string('png', None, 'Draw it into this file.', **add)
-  flags.DEFINE_boolean('json', False, 'One JSON object.', **add)
+  flags.DEFINE_string('png', None, 'Draw the schedule into this file.', **add)
+  flags.DEFINE_boolean('json', False, 'Print one JSON object.', **add)
 
 
 def schedule(values: flags.FlagValues) -> None:
-  """Bubble, memory and table of a pipeline schedule; --png draws it."""
+  """Prints bubble, memory and table of a pipeline schedule; --png draws it."""
   from dsv3_jax.parallel.schedules import make as schedules
   from dsv3_jax.parallel.schedules import report, simulate
 
@@ -98,7 +105,7 @@ def _times(
 
 
 def _time(name: str, text: str) -> fractions.Fraction:
-  """Decimals as written, so that sums of them are exact."""
+  """Parses a decimal exactly, so that sums of times are exact."""
   try:
     value = fractions.Fraction(text)
   except (ValueError, ZeroDivisionError) as error:

@@ -125,11 +125,11 @@ def eval_windows(
 
   Documents are taken in the order of a hash of their names, until `max_bytes`
   of text, at least one. A document is bos and its tokens, in windows of T
-  tokens that advance by `stride`. A window scores the tokens that no earlier one did.
-  W counts windows here.
+  tokens that advance by `stride`. A window scores tokens that no earlier one
+  did. B counts windows.
 
   Returns:
-    tokens_WT, targets_WT, positions_WT, segments_WT (int32), weights_WT (f32, 1
+    tokens_BT, targets_BT, positions_BT, segments_BT (int32), weights_BT (f32, 1
     on scored targets); `num_bytes` of the scored text in UTF-8; `texts`.
   """
   order = sorted(
@@ -172,11 +172,11 @@ def _windows(
     new_T = (index_T >= scored - start) & (index_T < size)
     rows.append(
       {
-        'tokens_WT': pad(tokens[start:end]),
-        'targets_WT': pad(tokens[start + 1 : end + 1]),
-        'positions_WT': index_T.astype(np.int32),
-        'segments_WT': (index_T < size).astype(np.int32),
-        'weights_WT': new_T.astype(np.float32),
+        'tokens_BT': pad(tokens[start:end]),
+        'targets_BT': pad(tokens[start + 1 : end + 1]),
+        'positions_BT': index_T.astype(np.int32),
+        'segments_BT': (index_T < size).astype(np.int32),
+        'weights_BT': new_T.astype(np.float32),
       }
     )
     scored = end

@@ -93,8 +93,8 @@ def score(
   Args:
     mesh: where parameters are, placed as in training; None is one device.
   """
-  count, size = len(windows['tokens_WT']), cfg.eval.batch_size
-  fields = {name: windows[name[:-2] + 'WT'] for name in model.Batch._fields}
+  count, size = len(windows['tokens_BT']), cfg.eval.batch_size
+  fields = {name: windows[name] for name in model.Batch._fields}
   losses = _token_losses(cfg, mesh)
   nats, tokens = 0.0, 0
   for start in range(0, count, size):

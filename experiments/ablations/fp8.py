@@ -6,7 +6,7 @@ Claim:    FP8 with fine-grained scales trains as BF16 does: the loss differs by
 Command:  python benchmarks/fp8_loss_gap.py --folder=DIR
           (or dsv3 train --config=experiments/ablations/fp8.py --workdir=DIR
           with --config.precision=bf16, fp8 or fp8_block_dgrad)
-Hardware: two CPU cores, no accelerator: products are simulated exactly.
+Hardware: two CPU cores, no accelerator: FP8 matmuls are simulated exactly.
 Expected: benchmarks/results/fp8_loss_gap.md
 """
 

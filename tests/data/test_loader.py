@@ -140,17 +140,17 @@ def test_every_token_is_scored_once(bpe, lengths, length, stride):
   cfg = dataclasses.replace(cfg, seq_len=length)
   windows = loader.eval_windows(documents, bpe, cfg, 10**6, stride)
   assert windows['num_bytes'] == sum(len(d['text']) for d in documents)
-  weights = windows['weights_WT'] > 0
-  scored = windows['targets_WT'][weights].tolist()
+  weights = windows['weights_BT'] > 0
+  scored = windows['targets_BT'][weights].tolist()
   want = [t for text in windows['texts'] for t in bpe.encode(text).tolist()]
   assert scored == want
   # A scored token saw all of its window before it, and the one just before.
   for w, row in enumerate(weights):
     for t in np.flatnonzero(row):
-      assert windows['segments_WT'][w, : t + 1].all()
+      assert windows['segments_BT'][w, : t + 1].all()
       if t:
-        before = windows['targets_WT'][w, t - 1]
-        assert windows['tokens_WT'][w, t] == before
+        before = windows['targets_BT'][w, t - 1]
+        assert windows['tokens_BT'][w, t] == before
 
 
 def test_at_most_so_many_bytes_but_one_document(bpe):

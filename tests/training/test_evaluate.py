@@ -56,16 +56,16 @@ def with_eval(e, **changes):
 def windows(rows, seed=0):
   """Windows of random tokens of which random ones are scored."""
   rng = np.random.default_rng(seed)
-  tokens_WZ = rng.integers(0, VOCAB, (rows, LENGTH + 1)).astype(np.int32)
-  lengths_W = rng.integers(1, LENGTH + 1, rows)
+  row_tokens = rng.integers(0, VOCAB, (rows, LENGTH + 1)).astype(np.int32)
+  lengths_B = rng.integers(1, LENGTH + 1, rows)
   index_T = np.arange(LENGTH, dtype=np.int32)
-  inside_WT = index_T < lengths_W[:, None]
+  inside_BT = index_T < lengths_B[:, None]
   return {
-    'tokens_WT': tokens_WZ[:, :-1] * inside_WT,
-    'targets_WT': tokens_WZ[:, 1:] * inside_WT,
-    'positions_WT': np.tile(index_T, (rows, 1)),
-    'segments_WT': inside_WT.astype(np.int32),
-    'weights_WT': np.float32(inside_WT & (rng.random((rows, LENGTH)) < 0.7)),
+    'tokens_BT': row_tokens[:, :-1] * inside_BT,
+    'targets_BT': row_tokens[:, 1:] * inside_BT,
+    'positions_BT': np.tile(index_T, (rows, 1)),
+    'segments_BT': inside_BT.astype(np.int32),
+    'weights_BT': np.float32(inside_BT & (rng.random((rows, LENGTH)) < 0.7)),
   }
 
 
@@ -92,17 +92,17 @@ def test_score_is_the_oracle_s_at_any_batch_size(about):
   for size in (1, 3, 7, 32):
     e = with_eval(about, batch_size=size)
     nats, tokens = evaluate.score(e.cfg, e.params, e.router, given)
-    assert tokens == np.sum(given['weights_WT'])
+    assert tokens == np.sum(given['weights_BT'])
     assert nats == pytest.approx(want, rel=1e-6)
 
 
 def test_targets_that_are_not_scored_do_not_count(about):
   given = windows(4)
-  other = np.where(given['weights_WT'] > 0, given['targets_WT'], 17)
+  other = np.where(given['weights_BT'] > 0, given['targets_BT'], 17)
   args = (about.cfg, about.params, about.router)
   want = evaluate.score(*args, given)
-  assert evaluate.score(*args, given | {'targets_WT': other}) == want
-  none = given | {'weights_WT': np.zeros((4, LENGTH), np.float32)}
+  assert evaluate.score(*args, given | {'targets_BT': other}) == want
+  none = given | {'weights_BT': np.zeros((4, LENGTH), np.float32)}
   assert evaluate.score(*args, none) == (0.0, 0)
 
 
