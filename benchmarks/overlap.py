@@ -121,7 +121,7 @@ def lower(
   """One branch of the pipeline: 'F&B', or 'F' or 'B' of it alone."""
   made = state_layout.make(cfg, mesh.shape)
   pipe = made.pipe
-  branch = next(b for b in pipe.program.branches if b.forward and b.backward)
+  branch = next(b for b in pipe.program.branches if b.overlapped)
   if halves != 'F&B':
     other = {'F': 'backward', 'B': 'forward'}[halves]
     branch = branch._replace(**{other: None})
@@ -129,17 +129,17 @@ def lower(
   def body(params, router, batch_nBT):
     one = jnp.float32(1.0)
     scales = {'main': one, 'balance': one, 'mtp': [], 'mtp_weight': one}
-    run = executor.Run(pipe, params, router, batch_nBT, scales)
+    loop = executor.make_tick_loop(pipe, params, router, batch_nBT, scales)
     # Numbers that XLA does not know, or it would compute with zeros.
     some = batch_nBT.weights_BT[0, 0, 0]
     state = jax.tree.map(
       lambda x: x | (some > 0) if x.dtype == bool else x + some.astype(x.dtype),
-      run.start(),
+      loop.start(),
     )
-    x_BTD = jnp.zeros(run.shape, run.compute) + some.astype(run.compute)
-    row = dict.fromkeys((*run._fields(), 'turn'), some.astype(jnp.int32))
+    x_BTD = jnp.zeros(loop.shape, loop.dtype) + some.astype(loop.dtype)
+    row = dict.fromkeys((*loop.field_names(), 'turn'), some.astype(jnp.int32))
     embedded = [(x_BTD, [])] * len(pipe.program.schedule.homes)
-    state = run._act(branch, embedded, row, state)
+    state = loop.act(branch, embedded, row, state)
     return jax.tree.map(lambda x: x[None], state)
 
   is_place = lambda x: isinstance(x, zero.Placement)

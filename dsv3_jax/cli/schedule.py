@@ -74,7 +74,7 @@ def schedule(values: flags.FlagValues) -> None:
     fb=fb,
     comm=_time('comm', values.comm),
   )
-  played = report.play(made, times)
+  played = report.simulate_clocks(made, times)
   if values.png:
     from dsv3_jax.parallel.schedules import plot
 

@@ -24,6 +24,7 @@ from dsv3_jax.parallel.pipeline import (
   instructions,
   layer_partition,
   param_layout,
+  stage_compute,
 )
 from dsv3_jax.parallel.schedules import make as schedules
 
@@ -81,7 +82,7 @@ class StateLayout:
     """How it is cut over the mesh."""
     if self.pipe is None:
       return Spec()
-    return executor.Table(Spec(None, 'pipe'), Spec(), Spec())
+    return executor.InstructionTable(Spec(None, 'pipe'), Spec(), Spec())
 
   def in_use(self, amount: Any, count: int) -> jax.Array:
     """Which of `count` micro-batches the step uses."""
@@ -149,15 +150,19 @@ def make_schedule(cfg: config.Config, num_micro: int) -> schedules.Schedule:
     ) from error
 
 
-def _kinds(layout: param_layout.Layout) -> tuple[executor.Kind, ...]:
+def _kinds(
+  layout: param_layout.PipelineLayout,
+) -> tuple[stage_compute.StageKind, ...]:
   last = len(layout.stages) - 1
   return tuple(
-    executor.Kind(stage.count('dense'), stage.count('moe'), at == 0, at == last)
+    stage_compute.StageKind(
+      stage.count('dense'), stage.count('moe'), at == 0, at == last
+    )
     for at, stage in enumerate(layout.stages)
   )
 
 
-def _slot_specs(layout: param_layout.Layout, specs: Tree) -> Tree:
+def _slot_specs(layout: param_layout.PipelineLayout, specs: Tree) -> Tree:
   """Partitions of slots from those of the model's parameters."""
   is_spec = lambda x: isinstance(x, Spec)
   found = {
@@ -174,18 +179,20 @@ def _slot_specs(layout: param_layout.Layout, specs: Tree) -> Tree:
 
 
 @functools.lru_cache(maxsize=256)
-def _table(pipe: executor.Pipeline, num_micro: int) -> executor.Table:
+def _table(
+  pipe: executor.Pipeline, num_micro: int
+) -> executor.InstructionTable:
   """The arrays of a step, as long as those of the longest."""
   full = pipe.program
   made = instructions.compile_schedule(
     make_schedule(pipe.cfg, num_micro), _kinds(pipe.layout), full.branches
   )
-  assert made.branches == full.branches and made.lanes == full.lanes
+  assert made.branches == full.branches and made.transfers == full.transfers
   assert all(made.slots[k] <= full.slots[k] for k in made.slots)
-  ticks, most = len(made.fields_TRf), len(full.fields_TRf)
+  ticks, most = len(made.fields_tick_rank), len(full.fields_tick_rank)
   pad = lambda x: np.pad(x, [(0, most - ticks)] + [(0, 0)] * (x.ndim - 1))
-  return executor.Table(
-    jnp.asarray(pad(made.fields_TRf)),
-    jnp.asarray(pad(made.globals_Tdg)),
+  return executor.InstructionTable(
+    jnp.asarray(pad(made.fields_tick_rank)),
+    jnp.asarray(pad(made.globals_tick_direction)),
     jnp.array([ticks, num_micro], jnp.int32),
   )

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from dsv3_jax import config
 from dsv3_jax.distributed import collectives, processes, sharding
 from dsv3_jax.nn import model
-from dsv3_jax.ops import routing
+from dsv3_jax.ops import mtp_loss, routing
 from dsv3_jax.parallel import deterministic, state_layout, zero
 from dsv3_jax.parallel.pipeline import executor
 from dsv3_jax.training import optimizer as optim
@@ -281,7 +281,7 @@ def _scales(cfg, plan, batch_nBT, amount, hyper):
   used = plan.in_use(amount, batch_nBT.weights_BT.shape[0])
   weights = batch_nBT.weights_BT * used[:, None, None]
   segments = batch_nBT.segments_BT * used[:, None, None]
-  scales = model.loss_scales(
+  scales = mtp_loss.loss_scales(
     cfg.model.mtp, weights, segments, cfg.data.isolate_samples
   )
   return scales | {'mtp_weight': hyper['mtp_weight']}

@@ -1,12 +1,12 @@
 """Parameters as a pipeline holds them: by rank, chunk and slot.
 
 The model has its layers in two stacks, dense and MoE, of any length. A pipeline
-holds them as [R, c, n, ...]: R ranks, of each the c stages whose masters it
+holds them as [P, c, n, ...]: P ranks, of each the c stages whose masters it
 has, of each stage n slots, as many as the fullest stage needs; slots beyond a
 stage's own layers are zeros and nothing ever reads them. Everything that is no
 layer stays as it is. Both ways are exact.
 
-Letters: R ranks, c chunks of a rank, n slots of a chunk; L layers of a stack.
+Letters: P ranks, c chunks of a rank, n slots of a chunk; L layers of a stack.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ STACKS = {'dense': 'dense_layers', 'moe': 'moe_layers'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageLayers:
   """The layers of one stage: first and one after the last of each stack."""
 
   dense: tuple[int, int]
@@ -36,7 +36,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class PipelineLayout:
   """Which layer is in which slot.
 
   stages: in the order of the forward pass. held: of each rank the stages whose
@@ -44,7 +44,7 @@ class Layout:
   scanned: the model's stacks are arrays [L, ...] (`model.scan_layers`).
   """
 
-  stages: tuple[Stage, ...]
+  stages: tuple[StageLayers, ...]
   held: tuple[tuple[int, ...], ...]
   scanned: bool
 
@@ -52,7 +52,7 @@ class Layout:
     """Of a chunk: layers of the fullest stage."""
     return max(stage.count(stack) for stage in self.stages)
 
-  def layers_Rcn(self, stack: str) -> np.ndarray:
+  def layers_Pcn(self, stack: str) -> np.ndarray:
     """Number of the layer in each slot, -1 in slots beyond the stage's."""
     found = np.full((len(self.held), len(self.held[0]), self.slots(stack)), -1)
     for rank, chunks in enumerate(self.held):
@@ -80,17 +80,17 @@ class Layout:
     return found
 
   def to_slots(self, stack: str, x_L):
-    """[L, ...] -> [R, c, n, ...]."""
-    at_Rcn = self.layers_Rcn(stack)
-    used = (at_Rcn >= 0).reshape(*at_Rcn.shape, *[1] * (x_L.ndim - 1))
-    x = x_L[np.maximum(at_Rcn, 0)]
+    """[L, ...] -> [P, c, n, ...]."""
+    at_Pcn = self.layers_Pcn(stack)
+    used = (at_Pcn >= 0).reshape(*at_Pcn.shape, *[1] * (x_L.ndim - 1))
+    x = x_L[np.maximum(at_Pcn, 0)]
     return _module(x).where(used, x, _module(x).zeros((), x.dtype))
 
-  def from_slots(self, stack: str, x_Rcn):
-    """[R, c, n, ...] -> [L, ...]."""
-    at = self.layers_Rcn(stack).reshape(-1)
+  def from_slots(self, stack: str, x_Pcn):
+    """[P, c, n, ...] -> [L, ...]."""
+    at = self.layers_Pcn(stack).reshape(-1)
     order = np.argsort(at)[np.sum(at < 0) :]  # slots of layers 0, 1, ...
-    return x_Rcn.reshape(-1, *x_Rcn.shape[3:])[order]
+    return x_Pcn.reshape(-1, *x_Pcn.shape[3:])[order]
 
   def _stacked(self, stack: Tree) -> Tree:
     if self.scanned:
@@ -110,7 +110,7 @@ def make(
   cfg: config.ModelConfig,
   cuts: Sequence[tuple[int, int]],
   held: Sequence[Sequence[int]],
-) -> Layout:
+) -> PipelineLayout:
   """A layout of all layers.
 
   Args:
@@ -119,13 +119,13 @@ def make(
   """
   dense = cfg.num_dense_layers
   stages = tuple(
-    Stage(
+    StageLayers(
       dense=(min(first, dense), min(end, dense)),
       moe=(max(first - dense, 0), max(end - dense, 0)),
     )
     for first, end in cuts
   )
-  return Layout(
+  return PipelineLayout(
     stages=stages, held=tuple(map(tuple, held)), scanned=cfg.scan_layers
   )
 

@@ -52,7 +52,7 @@ class _Trees(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Split:
+class SplitStage:
   """The parts of one stage as pure functions, and what they hand on.
 
   residuals, carry: shapes of these flat tuples of arrays. programs: the parts'
@@ -135,7 +135,7 @@ def split_stage(
   consts: Tree = (),
   *,
   trained: Callable[[Tree], Tree] = lambda params: params,
-) -> Split:
+) -> SplitStage:
   """Splits `stage(params, x, consts) -> (y, aux)`, given arrays or shapes.
 
   Call it where the parts will run: in the body of the shard_map, if the stage
@@ -176,7 +176,7 @@ def split_stage(
     'backward_weight': (halves.late, [*own, *carry], dparams),
     'backward': (whole.late, late, backward.outputs),
   }
-  return Split(
+  return SplitStage(
     residuals=_shapes(residuals),
     carry=_shapes(carry),
     programs={

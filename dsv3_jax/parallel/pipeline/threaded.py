@@ -23,11 +23,11 @@ Tree = Any
 Function = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
-class Stage(NamedTuple):
-  """What is run, and on what.
+class ThreadedStage(NamedTuple):
+  """A stage's functions and their operands.
 
-  parts: functions like those of `split.Split`. consts: of each micro-batch.
-  daux: the gradient of aux, of every micro-batch.
+  parts: functions as of `split_backward.SplitStage`. consts: of each
+  micro-batch. daux: the gradient of aux, of every micro-batch.
   """
 
   parts: Any
@@ -36,7 +36,7 @@ class Stage(NamedTuple):
   daux: Tree
 
 
-class Played(NamedTuple):
+class ThreadedResult(NamedTuple):
   """grads: of each stage, f32 sums. aux: by task. timeline: in seconds."""
 
   grads: list[Tree]
@@ -44,13 +44,13 @@ class Played(NamedTuple):
   timeline: simulate.Timeline
 
 
-class Executor:
+class ThreadedExecutor:
   """A schedule on devices, one a rank; compiled at the first `run`."""
 
   def __init__(
     self,
     schedule: actions.Schedule,
-    stages: Sequence[Stage],
+    stages: Sequence[ThreadedStage],
     devices: Sequence[jax.Device],
   ):
     if len(devices) != schedule.ranks or len(stages) != schedule.stages:
@@ -62,7 +62,7 @@ class Executor:
     self.schedule, self.stages, self.devices = schedule, stages, devices
     self._programs: dict[tuple, Callable] = {}
 
-  def run(self, timeout: float = 120.0) -> Played:
+  def run(self, timeout: float = 120.0) -> ThreadedResult:
     """Plays the schedule once.
 
     Raises:
@@ -81,7 +81,7 @@ class Executor:
     mail.watch(len(ranks), timeout)
     begun = min(rank.starts[0] for rank in ranks)
     since = lambda rows: [[at - begun for at in row] for row in rows]
-    return Played(
+    return ThreadedResult(
       grads=self._sums([rank.grads for rank in ranks]),
       aux=functools.reduce(dict.__or__, (rank.aux for rank in ranks)),
       timeline=simulate.Timeline(
@@ -181,7 +181,7 @@ class _OtherRank(Exception):
 class _Rank:
   """What a rank holds while it goes through its order."""
 
-  def __init__(self, executor: Executor, rank: int, mail: _Mail):
+  def __init__(self, executor: ThreadedExecutor, rank: int, mail: _Mail):
     self._executor, self._rank, self._mail = executor, rank, mail
     self._schedule = executor.schedule
     self._device = executor.devices[rank]

@@ -18,7 +18,7 @@ FORWARD = 'F'
 BACKWARD = 'B'  # full: gradients of the input and of the weights
 INPUT = 'I'  # the half of the backward pass that the previous stage waits for
 WEIGHT = 'W'  # the other half, which nobody waits for
-PAIR = 'FB'  # a forward and a full backward of two stages, overlapped
+OVERLAPPED = 'FB'  # a forward and a full backward of two stages, overlapped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,7 +41,7 @@ class Action:
   backward: Task | None = None
 
   def __str__(self) -> str:
-    if self.kind == PAIR:
+    if self.kind == OVERLAPPED:
       return f'F{self.forward.microbatch}&B{self.backward.microbatch}'
     return f'{self.kind}{(self.forward or self.backward).microbatch}'
 
@@ -104,12 +104,12 @@ def backward(kind: str, stage: int, microbatch: int) -> Action:
 
 
 @functools.cache
-def pair(
+def overlapped(
   ahead: int, ahead_microbatch: int, back: int, back_microbatch: int
 ) -> Action:
   """A forward at stage `ahead` overlapped with a backward at stage `back`."""
   return Action(
-    kind=PAIR,
+    kind=OVERLAPPED,
     forward=task(ahead, ahead_microbatch),
     backward=task(back, back_microbatch),
   )

@@ -111,7 +111,7 @@ def _number(
     second = (stages[phase], back[phase])
     back[phase] += 1
     if len(step) > 2:
-      order.append(actions.pair(*first, *second))
+      order.append(actions.overlapped(*first, *second))
     else:
       order.append(actions.backward(step[0], *second))
       if step[0] == actions.INPUT:

@@ -38,7 +38,7 @@ class Box:
   microbatch: int
 
 
-def boxes(played: report.Played) -> list[Box]:
+def boxes(played: report.SimulatedSchedule) -> list[Box]:
   """What to draw; a pair is its forward above its backward."""
   found = []
   schedule, timeline = played.schedule, played.timeline
@@ -47,7 +47,7 @@ def boxes(played: report.Played) -> list[Box]:
     when = timeline.starts[rank], timeline.ends[rank]
     for action, start, end in zip(order, *when, strict=True):
       parts = [(action.kind, action.forward or action.backward)]
-      if action.kind == actions.PAIR:
+      if action.kind == actions.OVERLAPPED:
         parts = [
           (actions.FORWARD, action.forward),
           (actions.BACKWARD, action.backward),
@@ -66,7 +66,7 @@ def boxes(played: report.Played) -> list[Box]:
   return found
 
 
-def save(played: report.Played, path: str | os.PathLike) -> None:
+def save(played: report.SimulatedSchedule, path: str | os.PathLike) -> None:
   """Writes the picture; the path's ending says in which format."""
   schedule, total = played.schedule, float(played.timeline.total)
   drawn = boxes(played)
@@ -96,7 +96,7 @@ def save(played: report.Played, path: str | os.PathLike) -> None:
   figure.savefig(path)
 
 
-def _title(played: report.Played) -> str:
+def _title(played: report.SimulatedSchedule) -> str:
   first, cost, memory, _ = report.summary(played).splitlines()
   return f'{first}\n{cost}; {memory}'
 

@@ -12,21 +12,21 @@ from dsv3_jax.parallel.schedules.simulate import Timeline, Times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Played:
+class SimulatedSchedule:
   """A schedule and what its two clocks make of it."""
 
   schedule: Schedule
   formula: actions.Number | None
   timeline: Timeline
-  table: tick_tables.Table
+  table: tick_tables.TickTable
   ticks: Timeline
 
 
-def play(schedule: Schedule, times: Times) -> Played:
+def simulate_clocks(schedule: Schedule, times: Times) -> SimulatedSchedule:
   """Runs a schedule asynchronously and in lockstep; raises as those do."""
   timeline = simulate.simulate(schedule, times)
   table = tick_tables.to_ticks(schedule)
-  return Played(
+  return SimulatedSchedule(
     schedule=schedule,
     formula=_formula(schedule, times),
     timeline=timeline,
@@ -46,7 +46,7 @@ def _formula(schedule: Schedule, times: Times) -> actions.Number | None:
   )
 
 
-def as_json(played: Played) -> dict[str, Any]:
+def as_json(played: SimulatedSchedule) -> dict[str, Any]:
   """What `dsv3 schedule --json` prints; times in the units of --f, --b, --w."""
   schedule, timeline, ticks = played.schedule, played.timeline, played.ticks
   formula = played.formula
@@ -77,7 +77,7 @@ def _fraction(timeline: Timeline) -> float:
   return float(timeline.bubble / timeline.total)
 
 
-def _rows(played: Played) -> list[dict[str, Any]]:
+def _rows(played: SimulatedSchedule) -> list[dict[str, Any]]:
   """The table, rank by rank in order, with both clocks."""
   rows = []
   schedule, timeline = played.schedule, played.timeline
@@ -98,7 +98,7 @@ def _rows(played: Played) -> list[dict[str, Any]]:
   return rows
 
 
-def summary(played: Played) -> str:
+def summary(played: SimulatedSchedule) -> str:
   """The figures in four lines."""
   schedule, timeline, ticks = played.schedule, played.timeline, played.ticks
   formula = played.formula
@@ -119,7 +119,7 @@ def summary(played: Played) -> str:
   )
 
 
-def text_table(schedule: Schedule, table: tick_tables.Table) -> str:
+def text_table(schedule: Schedule, table: tick_tables.TickTable) -> str:
   """A line a rank, a column a tick: F3, B3, I3, W3, F4&B1; a dot is idle.
 
   Where a rank takes a micro-batch through several stages, letters tell them
@@ -148,7 +148,7 @@ def _cell(schedule: Schedule, rank: int, action: Action | None) -> str:
   parts = []
   for name in ('forward', 'backward'):
     if (task := getattr(action, name)) is not None:
-      kind = {actions.PAIR: name[0].upper()}.get(action.kind, action.kind)
+      kind = {actions.OVERLAPPED: name[0].upper()}.get(action.kind, action.kind)
       chunk = held.index(task.stage)
       parts.append(f'{kind}{task.microbatch}{letters[chunk : chunk + 1]}')
   return '&'.join(parts)

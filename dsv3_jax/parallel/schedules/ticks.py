@@ -11,10 +11,10 @@ import dataclasses
 from dsv3_jax.parallel.schedules import simulate, validate
 from dsv3_jax.parallel.schedules.actions import Action, Schedule
 
-Table = tuple[tuple[Action | None, ...], ...]  # [tick][rank]; None is idle
+TickTable = tuple[tuple[Action | None, ...], ...]  # [tick][rank]; None is idle
 
 
-def to_ticks(schedule: Schedule, latency: int = 1) -> Table:
+def to_ticks(schedule: Schedule, latency: int = 1) -> TickTable:
   """The table in which every action is as early as its rank's order allows.
 
   Args:
@@ -41,7 +41,7 @@ def to_ticks(schedule: Schedule, latency: int = 1) -> Table:
 
 
 def timeline(
-  schedule: Schedule, table: Table, times: simulate.Times
+  schedule: Schedule, table: TickTable, times: simulate.Times
 ) -> simulate.Timeline:
   """When the table's actions run if each tick waits for its longest action.
 
@@ -65,7 +65,7 @@ def timeline(
 
 
 def orders(
-  schedule: Schedule, table: Table
+  schedule: Schedule, table: TickTable
 ) -> tuple[Schedule, list[list[int]]]:
   """The schedule with the table's orders, and the tick of each action."""
   placed = [

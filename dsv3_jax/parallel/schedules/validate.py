@@ -22,7 +22,7 @@ _SHAPES = {
   actions.BACKWARD: (False, True),
   actions.INPUT: (False, True),
   actions.WEIGHT: (False, True),
-  actions.PAIR: (True, True),
+  actions.OVERLAPPED: (True, True),
 }
 
 

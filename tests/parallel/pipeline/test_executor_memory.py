@@ -14,9 +14,9 @@ import pytest
 from benchmarks import pipeline_bubble
 from dsv3_jax.distributed import sharding
 from dsv3_jax.parallel.pipeline import (
-  executor,
   instructions,
   split_backward,
+  stage_compute,
   stage_params,
 )
 from dsv3_jax.parallel.schedules import make as schedules
@@ -26,38 +26,30 @@ ACTIVATION = 4 * 4 * 512 * 16  # bytes, where activations are long
 ACTIVATIONS = 2 * LAYERS  # of a stage: input and cosine of every product
 
 
-class Run(pipeline_bubble.Run):
+def matrix_loop(program, weights, shape):
   """Stages of several matrices, embedding and head of nothing."""
-
-  def __init__(self, program, weights, shape):
-    super().__init__(program, pipeline_bubble.Pace())
-    self.shape = shape
-    none = self.chunks[0].bias_nE
-    self.chunks = [
-      stage_params.Chunk(stage_params.Weights(each, {}), none)
-      for each in weights
-    ]
-    self.ends.embed = lambda told: (jnp.ones(shape), [])
-    parts = {}
-    for number, kind in enumerate(program.kinds):
-      function = functools.partial(stage, none, kind)
-      x = (jnp.zeros(shape), [])
-      layers = self.chunks[0].layers
-      parts[number] = split_backward.split_stage(
-        function, layers, x, (), trained=lambda w: w.weights
-      )
-    self.parts = parts
+  layers = stage_params.StageWeights(weights[0], {})
+  parts = {
+    number: split_backward.split_stage(
+      functools.partial(stage, kind),
+      layers,
+      (jnp.zeros(shape), []),
+      (),
+      trained=lambda w: w.weights,
+    )
+    for number, kind in enumerate(program.kinds)
+  }
+  return pipeline_bubble.tick_loop(program, weights, parts, shape)
 
 
-def stage(none_nE, kind, w, x, consts):
+def stage(kind, w, x, consts):
   h = x[0]
   for name in sorted(w.weights):
     h = jnp.sin(h @ w.weights[name])
-  told = {'balance': jnp.zeros(()), 'load': none_nE, 'mtp_load': none_nE}
-  return h[None] if kind.last else h, told
+  return h[None] if kind.last else h, pipeline_bubble.no_stats()
 
 
-class Made(NamedTuple):
+class CompiledStep(NamedTuple):
   """A step before and after XLA, and the bytes of a rank's gradient sums."""
 
   lowered: jax.stages.Lowered
@@ -75,7 +67,7 @@ def compiled(kind, microbatches, shape):
     split_backward=kind in schedules.UNIDIRECTIONAL,
   )
   kinds = tuple(
-    executor.Kind(0, 0, at == 0, at == made.stages - 1)
+    stage_compute.StageKind(0, 0, at == 0, at == made.stages - 1)
     for at in range(made.stages)
   )
   program = instructions.compile_schedule(made, kinds)
@@ -83,16 +75,16 @@ def compiled(kind, microbatches, shape):
   one = jax.ShapeDtypeStruct((width, width), jnp.float32)
   weights = [{f'w{i}': one for i in range(LAYERS)} for _ in range(held)]
 
-  def run(weights, ticks, fields_TRf, globals_Tdg):
-    it = Run(program, weights, shape)
+  def run(weights, ticks, fields_tick_rank, globals_tick_direction):
+    loop = matrix_loop(program, weights, shape)
 
     def tick(t, state):
-      return it.tick(state, fields_TRf[t, 0], globals_Tdg[t])
+      return loop.tick(state, fields_tick_rank[t, 0], globals_tick_direction[t])
 
-    state = jax.lax.fori_loop(0, ticks, tick, it.start())
+    state = jax.lax.fori_loop(0, ticks, tick, loop.start())
     rest = {k: v for k, v in state.items() if k != 'grads'}
-    told = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rest))
-    return state['grads'], told[None]
+    rest_sum = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rest))
+    return state['grads'], rest_sum[None]
 
   spec = jax.sharding.PartitionSpec
   auto = (jax.sharding.AxisType.Auto,)
@@ -104,11 +96,11 @@ def compiled(kind, microbatches, shape):
   step = jax.jit(sharding.shard_map_step(run, mesh, **specs))
   table = [
     jax.ShapeDtypeStruct(each.shape, each.dtype)
-    for each in (program.fields_TRf, program.globals_Tdg)
+    for each in (program.fields_tick_rank, program.globals_tick_direction)
   ]
   ticks = jax.ShapeDtypeStruct((), jnp.int32)
   lowered = step.lower(weights, ticks, *table)
-  return Made(lowered, lowered.compile(), 4 * width**2 * LAYERS * held)
+  return CompiledStep(lowered, lowered.compile(), 4 * width**2 * LAYERS * held)
 
 
 def copies(compiled, shape):

@@ -35,23 +35,23 @@ class Player:
 
   def play(self):
     ways = len(self.schedule.homes)
-    lanes = self.made.lanes
+    transfers = self.made.transfers
     for row, now in zip(
-      self.made.fields_TRf, self.made.globals_Tdg, strict=True
+      self.made.fields_tick_rank, self.made.globals_tick_direction, strict=True
     ):
       sent = [self._act(rank, row[rank]) for rank in range(len(row))]
       for rank, fields in enumerate(row):
         arrivals = fields[len(NAMES) :]
-        for lane, slot in zip(lanes, arrivals.tolist(), strict=False):
-          source = (rank - lane.hop) % len(row)
-          buffer = {'y': 'in', 'dx': 'grad'}[lane.what]
-          self.ranks[rank][buffer, slot] = sent[source].get(lane.what)
+        for transfer, slot in zip(transfers, arrivals.tolist(), strict=False):
+          source = (rank - transfer.hop) % len(row)
+          buffer = {'y': 'in', 'dx': 'grad'}[transfer.payload]
+          self.ranks[rank][buffer, slot] = sent[source].get(transfer.payload)
         for way in range(ways):
           micro = int(now[way, instructions.GLOBALS.index('last_f')])
           if micro >= 0:
             home = self.schedule.homes[way][-1]
             assert sent[home]['y'] == ('y', self.schedule.stages - 1, micro)
-            slot = int(arrivals[len(lanes) + way])
+            slot = int(arrivals[len(transfers) + way])
             self.ranks[rank]['head', slot] = ('dhead', micro)
     return self.done
 
@@ -65,7 +65,7 @@ class Player:
       if half.part == 'W':
         assert mine['carry', at['b_carry']] == (stage, micro)
       else:
-        assert mine['kept', at['b_kept']] == (stage, micro)
+        assert mine['residuals', at['b_residuals']] == (stage, micro)
         want = ('dhead', micro) if stage == last else ('dx', stage + 1, micro)
         assert mine['head' if stage == last else 'grad', at['b_grad']] == want
         sent['dx'] = ('dx', stage, micro)
@@ -77,7 +77,7 @@ class Player:
       assert at['f_direction'] == self.schedule.direction(micro)
       if stage:
         assert mine['in', at['f_in']] == ('y', stage - 1, micro)
-      mine['kept', at['f_kept']] = (stage, micro)
+      mine['residuals', at['f_residuals']] = (stage, micro)
       sent['y'] = ('y', stage, micro)
       self.done.append(('F', stage, micro))
     return sent
@@ -123,15 +123,19 @@ def test_any_sizes(data):
   Player(compiled(kind, each * ranks, count)).play()
 
 
-@pytest.mark.parametrize('field', ['f_in', 'f_kept', 'b_grad', 'b_kept'])
+@pytest.mark.parametrize(
+  'field', ['f_in', 'f_residuals', 'b_grad', 'b_residuals']
+)
 def test_a_wrong_slot_is_seen(field):
   made = compiled('gpipe', 4, 8)
-  fields = made.fields_TRf.copy()
+  fields = made.fields_tick_rank.copy()
   half = int(field[0] == 'b')
   used = [i for i, b in enumerate(made.branches) if b[half] is not None]
   tick = next(i for i, row in enumerate(fields) if row[2, 0] in used)
   fields[tick, 2, NAMES.index(field)] += 1
-  wrong = instructions.Program(**(vars(made) | {'fields_TRf': fields}))
+  wrong = instructions.PipelineProgram(
+    **(vars(made) | {'fields_tick_rank': fields})
+  )
   with pytest.raises((AssertionError, KeyError)):
     Player(wrong).play()
 
@@ -144,7 +148,7 @@ def test_buffers_are_as_small_as_the_schedule_promises(
   kind, microbatches, most
 ):
   """DualPipe keeps R + 1 micro-batches, of both its stages together."""
-  assert compiled(kind, 4, microbatches).slots['kept'] == most
+  assert compiled(kind, 4, microbatches).slots['residuals'] == most
 
 
 def legal(kind, ranks, most):
@@ -173,7 +177,9 @@ def test_a_longer_program_runs_any_shorter_step(kind, ranks):
   for count in counts[:-1][:: max(1, ranks // 2 - 1)]:  # every one takes long
     made = make(microbatches=count)
     less = instructions.compile_schedule(made, kinds, full.branches)
-    assert less.branches == full.branches and less.lanes == full.lanes, count
+    assert (
+      less.branches == full.branches and less.transfers == full.transfers
+    ), count
     assert less.slots.keys() <= full.slots.keys()
     assert all(less.slots[k] <= full.slots[k] for k in less.slots), count
-    assert len(less.fields_TRf) <= len(full.fields_TRf), count
+    assert len(less.fields_tick_rank) <= len(full.fields_tick_rank), count

@@ -23,10 +23,10 @@ def test_slots_of_an_uneven_cut():
   """One dense layer and six MoE layers over four stages."""
   _, found = make()
   np.testing.assert_array_equal(
-    found.layers_Rcn('dense')[:, 0], [[0], [-1], [-1], [-1]]
+    found.layers_Pcn('dense')[:, 0], [[0], [-1], [-1], [-1]]
   )
   np.testing.assert_array_equal(
-    found.layers_Rcn('moe')[:, 0],
+    found.layers_Pcn('moe')[:, 0],
     [[0, -1, -1], [1, -1, -1], [2, 3, 4], [5, -1, -1]],
   )
   assert [s.count('moe') for s in found.stages] == [1, 1, 3, 1]
@@ -35,7 +35,7 @@ def test_slots_of_an_uneven_cut():
 def test_two_ranks_of_a_v_hold_first_and_last():
   _, found = make(held=((0, 3), (1, 2)))
   np.testing.assert_array_equal(
-    found.layers_Rcn('moe'), [[[0, -1, -1], [5, -1, -1]],
+    found.layers_Pcn('moe'), [[[0, -1, -1], [5, -1, -1]],
                               [[1, -1, -1], [2, 3, 4]]],
   )  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_there_and_back_is_the_identity(scan, on_host):
 def test_slots_without_a_layer_are_zeros():
   cfg, found = make()
   slots = found.from_model(models.random_params(cfg)[0])
-  empty = found.layers_Rcn('moe') < 0
+  empty = found.layers_Pcn('moe') < 0
   for leaf in jax.tree.leaves(slots['moe']):
     assert not np.any(leaf[empty]) and np.all(np.any(leaf[~empty]))
 
@@ -78,7 +78,7 @@ def test_every_layer_is_in_one_slot(data):
   found = param_layout.make(cfg.model, cuts, held)
   for stack, count in (('dense', dense), ('moe', end - dense)):
     x_L = np.arange(count) + 1
-    at = found.layers_Rcn(stack)
+    at = found.layers_Pcn(stack)
     assert sorted(at[at >= 0]) == list(range(count))
     slots = found.to_slots(stack, x_L) if count else np.zeros(at.shape)
     np.testing.assert_array_equal(slots, at + 1)

@@ -11,7 +11,7 @@ from benchmarks import layouts
 from dsv3_jax import precision
 from dsv3_jax.nn import model
 from dsv3_jax.nn import stage as stages
-from dsv3_jax.ops import cross_entropy
+from dsv3_jax.ops import cross_entropy, mtp_loss
 from dsv3_jax.parallel.pipeline import param_layout, threaded
 from dsv3_jax.parallel.schedules import make as schedules
 from tests.parallel.pipeline.stages import assert_near
@@ -54,10 +54,10 @@ def build(made, functions, params, consts):
   daux = [{'size': jnp.float32(0.3)} for _ in params]
   daux[-1]['loss'] = jnp.float32(1.0)
   held = [
-    threaded.Stage(*each[:2], consts, each[2])
+    threaded.ThreadedStage(*each[:2], consts, each[2])
     for each in zip(parts, params, daux, strict=True)
   ]
-  return threaded.Executor(made, held, jax.devices()[: made.ranks])
+  return threaded.ThreadedExecutor(made, held, jax.devices()[: made.ranks])
 
 
 def losses_of(functions, params, consts):
@@ -131,7 +131,7 @@ def test_sizes_must_fit():
   with pytest.raises(
     ValueError, match='1 devices and 2 stages must be 2 and 2'
   ):
-    threaded.Executor(made, executor.stages, jax.devices()[:1])
+    threaded.ThreadedExecutor(made, executor.stages, jax.devices()[:1])
 
 
 CUTS = ((0, 1), (1, 2))  # a dense layer; a MoE layer, MTP
@@ -142,7 +142,9 @@ def model_stage(cfg, layout, at, scales):
   policy = precision.POLICIES[cfg.precision]
   dense, moe = (layout.stages[at].count(stack) for stack in param_layout.STACKS)
   last, depth = at == len(layout.stages) - 1, cfg.model.mtp.depth
-  net = stages.Stage(cfg.model, cfg.balance, policy, False, dense, moe, last)
+  net = stages.PipelineStage(
+    cfg.model, cfg.balance, policy, False, dense, moe, last
+  )
 
   def run(params, x, consts):
     batch, router = consts
@@ -158,7 +160,7 @@ def model_stage(cfg, layout, at, scales):
     weights_BT = batch.weights_BT * scales['main']
     targets = [(batch.targets_BT, weights_BT)]
     for k in range(1, depth + 1):
-      targets.append(model.mtp_targets(batch, scales, k, False))
+      targets.append(model.loss_targets(batch, scales, k, False))
     sums = [
       cross_entropy.head_loss(h, params['head'], *target)
       for h, target in zip(y, targets, strict=True)
@@ -192,7 +194,7 @@ def test_the_model_under_dualpipe_is_one_device():
   state, batch_nBT = layouts.start(cfg), layouts.batch(cfg, 0)
   state = jax.tree.map(jnp.asarray, state)
   params, router = state['params'], state['router']
-  scales = model.loss_scales(
+  scales = mtp_loss.loss_scales(
     cfg.model.mtp, batch_nBT.weights_BT, batch_nBT.segments_BT, False
   ) | {'mtp_weight': 0.3}
   micro = [jax.tree.map(lambda x, i=i: x[i], batch_nBT) for i in range(4)]
@@ -218,9 +220,9 @@ def test_the_model_under_dualpipe_is_one_device():
   parts = tables.split_chain(functions, split(params), firsts)
   one = jnp.float32(1.0)
   daux = [{'balance': one}, {'balance': one, 'loss': one}]
-  held = map(threaded.Stage, parts, split(params), consts, daux)
+  held = map(threaded.ThreadedStage, parts, split(params), consts, daux)
   # On one device: what is compiled for one rank serves the other.
-  executor = threaded.Executor(made, list(held), jax.devices()[:1] * 2)
+  executor = threaded.ThreadedExecutor(made, list(held), jax.devices()[:1] * 2)
   played = executor.run(timeout=300.0)
   told = jax.device_get([*played.aux.values()])
   got = sum(sum(aux.values()) for aux in told)

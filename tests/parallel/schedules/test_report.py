@@ -21,7 +21,7 @@ def played(kind, stages, microbatches, times=None, **more):
   made = schedules.make_schedule(
     kind, stages=stages, microbatches=microbatches, **more
   )
-  return report.play(made, times or simulate.Times())
+  return report.simulate_clocks(made, times or simulate.Times())
 
 
 def test_text_of_a_table():
