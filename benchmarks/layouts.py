@@ -205,7 +205,7 @@ def run(cfg: config.Config, num_steps: int) -> list[tuple[dict, dict]]:
   count = cfg.train.batch_size // cfg.train.microbatch_size
   for number in range(num_steps):
     rows = jax.device_put(batch(cfg, number), trainer.batch_sharding())
-    state, told = step(state, rows, trainer.plan.amount(count), hyper)
+    state, told = step(state, rows, trainer.num_microbatches(count), hyper)
     found.append(jax.device_get((trainer.to_model(state), told)))
   return found
 

@@ -119,8 +119,8 @@ def lower(
   cfg: config.Config, mesh: jax.sharding.Mesh, halves: str
 ) -> jax.stages.Lowered:
   """One branch of the pipeline: 'F&B', or 'F' or 'B' of it alone."""
-  made = state_layout.make(cfg, mesh.shape)
-  pipe = made.pipe
+  layout = state_layout.make(cfg, mesh.shape)
+  pipe = layout.accumulation.pipe
   branch = next(b for b in pipe.program.branches if b.overlapped)
   if halves != 'F&B':
     other = {'F': 'backward', 'B': 'forward'}[halves]
@@ -143,12 +143,12 @@ def lower(
     return jax.tree.map(lambda x: x[None], state)
 
   is_place = lambda x: isinstance(x, zero.Placement)
-  specs = jax.tree.map(lambda p: p.compute, made.placed, is_leaf=is_place)
-  specs = (specs, made.router_specs(), steps._BATCH)
+  specs = jax.tree.map(lambda p: p.compute, layout.placed, is_leaf=is_place)
+  specs = (specs, layout.router_specs(), steps.BATCH_SPEC)
   run = sharding.shard_map_step(
     body,
     mesh,
-    made.rules,
+    layout.rules,
     in_specs=specs,
     out_specs=sharding.Spec(mesh.axis_names),
   )

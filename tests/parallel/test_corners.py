@@ -49,7 +49,7 @@ def trained(**axes):
       state['params']['final_norm']['norm'] *= jnp.float32(np.nan)
       state = jax.device_put(state, trainer.shardings())
     batch = jax.device_put(batch, trainer.batch_sharding())
-    state, out = step(state, batch, trainer.plan.amount(count), hyper)
+    state, out = step(state, batch, trainer.num_microbatches(count), hyper)
     told.append(jax.device_get(out))
     compiled.append(step._cache_size())
   return told, compiled

@@ -37,7 +37,7 @@ def losses(deterministic, **axes):
   for number in range(STEPS):
     batch = layouts.batch(cfg, number)
     batch = jax.device_put(batch, trainer.batch_sharding())
-    state, told = step(state, batch, trainer.plan.amount(2), hyper)
+    state, told = step(state, batch, trainer.num_microbatches(2), hyper)
     found.append(told)
   return jax.device_get(found), jax.device_get(state)
 

@@ -1,26 +1,87 @@
-"""Parameters as a pipeline holds them: by rank, chunk and slot.
+"""In which form a training state holds the model's parameters.
 
-The model has its layers in two stacks, dense and MoE, of any length. A pipeline
-holds them as [P, c, n, ...]: P ranks, of each the c stages whose masters it
-has, of each stage n slots, as many as the fullest stage needs; slots beyond a
-stage's own layers are zeros and nothing ever reads them. Everything that is no
-layer stays as it is. Both ways are exact.
+Without a pipeline the form is the model's own (`IdentityLayout`). A pipeline
+holds layers by rank, chunk and slot (`PipelineLayout`): the model's two stacks,
+dense and MoE, become [P, c, n, ...]. Each of P ranks has the masters of c
+stages, and each stage has n slots, as many as the fullest stage needs. Slots
+beyond a stage's own layers are zeros and never read. What is no layer stays as
+it is. Conversions are exact both ways.
 
-Letters: P ranks, c chunks of a rank, n slots of a chunk; L layers of a stack.
+P counts ranks, c chunks (stages) of a rank, n slots (layers) of a chunk, L
+layers of a stack.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
+from dsv3_jax.distributed import processes, sharding
 
 Tree = Any
+Spec = sharding.Spec
+AXIS = 'pipe'
 STACKS = {'dense': 'dense_layers', 'moe': 'moe_layers'}
+
+
+class ParamLayout(Protocol):
+  """Converts parameters, and what is shaped like them, to a state's form.
+
+  Router biases are `{'moe': [L, E], 'mtp': [depth, E]}` in the model's form.
+  """
+
+  def from_model(self, params: Tree) -> Tree:
+    """The model's parameters in the state's form."""
+
+  def to_model(self, params: Tree) -> Tree:
+    """The inverse of `from_model`."""
+
+  def router_from_model(self, router: Tree) -> Tree:
+    """The model's router biases in the state's form."""
+
+  def router_to_model(self, router: Tree) -> Tree:
+    """The inverse of `router_from_model`."""
+
+  def router_specs(self, router: Tree) -> Tree:
+    """Partitions of the biases in the state's form."""
+
+  def all_loads(self, load: jax.Array) -> jax.Array:
+    """Expert loads of all MoE layers, [L, E], in a shard_map'ed function."""
+
+  def compile(self, convert: Callable[..., Tree], shardings: Tree) -> Callable:
+    """A conversion by these methods, with arrays placed by `shardings`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentityLayout:
+  """The model's own form: every conversion returns its argument."""
+
+  def from_model(self, params: Tree) -> Tree:
+    return params
+
+  def to_model(self, params: Tree) -> Tree:
+    return params
+
+  def router_from_model(self, router: Tree) -> Tree:
+    return router
+
+  def router_to_model(self, router: Tree) -> Tree:
+    return router
+
+  def router_specs(self, router: Tree) -> Tree:
+    return {name: Spec() for name in router}
+
+  def all_loads(self, load: jax.Array) -> jax.Array:
+    return load
+
+  def compile(self, convert: Callable[..., Tree], shardings: Tree) -> Callable:
+    """Nothing to compile: arrays pass as they are."""
+    del convert, shardings
+    return lambda tree: tree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +98,7 @@ class StageLayers:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PipelineLayout:
-  """Which layer is in which slot.
+  """Layers by rank, chunk and slot.
 
   stages: in the order of the forward pass. held: of each rank the stages whose
   masters it has; every rank has as many, and every stage is once there.
@@ -54,30 +115,55 @@ class PipelineLayout:
 
   def layers_Pcn(self, stack: str) -> np.ndarray:
     """Number of the layer in each slot, -1 in slots beyond the stage's."""
-    found = np.full((len(self.held), len(self.held[0]), self.slots(stack)), -1)
+    layers_Pcn = np.full(
+      (len(self.held), len(self.held[0]), self.slots(stack)), -1
+    )
     for rank, chunks in enumerate(self.held):
       for chunk, stage in enumerate(chunks):
-        layers = np.arange(*getattr(self.stages[stage], stack))
-        found[rank, chunk, : len(layers)] = layers
-    return found
+        of_stage = np.arange(*getattr(self.stages[stage], stack))
+        layers_Pcn[rank, chunk, : len(of_stage)] = of_stage
+    return layers_Pcn
 
   def from_model(self, params: Tree) -> Tree:
     """The model's parameters (or anything shaped like them), by slots."""
-    found = {k: v for k, v in params.items() if k not in STACKS.values()}
+    tree = {k: v for k, v in params.items() if k not in STACKS.values()}
     for stack, name in STACKS.items():
       if name in params:
         put = lambda x, stack=stack: self.to_slots(stack, x)
-        found[stack] = jax.tree.map(put, self._stacked(params[name]))
-    return found
+        tree[stack] = jax.tree.map(put, self._stacked(params[name]))
+    return tree
 
   def to_model(self, slots: Tree) -> Tree:
     """The inverse of `from_model`."""
-    found = {k: v for k, v in slots.items() if k not in STACKS}
+    tree = {k: v for k, v in slots.items() if k not in STACKS}
     for stack, name in STACKS.items():
       if stack in slots:
         take = lambda x, stack=stack: self.from_slots(stack, x)
-        found[name] = self._unstacked(jax.tree.map(take, slots[stack]))
-    return found
+        tree[name] = self._unstacked(jax.tree.map(take, slots[stack]))
+    return tree
+
+  def router_from_model(self, router: Tree) -> Tree:
+    if 'moe' in router:
+      router = router | {'moe': self.to_slots('moe', router['moe'])}
+    return router
+
+  def router_to_model(self, router: Tree) -> Tree:
+    if 'moe' in router:
+      router = router | {'moe': self.from_slots('moe', router['moe'])}
+    return router
+
+  def router_specs(self, router: Tree) -> Tree:
+    """Biases of MoE layers are where their layers are."""
+    return {k: Spec(AXIS) if k == 'moe' else Spec() for k in router}
+
+  def all_loads(self, load: jax.Array) -> jax.Array:
+    load = jax.lax.all_gather(load, AXIS, axis=0, tiled=True)
+    return self.from_slots('moe', load)
+
+  def compile(self, convert: Callable[..., Tree], shardings: Tree) -> Callable:
+    return processes.compile_then_barrier(
+      jax.jit(convert, out_shardings=shardings)
+    )
 
   def to_slots(self, stack: str, x_L):
     """[L, ...] -> [P, c, n, ...]."""

@@ -19,7 +19,7 @@ from dsv3_jax.parallel.pipeline import param_layout
 from dsv3_jax.parallel.schedules import actions
 
 Tree = Any
-AXIS = 'pipe'
+AXIS = param_layout.AXIS
 
 
 class StageWeights(NamedTuple):
