@@ -188,9 +188,11 @@ def main(argv: list[str] | None = None) -> int:
   # The newer partitioner crashes on a forward branch for CUDA (JAX 0.11.2).
   jax.config.update('jax_use_shardy_partitioner', False)
   cfg, rows = make_config(), report.Rows(args)
-  found = targets.h100(2, 8) if args.target == 'h100' else targets.v5p('2x2x4')
+  devices = (
+    targets.h100(2, 8) if args.target == 'h100' else targets.v5p('2x2x4')
+  )
   shape = [getattr(cfg.parallel, axis) for axis in sharding.AXES]
-  mesh = jax.sharding.Mesh(np.array(found).reshape(shape), sharding.AXES)
+  mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), sharding.AXES)
   for name, options in _OPTIONS[args.target].items():
     for halves in ('F&B', 'F', 'B'):
       begun = time.monotonic()

@@ -146,8 +146,8 @@ def tick_loop(
   """
   none_nE = jnp.zeros((0, 1))
   chunks = [
-    stage_params.ChunkParams(stage_params.StageWeights(each, {}), none_nE)
-    for each in weights
+    stage_params.ChunkParams(stage_params.StageWeights(named, {}), none_nE)
+    for named in weights
   ]
   scales = {'balance': jnp.zeros(())}
   vocab_params = {'embed': jnp.zeros(()), 'head': jnp.zeros(())}
@@ -235,23 +235,23 @@ def simulated(schedule: actions.Schedule) -> tuple[float, float]:
   table = tick_tables.to_ticks(schedule)
   free = simulate.simulate(schedule, TIMES)
   ticks = tick_tables.timeline(schedule, table, TIMES)
-  return tuple(float(each.bubble / each.total) for each in (free, ticks))
+  return tuple(float(clock.bubble / clock.total) for clock in (free, ticks))
 
 
 def measure(
   kind: str, ranks: int, microbatches: int, seconds: float, runs: int
 ) -> report.Row:
   """Bubbles of a schedule, as parts of the whole time."""
-  each = schedules.stages_per_rank(kind)
+  per_rank = schedules.stages_per_rank(kind)
   schedule = schedules.make_schedule(
     kind,
-    stages=each * ranks,
+    stages=per_rank * ranks,
     microbatches=microbatches,
     split_backward=kind in schedules.UNIDIRECTIONAL,
   )
   row = {'schedule': kind, 'ranks': ranks, 'micro-batches': microbatches}
   row['ideal'], row['lockstep'] = simulated(schedule)
-  work = microbatches * each * (TIMES.f + TIMES.b) * seconds
+  work = microbatches * per_rank * (TIMES.f + TIMES.b) * seconds
   for name, start in (('spmd', spmd), ('mpmd', threads)):
     pace = Pace()
     run = start(schedule, pace)
@@ -284,7 +284,7 @@ def draw(rows: Sequence[report.Row], path: pathlib.Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  numbers = lambda text: [int(each) for each in text.split(',')]
+  numbers = lambda text: [int(number) for number in text.split(',')]
   parser = report.parser('pipeline_bubble', __doc__)
   parser.add_argument('--ranks', type=numbers, default=[4, 8])
   parser.add_argument('--microbatches', type=numbers, default=[16, 32])
@@ -300,8 +300,8 @@ def main(argv: list[str] | None = None) -> int:
   )
   try:  # before anything runs
     for ranks, microbatches, kind in cases:
-      each = schedules.stages_per_rank(kind)
-      schedules.check_sizes(kind, each * ranks, microbatches)
+      stages = ranks * schedules.stages_per_rank(kind)
+      schedules.check_sizes(kind, stages, microbatches)
   except errors.InputError as error:
     parser.error(str(error))
   most = max(args.ranks)

@@ -10,7 +10,7 @@ as many lines of program for any number of micro-batches.)
 
 On fake CPU devices, without a cache of compiled programs. `lines` are those of
 StableHLO. A step is run `steps` times; the least seconds of all cores together
-are told.
+are reported.
 """
 
 import sys

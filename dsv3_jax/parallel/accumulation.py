@@ -9,7 +9,7 @@ does not recompile.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ Tree = Any
 Spec = sharding.Spec
 
 
+@runtime_checkable
 class Accumulation(Protocol):
   """Sums gradients over the micro-batches of a step."""
 

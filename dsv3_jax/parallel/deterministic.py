@@ -57,11 +57,11 @@ def accumulate(
 
   def microbatch(i, sums):
     put = lambda buffer, x, j: buffer.at[j].set(x)
-    store = lambda j, made: jax.tree.map(
-      lambda buffer, x: put(buffer, x, j), made, sequence(i, j)
+    store = lambda j, grads: jax.tree.map(
+      lambda buffer, x: put(buffer, x, j), grads, sequence(i, j)
     )
-    made = jax.lax.fori_loop(0, rows, store, zeros(rows))
-    return jax.tree.map(lambda a, x: a + _over_devices(_tree(x)), sums, made)
+    grads = jax.lax.fori_loop(0, rows, store, zeros(rows))
+    return jax.tree.map(lambda a, x: a + _over_devices(_tree(x)), sums, grads)
 
   return jax.lax.fori_loop(0, num_micro, microbatch, zeros())
 

@@ -132,11 +132,11 @@ def make_tick_loop(
 class TickLoop:
   """What does not change from tick to tick, and what happens in one.
 
-  shape, dtype: of an activation.
+  vocab: a `VocabParallel` or a stand-in. shape, dtype: of an activation.
   """
 
   program: instructions.PipelineProgram
-  vocab: vocab_parallel.VocabParallel
+  vocab: Any
   stages: stage_compute.StageCompute
   sums: gradient_sums.GradientSums
   shape: tuple[int, ...]

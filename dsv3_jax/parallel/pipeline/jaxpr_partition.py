@@ -87,13 +87,13 @@ def inline(closed: core.ClosedJaxpr, inputs: Sequence[Atom]) -> Program:
       names = source.name_stack
       names = names if scope is None else scope + names
       if eqn.primitive in _CALLS:
-        made = walk(*_callee(eqn), args, names)
+        results = walk(*_callee(eqn), args, names)
       else:
-        made = [core.Var(var.aval) for var in eqn.outvars]
+        results = [core.Var(var.aval) for var in eqn.outvars]
         source = source.replace(name_stack=names)
-        new = eqn.replace(invars=args, outvars=made, source_info=source)
+        new = eqn.replace(invars=args, outvars=results, source_info=source)
         equations.append(new)
-      env.update(zip(eqn.outvars, made, strict=True))
+      env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
   outputs = walk(closed.jaxpr, closed.consts, inputs, None)
@@ -140,12 +140,12 @@ def needed(
   equations: Sequence[Equation], outputs: Iterable[Atom]
 ) -> list[Equation]:
   """Those equations on which the outputs depend."""
-  live, found = set(variables(outputs)), []
+  live, kept = set(variables(outputs)), []
   for eqn in reversed(equations):
     if live.intersection(eqn.outvars):
       live.update(variables(eqn.invars))
-      found.append(eqn)
-  return found[::-1]
+      kept.append(eqn)
+  return kept[::-1]
 
 
 def derivable(
@@ -197,10 +197,10 @@ def cut(
     and (id(eqn) in taken or known.issuperset(eqn.outvars))
   ]
   late = needed([eqn for eqn in late if id(eqn) not in taken], outputs)
-  made = {var for eqn in late for var in eqn.outvars}.union(unknown, known)
+  computed = {var for eqn in late for var in eqn.outvars}.union(unknown, known)
   read = [var for eqn in late for var in variables(eqn.invars)]
   read += variables(outputs)
-  crossing = [var for var in dict.fromkeys(read) if var not in made]
+  crossing = [var for var in dict.fromkeys(read) if var not in computed]
   return Cut([*early, *moved], late, crossing)
 
 

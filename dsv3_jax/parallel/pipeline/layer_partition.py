@@ -60,15 +60,15 @@ def _totals(num_layers: int, stages: int, costs: Costs) -> list[Cost]:
       f'model.num_layers={num_layers}: each has one layer at least'
     )
   given = costs.layer
-  each = list(given) if isinstance(given, tuple) else [given] * num_layers
-  if len(each) != num_layers:
+  per_layer = list(given) if isinstance(given, tuple) else [given] * num_layers
+  if len(per_layer) != num_layers:
     raise errors.InputError(
-      f'costs.layer has {len(each)} values, model.num_layers={num_layers}'
+      f'costs.layer has {len(per_layer)} values, model.num_layers={num_layers}'
     )
-  for value in (*each, costs.embedding, costs.head, costs.mtp):
+  for value in (*per_layer, costs.embedding, costs.head, costs.mtp):
     if not (value >= 0 and math.isfinite(value)):
       raise errors.InputError(f'cost {value} must be >= 0 and finite')
-  exact = [fractions.Fraction(value) for value in each]
+  exact = [fractions.Fraction(value) for value in per_layer]
   exact[0] += fractions.Fraction(costs.embedding)
   exact[-1] += fractions.Fraction(costs.head) + fractions.Fraction(costs.mtp)
   return list(itertools.accumulate(exact, initial=fractions.Fraction(0)))

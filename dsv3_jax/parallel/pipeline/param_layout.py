@@ -13,7 +13,7 @@ layers of a stack.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ AXIS = 'pipe'
 STACKS = {'dense': 'dense_layers', 'moe': 'moe_layers'}
 
 
+@runtime_checkable
 class ParamLayout(Protocol):
   """Converts parameters, and what is shaped like them, to a state's form.
 

@@ -69,14 +69,14 @@ class SplitStage:
   ) -> tuple[Tree, Tree, tuple]:
     """Runs the stage: (y, aux, residuals)."""
     args = (params, x, consts)
-    found = jax.tree.structure(args)
-    if found != self.trees.arguments:
-      raise ValueError(f'arguments {found} must be {self.trees.arguments}')
-    made = self._run('forward', jax.tree.leaves(args))
+    given, expected = jax.tree.structure(args), self.trees.arguments
+    if given != expected:
+      raise ValueError(f'arguments {given} must be {expected}')
+    results = self._run('forward', jax.tree.leaves(args))
     structure = jax.tree.structure(self.trees.outputs)
     count = structure.num_leaves
-    y, aux = jax.tree.unflatten(structure, made[:count])
-    return y, aux, tuple(made[count:])
+    y, aux = jax.tree.unflatten(structure, results[:count])
+    return y, aux, tuple(results[count:])
 
   def backward_input(
     self, params: Tree, residuals: Sequence, dy: Tree, daux: Tree
@@ -89,8 +89,8 @@ class SplitStage:
   def backward_weight(self, params: Tree, carry: Sequence) -> Tree:
     """W: gradients of the trained parameters."""
     args = [*jax.tree.leaves(params), *carry]
-    made = self._run('backward_weight', args)
-    return self._unflatten(self.trees.trained, made)[0]
+    grads = self._run('backward_weight', args)
+    return self._unflatten(self.trees.trained, grads)[0]
 
   def backward(
     self, params: Tree, residuals: Sequence, dy: Tree, daux: Tree
@@ -207,8 +207,8 @@ def _trace(stage, params, x, consts, trained):
     floats, pull, outputs = jax.vjp(of_wanted, values, has_aux=True)
     return outputs, pull, floats
 
-  closed, made = jax.make_jaxpr(run, return_shape=True)(leaves)
-  outputs, pull, floats = made
+  closed, shapes = jax.make_jaxpr(run, return_shape=True)(leaves)
+  outputs, pull, floats = shapes
   closed_back = jax.make_jaxpr(lambda pull, dy: pull(dy)[0])(pull, floats)
   inputs = [core.Var(var.aval) for var in closed.jaxpr.invars]
   forward = jaxpr_partition.inline(closed, inputs)
@@ -222,9 +222,9 @@ def _trace(stage, params, x, consts, trained):
   return trees, forward, backward, inputs, cotangents
 
 
-def _shapes(found):
+def _shapes(variables):
   shape = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-  return tuple(shape(var.aval) for var in found)
+  return tuple(shape(var.aval) for var in variables)
 
 
 def _has_gradient(leaf):

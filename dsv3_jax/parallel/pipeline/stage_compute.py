@@ -134,12 +134,12 @@ def _split_stage(cfg, operands, shape, half) -> split_backward.SplitStage:
 class StageCompute:
   """Runs the passes of a rank's stages.
 
-  parts: the functions of each kind, of `split_stages`. scales: of
-  `mtp_loss.loss_scales`.
+  operands: `StageOperands` or a stand-in. parts: the functions of each kind, as
+  of `split_stages`. scales: of `mtp_loss.loss_scales`.
   """
 
-  operands: StageOperands
-  parts: dict[int, split_backward.SplitStage]
+  operands: Any
+  parts: dict[int, Any]
   scales: dict[str, jax.Array]
   depth: int
   num_experts: int

@@ -110,11 +110,11 @@ def check_sizes(
     raise errors.InputError(
       f'chunks={chunks} must be >= 2: with one chunk it is 1f1b'
     )
-  each = stages_per_rank(kind, chunks)
-  step = 2 if kind == 'dualpipe' else each
+  per_rank = stages_per_rank(kind, chunks)
+  step = 2 if kind == 'dualpipe' else per_rank
   rule = f'a multiple of {step}' if step > 1 else '>= 1'
   _check_size('stages', stages, kind, step, step, rule)
-  ranks = stages // each
+  ranks = stages // per_rank
   least, step, rule = {
     'interleaved': (ranks, ranks, f'a multiple of stages / chunks = {ranks}'),
     'zb1p': (ranks, 1, f'>= stages = {stages}'),

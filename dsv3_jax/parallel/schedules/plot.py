@@ -40,7 +40,7 @@ class Box:
 
 def boxes(played: report.SimulatedSchedule) -> list[Box]:
   """What to draw; a pair is its forward above its backward."""
-  found = []
+  drawn = []
   schedule, timeline = played.schedule, played.timeline
   for rank, order in enumerate(schedule.orders):
     held = schedule.held(rank)
@@ -62,8 +62,8 @@ def boxes(played: report.SimulatedSchedule) -> list[Box]:
           bottom=rank + (place + 1) / len(parts),
           microbatch=task.microbatch,
         )
-        found.append(box)
-  return found
+        drawn.append(box)
+  return drawn
 
 
 def save(played: report.SimulatedSchedule, path: str | os.PathLike) -> None:
@@ -130,8 +130,8 @@ def labels(drawn: list[Box], points: float) -> list[str]:
   fits = lambda box, label: (
     (box.right - box.left) * points > (0.62 * _FONT * len(label) + 1.5)
   )
-  each = [(box, str(box.microbatch)) for box in drawn]
-  return [label if fits(box, label) else '' for box, label in each]
+  pairs = [(box, str(box.microbatch)) for box in drawn]
+  return [label if fits(box, label) else '' for box, label in pairs]
 
 
 def _number(

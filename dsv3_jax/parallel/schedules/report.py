@@ -59,7 +59,7 @@ def as_json(played: SimulatedSchedule) -> dict[str, Any]:
     'bubble': float(timeline.bubble),
     'bubble_fraction': _fraction(timeline),
     'closed_form_bubble': None if formula is None else float(formula),
-    'idle': [float(each) for each in timeline.idle],
+    'idle': [float(time) for time in timeline.idle],
     'peak_live_activations': simulate.peak_live(schedule),
     'parameter_copies': schedules.parameter_copies(schedule),
     'model_copies': len(schedule.homes),
@@ -102,7 +102,7 @@ def summary(played: SimulatedSchedule) -> str:
   """The figures in four lines."""
   schedule, timeline, ticks = played.schedule, played.timeline, played.ticks
   formula = played.formula
-  said = '' if formula is None else f', by formula {float(formula):.6g}'
+  by_formula = '' if formula is None else f', by formula {float(formula):.6g}'
   peaks = simulate.peak_live(schedule)
   live = ' '.join(map(str, peaks if len(set(peaks)) > 1 else peaks[:1]))
   return '\n'.join(
@@ -110,7 +110,7 @@ def summary(played: SimulatedSchedule) -> str:
       f'{schedule.kind}: {schedule.stages} stages on {schedule.ranks} ranks, '
       f'{schedule.microbatches} micro-batches',
       f'total {float(timeline.total):.6g}, bubble '
-      f'{float(timeline.bubble):.6g} ({_fraction(timeline):.1%}){said}',
+      f'{float(timeline.bubble):.6g} ({_fraction(timeline):.1%}){by_formula}',
       f'live activations a rank at most {live}, parameters '
       f'{schedules.parameter_copies(schedule)[0]}x',
       f'in lockstep: {len(played.table)} ticks, total '

@@ -81,10 +81,10 @@ class Times:
         f'the {stages} stages'
       )
     whole = name in ('f', 'b', 'fb')  # parts, and ways, may take no time
-    for each in values:
-      if not (each >= 0 and math.isfinite(each) and (each or not whole)):
+    for time in values:
+      if not (time >= 0 and math.isfinite(time) and (time or not whole)):
         raise errors.InputError(
-          f'{name}={each} must be {">" if whole else ">="} 0 and finite'
+          f'{name}={time} must be {">" if whole else ">="} 0 and finite'
         )
     return values
 
@@ -103,12 +103,12 @@ class Timeline:
 
   @property
   def idle(self) -> list[Number]:
-    """How long each rank does nothing between 0 and `total`."""
+    """How long each rank is idle between 0 and `total`."""
     busy = [
       sum(end - start for start, end in zip(*rows, strict=True))
       for rows in zip(self.starts, self.ends, strict=True)
     ]
-    return [self.total - each for each in busy]
+    return [self.total - time for time in busy]
 
   @property
   def bubble(self) -> Number:
@@ -148,11 +148,11 @@ def run(
   while ready_ranks:
     rank = ready_ranks.pop()
     row, lengths, begun, ended = (
-      each[rank] for each in (table, durations, starts, ends)
+      rows[rank] for rows in (table, durations, starts, ends)
     )
     clock = ended[-1] if ended else 0
     for place in range(len(ended), len(row)):
-      need, made = row[place]
+      need, results = row[place]
       missing, start = None, clock
       for result in need:
         arrival = arrivals[result]
@@ -169,7 +169,7 @@ def run(
       clock = start + lengths[place]
       begun.append(start)
       ended.append(clock)
-      for result in made:
+      for result in results:
         arrivals[result], makers[result] = clock, rank
         if result in waiting:
           ready_ranks += waiting.pop(result)
@@ -189,20 +189,20 @@ def _circle(
   makers = {
     result: rank
     for rank, row in enumerate(table)
-    for _, made in row
-    for result in made
+    for _, results in row
+    for result in results
   }
-  rank, seen, said = min(wanted), set(), []
+  rank, seen, waits = min(wanted), set(), []
   while rank not in seen:
     seen.add(rank)
     action = schedule.orders[rank][len(ends[rank])]
     result = wanted[rank]
-    said.append(
+    waits.append(
       f'rank {rank} cannot start {action} (its action {len(ends[rank])}) '
       f'before {validate.describe(schedule, result)} on rank {makers[result]}'
     )
     rank = makers[result]
-  return f'deadlock: {"; ".join(said)}'
+  return f'deadlock: {"; ".join(waits)}'
 
 
 def peak_live(schedule: Schedule) -> list[int]:

@@ -56,11 +56,11 @@ def _alternate(
   forwards: list[tuple[int, int]], backwards: list[tuple[int, int]], ahead: int
 ) -> tuple[Action, ...]:
   """`ahead` forwards, then a forward and a backward in turn, then the rest."""
-  order = [actions.forward(*each) for each in forwards[:ahead]]
-  for done, each in enumerate(backwards):
+  order = [actions.forward(*key) for key in forwards[:ahead]]
+  for done, key in enumerate(backwards):
     if ahead + done < len(forwards):
       order.append(actions.forward(*forwards[ahead + done]))
-    order.append(actions.backward(BACKWARD, *each))
+    order.append(actions.backward(BACKWARD, *key))
   return tuple(order)
 
 

@@ -30,14 +30,14 @@ def links(schedule: Schedule) -> list[list[Link]]:
   """The link of every action of every rank."""
   width, last = schedule.microbatches, schedule.stages - 1
   gradients = schedule.stages * width
-  found = []
+  rows = []
   for order in schedule.orders:
     row = []
     for action in order:  # a sweep runs this millions of times: no calls here
-      need, made = (), ()
+      need, results = (), ()
       if (ahead := action.forward) is not None:
         key = ahead.stage * width + ahead.microbatch
-        made = (key,)
+        results = (key,)
         if ahead.stage:
           need = (key - width,)
       if (back := action.backward) is not None:
@@ -45,13 +45,13 @@ def links(schedule: Schedule) -> list[list[Link]]:
         if action.kind == actions.WEIGHT:
           need = (gradients + key,)
         else:
-          made = (*made, gradients + key)
+          results = (*results, gradients + key)
           need = (*need, key)
           if back.stage < last:
             need = (*need, gradients + key + width)
-      row.append((need, made))
-    found.append(row)
-  return found
+      row.append((need, results))
+    rows.append(row)
+  return rows
 
 
 def describe(schedule: Schedule, result: int) -> str:
@@ -79,8 +79,8 @@ def check_work(schedule: Schedule) -> list[list[Link]]:
   makers: dict[int, int] = {}
   table = links(schedule)
   for rank, row in enumerate(table):
-    for _, made in row:
-      for result in made:
+    for _, results in row:
+      for result in results:
         if result in makers:
           raise ValueError(
             f'{describe(schedule, result)} is made twice: by rank '
@@ -152,8 +152,8 @@ def check_times(
   table = links(schedule)
   made_by, made_at = {}, {}
   for rank, row in enumerate(table):
-    for (_, made), end in zip(row, ends[rank], strict=True):
-      for result in made:
+    for (_, results), end in zip(row, ends[rank], strict=True):
+      for result in results:
         made_by[result], made_at[result] = rank, end
   for rank, (order, row) in enumerate(zip(schedule.orders, table, strict=True)):
     free = 0
