@@ -1,27 +1,27 @@
-"""A stage's backward pass in two parts, for schedules that need it (TR 3.2.1).
+"""Splits a stage's backward pass into two parts (TR 3.2.1).
 
   forward          F: params, x, consts       -> y, aux, residuals
   backward         B: params, residuals, dy   -> dx, dparams
   backward_input   I: params, residuals, dy   -> dx, carry
   backward_weight  W: params, carry           -> dparams
 
-I sends dx on its way; W fills bubbles (ZB, DualPipe). Both come from the trace
-of `jax.vjp`, whose two programs are F and B: I is what dx depends on, W is the
-rest. No product and no loop is done twice, so that I and W together cost what B
-does. `equations.cut` chooses what is stored in between:
+The previous stage waits for I; W fills bubbles (ZB, DualPipe). Both come from
+the trace of `jax.vjp`, whose two programs are F and B: I is what dx depends on,
+W is the rest. No product and no loop runs twice, so that I and W together cost
+as much as B. `jaxpr_partition.cut` chooses what is stored in between:
 
-  residuals  what JAX keeps, less the parameters and what is quickly made of
-             them, such as their BF16 casts; activations are kept before casts
+  residuals  what JAX saves, without parameters and what follows cheaply from
+             them, such as their BF16 casts; activations are saved before casts
              and copies rather than after
   carry      of every linear its input and its output's gradient; gradients of
-             norms are sums over tokens, so they are done already
+             norms are sums over tokens and are computed in I
 
 The unit is an equation. `scan`, `while` and `cond` are in I as a whole if dx
-needs any of their results: unroll layers, and write loops for dx and dw apart.
-Collectives are in I if dx needs them. `jax.checkpoint` works, recomputation
-being part of B; but nothing keeps XLA from merging it with F if one computation
-holds both, without a loop or a branch between them. Side effects, such as
-prints, are lost where no result needs their equation.
+needs any of their results: unroll layers, and separate loops for dx and dw.
+Collectives are in I if dx needs them. `jax.checkpoint` works: recomputation is
+part of B. But XLA may merge it with F if one computation holds both without a
+loop or a branch between them. Side effects, such as prints, are lost where no
+result needs their equation.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class _Trees(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitStage:
-  """The parts of one stage as pure functions, and what they hand on.
+  """The parts of one stage as pure functions, and what they store.
 
   residuals, carry: shapes of these flat tuples of arrays. programs: the parts'
   jaxprs by the functions' names.

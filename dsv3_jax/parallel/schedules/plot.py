@@ -1,4 +1,4 @@
-"""A schedule as a picture: a row a rank, each action as wide as it lasts."""
+"""A picture of a schedule: a row a rank, each action as wide as its time."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ import matplotlib.patches
 
 from dsv3_jax.parallel.schedules import actions, report
 
-# What, and the colour of a rank's first chunk; others are darker.
+# Label, and the colour of a rank's first chunk; others are darker.
 _LOOKS = {
   actions.FORWARD: ('forward', '#f7b955'),
   actions.BACKWARD: ('full backward', '#79c99e'),
@@ -38,10 +38,10 @@ class Box:
   microbatch: int
 
 
-def boxes(played: report.SimulatedSchedule) -> list[Box]:
-  """What to draw; a pair is its forward above its backward."""
+def boxes(simulated: report.SimulatedSchedule) -> list[Box]:
+  """What to draw; an overlapped forward is above its backward."""
   drawn = []
-  schedule, timeline = played.schedule, played.timeline
+  schedule, timeline = simulated.schedule, simulated.timeline
   for rank, order in enumerate(schedule.orders):
     held = schedule.held(rank)
     when = timeline.starts[rank], timeline.ends[rank]
@@ -66,10 +66,10 @@ def boxes(played: report.SimulatedSchedule) -> list[Box]:
   return drawn
 
 
-def save(played: report.SimulatedSchedule, path: str | os.PathLike) -> None:
-  """Writes the picture; the path's ending says in which format."""
-  schedule, total = played.schedule, float(played.timeline.total)
-  drawn = boxes(played)
+def save(simulated: report.SimulatedSchedule, path: str | os.PathLike) -> None:
+  """Writes the picture, in the format of the path's ending."""
+  schedule, total = simulated.schedule, float(simulated.timeline.total)
+  drawn = boxes(simulated)
   per_unit = 0.25 * len(drawn) / sum(box.right - box.left for box in drawn)
   inner = min(max(7.0, per_unit * 1.5 * total), 30.0)
   chunks, rows = len(schedule.held(0)), _ROW * schedule.ranks
@@ -92,12 +92,12 @@ def save(played: report.SimulatedSchedule, path: str | os.PathLike) -> None:
   for rank in range(1, schedule.ranks):
     axes.axhline(rank, color='white', linewidth=2.5)
   _legend(figure, drawn, schedule)
-  axes.set_title(_title(played), fontsize=10, loc='left')
+  axes.set_title(_title(simulated), fontsize=10, loc='left')
   figure.savefig(path)
 
 
-def _title(played: report.SimulatedSchedule) -> str:
-  first, cost, memory, _ = report.summary(played).splitlines()
+def _title(simulated: report.SimulatedSchedule) -> str:
+  first, cost, memory, _ = report.summary(simulated).splitlines()
   return f'{first}\n{cost}; {memory}'
 
 

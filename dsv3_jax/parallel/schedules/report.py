@@ -1,4 +1,4 @@
-"""A schedule for people and programs: figures, the table as text or as JSON."""
+"""Figures of a schedule, and its table as text or as JSON."""
 
 import dataclasses
 import string
@@ -13,7 +13,7 @@ from dsv3_jax.parallel.schedules.simulate import Timeline, Times
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimulatedSchedule:
-  """A schedule and what its two clocks make of it."""
+  """A schedule with its times without a common clock and in ticks."""
 
   schedule: Schedule
   formula: actions.Number | None
@@ -23,7 +23,7 @@ class SimulatedSchedule:
 
 
 def simulate_clocks(schedule: Schedule, times: Times) -> SimulatedSchedule:
-  """Runs a schedule asynchronously and in lockstep; raises as those do."""
+  """Simulates a schedule without a common clock and in ticks."""
   timeline = simulate.simulate(schedule, times)
   table = tick_tables.to_ticks(schedule)
   return SimulatedSchedule(
@@ -46,10 +46,14 @@ def _formula(schedule: Schedule, times: Times) -> actions.Number | None:
   )
 
 
-def as_json(played: SimulatedSchedule) -> dict[str, Any]:
+def as_json(simulated: SimulatedSchedule) -> dict[str, Any]:
   """What `dsv3 schedule --json` prints; times in the units of --f, --b, --w."""
-  schedule, timeline, ticks = played.schedule, played.timeline, played.ticks
-  formula = played.formula
+  schedule, timeline, ticks = (
+    simulated.schedule,
+    simulated.timeline,
+    simulated.ticks,
+  )
+  formula = simulated.formula
   return {
     'kind': schedule.kind,
     'stages': schedule.stages,
@@ -64,12 +68,12 @@ def as_json(played: SimulatedSchedule) -> dict[str, Any]:
     'parameter_copies': schedules.parameter_copies(schedule),
     'model_copies': len(schedule.homes),
     'lockstep': {
-      'ticks': len(played.table),
+      'ticks': len(simulated.table),
       'total': float(ticks.total),
       'bubble': float(ticks.bubble),
       'bubble_fraction': _fraction(ticks),
     },
-    'table': _rows(played),
+    'table': _rows(simulated),
   }
 
 
@@ -77,12 +81,12 @@ def _fraction(timeline: Timeline) -> float:
   return float(timeline.bubble / timeline.total)
 
 
-def _rows(played: SimulatedSchedule) -> list[dict[str, Any]]:
-  """The table, rank by rank in order, with both clocks."""
+def _rows(simulated: SimulatedSchedule) -> list[dict[str, Any]]:
+  """The actions, rank by rank in order, with the times of both clocks."""
   rows = []
-  schedule, timeline = played.schedule, played.timeline
+  schedule, timeline = simulated.schedule, simulated.timeline
   for rank, order in enumerate(schedule.orders):
-    ticks = [i for i, row in enumerate(played.table) if row[rank]]
+    ticks = [i for i, row in enumerate(simulated.table) if row[rank]]
     when = (ticks, timeline.starts[rank], timeline.ends[rank])
     for action, tick, start, end in zip(order, *when, strict=True):
       row = {'rank': rank, 'tick': tick, 'kind': action.kind}
@@ -98,10 +102,14 @@ def _rows(played: SimulatedSchedule) -> list[dict[str, Any]]:
   return rows
 
 
-def summary(played: SimulatedSchedule) -> str:
+def summary(simulated: SimulatedSchedule) -> str:
   """The figures in four lines."""
-  schedule, timeline, ticks = played.schedule, played.timeline, played.ticks
-  formula = played.formula
+  schedule, timeline, ticks = (
+    simulated.schedule,
+    simulated.timeline,
+    simulated.ticks,
+  )
+  formula = simulated.formula
   by_formula = '' if formula is None else f', by formula {float(formula):.6g}'
   peaks = simulate.peak_live(schedule)
   live = ' '.join(map(str, peaks if len(set(peaks)) > 1 else peaks[:1]))
@@ -113,7 +121,7 @@ def summary(played: SimulatedSchedule) -> str:
       f'{float(timeline.bubble):.6g} ({_fraction(timeline):.1%}){by_formula}',
       f'live activations a rank at most {live}, parameters '
       f'{schedules.parameter_copies(schedule)[0]}x',
-      f'in lockstep: {len(played.table)} ticks, total '
+      f'in ticks: {len(simulated.table)}, total '
       f'{float(ticks.total):.6g}, bubble {_fraction(ticks):.1%}',
     ]
   )
@@ -122,8 +130,8 @@ def summary(played: SimulatedSchedule) -> str:
 def text_table(schedule: Schedule, table: tick_tables.TickTable) -> str:
   """A line a rank, a column a tick: F3, B3, I3, W3, F4&B1; a dot is idle.
 
-  Where a rank takes a micro-batch through several stages, letters tell them
-  apart: F3a at its first stage, F3b at its second.
+  Where a rank has several stages of a direction, letters distinguish them: F3a
+  is at its first stage, F3b at its second.
   """
   columns = [
     [_cell(schedule, rank, action) for rank, action in enumerate(tick)]

@@ -1,9 +1,9 @@
 """A schedule in ticks: one action a rank a tick, for one SPMD program.
 
-A scan over ticks runs such a table on all ranks at once. What an action makes
-is sent when its tick ends and can be used `latency` ticks later on another
-rank; on its own rank, also at the turn of a V, in the next tick. A tick lasts
-as long as its longest action.
+A loop over ticks runs such a table on all ranks at once. The result of an
+action is sent when its tick ends. Another rank can use it `latency` ticks
+later; its own rank, also at the turn of a V, in the next tick. A tick lasts as
+long as its longest action.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ TickTable = tuple[tuple[Action | None, ...], ...]  # [tick][rank]; None is idle
 
 
 def to_ticks(schedule: Schedule, latency: int = 1) -> TickTable:
-  """The table in which every action is as early as its rank's order allows.
+  """The table in which every action runs as early as its order allows.
 
   Args:
     latency: ticks from an action to another rank's that needs its result; 2

@@ -1,4 +1,4 @@
-"""Schedules whose micro-batches all go from the first stage to the last.
+"""Schedules whose micro-batches all enter at the first rank.
 
 GPipe (arXiv 1811.06965), 1F1B (PipeDream, Megatron), interleaved 1F1B (arXiv
 2104.04473) and ZB1P (arXiv 2401.10241, there ZB-H1). Each function gives the
@@ -67,8 +67,8 @@ def _alternate(
 def zb1p(ranks: int, microbatches: int) -> Orders:
   """1F1B whose rank r lags r micro-batches behind with its weight gradients.
 
-  They fill the end, where 1F1B waits; a rank holds `ranks` activations then,
-  as the first rank of 1F1B does. microbatches >= ranks.
+  These fill the end, where 1F1B is idle. Every rank then holds `ranks`
+  activations, as the first rank of 1F1B does. microbatches >= ranks.
   """
   orders = []
   for r in range(ranks):

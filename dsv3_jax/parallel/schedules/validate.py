@@ -1,9 +1,8 @@
-"""Is a schedule legal? What each action waits for, and what is refused.
+"""Checks of schedules, and what each action waits for.
 
-`check_work` looks at the order alone: all work is there, once, where its stage
-is held. `check_times` looks at when: no action starts before what it needs has
-arrived. That ranks wait for one another in a circle is found by running them
-(`simulate.run`).
+`check_work` checks the order: every task runs once, on a rank that holds its
+stage. `check_times` checks times: no action starts before its operands have
+arrived. A deadlock shows when a schedule is simulated (`simulate.run`).
 """
 
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ from collections.abc import Sequence
 from dsv3_jax.parallel.schedules import actions
 from dsv3_jax.parallel.schedules.actions import Action, Schedule
 
-# Results are numbered: the forward of stage s, micro-batch m is s * M + m, the
-# gradient of its input S * M more. A link is what an action waits for and what
-# it makes; all of the latter is there when it ends.
+# Results are numbered. With n micro-batches, the forward of micro-batch m at
+# stage s is s * n + m; the gradient of its input has stages * n more. A link
+# holds the results that an action needs and those that it gives at its end.
 Link = tuple[tuple[int, ...], tuple[int, ...]]
 
 # Which tasks an action of each kind has: (forward, backward).
@@ -63,7 +62,7 @@ def describe(schedule: Schedule, result: int) -> str:
 
 
 def check_work(schedule: Schedule) -> list[list[Link]]:
-  """Each task has one forward, one backward, its weight half if it is split.
+  """Checks that every task has one forward and one backward or both halves.
 
   Returns:
     The schedule's `links`.

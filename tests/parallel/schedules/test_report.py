@@ -46,7 +46,7 @@ def test_summary():
     '1f1b: 4 stages on 4 ranks, 8 micro-batches',
     'total 33, bubble 9 (27.3%), by formula 9',
     'live activations a rank at most 4 3 2 1, parameters 1x',
-    'in lockstep: 22 ticks, total 40, bubble 40.0%',
+    'in ticks: 22, total 40, bubble 40.0%',
   ]
   uneven = report.summary(
     played('gpipe', 2, 1, simulate.Times(f=(1, 2), comm=1))
