@@ -67,11 +67,11 @@ def test_what_no_pipeline_can_do_is_one_line():
   changes = {'train.microbatch_size': 16, 'eval.batch_size': 16}
   axes = {'pipe': 4, 'schedule': 'dualpipe'}
   cfg = layouts.make_config(axes, changes)
-  said = (
+  message = (
     'parallel.pipe=4 with parallel.schedule=.dualpipe. and 4 micro-batches '
     'of train.microbatch_size=16: .*microbatches=4 must be even and >= 2'
   )
-  with pytest.raises(errors.InputError, match=said) as caught:
+  with pytest.raises(errors.InputError, match=message) as caught:
     state_layout.make(cfg, dataclasses.asdict(cfg.parallel))
   assert '\n' not in str(caught.value)
   with pytest.raises(

@@ -60,18 +60,18 @@ class CompiledStep(NamedTuple):
 def compiled(kind, microbatches, shape):
   """The step of a schedule of such stages on four ranks."""
   count = schedules.stages_per_rank(kind)
-  made = schedules.make_schedule(
+  schedule = schedules.make_schedule(
     kind,
     stages=count * RANKS,
     microbatches=microbatches,
     split_backward=kind in schedules.UNIDIRECTIONAL,
   )
   kinds = tuple(
-    stage_compute.StageKind(0, 0, at == 0, at == made.stages - 1)
-    for at in range(made.stages)
+    stage_compute.StageKind(0, 0, at == 0, at == schedule.stages - 1)
+    for at in range(schedule.stages)
   )
-  program = instructions.compile_schedule(made, kinds)
-  width, held = shape[-1], len(instructions.chunks(made)[0])
+  program = instructions.compile_schedule(schedule, kinds)
+  width, held = shape[-1], len(instructions.chunks(schedule)[0])
   one = jax.ShapeDtypeStruct((width, width), jnp.float32)
   weights = [{f'w{i}': one for i in range(LAYERS)} for _ in range(held)]
 
@@ -95,8 +95,8 @@ def compiled(kind, microbatches, shape):
   }
   step = jax.jit(sharding.shard_map_step(run, mesh, **specs))
   table = [
-    jax.ShapeDtypeStruct(each.shape, each.dtype)
-    for each in (program.fields_tick_rank, program.globals_tick_direction)
+    jax.ShapeDtypeStruct(fields.shape, fields.dtype)
+    for fields in (program.fields_tick_rank, program.globals_tick_direction)
   ]
   ticks = jax.ShapeDtypeStruct((), jnp.int32)
   lowered = step.lower(weights, ticks, *table)
@@ -122,48 +122,48 @@ def long(kind, microbatches=8):
   return compiled(kind, microbatches, (4, 512, 16))
 
 
-def temporary(made):
-  return made.compiled.memory_analysis().temp_size_in_bytes
+def temporary(step):
+  return step.compiled.memory_analysis().temp_size_in_bytes
 
 
-def products(made):
+def products(step):
   """Products of each computation of the compiled step."""
-  found, name = {}, ''
-  for line in made.compiled.as_text().splitlines():
+  counts, name = {}, ''
+  for line in step.compiled.as_text().splitlines():
     if line[:1] in ('%', 'E'):
       name = line.split(' (')[0]
-      found[name] = 0
-    found[name] = found.get(name, 0) + (' dot(' in line)
-  return found
+      counts[name] = 0
+    counts[name] = counts.get(name, 0) + (' dot(' in line)
+  return counts
 
 
-def loop_of_ticks(made):
+def loop_of_ticks(step):
   """Products in the body of the loop over ticks, outside of all branches."""
   # It alone exchanges activations.
-  text, name, bodies = made.compiled.as_text(), '', set()
+  text, name, bodies = step.compiled.as_text(), '', set()
   for line in text.splitlines():
     if line[:1] in ('%', 'E'):
       name = line.split(' (')[0]
     if 'collective-permute(' in line:
       bodies.add(name)
-  return sum(products(made)[body] for body in bodies)
+  return sum(products(step)[body] for body in bodies)
 
 
 @pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
 def test_a_tick_does_only_what_its_branch_does(kind):
-  made = wide(kind)
-  assert sum(products(made).values()) > 4 * LAYERS
-  assert loop_of_ticks(made) == 0
+  step = wide(kind)
+  assert sum(products(step).values()) > 4 * LAYERS
+  assert loop_of_ticks(step) == 0
 
 
 @pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
 def test_gradient_sums_stay_in_place(kind):
-  made = wide(kind)
-  one = made.sums / (1 if kind in ('1f1b', 'zb1p') else 2)  # of a stage
-  assert copies(made.compiled, (256, 256)) == 0
+  step = wide(kind)
+  one = step.sums / (1 if kind in ('1f1b', 'zb1p') else 2)  # of a stage
+  assert copies(step.compiled, (256, 256)) == 0
   # They are the step's result; besides there are one stage's new gradients and
   # small activations, and no room for the sums once more.
-  slack = temporary(made) - one
+  slack = temporary(step) - one
   assert 0 < slack < 0.9 * one
 
 
@@ -181,8 +181,8 @@ def test_memory_does_not_grow_with_ticks():
 
 @pytest.mark.parametrize('kind', ['gpipe', '1f1b', 'zb1p', 'dualpipe'])
 def test_activations_are_as_many_as_the_schedule_keeps(kind):
-  made = long(kind)
-  assert copies(made.compiled, (4, 512, 16)) == 0
+  step = long(kind)
+  assert copies(step.compiled, (4, 512, 16)) == 0
   # Of all stages together: kept, then carried to W.
   slots = {
     'gpipe': 8 + 1,
@@ -190,4 +190,4 @@ def test_activations_are_as_many_as_the_schedule_keeps(kind):
     'zb1p': 4 + 4,
     'dualpipe': 5 + 1 + 2,  # R + 1, one of them until its pair is over
   }[kind]
-  assert slots <= temporary(made) / (ACTIVATIONS * ACTIVATION) < slots + 2.5
+  assert slots <= temporary(step) / (ACTIVATIONS * ACTIVATION) < slots + 2.5
