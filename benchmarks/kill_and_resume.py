@@ -62,9 +62,9 @@ def kill_and_resume(
   begun = time.monotonic()
   assert start(calm).wait() == 0, (folder / 'log.txt').read_text()[-2000:]
   whole = time.monotonic() - begun
-  told = {'kills': 0, 'during_a_save': 0, 'finished_early': 0, 'newest': 0}
+  counts = {'kills': 0, 'during_a_save': 0, 'finished_early': 0, 'newest': 0}
   newest = 0
-  while told['kills'] < kills:
+  while counts['kills'] < kills:
     left = _unfinished(rough)
     child = start(rough)
     # Most time passes before the first step: wait for a line of this child.
@@ -77,22 +77,22 @@ def kill_and_resume(
     saving = bool(_unfinished(rough) - left)
     if code == 0:  # it came to its end first: begin a new run
       _compare(cfg, calm, rough)
-      told['finished_early'] += 1
-      rough, newest = folder / f'rough{told["finished_early"]}', 0
+      counts['finished_early'] += 1
+      rough, newest = folder / f'rough{counts["finished_early"]}', 0
       continue
-    told['kills'] += 1
-    told['during_a_save'] += saving
+    counts['kills'] += 1
+    counts['during_a_save'] += saving
     kept = store.Store(rough / 'checkpoints', keep=10**6)
     assert (kept.latest() or 0) >= newest, 'a committed step is gone'
     newest = kept.latest() or 0
     for step in kept.steps():
       kept.verify(step)
     kept.close()
-    told['newest'] = max(told['newest'], newest)
-    print(json.dumps(told), flush=True)
+    counts['newest'] = max(counts['newest'], newest)
+    print(json.dumps(counts), flush=True)
   assert start(rough).wait() == 0, (folder / 'log.txt').read_text()[-2000:]
   _compare(cfg, calm, rough)
-  return told
+  return counts
 
 
 def _progress(workdir: pathlib.Path) -> float:
@@ -110,7 +110,7 @@ def _unfinished(workdir: pathlib.Path) -> set[tuple[str, int]]:
 def _compare(
   cfg: config.Config, calm: pathlib.Path, rough: pathlib.Path
 ) -> None:
-  """Both runs must end in the same bits and have told the same losses."""
+  """Checks that both runs ended in the same bits and logged the same losses."""
   state = steps.state_shapes(cfg)
   ema = state['params'] if cfg.optim.ema_decay else {}
   ends = []
@@ -130,7 +130,7 @@ def _compare(
     ]
     for w in (calm, rough)
   ]
-  assert losses[0] == losses[1], 'the killed run told other losses'
+  assert losses[0] == losses[1], 'the killed run logged other losses'
 
 
 def main() -> int:
@@ -144,8 +144,8 @@ def main() -> int:
     source.checkpoint.update(every_steps=2, keep=1000)
   cfg = config.from_config_dict(source)
   with tempfile.TemporaryDirectory() as folder:
-    told = kill_and_resume(cfg, pathlib.Path(folder), args.kills, args.seed)
-  print(json.dumps({'result': 'nothing lost'} | told))
+    counts = kill_and_resume(cfg, pathlib.Path(folder), args.kills, args.seed)
+  print(json.dumps({'result': 'nothing lost'} | counts))
   return 0
 
 

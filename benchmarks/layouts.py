@@ -84,7 +84,7 @@ class Case(NamedTuple):
 
 def table() -> list[Case]:
   """Meshes of at most eight devices times schedules, then features."""
-  found = []
+  cases = []
   for sizes in itertools.product((1, 2, 4), (1, 2, 4), (1, 2), (1, 2), (1, 2)):
     if not 1 < math.prod(sizes) <= 8:
       continue
@@ -95,7 +95,7 @@ def table() -> list[Case]:
     for kind in KINDS if pipe > 1 else ('',):
       more = {'schedule': kind} if kind else {}
       name = ' '.join([kind, *(f'{k}{v}' for k, v in axes.items())]).strip()
-      found.append(Case(name, axes | more))
+      cases.append(Case(name, axes | more))
   dual = {'pipe': 2, 'schedule': 'dualpipe', 'expert': 2, 'data': 2}
   flat = {'data': 2, 'node': 2, 'expert': 2}
   context = {'pipe': 2, 'schedule': 'dualpipe', 'expert': 2, 'context': 2}
@@ -103,8 +103,8 @@ def table() -> list[Case]:
   for (name, axes), (word, changes) in itertools.product(
     meshes.items(), FEATURES.items()
   ):
-    found.append(Case(f'{word} {name}', axes, changes))
-  return found
+    cases.append(Case(f'{word} {name}', axes, changes))
+  return cases
 
 
 FEATURES = {
@@ -196,18 +196,18 @@ def start(cfg: config.Config) -> steps.State:
 
 @functools.lru_cache(maxsize=4)
 def run(cfg: config.Config, num_steps: int) -> list[tuple[dict, dict]]:
-  """States in the model's form after each step, and what was told of it."""
+  """States in the model's form after each step, and what was metrics of it."""
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   state = jax.device_put(start(alone(cfg)), trainer.model_shardings())
   state = trainer.from_model(state)
-  step, found = trainer.jit(), []
+  step, results = trainer.jit(), []
   hyper = {name: jnp.float32(x) for name, x in HYPER.items()}
   count = cfg.train.batch_size // cfg.train.microbatch_size
   for number in range(num_steps):
     rows = jax.device_put(batch(cfg, number), trainer.batch_sharding())
-    state, told = step(state, rows, trainer.plan.amount(count), hyper)
-    found.append(jax.device_get((trainer.to_model(state), told)))
-  return found
+    state, metrics = step(state, rows, trainer.num_microbatches(count), hyper)
+    results.append(jax.device_get((trainer.to_model(state), metrics)))
+  return results
 
 
 def compare(cfg: config.Config, num_steps: int) -> report.Row:
@@ -216,13 +216,15 @@ def compare(cfg: config.Config, num_steps: int) -> report.Row:
   Of arrays in f32, that of any entry; else that of the whole array.
   """
   got, want = run(cfg, num_steps), run(alone(cfg), num_steps)
-  (state, told), (plain, said) = got[0], want[0]
-  assert said['grad_norm'] > cfg.optim.clip_norm, 'clipping must be active'
+  (state, metrics), (plain, expected) = got[0], want[0]
+  assert expected['grad_norm'] > cfg.optim.clip_norm, 'clipping must be active'
   measure = error if cfg.precision == 'f32' else numerics.difference
   last, right = got[-1][0]['router'], want[-1][0]['router']
   pairs = zip(jax.tree.leaves(last), jax.tree.leaves(right), strict=True)
   return {
-    'told': float(np.max([error(told[name], said[name]) for name in said])),
+    'told': float(
+      np.max([error(metrics[name], expected[name]) for name in expected])
+    ),
     'gradients': _largest(state['opt'].mean, plain['opt'].mean, measure),
     'weights': _largest(state['params'], plain['params'], measure),
     'biases_equal': all(np.array_equal(a, b) for a, b in pairs),

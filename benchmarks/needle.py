@@ -198,7 +198,7 @@ def train(cfg, start: Weights | None, text, num_steps, lr, seed) -> Weights:
     hyper = {name: jnp.float32(value) for name, value in hyper.items()}
     drawn = training_batch(rng, text, cfg, piece_at(number / num_steps, cfg))
     rows = jax.device_put(drawn, trainer.batch_sharding())
-    state, metrics = step(state, rows, trainer.plan.amount(1), hyper)
+    state, metrics = step(state, rows, trainer.num_microbatches(1), hyper)
     if (number + 1) % 50 == 0:
       seconds = time.monotonic() - begun
       print(

@@ -119,9 +119,9 @@ def lower(
   cfg: config.Config, mesh: jax.sharding.Mesh, halves: str
 ) -> jax.stages.Lowered:
   """One branch of the pipeline: 'F&B', or 'F' or 'B' of it alone."""
-  made = state_layout.make(cfg, mesh.shape)
-  pipe = made.pipe
-  branch = next(b for b in pipe.program.branches if b.forward and b.backward)
+  layout = state_layout.make(cfg, mesh.shape)
+  pipe = layout.accumulation.pipe
+  branch = next(b for b in pipe.program.branches if b.overlapped)
   if halves != 'F&B':
     other = {'F': 'backward', 'B': 'forward'}[halves]
     branch = branch._replace(**{other: None})
@@ -129,26 +129,26 @@ def lower(
   def body(params, router, batch_nBT):
     one = jnp.float32(1.0)
     scales = {'main': one, 'balance': one, 'mtp': [], 'mtp_weight': one}
-    run = executor.Run(pipe, params, router, batch_nBT, scales)
+    loop = executor.make_tick_loop(pipe, params, router, batch_nBT, scales)
     # Numbers that XLA does not know, or it would compute with zeros.
     some = batch_nBT.weights_BT[0, 0, 0]
     state = jax.tree.map(
       lambda x: x | (some > 0) if x.dtype == bool else x + some.astype(x.dtype),
-      run.start(),
+      loop.start(),
     )
-    x_BTD = jnp.zeros(run.shape, run.compute) + some.astype(run.compute)
-    row = dict.fromkeys((*run._fields(), 'turn'), some.astype(jnp.int32))
+    x_BTD = jnp.zeros(loop.shape, loop.dtype) + some.astype(loop.dtype)
+    row = dict.fromkeys((*loop.field_names(), 'turn'), some.astype(jnp.int32))
     embedded = [(x_BTD, [])] * len(pipe.program.schedule.homes)
-    state = run._act(branch, embedded, row, state)
+    state = loop.act(branch, embedded, row, state)
     return jax.tree.map(lambda x: x[None], state)
 
   is_place = lambda x: isinstance(x, zero.Placement)
-  specs = jax.tree.map(lambda p: p.compute, made.placed, is_leaf=is_place)
-  specs = (specs, made.router_specs(), steps._BATCH)
+  specs = jax.tree.map(lambda p: p.compute, layout.placed, is_leaf=is_place)
+  specs = (specs, layout.router_specs(), steps.BATCH_SPEC)
   run = sharding.shard_map_step(
     body,
     mesh,
-    made.rules,
+    layout.rules,
     in_specs=specs,
     out_specs=sharding.Spec(mesh.axis_names),
   )
@@ -188,9 +188,11 @@ def main(argv: list[str] | None = None) -> int:
   # The newer partitioner crashes on a forward branch for CUDA (JAX 0.11.2).
   jax.config.update('jax_use_shardy_partitioner', False)
   cfg, rows = make_config(), report.Rows(args)
-  found = targets.h100(2, 8) if args.target == 'h100' else targets.v5p('2x2x4')
+  devices = (
+    targets.h100(2, 8) if args.target == 'h100' else targets.v5p('2x2x4')
+  )
   shape = [getattr(cfg.parallel, axis) for axis in sharding.AXES]
-  mesh = jax.sharding.Mesh(np.array(found).reshape(shape), sharding.AXES)
+  mesh = jax.sharding.Mesh(np.array(devices).reshape(shape), sharding.AXES)
   for name, options in _OPTIONS[args.target].items():
     for halves in ('F&B', 'F', 'B'):
       begun = time.monotonic()

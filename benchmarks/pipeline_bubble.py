@@ -9,12 +9,13 @@ ranks within 0.08 of its simulation in ticks.)
     [--output=FILE]
 
 Forward, input half and weight half sleep equally long, a pair as long as its
-parts. `spmd` is the loop over ticks that training runs (`parallel.pipeline.Run`
+parts. `spmd` is the loop over ticks that training runs (`executor.TickLoop`
 with its table, branches, buffers and exchange; embedding and head do nothing),
-`mpmd` a thread a rank (`parallel.mpmd`), both on fake CPU devices. The bubble
-is 1 - (work of a rank) / (whole time), the best of the runs; what starting an
-action or exchanging its result costs is in it. `ideal` has no common clock,
-`lockstep` waits in every tick for the longest action.
+`mpmd` a thread a rank (`pipeline.threaded`), both on fake CPU devices. The
+bubble is 1 - (work of a rank) / (whole time), the best of the runs; it includes
+the cost of starting an action and of exchanging its result. `ideal` is the
+schedule without a common clock, `lockstep` the schedule in ticks, each as long
+as its longest action.
 """
 
 import dataclasses
@@ -30,19 +31,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import report
-from dsv3_jax import config, errors
+from dsv3_jax import errors
 from dsv3_jax.distributed import sharding
 from dsv3_jax.parallel.pipeline import (
+  activation_buffers,
   executor,
+  gradient_sums,
   instructions,
+  stage_compute,
   stage_params,
   threaded,
-  vocab_parallel,
 )
 from dsv3_jax.parallel.schedules import actions, simulate
 from dsv3_jax.parallel.schedules import make as schedules
 from dsv3_jax.parallel.schedules import ticks as tick_tables
-from experiments import base
 
 BAR = 0.08
 TIMES = simulate.Times(f=1, b=2, w=1)  # in units of what a half sleeps
@@ -57,12 +59,12 @@ class Pace:
 
 
 class Sleeping:
-  """Parts of a stage, as `split.Split` has them; all that they do is sleep."""
+  """Parts of a stage, as `SplitStage` has them; all that they do is sleep."""
 
   residuals = carry = (jax.ShapeDtypeStruct((), jnp.float32),)
 
-  def __init__(self, pace: Pace, shape: tuple[int, ...], told: dict):
-    self._pace, self._shape, self._told = pace, shape, told
+  def __init__(self, pace: Pace, shape: tuple[int, ...], stats: dict):
+    self._pace, self._shape, self._stats = pace, shape, stats
 
   def _sleep(self, units: int, value: jax.Array) -> jax.Array:
     def rest(_):  # a look at the value may have to wait for a thread
@@ -78,83 +80,124 @@ class Sleeping:
 
   def forward(self, params, x, consts):
     y = self._sleep(1, jnp.sum(jax.tree.leaves((x, consts))[0]))
-    return jnp.full(self._shape, y), self._told, (y,)
+    return jnp.full(self._shape, y), self._stats, (y,)
 
-  def backward(self, params, kept, dy, daux):
-    done = self._sleep(2, kept[0])
+  def backward(self, params, residuals, dy, daux):
+    done = self._sleep(2, residuals[0])
     return self._dx(done), {'w': done}
 
-  def backward_input(self, params, kept, dy, daux):
-    done = self._sleep(1, kept[0])
+  def backward_input(self, params, residuals, dy, daux):
+    done = self._sleep(1, residuals[0])
     return self._dx(done), (done,)
 
   def backward_weight(self, params, carry):
     return {'w': self._sleep(1, carry[0])}
 
 
-class Ends:
+class NoVocab:
   """An embedding and a head that cost nothing."""
 
-  def embed(self, told):
-    return jnp.ones(_SHAPE), []
+  def __init__(self, shape: tuple[int, ...]):
+    self._shape = shape
 
-  def head(self, way, microbatch, row, state):
-    head = vocab_parallel.put(
-      state['head'], row[f'head_{way}'], state['hidden']
+  def embed(self, microbatches):
+    return jnp.ones(self._shape), []
+
+  def head(self, direction, microbatch, row, state):
+    head = activation_buffers.write_slot(
+      state['head'], row[f'head_{direction}'], state['hidden']
     )
     return state | {'head': head}
 
-  def embed_gradient(self, way, told, state):
+  def embed_gradient(self, direction, microbatches, state):
     return state
 
 
-class Run(executor.Run):
-  """The loop over ticks of training, with stages that sleep."""
+@dataclasses.dataclass(frozen=True)
+class ChunkOperands:
+  """Stages that read their chunk's weights and nothing else."""
 
-  def __init__(self, program: instructions.Program, pace: Pace):
-    source = base.get_config('runlocal')
-    with source.unlocked():
-      source.model.mtp.depth = 0
-    self.cfg, self.program = config.from_config_dict(source), program
-    self.depth, self.compute, self.shape = 0, jnp.float32, _SHAPE
-    self.ends, self.scales = Ends(), {'balance': jnp.zeros(())}
-    self.params = {'embed': jnp.zeros(()), 'head': jnp.zeros(())}
-    none_nE = jnp.zeros((0, self.cfg.model.moe.num_experts))
-    layers = stage_params.Weights({'w': jnp.zeros(())}, {})
-    count = len(instructions.chunks(program.schedule)[0])
-    self.chunks = [stage_params.Chunk(layers, none_nE)] * count
-    self.tail = stage_params.Weights({}, {})
-    told = {'balance': jnp.zeros(()), 'load': none_nE, 'mtp_load': none_nE}
-    wide = lambda kind: (1, *_SHAPE) if kind.last else _SHAPE
-    self.parts = {
-      number: Sleeping(pace, wide(kind), told)
-      for number, kind in enumerate(program.kinds)
-    }
+  program: instructions.PipelineProgram
+  chunks: list[stage_params.ChunkParams]
 
-  def _weights(self, half):
+  def weights(self, half):
     return self.chunks[half.chunk].layers
 
-  def _consts(self, half, microbatch):
+  def consts(self, half, microbatch):
     return ()
+
+
+def no_stats() -> dict:
+  """What a stage without experts says of its balance and its loads."""
+  none_nE = jnp.zeros((0, 1))
+  return {'balance': jnp.zeros(()), 'load': none_nE, 'mtp_load': none_nE}
+
+
+def tick_loop(
+  program: instructions.PipelineProgram,
+  weights: Sequence[dict],
+  parts: dict,
+  shape: tuple[int, ...],
+) -> executor.TickLoop:
+  """The loop over ticks of training, with other stages and no vocabulary.
+
+  Args:
+    weights: of each chunk. parts: of each kind of stage.
+  """
+  none_nE = jnp.zeros((0, 1))
+  chunks = [
+    stage_params.ChunkParams(stage_params.StageWeights(named, {}), none_nE)
+    for named in weights
+  ]
+  scales = {'balance': jnp.zeros(())}
+  vocab_params = {'embed': jnp.zeros(()), 'head': jnp.zeros(())}
+  tail = stage_params.StageWeights({}, {})
+  return executor.TickLoop(
+    program=program,
+    vocab=NoVocab(shape),
+    stages=stage_compute.StageCompute(
+      ChunkOperands(program, chunks), parts, scales, depth=0, num_experts=1
+    ),
+    sums=gradient_sums.GradientSums(
+      program, chunks, tail, vocab_params, scales, depth=0, num_experts=1
+    ),
+    shape=shape,
+    dtype=jnp.float32,
+  )
+
+
+def sleeping_loop(
+  program: instructions.PipelineProgram, pace: Pace
+) -> executor.TickLoop:
+  """The loop over ticks of training, with stages that sleep."""
+  count = len(instructions.chunks(program.schedule)[0])
+  shape_of = lambda kind: (1, *_SHAPE) if kind.last else _SHAPE
+  parts = {
+    number: Sleeping(pace, shape_of(kind), no_stats())
+    for number, kind in enumerate(program.kinds)
+  }
+  return tick_loop(program, [{'w': jnp.zeros(())}] * count, parts, _SHAPE)
 
 
 def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
   """Runs the schedule's table; returns how long it took [s]."""
   last = schedule.stages - 1
   kinds = tuple(
-    executor.Kind(0, 0, at == 0, at == last) for at in range(last + 1)
+    stage_compute.StageKind(0, 0, at == 0, at == last) for at in range(last + 1)
   )
   program = instructions.compile_schedule(schedule, kinds)
   auto = (jax.sharding.AxisType.Auto,)
   mesh = jax.make_mesh((schedule.ranks,), (stage_params.AXIS,), axis_types=auto)
 
-  def run(fields_TRf, globals_Tdg):
-    it = Run(program, pace)
+  def run(fields_tick_rank, globals_tick_direction):
+    loop = sleeping_loop(program, pace)
 
     def tick(t, state):
-      return it.tick(state, fields_TRf[t, 0], globals_Tdg[t])
+      return loop.tick(state, fields_tick_rank[t, 0], globals_tick_direction[t])
 
-    state = jax.lax.fori_loop(0, len(globals_Tdg), tick, it.start())
+    state = jax.lax.fori_loop(
+      0, len(globals_tick_direction), tick, loop.start()
+    )
     # All of it is wanted, or the compiler would leave out what is not.
     return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))[None]
 
@@ -164,7 +207,7 @@ def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
     'out_specs': spec(stage_params.AXIS),
   }
   step = jax.jit(sharding.shard_map_step(run, mesh, **specs))
-  args = program.fields_TRf, program.globals_Tdg
+  args = program.fields_tick_rank, program.globals_tick_direction
 
   def measure():
     begun = time.perf_counter()
@@ -177,11 +220,13 @@ def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
 def threads(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
   """Likewise, with a thread a rank."""
   one = jnp.ones(())
-  stage = threaded.Stage(
+  stage = threaded.ThreadedStage(
     Sleeping(pace, _SHAPE, {}), {}, [one] * schedule.microbatches, {}
   )
   devices = jax.devices()[: schedule.ranks]
-  executor = threaded.Executor(schedule, [stage] * schedule.stages, devices)
+  executor = threaded.ThreadedExecutor(
+    schedule, [stage] * schedule.stages, devices
+  )
   return lambda: executor.run().timeline.total
 
 
@@ -190,26 +235,26 @@ def simulated(schedule: actions.Schedule) -> tuple[float, float]:
   table = tick_tables.to_ticks(schedule)
   free = simulate.simulate(schedule, TIMES)
   ticks = tick_tables.timeline(schedule, table, TIMES)
-  return tuple(float(each.bubble / each.total) for each in (free, ticks))
+  return tuple(float(clock.bubble / clock.total) for clock in (free, ticks))
 
 
 def measure(
   kind: str, ranks: int, microbatches: int, seconds: float, runs: int
 ) -> report.Row:
   """Bubbles of a schedule, as parts of the whole time."""
-  each = schedules.stages_per_rank(kind)
-  made = schedules.make_schedule(
+  per_rank = schedules.stages_per_rank(kind)
+  schedule = schedules.make_schedule(
     kind,
-    stages=each * ranks,
+    stages=per_rank * ranks,
     microbatches=microbatches,
     split_backward=kind in schedules.UNIDIRECTIONAL,
   )
   row = {'schedule': kind, 'ranks': ranks, 'micro-batches': microbatches}
-  row['ideal'], row['lockstep'] = simulated(made)
-  work = microbatches * each * (TIMES.f + TIMES.b) * seconds
+  row['ideal'], row['lockstep'] = simulated(schedule)
+  work = microbatches * per_rank * (TIMES.f + TIMES.b) * seconds
   for name, start in (('spmd', spmd), ('mpmd', threads)):
     pace = Pace()
-    run = start(made, pace)
+    run = start(schedule, pace)
     run()  # compiles
     pace.seconds = seconds
     row[name] = 1.0 - work / min(run() for _ in range(runs))
@@ -239,7 +284,7 @@ def draw(rows: Sequence[report.Row], path: pathlib.Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-  numbers = lambda text: [int(each) for each in text.split(',')]
+  numbers = lambda text: [int(number) for number in text.split(',')]
   parser = report.parser('pipeline_bubble', __doc__)
   parser.add_argument('--ranks', type=numbers, default=[4, 8])
   parser.add_argument('--microbatches', type=numbers, default=[16, 32])
@@ -255,8 +300,8 @@ def main(argv: list[str] | None = None) -> int:
   )
   try:  # before anything runs
     for ranks, microbatches, kind in cases:
-      each = schedules.stages_per_rank(kind)
-      schedules.check_sizes(kind, each * ranks, microbatches)
+      stages = ranks * schedules.stages_per_rank(kind)
+      schedules.check_sizes(kind, stages, microbatches)
   except errors.InputError as error:
     parser.error(str(error))
   most = max(args.ranks)

@@ -10,7 +10,7 @@ as many lines of program for any number of micro-batches.)
 
 On fake CPU devices, without a cache of compiled programs. `lines` are those of
 StableHLO. A step is run `steps` times; the least seconds of all cores together
-are told.
+are reported.
 """
 
 import sys
@@ -58,7 +58,7 @@ def arguments(cfg: config.Config, trainer: steps.Trainer) -> tuple:
   )
   rows = jax.device_put(rows, trainer.batch_sharding())
   hyper = {name: jnp.float32(x) for name, x in HYPER.items()}
-  return state, rows, trainer.plan.amount(count), hyper
+  return state, rows, trainer.num_microbatches(count), hyper
 
 
 def measure(cfg: config.Config, num_steps: int) -> report.Row:
@@ -76,7 +76,7 @@ def measure(cfg: config.Config, num_steps: int) -> report.Row:
     args, best = (state, *args[1:]), min(best, time.process_time() - cpu)
   return {
     'microbatches': cfg.train.batch_size,
-    'branches': len(trainer.plan.pipe.program.branches),
+    'branches': len(trainer.accumulation.pipe.program.branches),
     'lines': lowered.as_text().count('\n'),
     'trace_seconds': middle - begun,
     'compile_seconds': end - middle,

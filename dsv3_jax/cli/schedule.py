@@ -81,7 +81,7 @@ def schedule(values: flags.FlagValues) -> None:
     fb=fb,
     comm=_time('comm', values.comm),
   )
-  played = report.play(pipeline, times)
+  played = report.simulate_clocks(pipeline, times)
   if values.png:
     from dsv3_jax.parallel.schedules import plot
 

@@ -103,7 +103,7 @@ class Model(nn.Module):
     """This micro-batch's share of the step's loss (TR eqs. 17, 24, 25).
 
     Args:
-      scales: what each sum is multiplied by, from `loss_scales`: 'main',
+      scales: what each sum is multiplied by, of `mtp_loss.loss_scales`: 'main',
         'mtp' (one a depth), 'balance', and 'mtp_weight', lambda.
     Returns:
       The loss, and its parts: 'loss' (main), 'mtp_loss' (mean over depths,
@@ -111,17 +111,18 @@ class Model(nn.Module):
     """
     h_BTD, raw_BTD, stats = self._main(batch, router)
     head_DV = self.head()
-    main = cross_entropy.head_loss(h_BTD, head_DV, *main_targets(batch, scales))
+    head_loss = lambda h_BTD, depth: cross_entropy.head_loss(
+      h_BTD, head_DV, *loss_targets(batch, scales, depth, self.isolated)
+    )
+    parts = {'loss': head_loss(h_BTD, 0)}
     deeper, mtp_stats = self._mtp_chain(batch, router, h_BTD, raw_BTD)
-    mtp_loss = jnp.zeros((), jnp.float32)
+    parts['mtp_loss'] = jnp.zeros((), jnp.float32)
     for k, h_k in enumerate(deeper, start=1):
-      targets = mtp_targets(batch, scales, k, self.isolated)
-      mtp_loss += cross_entropy.head_loss(h_k, head_DV, *targets)
+      parts['mtp_loss'] += head_loss(h_k, k)
     balance = jnp.sum(stats.balance) + jnp.sum(mtp_stats.balance)
-    balance *= scales['balance']
-    total = main + scales['mtp_weight'] * mtp_loss + balance
-    parts = {'loss': main, 'mtp_loss': mtp_loss, 'balance': balance}
-    return total, parts | {'load': stats.load_E, 'mtp_load': mtp_stats.load_E}
+    parts['balance'] = balance * scales['balance']
+    loads = {'load': stats.load_E, 'mtp_load': mtp_stats.load_E}
+    return mtp_loss.total(parts, scales), parts | loads
 
   def cached(
     self,
@@ -235,23 +236,12 @@ def tokens_ahead(batch: Batch, depth: int) -> list[Int[Array, 'B T']]:
   return [collectives.shard_sequence(x_BS) for x_BS in shifted]
 
 
-def main_targets(
-  batch: Batch, scales: dict[str, Array]
-) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
-  """Targets of the main model and what each counts in the mean."""
-  weights_BS = batch.weights_BT * scales['main']
-  return tuple(map(collectives.shard_sequence, (batch.targets_BT, weights_BS)))
-
-
-def mtp_targets(
+def loss_targets(
   batch: Batch, scales: dict[str, Array], depth: int, isolated: bool
 ) -> tuple[Int[Array, 'B T'], Float[Array, 'B T']]:
-  """Targets of one depth and what each counts in the mean over depths."""
-  segments = (batch.weights_BT, batch.segments_BT)
-  weights_BS = mtp_loss.mtp_weights(*segments, depth, isolated)
-  weights_BS *= scales['mtp'][depth - 1] / len(scales['mtp'])
-  targets_BS = mtp_loss.mtp_shift(batch.targets_BT, depth)
-  return tuple(map(collectives.shard_sequence, (targets_BS, weights_BS)))
+  """Targets of a depth (0: the main model) and what each counts."""
+  rows = (batch.targets_BT, batch.weights_BT, batch.segments_BT)
+  return mtp_loss.depth_targets(*rows, scales, depth, isolated)
 
 
 def _logits(h_BTD: Float[Array, 'B T D'], head_DV) -> Float[Array, 'B T V']:
@@ -269,37 +259,6 @@ def init_router(cfg: config.ModelConfig) -> Router:
   layers_of = {'moe': cfg.num_moe_layers, 'mtp': cfg.mtp.depth}
   shape = lambda count: (count, cfg.moe.num_experts)
   return {name: jnp.zeros(shape(n)) for name, n in layers_of.items() if n}
-
-
-def loss_scales(
-  cfg: config.MtpConfig,
-  weights: Float[Array, '*n B T'],
-  segments: Int[Array, '*n B T'],
-  isolated: bool,
-) -> dict[str, Array]:
-  """1 / (what each loss is averaged over), from all of a step's micro-batches.
-
-  The main loss is a mean over the targets that count; MTP's is divided by T of
-  every sequence (eq. 24) or, with `normalizer='valid'`, by its own targets.
-  A row of padding only is not a sequence: it fills a batch that the ramp has
-  not filled yet. Counts are those of all devices; each adds its share.
-  """
-  rows, length = weights.shape[-2:]
-  weights, segments = (x.reshape(-1, length) for x in (weights, segments))
-  sequences = jnp.sum(jnp.any(segments > 0, axis=-1)).astype(jnp.float32)
-  sequences = collectives.psum(sequences, sharding.BATCH_AXES)
-  everywhere = lambda x: collectives.psum(jnp.sum(x), sharding.BATCH_AXES)
-  inverse = lambda count: 1.0 / jnp.maximum(count, 1.0)
-  mtp_counts = []
-  for k in range(1, cfg.depth + 1):
-    counted = mtp_loss.mtp_weights(weights, segments, k, isolated)
-    by_valid = cfg.normalizer == 'valid'
-    mtp_counts.append(everywhere(counted) if by_valid else sequences * length)
-  return {
-    'main': inverse(everywhere(weights)),
-    'mtp': [inverse(count) for count in mtp_counts],
-    'balance': rows * inverse(sequences),
-  }
 
 
 def build(

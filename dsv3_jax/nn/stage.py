@@ -1,8 +1,8 @@
-"""One stage of a pipeline as a module: some layers, and the MTP chain behind.
+"""One stage of a pipeline as a module: some layers, at the end the MTP chain.
 
-The last stage ends with the final norm and the MTP modules; embedding and head
-are outside, since all ranks share their work. Layers are unrolled, so that a
-backward pass can be cut into its halves.
+The last stage ends with the final norm and the MTP modules. Embedding and head
+are outside: they are sharded over the vocabulary on all ranks. Layers are
+unrolled, so that a backward pass can be split into its input and weight halves.
 """
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from dsv3_jax import config, precision
 from dsv3_jax.nn import block, layers, model, mtp
 
 
-class Stage(nn.Module):
+class PipelineStage(nn.Module):
   """Layers `dense_0, ..., moe_0, ...`; of the last also `final_norm, mtp_0`."""
 
   cfg: config.ModelConfig
@@ -43,32 +43,32 @@ class Stage(nn.Module):
     cfg, common = self.cfg, (self.cfg, self.balance, self.policy)
     context = model.make_context(cfg, batch, self.isolated)
     make = block.rematerialised(cfg, scanned=False)
-    none, at = jnp.zeros(0, jnp.float32), jnp.array(0)
+    no_bias, at = jnp.zeros(0, jnp.float32), jnp.array(0)
     carry, loads, balances = (x_BTD, None), [], []
     for i in range(self.num_dense):
       layer = make(*common, False, False, name=f'dense_{i}')
-      carry, _ = layer(carry, none, at, context)
+      carry, _ = layer(carry, no_bias, at, context)
     for i in range(self.num_moe):
       layer = make(*common, True, False, name=f'moe_{i}')
-      carry, stats = layer(carry, router['moe'][i], at, context)
-      loads.append(stats.load_E)
-      balances.append(stats.balance)
+      carry, layer_stats = layer(carry, router['moe'][i], at, context)
+      loads.append(layer_stats.load_E)
+      balances.append(layer_stats.balance)
     empty = jnp.zeros((0, cfg.moe.num_experts))
-    told = {
+    stats = {
       'balance': sum(balances, jnp.zeros(())),
       'load': jnp.stack(loads) if loads else empty,
       'mtp_load': empty,
     }
     raw_BTD, _ = carry
     if not self.last:
-      return raw_BTD, told
+      return raw_BTD, stats
     h_BTD = layers.RMSNorm(cfg, name='final_norm')(raw_BTD)
     modules = [
       mtp.MtpModule(*common, name=f'mtp_{k}') for k in range(cfg.mtp.depth)
     ]
-    deeper, stats = mtp.chain(
+    deeper, mtp_stats = mtp.chain(
       cfg, modules, h_BTD, raw_BTD, ahead, router, context
     )
-    told['balance'] += jnp.sum(stats.balance)
-    told['mtp_load'] = stats.load_E
-    return jnp.stack([h_BTD, *deeper]), told
+    stats['balance'] += jnp.sum(mtp_stats.balance)
+    stats['mtp_load'] = mtp_stats.load_E
+    return jnp.stack([h_BTD, *deeper]), stats

@@ -1,19 +1,19 @@
-"""Gradients to the same bits on any number of devices: slow.
+"""Deterministic gradients: the same bits on any number of devices, slowly.
 
 Floating-point sums depend on their order, and the order on the mesh. Here
 
-  every sequence is on its own: one program makes its gradient, with the same
-      shapes on any mesh, by whole weights, experts' included; nothing is
-      exchanged, so expert parallelism saves no work
-  gradients and losses are added up in one tree: sequences 2i and 2i + 1 of a
+  every sequence is computed alone, by one program with the same shapes on any
+      mesh and with replicated weights, experts included; there is no
+      all-to-all, so expert parallelism saves no work
+  gradients and losses are summed in one tree: sequences 2i and 2i + 1 of a
       micro-batch, then pairs of pairs; devices hold neighbours, so the lower
-      levels are local and the upper ones sums over gathered arrays
-  micro-batches follow one after the other
-  the norm is that of whole gradients
+      levels are local and the upper ones sum all-gathered arrays
+  micro-batches are summed one after another
+  the norm is that of replicated gradients
 
-A device keeps a gradient a sequence of its part of the micro-batch, and then
-one a device. It is for finding out whether a difference is a fault, not for
-training at speed.
+A device stores a gradient for each of its sequences of a micro-batch, then one
+for each device. The mode shows whether a difference between meshes is a fault;
+it is not for training at speed.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.nn import model
 
 Tree = Any
-# For one device XLA simplifies and fuses other operations than for several, and
-# with that it rounds otherwise. (Measured on CPU; elsewhere to be tried.)
+# XLA simplifies and fuses differently for one device than for several, and so
+# rounds differently. (Measured on CPU only.)
 COMPILER_OPTIONS = {'xla_disable_hlo_passes': 'fusion,algsimp'}
 
 
@@ -35,14 +35,14 @@ def accumulate(
   grad: Callable[[Tree, model.Batch], Tree],
   params: Tree,
   batch_nBT: model.Batch,
-  num_micro: jax.Array,
+  num_microbatches: jax.Array,
 ) -> Tree:
-  """Sum of `grad(params, sequence)` over all devices, in a mapped function.
+  """Sum of `grad(params, sequence)` over all devices, under shard_map.
 
   Args:
     grad: of a batch of one sequence [1, T].
     batch_nBT: this device's rows, a power of two of them.
-    num_micro: how many micro-batches count.
+    num_microbatches: how many micro-batches count.
   """
   rows = batch_nBT.weights_BT.shape[1]
 
@@ -57,17 +57,17 @@ def accumulate(
 
   def microbatch(i, sums):
     put = lambda buffer, x, j: buffer.at[j].set(x)
-    store = lambda j, made: jax.tree.map(
-      lambda buffer, x: put(buffer, x, j), made, sequence(i, j)
+    store = lambda j, grads: jax.tree.map(
+      lambda buffer, x: put(buffer, x, j), grads, sequence(i, j)
     )
-    made = jax.lax.fori_loop(0, rows, store, zeros(rows))
-    return jax.tree.map(lambda a, x: a + _over_devices(_tree(x)), sums, made)
+    grads = jax.lax.fori_loop(0, rows, store, zeros(rows))
+    return jax.tree.map(lambda a, x: a + _over_devices(_tree(x)), sums, grads)
 
-  return jax.lax.fori_loop(0, num_micro, microbatch, zeros())
+  return jax.lax.fori_loop(0, num_microbatches, microbatch, zeros())
 
 
 def norm(grads: Tree) -> jax.Array:
-  """L2 norm of whole gradients."""
+  """L2 norm of replicated gradients."""
   return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
 
 

@@ -27,20 +27,22 @@ _COLUMNS = (
 def rows(cfg: config.Config) -> list[Row]:
   """A row for every parameter and every other kind of state.
 
-  compute, master: mesh axes that cut each dim, '-' where none does. elements:
-  of the whole; those on one device of the compute form, and of the master,
-  which is also how the moments and their average are cut.
+  compute, master: mesh axes over which each dim is sharded, '-' for none.
+  elements: of the whole array; then those on one device of the compute form and
+  of the master, whose sharding moments and average share.
   """
   sizes = {axis: getattr(cfg.parallel, axis) for axis in sharding.AXES}
-  plan = state_layout.make(cfg, sizes)
+  layout = state_layout.make(cfg, sizes)
 
-  form = lambda params: plan.from_model(params, model.init_router(cfg.model))
+  form = lambda params: layout.from_model(params, model.init_router(cfg.model))
   shapes = model.param_shapes(model.build(cfg))
   params, router = jax.eval_shape(form, shapes)
-  found = []
+  table = []
   leaves = jax.tree_util.tree_leaves_with_path(params)
-  for (path, leaf), place in zip(leaves, zero.leaves(plan.placed), strict=True):
-    found.append(
+  for (path, leaf), place in zip(
+    leaves, zero.leaves(layout.placed), strict=True
+  ):
+    table.append(
       {
         'array': '.'.join(str(key.key) for key in path),
         'shape': 'x'.join(map(str, leaf.shape)),
@@ -51,9 +53,9 @@ def rows(cfg: config.Config) -> list[Row]:
         'master_per_device': _local(leaf.shape, place.master, sizes),
       }
     )
-  for name, spec in plan.router_specs().items():
+  for name, spec in layout.router_specs().items():
     shape = router[name].shape
-    found.append(
+    table.append(
       {
         'array': f'router.{name}',
         'shape': 'x'.join(map(str, shape)),
@@ -62,19 +64,19 @@ def rows(cfg: config.Config) -> list[Row]:
         'elements': math.prod(shape),
       }
     )
-  return found
+  return table
 
 
-def totals(found: list[Row]) -> Row:
+def totals(table: list[Row]) -> Row:
   """Sums of the last columns."""
   names = ('elements', 'compute_per_device', 'master_per_device')
-  sums = {name: sum(row.get(name, 0) for row in found) for name in names}
+  sums = {name: sum(row.get(name, 0) for row in table) for name in names}
   return {'array': 'all', 'shape': '', 'compute': '', 'master': ''} | sums
 
 
 def _spec(spec: sharding.Spec) -> str:
-  each = ['+'.join(sharding.axes_of(axes)) or '-' for axes in spec]
-  return ' '.join(each) or '-'
+  dims = ['+'.join(sharding.axes_of(axes)) or '-' for axes in spec]
+  return ' '.join(dims) or '-'
 
 
 def _local(shape, spec: sharding.Spec, sizes: Mapping[str, int]) -> int:
@@ -84,13 +86,13 @@ def _local(shape, spec: sharding.Spec, sizes: Mapping[str, int]) -> int:
 
 def render(cfg: config.Config, *, as_json: bool) -> str:
   """The table and its sums, for people or as one JSON object."""
-  found = rows(cfg)
+  table = rows(cfg)
   if as_json:
-    return json.dumps({'arrays': found, 'total': totals(found)})
+    return json.dumps({'arrays': table, 'total': totals(table)})
   lines = [
     list(_COLUMNS),
     *(
-      [str(row.get(n, '')) for n in _COLUMNS] for row in [*found, totals(found)]
+      [str(row.get(n, '')) for n in _COLUMNS] for row in [*table, totals(table)]
     ),
   ]
   widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,11 +1,11 @@
 """ZeRO-1: master weights and optimizer state exist once (TR 3.2).
 
-A parameter has two partitions. Its compute form is what a module is given:
-experts are cut over their axes, everything else is whole on every device, or
-cut over `parallel.fsdp` and gathered by the module. Its master, like the
-moments beside it, is cut further, over every axis along which the compute form
-is repeated. A step gathers compute forms from masters once, adds gradients of
-all micro-batches up locally, and brings each sum to where its master is.
+A parameter has two partitions. Modules take its compute form: experts are
+sharded over their axes, everything else is replicated, or sharded over
+`parallel.fsdp` and gathered by the module. Its master, like the moments, is
+sharded further, over every axis along which the compute form is replicated. A
+step all-gathers compute forms from masters once, sums the gradients of all
+micro-batches locally, and reduce-scatters each sum to its master.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,9 @@ Tree = Any
 class Placement(NamedTuple):
   """Where one parameter is.
 
-  compute, master: partitions. dim: the dim that the master is cut further in,
-  over `axes`; () where no dim can be divided. sums: axes along which gradients
-  are sums of other tokens.
+  compute, master: partitions. dim: the dim in which the master is sharded
+  further, over `axes`; () where no dim can be divided. sums: axes over which
+  gradients are summed, as their devices see other tokens.
   """
 
   compute: Spec
@@ -53,15 +53,15 @@ def model_placements(
   sizes: Mapping[str, int],
   rules: sharding.ShardingRules = sharding.RULES,
 ) -> Tree:
-  """Those of a model in its own form, on a mesh without a pipeline."""
+  """Placements of a model in its own form, on a mesh without a pipeline."""
   specs = model.param_specs(net, rules, sizes)
   return placements(specs, model.param_shapes(net), sizes)
 
 
 def _place(spec: Spec, shape: tuple[int, ...], sizes) -> Placement:
-  """The master is cut over all axes that the compute form has not."""
+  """Shards the master over all axes that the compute form does not use."""
   used = {axis for axes in spec for axis in sharding.axes_of(axes)}
-  # Ranks of a pipeline add up what the layers of each make of a parameter.
+  # Ranks of a pipeline sum the gradients of parameters that they share.
   repeated = (*sharding.TOKEN_AXES, 'pipe')
   sums = tuple(axis for axis in repeated if axis not in used)
   free = [axis for axis in sums if sizes[axis] > 1]
@@ -72,7 +72,7 @@ def _place(spec: Spec, shape: tuple[int, ...], sizes) -> Placement:
 
 
 def gather(masters: Tree, placed: Tree) -> Tree:
-  """Compute forms from masters, inside a mapped function."""
+  """All-gathers compute forms from masters, in a shard_map'ed function."""
 
   def one(w, place):
     if not place.axes:
@@ -83,11 +83,11 @@ def gather(masters: Tree, placed: Tree) -> Tree:
 
 
 def reduce(grads: Tree, placed: Tree) -> Tree:
-  """Gradients of compute forms -> of masters, summed over all devices."""
+  """Sums gradients of compute forms over devices, each to its master."""
 
   def one(g, place):
-    whole = tuple(axis for axis in place.sums if axis not in place.axes)
-    g = collectives.psum(g, whole)
+    reduced = tuple(axis for axis in place.sums if axis not in place.axes)
+    g = collectives.psum(g, reduced)
     if not place.axes:
       return g
     return jax.lax.psum_scatter(
@@ -97,8 +97,8 @@ def reduce(grads: Tree, placed: Tree) -> Tree:
   return jax.tree.map(one, grads, placed)
 
 
-def shard(whole: Tree, placed: Tree) -> Tree:
-  """This device's part of what every device has: the inverse of `gather`."""
+def shard(replicated: Tree, placed: Tree) -> Tree:
+  """This device's shard of replicated arrays: the inverse of `gather`."""
 
   def one(g, place):
     if not place.axes:
@@ -107,7 +107,7 @@ def shard(whole: Tree, placed: Tree) -> Tree:
     at = jax.lax.axis_index(place.axes) * size
     return jax.lax.dynamic_slice_in_dim(g, at, size, place.dim)
 
-  return jax.tree.map(one, whole, placed)
+  return jax.tree.map(one, replicated, placed)
 
 
 def norm(grads: Tree, placed: Tree) -> jax.Array:
@@ -115,12 +115,12 @@ def norm(grads: Tree, placed: Tree) -> jax.Array:
   sums = {}
   pairs = zip(jax.tree.leaves(grads), leaves(placed), strict=True)
   for g, place in pairs:
-    cut = tuple(
-      sorted(axis for axes in place.master for axis in sharding.axes_of(axes))
+    axes = tuple(
+      sorted(axis for dim in place.master for axis in sharding.axes_of(dim))
     )
     square = jnp.sum(jnp.square(g.astype(jnp.float32)))
-    sums[cut] = sums.get(cut, 0.0) + square
-  total = sum(collectives.psum(value, cut) for cut, value in sums.items())
+    sums[axes] = sums.get(axes, 0.0) + square
+  total = sum(collectives.psum(value, axes) for axes, value in sums.items())
   return jnp.sqrt(total)
 
 

@@ -1,4 +1,4 @@
-"""The average of the parameters, in host memory (TR 3.2.3)."""
+"""An exponential moving average of the parameters in host memory (TR 3.2.3)."""
 
 import queue
 import threading
@@ -10,21 +10,21 @@ import numpy as np
 
 Tree = Any
 
-
-Parts = dict[tuple, Any]  # of one array, by where they begin and end
+# Shards of one array, by where they begin and end.
+Parts = dict[tuple, Any]
 
 
 class HostEma:
-  """Average of the parameters in host memory, made beside training (TR 3.2.3).
+  """The average, updated by a thread while training goes on.
 
     average = decay * average + (1 - decay) * params
 
-  in f32, one update a step, in order, by one thread: the result is the same to
-  the bit in every run. Each process holds the parts that its devices do, once.
-  `decay` 0 switches it off: `tree()` is then empty.
+  in f32. One thread makes one update a step, in order, so that the result is
+  the same to the bit in every run. Each process holds the shards of its devices
+  once. `decay` 0 switches it off: `tree()` is then empty.
 
   Args:
-    params: where the average begins; arrays on devices.
+    params: the first average; arrays on devices.
   """
 
   def __init__(self, decay: float, params: Tree):
@@ -43,7 +43,7 @@ class HostEma:
     self._thread.start()
 
   def update(self, params: Tree) -> None:
-    """Takes in one step's parameters, which may be donated afterwards.
+    """Adds one step's parameters, which may be donated afterwards.
 
     Raises:
       RuntimeError: an earlier update failed.
@@ -61,10 +61,10 @@ class HostEma:
     self._check()
 
   def tree(self) -> Tree:
-    """The average now, f32, where the parameters are; `{}` if switched off."""
+    """The average, f32, sharded as the parameters; `{}` if switched off."""
     self.flush()
     leaves, form = jax.tree.flatten(self._like)
-    made = [
+    arrays = [
       jax.make_array_from_callback(
         like.shape,
         like.sharding,
@@ -72,10 +72,10 @@ class HostEma:
       )
       for like, parts in zip(leaves, self._average, strict=True)
     ]
-    return jax.tree.unflatten(form, made)
+    return jax.tree.unflatten(form, arrays)
 
   def close(self) -> None:
-    """Finishes what waits and ends the thread."""
+    """Finishes all updates and ends the thread."""
     if self._thread.is_alive():
       self._queue.put(None)
       self._thread.join()
@@ -118,7 +118,7 @@ def _like(w: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _parts(w: jax.Array) -> Parts:
-  """What this process has of an array, by its place; each part once."""
+  """The shards of an array in this process, each once."""
   return {_key(shard.index): shard.data for shard in w.addressable_shards}
 
 

@@ -19,7 +19,7 @@ from dsv3_jax.training import baselines, metrics
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-  """What an evaluator looks at: weights, and the data of the experiment."""
+  """What an evaluator reads: weights, and the data of the experiment."""
 
   cfg: config.Config
   params: dict
@@ -28,7 +28,9 @@ class Evaluation:
   tokenizer: tokenizers.Tokenizer
   windows: dict  # of `open_windows`
   mesh: jax.sharding.Mesh | None = None  # where the weights are
-  beat: Callable[[], None] = lambda: None  # called now and then: all is well
+  beat: Callable[[], None] = lambda: (
+    None
+  )  # called now and then, for the watchdog
 
 
 def heldout(e: Evaluation) -> dict[str, float]:
@@ -69,14 +71,14 @@ EVALUATORS = {'heldout': heldout, 'baselines': compare}
 def open_windows(
   cfg: config.Config, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer
 ) -> dict:
-  """The held-out text of an experiment, cut for `heldout`.
+  """The held-out text of an experiment, in windows for `heldout`.
 
   Raises:
     InputError: there is none.
   """
-  how = cfg.eval
+  max_bytes, stride = cfg.eval.max_bytes, cfg.eval.stride
   return loader.eval_windows(
-    corpus.valid, tokenizer, cfg.data, how.max_bytes, how.stride
+    corpus.valid, tokenizer, cfg.data, max_bytes, stride
   )
 
 
@@ -117,7 +119,7 @@ def _token_losses(cfg: config.Config, mesh: jax.sharding.Mesh | None):
 
   if mesh is None:
     return jax.jit(losses)
-  # Layer by layer: whole masters of all layers would not fit.
+  # Gathered layer by layer: the weights of all layers would not fit.
   rules = dataclasses.replace(sharding.RULES, fsdp=sharding.TOKEN_AXES)
   placed = zero.model_placements(net, mesh.shape, rules)
   rows = sharding.to_spec(('batch', None), sharding.RULES, 2)
@@ -128,9 +130,11 @@ def _token_losses(cfg: config.Config, mesh: jax.sharding.Mesh | None):
     in_specs=(zero.masters(placed), sharding.Spec(), rows),
     out_specs=rows,
   )
-  # Whole on every device: each process reads it.
-  whole = jax.sharding.NamedSharding(mesh, sharding.Spec())
-  return processes.compile_then_barrier(jax.jit(spread, out_shardings=whole))
+  # Replicated: each process reads it.
+  replicated = jax.sharding.NamedSharding(mesh, sharding.Spec())
+  return processes.compile_then_barrier(
+    jax.jit(spread, out_shardings=replicated)
+  )
 
 
 def _fill(rows: np.ndarray, size: int) -> np.ndarray:

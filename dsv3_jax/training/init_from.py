@@ -1,14 +1,12 @@
 """A fresh run that starts from another run's weights (TR 4.3).
 
-It takes over the parameters and router biases of the other's newest step;
-moments, average, place in the data and step begin anew. Once it has a step of
-its own it goes on from that, and the other may be gone.
+It takes the parameters and router biases of the other run's newest step.
+Moments, average, position in the data and step begin anew. Once it has a step
+of its own it resumes from that, and the other run is not needed.
 """
 
 import contextlib
 import pathlib
-
-import jax
 
 from dsv3_jax import config, errors
 from dsv3_jax.checkpoint import lazy_array, source, store
@@ -38,23 +36,23 @@ def start_directory(
 
 
 def read(cfg: config.Config, directory: pathlib.Path) -> Leaves:
-  """Parameters and biases, hashed and of the right shapes, yet unread.
+  """Parameters and biases, of checked hashes and shapes, not yet read.
 
   Raises:
     InputError: no workdir with a whole step, or one of another model.
   """
-  said = f'checkpoint.init_from={str(directory)!r}'
+  setting = f'checkpoint.init_from={str(directory)!r}'
   try:
     with source.open_source(directory, {}) as (_, leaves):
       pass
   except errors.InputError as error:
-    raise errors.InputError(f'{said}: {error}') from error
+    raise errors.InputError(f'{setting}: {error}') from error
   wanted = hf_names.leaf_shapes(cfg)
   for path in dict.fromkeys([*wanted, *leaves]):
     shape = tuple(leaves[path].shape) if path in leaves else None
     if shape != wanted.get(path):
       raise errors.InputError(
-        f'{said}: its {".".join(path)} is {_spell(shape)}, wanted '
+        f'{setting}: its {".".join(path)} is {_spell(shape)}, wanted '
         f'{_spell(wanted.get(path))}: model must be as there'
       )
   return leaves
@@ -71,12 +69,7 @@ def start(
       node = node.setdefault(key, {})
     leaf = leaf.astype('float32')
     node[path[-1]] = lazy_array.to_device(leaf, hf_names.get(places, path))
-  to = trainer.shardings()
-  change = processes.compile_then_barrier(
-    jax.jit(trainer.plan.from_model, out_shardings=(to['params'], to['router']))
-  )
-  params, router = change(tree['params'], tree['router'])
-  return state | {'params': params, 'router': router}
+  return state | trainer.weights_from_model(tree)
 
 
 def _spell(shape: tuple[int, ...] | None) -> str:

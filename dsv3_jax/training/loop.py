@@ -1,9 +1,9 @@
 """The training loop: one straight line from config to samples (TR 4.2).
 
-`run(cfg, workdir)` trains until `train.total_tokens` have been seen or goes on
-where `workdir` stopped. All that it needs for that is in one committed step of
-`checkpoints/`: arrays, EMA, loader position, tokens seen. Of several processes
-all run this line; the first alone writes, but for arrays. What it writes:
+`run(cfg, workdir)` trains until `train.total_tokens` have been seen. If
+`workdir` has a checkpoint, it resumes. A committed step of `checkpoints/` has
+all that a resume needs: arrays, EMA, loader position, tokens seen. All
+processes run this code. Only the first writes files, except for arrays:
 
   config.json  tokenizer.json  metrics.jsonl  TensorBoard events  checkpoints/
   and, at the end, loss.png and samples.txt
@@ -51,8 +51,8 @@ class CorruptionError(RuntimeError):
 
 
 @dataclasses.dataclass
-class Run:
-  """Everything that lives as long as the run does."""
+class TrainingRun:
+  """What lives as long as the run: data, state, writers, progress."""
 
   cfg: config.Config
   workdir: pathlib.Path
@@ -82,24 +82,24 @@ def run(cfg: config.Config, workdir: str | pathlib.Path) -> dict[str, float]:
     watchdog.Stopped: a signal came; the state was saved.
   """
   with contextlib.ExitStack() as stack:
-    r = _open(cfg, pathlib.Path(workdir), stack)
+    run = _open(cfg, pathlib.Path(workdir), stack)
     with watchdog.StopSignal() as stop:
-      stopped = _train(r, stop)
+      stopped = _train(run, stop)
     if stopped:
-      raise watchdog.Stopped(r.step)
-    told = _evaluate(r)
-    r.watchdog.beat()
+      raise watchdog.Stopped(run.step)
+    scores = _evaluate(run)
+    run.watchdog.beat()
     if processes.index() == 0:
-      metrics.plot_loss(r.workdir)
+      metrics.plot_loss(run.workdir)
     if cfg.sample.prompts:
-      _sample(r)
-    return told
+      _sample(run)
+    return scores
 
 
 def _open(
   cfg: config.Config, workdir: pathlib.Path, stack: contextlib.ExitStack
-) -> Run:
-  """Data, mesh and state, fresh or restored; `stack` closes what was opened."""
+) -> TrainingRun:
+  """Opens data, mesh and state, fresh or restored; `stack` closes them."""
   assert jax.process_count() == processes.count(), 'see processes.join_job'
   _check_same({'config': json.loads(config.to_json(cfg))})
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
@@ -114,8 +114,8 @@ def _open(
       tokenizer.save(workdir / 'tokenizer.json')
   checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
   stack.callback(checkpoints.close)
-  how = {'seed': cfg.seed, 'rows': cfg.train.microbatch_size}
-  loader = loaders.Loader(corpus.train, tokenizer, cfg.data, **how)
+  options = {'seed': cfg.seed, 'rows': cfg.train.microbatch_size}
+  loader = loaders.Loader(corpus.train, tokenizer, cfg.data, **options)
   stack.callback(loader.close)
   resume = _step_to_resume(cfg, checkpoints, before)
   state, ema, extras = _state(trainer, checkpoints, resume, leaves)
@@ -136,7 +136,7 @@ def _open(
   stack.enter_context(dog)
   flop = flops.flops_per_token(cfg.model, cfg.data.seq_len)
   peak = metrics.peak_flops(cfg.train.peak_flops, trainer.mesh)
-  return Run(
+  return TrainingRun(
     cfg=cfg,
     workdir=workdir,
     trainer=trainer,
@@ -155,11 +155,11 @@ def _open(
 
 
 def _begin(cfg, workdir, checkpoints, resume, progress) -> metrics.MetricWriter:
-  """What only the first process does once nothing can be refused any more."""
+  """Starts to write, in the first process, once all checks have passed."""
   if resume is not None:
     for path in checkpoints.roll_back(resume):
       print(f'  moved aside: {path}', flush=True)
-  # Not before: a start that ends above must find its request unanswered.
+  # Not before: a start that failed above must be able to ask again.
   run_dir.write_config(cfg, workdir)
   ended = progress['tokens'] >= cfg.train.total_tokens
   return metrics.MetricWriter(workdir, progress['step'], again=ended)
@@ -168,7 +168,7 @@ def _begin(cfg, workdir, checkpoints, resume, progress) -> metrics.MetricWriter:
 def _data(
   cfg: config.Config, workdir: pathlib.Path
 ) -> tuple[corpora.Corpus, tokenizers.Tokenizer, dict]:
-  """Text, how it is cut into tokens, and the held-out windows."""
+  """Corpus, tokenizer, and the held-out windows."""
   with processes.propagate_errors('data'):
     corpus = corpora.open_corpus(cfg.data)
     tokenizer = run_dir.tokenizer(cfg.data, corpus, workdir)
@@ -187,7 +187,7 @@ def _check_same(mine: dict) -> None:
 def _step_to_resume(
   cfg: config.Config, checkpoints: store.Store, before: int | None
 ) -> int | None:
-  """The newest step, or the one asked for: once, not at every start."""
+  """The newest step, or `checkpoint.restore_step` when it is new."""
   wanted, newest = cfg.checkpoint.restore_step, checkpoints.latest()
   if wanted < 0 or (wanted == before and newest is not None):
     wanted = newest
@@ -200,7 +200,7 @@ def _state(
   resume: int | None,
   leaves: init_from.Leaves | None,
 ) -> tuple[steps.State, ema.HostEma, dict]:
-  """Fresh, with given weights or without; or restored, with nothing made."""
+  """A fresh state, with given weights if any; or a restored one."""
   cfg = trainer.cfg
   decay, key = cfg.optim.ema_decay, jax.random.key(cfg.seed)
   if resume is None:
@@ -221,7 +221,7 @@ def _state(
 
 
 def _check_tokens(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> None:
-  """The vocabulary must fit, and so must what is sampled at the end."""
+  """Checks that the tokenizer and the prompts fit the model."""
   if tokenizer.vocab_size > cfg.model.vocab_size:
     raise errors.InputError(
       f'model.vocab_size={cfg.model.vocab_size} must be >= '
@@ -230,72 +230,72 @@ def _check_tokens(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> None:
   samples.check(cfg, tokenizer)
 
 
-def _train(r: Run, stop: watchdog.StopSignal) -> bool:
-  """Steps until the tokens are seen or, then true, a signal comes; saves."""
-  cfg = r.cfg
-  compiled, probe = r.trainer.jit(donate_argnums=0), r.trainer.jit()
-  pending = None  # metrics of the last step, read once the next is under way
-  saved, stopped = r.step, stop.requested and processes.count() == 1
-  while r.tokens < cfg.train.total_tokens and not stopped:
-    args, rows = _inputs(r)
-    asked = processes.any_process(lambda: stop.requested, r.trainer.mesh)
+def _train(run: TrainingRun, stop: watchdog.StopSignal) -> bool:
+  """Trains to the end or to a signal, then true is returned; saves."""
+  cfg = run.cfg
+  compiled, probe = run.trainer.jit(donate_argnums=0), run.trainer.jit()
+  pending = None  # metrics of the last step, read once the next is dispatched
+  saved, stopped = run.step, stop.requested and processes.count() == 1
+  while run.tokens < cfg.train.total_tokens and not stopped:
+    args, rows = _inputs(run)
+    asked = processes.any_process(lambda: stop.requested, run.trainer.mesh)
     every = cfg.train.probe_every
-    if every and r.step % every == 0:
-      r.state, told = _run_twice(probe, r.state, args, r.step)
+    if every and run.step % every == 0:
+      run.state, step_metrics = _run_twice(probe, run.state, args, run.step)
     else:
-      r.state, told = compiled(r.state, *args)
-    r.ema.update(r.state['params'])
-    r.step, r.tokens = r.step + 1, r.tokens + rows * cfg.data.seq_len
+      run.state, step_metrics = compiled(run.state, *args)
+    run.ema.update(run.state['params'])
+    run.step, run.tokens = run.step + 1, run.tokens + rows * cfg.data.seq_len
     if pending is not None:
-      _report(r, *pending)
+      _report(run, *pending)
     hyper = args[-1]
-    pending = (r.step, r.tokens, rows, told | hyper)
-    r.watchdog.beat()
-    due = lambda every: every and r.step % every == 0
+    pending = (run.step, run.tokens, rows, step_metrics | hyper)
+    run.watchdog.beat()
+    due = lambda every: every and run.step % every == 0
     if due(cfg.checkpoint.every_steps) or due(cfg.eval.every_steps):
-      _report(r, *pending)  # a step that is not finite is neither saved
+      _report(run, *pending)  # raises first: a non-finite step is not saved
       pending = None
-      # Before the save: what is told of a saved step is all written.
-      if due(cfg.eval.every_steps) and r.tokens < cfg.train.total_tokens:
-        told = evaluate.heldout(_evaluation(r))
-        _write(r, 'eval', r.step, r.tokens, told)
-        print(f'  held out: {told["bits_per_byte"]:.4f} bits per byte')
+      # Before the save: all metrics of a saved step are written.
+      if due(cfg.eval.every_steps) and run.tokens < cfg.train.total_tokens:
+        scores = evaluate.heldout(_evaluation(run))
+        _write(run, 'eval', run.step, run.tokens, scores)
+        print(f'  held out: {scores["bits_per_byte"]:.4f} bits per byte')
       if due(cfg.checkpoint.every_steps):
-        _save(r)
-        saved = r.step
-      r.meter.restart()
-      r.watchdog.beat()
+        _save(run)
+        saved = run.step
+      run.meter.restart()
+      run.watchdog.beat()
     stopped = asked()
   if pending is not None:
-    _report(r, *pending)
-  if saved != r.step:
-    _save(r)
-  r.watchdog.beat()
-  r.checkpoints.wait()
-  r.watchdog.beat()
+    _report(run, *pending)
+  if saved != run.step:
+    _save(run)
+  run.watchdog.beat()
+  run.checkpoints.wait()
+  run.watchdog.beat()
   return stopped
 
 
-def _inputs(r: Run) -> tuple[tuple, int]:
+def _inputs(run: TrainingRun) -> tuple[tuple, int]:
   """Arguments of the next step, and how many sequences it trains on."""
-  cfg = r.cfg
-  rows = batch_ramp.batch_size_at(cfg.train, r.tokens)
+  cfg = run.cfg
+  rows = batch_ramp.batch_size_at(cfg.train, run.tokens)
   micro, most = cfg.train.microbatch_size, cfg.train.batch_size
-  batches = [next(r.loader) for _ in range(rows // micro)]
+  batches = [next(run.loader) for _ in range(rows // micro)]
   empty = jax.tree.map(np.zeros_like, batches[0])
   batches += [empty] * ((most - rows) // micro)
   stacked = {name: np.stack([b[name] for b in batches]) for name in empty}
-  # Every process has all rows, and gives its devices theirs.
-  place = functools.partial(_place, r.trainer.batch_sharding())
+  # Every process has all rows and places those of its devices.
+  place = functools.partial(_place, run.trainer.batch_sharding())
   batch_nBT = model.Batch(**{name: place(x) for name, x in stacked.items()})
   hyper = {
-    'lr': lr_schedule.lr_at(cfg.optim.lr, r.step, r.tokens),
-    'mtp_weight': lr_schedule.value_at(cfg.optim.mtp_weight, r.tokens),
-    'bias_rate': lr_schedule.value_at(cfg.optim.bias_rate, r.tokens),
+    'lr': lr_schedule.lr_at(cfg.optim.lr, run.step, run.tokens),
+    'mtp_weight': lr_schedule.value_at(cfg.optim.mtp_weight, run.tokens),
+    'bias_rate': lr_schedule.value_at(cfg.optim.bias_rate, run.tokens),
   }
   hyper = {name: jnp.float32(value) for name, value in hyper.items()}
-  amount = r.trainer.plan.amount(rows // micro)
-  return (batch_nBT, amount, hyper), rows
+  num_microbatches = run.trainer.num_microbatches(rows // micro)
+  return (batch_nBT, num_microbatches, hyper), rows
 
 
 def _place(sharding: jax.sharding.Sharding, x: np.ndarray) -> jax.Array:
@@ -303,7 +303,7 @@ def _place(sharding: jax.sharding.Sharding, x: np.ndarray) -> jax.Array:
 
 
 def _run_twice(probe: Any, state: steps.State, args: tuple, step: int):
-  """Silent-corruption probe: the same step twice must agree in every bit."""
+  """Silent-corruption probe: both results must agree in every bit."""
   first, second = probe(state, *args), probe(state, *args)
   if not processes.compile_then_barrier(jax.jit(steps.same_bits))(
     first, second
@@ -315,86 +315,84 @@ def _run_twice(probe: Any, state: steps.State, args: tuple, step: int):
   return first
 
 
-def _report(r: Run, step: int, tokens: int, rows: int, told: dict) -> None:
+def _report(
+  run: TrainingRun, step: int, tokens: int, rows: int, values: dict
+) -> None:
   """Checks a finished step; every `log_every` steps, writes and prints it."""
-  cfg = r.cfg
-  told = {name: value.item() for name, value in told.items()}
-  if told.pop('halted'):
-    raise NonFiniteError(step, told)
-  if told['skipped']:
-    print(f'step {step}: loss {told["loss"]:.4f} is a spike, skipped')
-  r.meter.add(rows * cfg.data.seq_len)
-  if step % cfg.train.log_every and step != 1 and not told['skipped']:
+  cfg = run.cfg
+  values = {name: x.item() for name, x in values.items()}
+  if values.pop('halted'):
+    raise NonFiniteError(step, values)
+  if values['skipped']:
+    print(f'step {step}: loss {values["loss"]:.4f} is a spike, skipped')
+  run.meter.add(rows * cfg.data.seq_len)
+  if step % cfg.train.log_every and step != 1 and not values['skipped']:
     return
-  speed = r.meter.read()
-  r.meter.restart()
-  _write(r, 'train', step, tokens, told | speed)
+  speed = run.meter.read()
+  run.meter.restart()
+  _write(run, 'train', step, tokens, values | speed)
   line = (
-    f'step {step}  loss {told["loss"]:.4f}  mtp {told["mtp_loss"]:.4f}  '
-    f'maxvio {told["max_violation"]:.2f}'
+    f'step {step}  loss {values["loss"]:.4f}  mtp {values["mtp_loss"]:.4f}  '
+    f'maxvio {values["max_violation"]:.2f}'
   )
   if speed:
     left = (cfg.train.total_tokens - tokens) / speed['tokens_per_second']
     line += (
       f'  {speed["tokens_per_second"]:,.0f} tokens/s  mfu {speed["mfu"]:.1%}'
-      f'  eta {_duration(left)}'
+      f'  eta {metrics.duration(left)}'
     )
   print(line, flush=True)
 
 
-def _write(r: Run, kind: str, step: int, tokens: int, told: dict) -> None:
-  if r.writer is not None:
-    r.writer.write(kind, step, tokens, told)
+def _write(
+  run: TrainingRun, kind: str, step: int, tokens: int, numbers: dict
+) -> None:
+  if run.writer is not None:
+    run.writer.write(kind, step, tokens, numbers)
 
 
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(int(max(seconds, 0)), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02}:{seconds:02}'
-
-
-def _save(r: Run) -> None:
-  """Starts an asynchronous checkpoint of this very step."""
+def _save(run: TrainingRun) -> None:
+  """Starts an asynchronous checkpoint of this step."""
   extras = {
-    'progress': {'step': r.step, 'tokens': r.tokens},
-    'loader': r.loader.get_state(),
-    'data': run_dir.fingerprint(r.corpus, r.tokenizer),
+    'progress': {'step': run.step, 'tokens': run.tokens},
+    'loader': run.loader.get_state(),
+    'data': run_dir.fingerprint(run.corpus, run.tokenizer),
   }
-  average = r.trainer.params_to_model(r.ema.tree())
-  arrays = {'train': r.trainer.to_model(r.state), 'ema': average}
-  r.checkpoints.save(r.step, arrays, extras)
+  average = run.trainer.params_to_model(run.ema.tree())
+  arrays = {'train': run.trainer.to_model(run.state), 'ema': average}
+  run.checkpoints.save(run.step, arrays, extras)
 
 
-def _evaluation(r: Run) -> evaluate.Evaluation:
-  state = r.trainer.to_model(r.state)
+def _evaluation(run: TrainingRun) -> evaluate.Evaluation:
+  state = run.trainer.to_model(run.state)
   return evaluate.Evaluation(
-    cfg=r.cfg,
+    cfg=run.cfg,
     params=state['params'],
     router=state['router'],
-    corpus=r.corpus,
-    tokenizer=r.tokenizer,
-    windows=r.windows,
-    mesh=r.trainer.model_mesh,
-    beat=r.watchdog.beat,
+    corpus=run.corpus,
+    tokenizer=run.tokenizer,
+    windows=run.windows,
+    mesh=run.trainer.model_mesh,
+    beat=run.watchdog.beat,
   )
 
 
-def _evaluate(r: Run) -> dict[str, float]:
-  """Held-out figures, baselines if asked."""
-  told = evaluate.heldout(_evaluation(r))
-  if r.cfg.eval.baselines:  # in every process, so that none waits for it
-    told |= evaluate.compare(_evaluation(r))
-  _write(r, 'eval', r.step, r.tokens, told)
-  for name, value in told.items():
+def _evaluate(run: TrainingRun) -> dict[str, float]:
+  """Held-out scores, and baselines if `eval.baselines` asks for them."""
+  scores = evaluate.heldout(_evaluation(run))
+  if run.cfg.eval.baselines:  # in every process: they stay in step
+    scores |= evaluate.compare(_evaluation(run))
+  _write(run, 'eval', run.step, run.tokens, scores)
+  for name, value in scores.items():
     print(f'{name:28} {value:12,.4f}')
-  return told
+  return scores
 
 
-def _sample(r: Run) -> None:
-  """Writes and prints what `sample.prompts` go on with."""
-  processes.barrier('sample')  # the first had more to do
-  state = r.trainer.to_model(r.state)
-  text = samples.make(r.cfg, state, r.tokenizer)
+def _sample(run: TrainingRun) -> None:
+  """Writes and prints continuations of `sample.prompts`."""
+  processes.barrier('sample')  # the first process had more to do
+  state = run.trainer.to_model(run.state)
+  text = samples.make(run.cfg, state, run.tokenizer)
   if processes.index() == 0:
-    (r.workdir / 'samples.txt').write_text(text, encoding='utf-8')
+    (run.workdir / 'samples.txt').write_text(text, encoding='utf-8')
     print(samples.RULE + text + samples.RULE)

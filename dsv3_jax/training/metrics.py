@@ -26,6 +26,13 @@ def bits_per_byte(nats: float, num_bytes: int) -> float:
   return nats / math.log(2.0) / num_bytes
 
 
+def duration(seconds: float) -> str:
+  """Seconds as h:mm:ss."""
+  minutes, seconds = divmod(int(max(seconds, 0)), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02}:{seconds:02}'
+
+
 class Throughput:
   """Tokens per second and MFU between reports; the first step, which compiles,
   and pauses (saving, evaluation) do not count."""
@@ -36,7 +43,7 @@ class Throughput:
     self._tokens = 0
 
   def add(self, tokens: int) -> None:
-    """A step of so many tokens is finished."""
+    """Counts the tokens of a finished step."""
     if self._start is None:
       self.restart()
     else:
@@ -47,7 +54,7 @@ class Throughput:
     self._start, self._tokens = time.perf_counter(), 0
 
   def read(self) -> dict[str, float]:
-    """Speed since the last restart; empty before there is one to tell."""
+    """Speed since the last restart; empty before a step has finished."""
     if not self._tokens:
       return {}
     speed = self._tokens / (time.perf_counter() - self._start)
@@ -66,14 +73,14 @@ class MetricWriter:
   def __init__(
     self, workdir: str | os.PathLike, resume_step: int, again: bool = False
   ):
-    """Drops lines after `resume_step`, which the resumed run writes again.
+    """Drops lines after `resume_step`: the resumed run writes them again.
 
     Args:
       again: the run had ended there; its last evaluation comes once more.
     """
     self._path = pathlib.Path(workdir) / 'metrics.jsonl'
-    newest = lambda r: r['step'] + (again and r['kind'] == 'eval')
-    kept = [r for r in read_metrics(workdir) if newest(r) <= resume_step]
+    newest = lambda x: x['step'] + (again and x['kind'] == 'eval')
+    kept = [x for x in read_metrics(workdir) if newest(x) <= resume_step]
     scratch = self._path.with_name('.metrics.jsonl')
     scratch.write_text(
       ''.join(json.dumps(record) + '\n' for record in kept), encoding='utf-8'
@@ -84,14 +91,14 @@ class MetricWriter:
       str(workdir), purge_step=resume_step + 1
     )
 
-  def write(self, kind: str, step: int, tokens: int, told: dict) -> None:
+  def write(self, kind: str, step: int, tokens: int, numbers: dict) -> None:
     """Appends one record; numbers only."""
     record = {'kind': kind, 'step': step, 'tokens': tokens}
-    assert not record.keys() & told.keys()
-    record |= told
+    assert not record.keys() & numbers.keys()
+    record |= numbers
     self._file.write(json.dumps(record) + '\n')
     self._file.flush()
-    for name, value in told.items():
+    for name, value in numbers.items():
       self._events.add_scalar(f'{kind}/{name}', value, step)
 
   def close(self) -> None:
@@ -112,8 +119,8 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 def plot_loss(workdir: str | os.PathLike) -> None:
   """Draws `loss.png` from `metrics.jsonl`: losses above, MaxVio below."""
   records = read_metrics(workdir)
-  train = [r for r in records if r['kind'] == 'train']
-  held = [r for r in records if r['kind'] == 'eval']
+  train = [record for record in records if record['kind'] == 'train']
+  held = [record for record in records if record['kind'] == 'eval']
   column = lambda rows, name: [row[name] for row in rows]
   tokens = column(train, 'tokens')
   picture = figure.Figure(figsize=(8, 6), layout='constrained')

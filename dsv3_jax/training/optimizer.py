@@ -79,6 +79,6 @@ def adamw(cfg: config.OptimConfig) -> AdamW:
 def is_decayed(path: tuple[Any, ...]) -> bool:
   """True for matrices, False for norm weights.
 
-  Told by the last key, as stacked layers give every weight one dim more.
+  The last key decides, as stacked layers give every weight one more dim.
   """
   return not path[-1].key.endswith('norm')

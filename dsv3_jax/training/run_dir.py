@@ -12,7 +12,7 @@ from dsv3_jax import config, errors
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import tokenizer as tokenizers
 
-# What may change when a run goes on; the rest is fixed by its first start.
+# What may change when a run resumes; the rest is fixed by its first start.
 _MAY_CHANGE = (
   'train.total_tokens',
   'train.log_every',
@@ -23,7 +23,7 @@ _MAY_CHANGE = (
   'eval.',
   'sample.',
   'parallel.',
-  # Their content is guarded by the fingerprint.
+  # The fingerprint checks their content.
   'data.cache_dir',
   'data.source',
   'data.tokenizer',
@@ -112,7 +112,7 @@ def write_config(cfg: config.Config, workdir: pathlib.Path) -> None:
 def tokenizer(
   cfg: config.DataConfig, corpus: corpora.Corpus, workdir: pathlib.Path
 ) -> tokenizers.Tokenizer:
-  """The run's own, from its first start on; else `data.tokenizer`.
+  """The run's own tokenizer if it has one; else `data.tokenizer`.
 
   Raises:
     InputError: a damaged file, or `data.tokenizer` is not the run's any more.
@@ -120,15 +120,15 @@ def tokenizer(
   path = workdir / 'tokenizer.json'
   if not path.exists():
     return corpora.load_tokenizer(cfg, corpus)
-  found = tokenizers.Tokenizer.from_file(path)
+  own = tokenizers.Tokenizer.from_file(path)
   if cfg.tokenizer:
     given = tokenizers.Tokenizer.from_file(cfg.tokenizer)
-    if given.text != found.text:
+    if given.text != own.text:
       raise errors.InputError(
         f'data.tokenizer={cfg.tokenizer!r} differs from {path}, with which the '
         'run began: name another --workdir, or restore the file'
       )
-  return found
+  return own
 
 
 def fingerprint(
@@ -142,10 +142,10 @@ def fingerprint(
 def check_fingerprint(
   now: dict[str, str], then: dict[str, str], workdir: pathlib.Path
 ) -> None:
-  """Refuses to go on with other data: the stream would shift unseen.
+  """Checks that the data is that of the checkpoint.
 
   Raises:
-    InputError: corpus or tokenizer is not that of the checkpoint.
+    InputError: it is not; the stream of tokens would be another.
   """
   for name, value in then.items():
     if now[name] != value:

@@ -1,4 +1,4 @@
-"""The text that a training run ends with: continuations of `sample.prompts`."""
+"""Continuations of `sample.prompts`, written at the end of a training run."""
 
 from typing import Any
 
@@ -13,10 +13,10 @@ RULE = '\n' + '-' * 72 + '\n'
 
 
 def check(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> None:
-  """Checks that what is to be sampled at the end can be.
+  """Checks that the prompts can be continued.
 
   Raises:
-    InputError: a prompt that the model has no room for.
+    InputError: a prompt is too long for the model.
   """
   if not cfg.sample.prompts:
     return
@@ -33,13 +33,13 @@ def make(
   """Continues all prompts, on the first device of the first process.
 
   Args:
-    state: in the model's form. All processes must call this: arrays of which
-      each has a part are brought together; then the others are done: ''.
+    state: in the model's form. All processes must call this, as sharded arrays
+      are gathered. All but the first then get ''.
   """
   params, router = _on_first_device((state['params'], state['router']))
   if processes.index():
     return ''
-  made = generate.Generator(cfg, params, router).generate(
+  output = generate.Generator(cfg, params, router).generate(
     _prompts(cfg, tokenizer),
     cfg.sample.max_new_tokens,
     temperature=cfg.sample.temperature,
@@ -49,7 +49,7 @@ def make(
   )
   return RULE.join(
     prompt + tokenizer.decode(row, skip_special=True)
-    for prompt, row in zip(cfg.sample.prompts, made.tokens, strict=True)
+    for prompt, row in zip(cfg.sample.prompts, output.tokens, strict=True)
   )
 
 
@@ -61,13 +61,13 @@ def _prompts(
 
 
 def _on_first_device(tree: Any) -> Any:
-  """Whole arrays there; one by one, as meanwhile every device has them."""
+  """Gathers arrays there, one by one: each is replicated for a moment."""
   device = jax.local_devices()[0]
 
   def move(x):
     if not x.is_fully_addressable:
-      whole = jax.sharding.NamedSharding(x.sharding.mesh, sharding.Spec())
-      gather = jax.jit(lambda x: x, out_shardings=whole)
+      replicated = jax.sharding.NamedSharding(x.sharding.mesh, sharding.Spec())
+      gather = jax.jit(lambda x: x, out_shardings=replicated)
       x = processes.compile_then_barrier(gather)(x).addressable_data(0)
     if processes.index():
       return None

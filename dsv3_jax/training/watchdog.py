@@ -1,4 +1,4 @@
-"""What watches over a run from outside the step: signals and a watchdog."""
+"""Signals that stop a run, and a watchdog that ends one that hangs."""
 
 import faulthandler
 import os
@@ -22,8 +22,9 @@ class Stopped(Exception):
 class Watchdog:
   """Ends the process when nothing called `beat` for `seconds`; 0 is off.
 
-  A thread of its own, so that it also fires while the main thread is blocked in
-  native code. Ends by `os._exit`: what hangs cannot be asked to clean up.
+  It has a thread of its own, so that it fires even while the main thread is
+  blocked in native code. It ends by `os._exit`: a process that hangs cannot
+  clean up.
   """
 
   def __init__(self, seconds: float):
@@ -46,7 +47,7 @@ class Watchdog:
       self._thread.join()
 
   def beat(self) -> None:
-    """Says that the run is alive."""
+    """Reports that the run is alive."""
     self._last = time.monotonic()
 
   def _watch(self) -> None:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.nn import model
+from dsv3_jax.ops import mtp_loss
 
 MTP_WEIGHT = 0.7  # lambda; large, so that MTP counts in every gradient
 
@@ -67,7 +68,7 @@ def make_batch(cfg, samples, seed=1):
 def scales_of(cfg, weights, segments):
   """Scales of a step whose micro-batches are all given."""
   args = (cfg.model.mtp, weights, segments, cfg.data.isolate_samples)
-  return model.loss_scales(*args) | {'mtp_weight': jnp.float32(MTP_WEIGHT)}
+  return mtp_loss.loss_scales(*args) | {'mtp_weight': jnp.float32(MTP_WEIGHT)}
 
 
 @functools.cache

@@ -38,8 +38,8 @@ def test_evaluation_is_that_of_one_device():
 def test_masters_are_cut_over_context():
   """Nothing of the compute form is: `context` holds tokens, not weights."""
   cfg = layouts.make_config({'context': 2, 'expert': 2}, {})
-  told = json.loads(sharding_report.render(cfg, as_json=True))
-  assert not any('context' in row['compute'] for row in told['arrays'])
-  cut = [row for row in told['arrays'] if 'context' in row['master']]
+  metrics = json.loads(sharding_report.render(cfg, as_json=True))
+  assert not any('context' in row['compute'] for row in metrics['arrays'])
+  cut = [row for row in metrics['arrays'] if 'context' in row['master']]
   elements = sum(row['elements'] for row in cut)
-  assert elements > 0.9 * told['total']['elements']
+  assert elements > 0.9 * metrics['total']['elements']

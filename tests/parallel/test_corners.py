@@ -34,7 +34,7 @@ def trained(**axes):
   guard = state['guard'] | {'count': jnp.int32(60), 'mean': jnp.float32(3.5)}
   state['guard'] = guard | {'variance': jnp.float32(0.01)}
   state = jax.device_put(state, trainer.shardings())
-  step, told, compiled = trainer.jit(), [], []
+  step, values, compiled = trainer.jit(), [], []
   hyper = {name: jnp.float32(x) for name, x in layouts.HYPER.items()}
   for number, count in enumerate((4, 8, 6, 8, 8)):
     batch = layouts.batch(cfg, number)
@@ -49,20 +49,20 @@ def trained(**axes):
       state['params']['final_norm']['norm'] *= jnp.float32(np.nan)
       state = jax.device_put(state, trainer.shardings())
     batch = jax.device_put(batch, trainer.batch_sharding())
-    state, out = step(state, batch, trainer.plan.amount(count), hyper)
-    told.append(jax.device_get(out))
+    state, out = step(state, batch, trainer.num_microbatches(count), hyper)
+    values.append(jax.device_get(out))
     compiled.append(step._cache_size())
-  return told, compiled
+  return values, compiled
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_ramp_padding_spike_and_nan_are_as_on_one_device():
-  told, compiled = trained(**AXES)
+  values, compiled = trained(**AXES)
   want, _ = trained()
   assert compiled == [1] * 5  # the table is an input
-  for got, one in zip(told[:4], want[:4], strict=True):
+  for got, one in zip(values[:4], want[:4], strict=True):
     assert max(layouts.error(got[name], one[name]) for name in one) < 2e-6
   assert [bool(x['skipped']) for x in want] == [0, 0, 0, 1, 0]
-  assert [bool(x['skipped']) for x in told] == [0, 0, 0, 1, 0]
-  assert [bool(x['halted']) for x in told] == [0, 0, 0, 0, 1]
+  assert [bool(x['skipped']) for x in values] == [0, 0, 0, 1, 0]
+  assert [bool(x['halted']) for x in values] == [0, 0, 0, 0, 1]

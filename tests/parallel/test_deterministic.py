@@ -32,22 +32,22 @@ def losses(deterministic, **axes):
   cfg = layouts.make_config(axes, changes)
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   state = jax.device_put(layouts.start(cfg), trainer.shardings())
-  step, found = trainer.jit(), []
+  step, results = trainer.jit(), []
   hyper = {name: jnp.float32(x) for name, x in layouts.HYPER.items()}
   for number in range(STEPS):
     batch = layouts.batch(cfg, number)
     batch = jax.device_put(batch, trainer.batch_sharding())
-    state, told = step(state, batch, trainer.plan.amount(2), hyper)
-    found.append(told)
-  return jax.device_get(found), jax.device_get(state)
+    state, metrics = step(state, batch, trainer.num_microbatches(2), hyper)
+    results.append(metrics)
+  return jax.device_get(results), jax.device_get(state)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('axes', MESHES, ids=str)
 def test_fifty_steps_are_bitwise_equal_on_any_mesh(axes):
-  told, state = losses(True, **axes)
+  metrics, state = losses(True, **axes)
   want, right = losses(True)
-  for number, (got, one) in enumerate(zip(told, want, strict=True)):
+  for number, (got, one) in enumerate(zip(metrics, want, strict=True)):
     for name in one:
       assert got[name].tobytes() == one[name].tobytes(), (number, name)
   assert bool(steps.same_bits(state, right))
@@ -58,6 +58,6 @@ def test_it_is_the_plain_step_to_rounding_which_itself_is_not_bitwise():
   want, _ = losses(True)
   plain, _ = losses(False)
   spread, _ = losses(False, data=2, node=2, expert=2)
-  loss = lambda told: np.array([x['loss'] for x in told])
+  loss = lambda metrics: np.array([x['loss'] for x in metrics])
   np.testing.assert_allclose(loss(want), loss(plain), rtol=1e-4)
   assert np.any(loss(plain) != loss(spread))

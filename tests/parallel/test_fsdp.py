@@ -46,8 +46,10 @@ def test_no_gathered_weight_waits_for_the_backward_pass(remat):
   state = jax.eval_shape(trainer.init, jax.random.key(0))
   batch = jax.eval_shape(lambda: layouts.batch(cfg, 0))
   hyper = {name: jax.ShapeDtypeStruct((), 'float32') for name in layouts.HYPER}
-  amount = jax.ShapeDtypeStruct((), 'int32')
-  text = str(jax.make_jaxpr(trainer.step)(state, batch, amount, hyper))
+  num_microbatches = jax.ShapeDtypeStruct((), 'int32')
+  text = str(
+    jax.make_jaxpr(trainer.step)(state, batch, num_microbatches, hyper)
+  )
   whole = 'f32[16,24]'  # W_up of the dense layer, on one device [16, 3]
   assert re.search(rf'{re.escape(whole)} = all_gather', text)
   scans = re.findall(r'\n *([^\n]*) = scan\[', text)

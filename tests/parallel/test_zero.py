@@ -19,23 +19,23 @@ def place(spec, shape, **sizes):
 
 
 def test_the_largest_dim_that_divides_is_cut_over_all_free_axes():
-  found = place(Spec(None, None), (12, 16))
-  assert found.master == Spec(None, ('data', 'node', 'expert'))
-  assert found.axes == ('data', 'node', 'expert') and found.dim == 1
-  found = place(Spec(None, None), (8, 18))
-  assert found.master == Spec(('data', 'node', 'expert'), None)
+  placement = place(Spec(None, None), (12, 16))
+  assert placement.master == Spec(None, ('data', 'node', 'expert'))
+  assert placement.axes == ('data', 'node', 'expert') and placement.dim == 1
+  placement = place(Spec(None, None), (8, 18))
+  assert placement.master == Spec(('data', 'node', 'expert'), None)
 
 
 def test_experts_are_cut_further_over_data_only():
-  found = place(Spec(('node', 'expert'), None, None), (4, 6, 5))
-  assert found.master == Spec(('node', 'expert'), ('data',), None)
-  assert 'node' not in found.sums and 'data' in found.sums
+  placement = place(Spec(('node', 'expert'), None, None), (4, 6, 5))
+  assert placement.master == Spec(('node', 'expert'), ('data',), None)
+  assert 'node' not in placement.sums and 'data' in placement.sums
 
 
 def test_what_cannot_be_cut_by_all_is_cut_by_some_or_whole():
   assert place(Spec(None), (12,)).axes == ('data', 'node')
-  found = place(Spec(None), (7,))
-  assert (found.axes, found.master) == ((), Spec(None))
+  placement = place(Spec(None), (7,))
+  assert (placement.axes, placement.master) == ((), Spec(None))
   assert place(Spec(None), (16,), data=1, node=1, expert=1).axes == ()
 
 

@@ -45,14 +45,16 @@ def write_first(folder):
 def phase(folder, init_from, num_steps=1, **changes):
   """The 32K phase's `runlocal`, of the same model."""
   source = long_context.get_config('32k,runlocal')
-  found = tiny_run.overrides(folder)
-  found = {name: found[name] for name in _KEPT} | {'model.num_layers': 2}
-  found['checkpoint.init_from'] = str(folder / init_from)
-  found['train.total_tokens'] = num_steps * 4 * source.data.seq_len
-  found['sample.prompts'] = ()
-  found |= {name.replace('__', '.'): x for name, x in changes.items()}
+  overrides = tiny_run.overrides(folder)
+  overrides = {name: overrides[name] for name in _KEPT} | {
+    'model.num_layers': 2
+  }
+  overrides['checkpoint.init_from'] = str(folder / init_from)
+  overrides['train.total_tokens'] = num_steps * 4 * source.data.seq_len
+  overrides['sample.prompts'] = ()
+  overrides |= {name.replace('__', '.'): x for name, x in changes.items()}
   with source.unlocked():
-    source.update_from_flattened_dict(found)
+    source.update_from_flattened_dict(overrides)
   return config.from_config_dict(source)
 
 
@@ -74,8 +76,8 @@ def test_a_phase_starts_with_weights_and_biases_alone(tmp_path):
   assert not any(np.any(x) for x in jax.tree.leaves(state['opt']))
 
   other = phase(tmp_path, 'first', model__d_model=16)
-  said = r"init_from='.*first'.*w_dkv is \[1, 32, 40\], wanted \[1, 16, 40\]"
-  with pytest.raises(errors.InputError, match=said):
+  message = r"init_from='.*first'.*w_dkv is \[1, 32, 40\], wanted \[1, 16, 40\]"
+  with pytest.raises(errors.InputError, match=message):
     loop.run(other, tmp_path / 'second')
   with pytest.raises(errors.InputError, match=r"init_from='.*none'.*cannot be"):
     loop.run(phase(tmp_path, 'none'), tmp_path / 'second')

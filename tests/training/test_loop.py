@@ -56,29 +56,29 @@ def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
   monkeypatch.setattr(lr_schedule, 'lr_at', broken)
   with pytest.raises(loop.NonFiniteError) as caught:
     loop.run(cfg, workdir)
-  step, said = caught.value.args
+  step, values = caught.value.args
   assert step == 8  # step 7 wrote NaN weights, step 8's loss showed it
-  assert not np.isfinite(said['loss'])
+  assert not np.isfinite(values['loss'])
   assert store.Store(workdir / 'checkpoints', keep=10).steps() == [5]
   got, _ = tiny_run.committed(cfg, workdir, 5)
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.parametrize(
-  ('changes', 'said'),
+  ('changes', 'message'),
   [
     ({'data__tokenizer': 'big'}, 'model.vocab_size=512 must be >= 600'),
     ({'sample__prompts': ('def ' * 99,)}, 'sample.prompts: prompt 0 has'),
   ],
 )
-def test_refused_before_a_workdir_is_made(folder, tmp_path, changes, said):
+def test_refused_before_a_workdir_is_made(folder, tmp_path, changes, message):
   tiny_run.make(folder)  # writes the corpus
   if 'data__tokenizer' in changes:
     texts = [p.read_text() for p in (folder / 'corpus').glob('*.txt')]
     tokenizers.train(texts, 600).save(tmp_path / 'big.json')
     changes = {'data__tokenizer': str(tmp_path / 'big.json')}
   cfg = tiny_run.make(folder, **changes)
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+  with pytest.raises(errors.InputError, match=re.escape(message)):
     loop.run(cfg, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 

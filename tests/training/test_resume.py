@@ -11,6 +11,7 @@ import pytest
 from dsv3_jax import errors
 from dsv3_jax.checkpoint import store
 from dsv3_jax.training import loop, lr_schedule, metrics
+from dsv3_jax.training import step as steps
 from tests import tiny_run
 
 pytestmark = pytest.mark.usefixtures('optimized')
@@ -49,6 +50,14 @@ def test_resume_is_bitwise(folder):
     assert (straight / name).stat().st_size > 0
   first, *_, last = tiny_run.read_metrics(straight)
   assert last['loss'] < first['loss'] - 0.5
+
+
+def test_checkpoints_keep_the_names_of_their_arrays(folder):
+  """An older run resumes: its spike state is under 'guard'."""
+  state = steps.state_shapes(tiny_run.make(folder))
+  assert sorted(state) == ['guard', 'opt', 'params', 'router']
+  names = ['count', 'halted', 'mean', 'skips', 'variance']
+  assert sorted(state['guard']) == names
 
 
 def test_going_back_makes_the_later_steps_anew(folder):

@@ -1,12 +1,11 @@
-"""Buffers of what one action of a stage leaves to a later one of it.
+"""Buffers of what one pass of a stage saves for a later one.
 
-A rank runs stages of several kinds, and stages of one kind are on several
-ranks. As one program serves all, every rank has room for every kind: arrays of
-one shape and type share a buffer, and a slot has as many of them as the kind
-that has most. So a rank keeps as many slots as it has micro-batches under way,
-of whichever stage.
+A rank runs stages of several kinds. As one program serves all ranks, every rank
+has room for every kind: arrays of one shape and dtype share a buffer, and a
+slot has as many of them as the kind that has most. So a rank needs as many
+slots as it has micro-batches under way, of whichever stage.
 
-Letters: s slots, n places for arrays of one shape.
+Dims of a buffer: s slots, n places for arrays of one shape, then the shape.
 """
 
 import collections
@@ -18,8 +17,8 @@ import jax.numpy as jnp
 Buffers = dict[str, jax.Array]
 
 
-class Pool:
-  """Where the arrays of each kind are in the buffers of all."""
+class ActivationBuffers:
+  """Where the arrays of each kind are in the shared buffers."""
 
   def __init__(self, shapes: Mapping[Hashable, Sequence]):
     """Args: shapes: of the arrays (`.shape` and `.dtype`) of every kind."""
@@ -36,7 +35,7 @@ class Pool:
       self._most |= used  # the larger of both counts
 
   def empty(self, slots: int) -> Buffers:
-    """[s, n, ...] by shape."""
+    """Zeros, [s, n, ...] by shape."""
     return {
       name: jnp.zeros((slots, self._most[name], *aval.shape), aval.dtype)
       for name, aval in self._avals.items()
@@ -58,12 +57,26 @@ class Pool:
     self, buffers: Buffers, kind: Hashable, slot: jax.Array
   ) -> list[jax.Array]:
     """The arrays of a kind out of a slot."""
-    found = []
+    arrays = []
     for name, n in self._places[kind]:
       buffer = buffers[name]
       at, size = (slot, n, *[0] * (buffer.ndim - 2)), buffer.shape[2:]
       x = jax.lax.dynamic_slice(
         buffer, at, (1, 1, *size), allow_negative_indices=False
       )
-      found.append(x.reshape(size))
-    return found
+      arrays.append(x.reshape(size))
+    return arrays
+
+
+def read_slot(buffer: jax.Array, slot: jax.Array) -> jax.Array:
+  """The array in a slot, which is not negative."""
+  return jax.lax.dynamic_index_in_dim(
+    buffer, slot, keepdims=False, allow_negative_indices=False
+  )
+
+
+def write_slot(buffer: jax.Array, slot: jax.Array, x: jax.Array) -> jax.Array:
+  """The buffer with x in a slot, which is not negative."""
+  return jax.lax.dynamic_update_index_in_dim(
+    buffer, x, slot, 0, allow_negative_indices=False
+  )

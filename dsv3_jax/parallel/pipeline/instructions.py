@@ -1,12 +1,15 @@
-"""A schedule in numbers: the table that one SPMD program runs.
+"""A schedule as arrays of numbers: the table that one SPMD program runs.
 
 `compile_schedule` turns a schedule into int32 arrays: for every tick and rank
-which branch to run, on which chunk and micro-batch, and in which slots of the
-rank's buffers its operands are. Slots are given out so that each buffer has as
-many as are ever in use together. The arrays are inputs of the compiled step: a
-batch ramp changes them and compiles nothing anew.
+which branch to run, on which micro-batch, and in which slots of the rank's
+buffers its operands are. A slot is used again once its value has been read, so
+that each buffer has as many slots as values are ever live together. The arrays
+are inputs of the compiled step: a batch ramp changes them and compiles nothing
+anew.
 
-A buffer has one slot more, the last: what nobody wants is written there.
+A buffer has one more slot, the last. Arrivals that no one reads go there.
+
+Dims of the arrays: tick, rank or direction, field. P counts ranks.
 """
 
 import dataclasses
@@ -21,18 +24,19 @@ from dsv3_jax.parallel.schedules import actions
 from dsv3_jax.parallel.schedules import ticks as tick_tables
 from dsv3_jax.parallel.schedules.actions import Action, Schedule
 
-# Of each tick and rank. in: activation that F reads. kept: what F leaves to the
-# backward pass. grad: the output's gradient, of the next stage or of the head.
-# carry: what I leaves to W. head: where the head puts its gradient.
+# Of each tick and rank: the branch, then operands of its forward and backward.
+# in: the slot of the activation that F reads. residuals: what F saves for the
+# backward pass. grad: gradient of the output, by the next stage or the head.
+# carry: what I saves for W.
 FIELDS = (
   'branch',
   'f_microbatch',
   'f_direction',
   'f_in',
-  'f_kept',
+  'f_residuals',
   'b_microbatch',
   'b_direction',
-  'b_kept',
+  'b_residuals',
   'b_grad',
   'b_carry',
 )
@@ -40,21 +44,22 @@ FIELDS = (
 GLOBALS = ('first_f', 'last_f', 'first_b', 'last_b')
 
 
-class Lane(NamedTuple):
-  """A way from rank to rank: 'y' (activations) or 'dx', +1, -1 or 0 ranks on.
+class Transfer(NamedTuple):
+  """What goes from each rank to the one `hop` ranks on, every tick.
 
-  0 is the turn of a V: to the rank itself.
+  payload: 'y' (activations) or 'dx' (their gradients). hop: +1, -1, or 0 for
+  the turn of a V, from a rank to itself.
   """
 
-  what: str
+  payload: str
   hop: int
 
 
-class Half(NamedTuple):
+class StagePass(NamedTuple):
   """One pass through one of the rank's stages.
 
-  part: 'F', 'B', 'I' or 'W'. chunk: which of the rank's stages, in the order of
-  the forward pass. kind: index of `Program.kinds`.
+  part: 'F', 'B', or a half of B: 'I' or 'W'. chunk: which of the rank's stages,
+  in the order of the forward pass. kind: index of `PipelineProgram.kinds`.
   """
 
   part: str
@@ -62,42 +67,47 @@ class Half(NamedTuple):
   kind: int
 
 
-class Branch(NamedTuple):
-  """What a rank does in a tick, up to numbers; (None, None) is idle."""
+class TickBranch(NamedTuple):
+  """What a rank runs in a tick, without the numbers; (None, None) is idle."""
 
-  forward: Half | None
-  backward: Half | None
+  forward: StagePass | None
+  backward: StagePass | None
+
+  @property
+  def overlapped(self) -> bool:
+    """A forward and a backward, which share the buffers."""
+    return self.forward is not None and self.backward is not None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Program:
+class PipelineProgram:
   """A schedule as arrays.
 
   kinds: of stages that differ in what they run, as given. branches: all that
-  occur; branch 0 is idle. lanes: ways that are used. slots: of each buffer.
-  fields_TRf: see `FIELDS`, then the slot for what arrives by each lane, then
-  the slot for the head's gradient of each direction. globals_Tdg: see
-  `GLOBALS`, -1 where none.
+  occur; branch 0 is idle. transfers: all that are used. slots: of each buffer.
+  fields_tick_rank: `FIELDS`, then the slot for what arrives by each transfer,
+  then the slot for the head's gradient of each direction.
+  globals_tick_direction: `GLOBALS`, -1 where none.
   """
 
   schedule: Schedule
   kinds: tuple
-  branches: tuple[Branch, ...]
-  lanes: tuple[Lane, ...]
+  branches: tuple[TickBranch, ...]
+  transfers: tuple[Transfer, ...]
   slots: dict[str, int]
-  fields_TRf: np.ndarray
-  globals_Tdg: np.ndarray
+  fields_tick_rank: np.ndarray
+  globals_tick_direction: np.ndarray
 
 
 def compile_schedule(
   schedule: Schedule,
   kind_of: tuple[object, ...],
-  known: tuple[Branch, ...] = (Branch(None, None),),
-) -> Program:
+  known: tuple[TickBranch, ...] = (TickBranch(None, None),),
+) -> PipelineProgram:
   """The arrays of a schedule.
 
   Args:
-    kind_of: for each stage what tells its program from that of others.
+    kind_of: for each stage what distinguishes its program from others.
     known: branches to be numbered first: those of a compiled program.
   """
   kinds = tuple(dict.fromkeys(kind_of))
@@ -106,8 +116,8 @@ def compile_schedule(
   branches = list(known)
   shape = (events.ticks, schedule.ranks, len(FIELDS))
   fields = np.zeros(shape, np.int32)
-  lanes = _lanes(schedule)
-  slots = _Slots(events, lanes)
+  transfers = _transfers(schedule)
+  slots = _Slots(events, transfers)
   for tick, rank, action in events.all():
     row = fields[tick, rank]
     branch = _branch(events, action, numbers)
@@ -117,27 +127,29 @@ def compile_schedule(
     for name, value in slots.operands(action).items():
       row[FIELDS.index(name)] = value
   arrivals = slots.arrivals()
-  return Program(
+  return PipelineProgram(
     schedule=schedule,
     kinds=kinds,
     branches=tuple(branches),
-    lanes=lanes,
+    transfers=transfers,
     slots=slots.counts,
-    fields_TRf=np.concatenate([fields, arrivals], axis=-1),
-    globals_Tdg=events.globals(),
+    fields_tick_rank=np.concatenate([fields, arrivals], axis=-1),
+    globals_tick_direction=events.globals(),
   )
 
 
-def _branch(events: '_Events', action: Action, numbers: list[int]) -> Branch:
+def _branch(
+  events: '_Events', action: Action, numbers: list[int]
+) -> TickBranch:
   def half(part, task):
     if task is None:
       return None
-    return Half(part, events.chunk(task), numbers[task.stage])
+    return StagePass(part, events.chunk(task), numbers[task.stage])
 
-  paired = action.kind == actions.PAIR
-  return Branch(
+  overlapped = action.kind == actions.OVERLAPPED
+  return TickBranch(
     half(actions.FORWARD, action.forward),
-    half(actions.BACKWARD if paired else action.kind, action.backward),
+    half(actions.BACKWARD if overlapped else action.kind, action.backward),
   )
 
 
@@ -145,7 +157,7 @@ def _branch(events: '_Events', action: Action, numbers: list[int]) -> Branch:
 def chunks(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
   """The stages of each rank, ascending.
 
-  So that both halves of DualPipe's ranks run the same branches.
+  In this order both halves of DualPipe's ranks run the same branches.
   """
   return tuple(
     tuple(sorted(schedule.held(rank))) for rank in range(schedule.ranks)
@@ -155,7 +167,7 @@ def chunks(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
 class _Events:
   """When each task's forward, backward (or input half) and weight half run."""
 
-  def __init__(self, schedule: Schedule, table: tick_tables.Table):
+  def __init__(self, schedule: Schedule, table: tick_tables.TickTable):
     self.schedule, self.table, self.ticks = schedule, table, len(table)
     self.forward, self.backward, self.weight = {}, {}, {}
     for tick, _, action in self.all():
@@ -182,35 +194,39 @@ class _Events:
 
   def globals(self) -> np.ndarray:
     """See `GLOBALS`."""
-    ways = len(self.schedule.homes)
-    found = np.full((self.ticks, ways, len(GLOBALS)), -1, np.int32)
+    directions = len(self.schedule.homes)
+    globals_ = np.full((self.ticks, directions, len(GLOBALS)), -1, np.int32)
     last = self.schedule.stages - 1
     for name, when in (('f', self.forward), ('b', self.backward)):
       for task, tick in when.items():
-        way = self.schedule.direction(task.microbatch)
+        direction = self.schedule.direction(task.microbatch)
         if task.stage == 0:
-          found[tick, way, GLOBALS.index(f'first_{name}')] = task.microbatch
+          globals_[tick, direction, GLOBALS.index(f'first_{name}')] = (
+            task.microbatch
+          )
         if task.stage == last:
-          found[tick, way, GLOBALS.index(f'last_{name}')] = task.microbatch
-    return found
+          globals_[tick, direction, GLOBALS.index(f'last_{name}')] = (
+            task.microbatch
+          )
+    return globals_
 
 
-def _lanes(schedule: Schedule) -> tuple[Lane, ...]:
-  """Ways between the homes of neighbouring stages, forward and back."""
-  found, ranks = [], schedule.ranks
+def _transfers(schedule: Schedule) -> tuple[Transfer, ...]:
+  """Transfers between the ranks of neighbouring stages, both ways."""
+  transfers, ranks = [], schedule.ranks
   for home in schedule.homes:
     for here, there in itertools.pairwise(home):
       # From the last rank to the first is one hop of a ring.
       hop = (there - here + 1) % ranks - 1 if ranks > 2 else there - here
-      found += [Lane('y', hop), Lane('dx', -hop)]
-  return tuple(dict.fromkeys(found))
+      transfers += [Transfer('y', hop), Transfer('dx', -hop)]
+  return tuple(dict.fromkeys(transfers))
 
 
 class _Slots:
-  """Which slot of which buffer each value is in, from when to when."""
+  """In which slot of which buffer each value is, and in which ticks."""
 
-  def __init__(self, events: _Events, lanes: tuple[Lane, ...]):
-    self._events, self._lanes = events, lanes
+  def __init__(self, events: _Events, transfers: tuple[Transfer, ...]):
+    self._events, self._transfers = events, transfers
     last = events.schedule.stages - 1
     lives = {}  # buffer -> rank -> [(begin, end, task)]
 
@@ -220,7 +236,7 @@ class _Slots:
 
     for task, tick in events.forward.items():
       back = events.backward[task]
-      live('kept', task, tick, back)  # backward halves run first
+      live('residuals', task, tick, back)  # backward halves run first
       if task.stage < last:
         after = actions.task(task.stage + 1, task.microbatch)
         live('in', after, tick, events.forward[after])
@@ -239,65 +255,65 @@ class _Slots:
       self.counts[buffer] = count
 
   def operands(self, action: Action) -> dict[str, int]:
-    """Fields of an action but its branch."""
-    events, found = self._events, {}
-    way = events.schedule.direction
+    """Fields of an action, without its branch."""
+    events, fields = self._events, {}
+    direction = events.schedule.direction
     if (task := action.forward) is not None:
       first = task.stage == 0
-      found |= {
+      fields |= {
         'f_microbatch': task.microbatch,
-        'f_direction': way(task.microbatch),
+        'f_direction': direction(task.microbatch),
         'f_in': 0 if first else self._slot['in', task],
-        'f_kept': self._slot['kept', task],
+        'f_residuals': self._slot['residuals', task],
       }
     if (task := action.backward) is not None:
-      found |= {
+      fields |= {
         'b_microbatch': task.microbatch,
-        'b_direction': way(task.microbatch),
+        'b_direction': direction(task.microbatch),
       }
       if action.kind != actions.WEIGHT:
         last = task.stage == events.schedule.stages - 1
-        found['b_kept'] = self._slot['kept', task]
-        found['b_grad'] = self._slot['head' if last else 'grad', task]
+        fields['b_residuals'] = self._slot['residuals', task]
+        fields['b_grad'] = self._slot['head' if last else 'grad', task]
       if action.kind in (actions.INPUT, actions.WEIGHT):
-        found['b_carry'] = self._slot['carry', task]
-    return found
+        fields['b_carry'] = self._slot['carry', task]
+    return fields
 
   def arrivals(self) -> np.ndarray:
-    """[T, R, lanes + directions]: where what arrives at a tick's end goes."""
+    """[ticks, P, transfers + directions]: slots of what arrives."""
     events, schedule = self._events, self._events.schedule
-    ways, last = len(schedule.homes), schedule.stages - 1
-    width = len(self._lanes) + ways
-    found = np.zeros((events.ticks, schedule.ranks, width), np.int32)
-    for at, lane in enumerate(self._lanes):
-      buffer = {'y': 'in', 'dx': 'grad'}[lane.what]
-      found[..., at] = self.counts.get(buffer, 0)
-    found[..., len(self._lanes) :] = self.counts['head']
+    directions, last = len(schedule.homes), schedule.stages - 1
+    width = len(self._transfers) + directions
+    slots = np.zeros((events.ticks, schedule.ranks, width), np.int32)
+    for at, transfer in enumerate(self._transfers):
+      buffer = {'y': 'in', 'dx': 'grad'}[transfer.payload]
+      slots[..., at] = self.counts.get(buffer, 0)
+    slots[..., len(self._transfers) :] = self.counts['head']
     for task, tick in events.forward.items():
       here = events.home(task)
       if task.stage == last:
-        way = schedule.direction(task.microbatch)
+        direction = schedule.direction(task.microbatch)
         slot = self._slot['head', task]
-        found[tick, here, len(self._lanes) + way] = slot
+        slots[tick, here, len(self._transfers) + direction] = slot
         continue
       after = actions.task(task.stage + 1, task.microbatch)
-      lane = self._lane('y', here, events.home(after))
-      found[tick, events.home(after), lane] = self._slot['in', after]
+      transfer = self._transfer('y', here, events.home(after))
+      slots[tick, events.home(after), transfer] = self._slot['in', after]
     for task, tick in events.backward.items():
       if task.stage:
         before = actions.task(task.stage - 1, task.microbatch)
-        lane = self._lane('dx', events.home(task), events.home(before))
-        found[tick, events.home(before), lane] = self._slot['grad', before]
-    return found
+        transfer = self._transfer('dx', events.home(task), events.home(before))
+        slots[tick, events.home(before), transfer] = self._slot['grad', before]
+    return slots
 
-  def _lane(self, what: str, here: int, there: int) -> int:
+  def _transfer(self, payload: str, here: int, there: int) -> int:
     ranks = self._events.schedule.ranks
     hop = (there - here + 1) % ranks - 1 if ranks > 2 else there - here
-    return self._lanes.index(Lane(what, hop))
+    return self._transfers.index(Transfer(payload, hop))
 
 
 def _colour(spans: list[tuple[int, int, actions.Task]]) -> dict:
-  """A slot for each span [begin, end); those that overlap have different."""
+  """A slot for each span [begin, end); overlapping spans get different ones."""
   ends: list[int] = []
   placed = {}
   for begin, end, task in sorted(spans, key=lambda span: span[:2]):

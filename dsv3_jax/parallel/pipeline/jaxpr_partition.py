@@ -1,12 +1,11 @@
 """Programs as flat lists of jaxpr equations, and where to cut them in two.
 
-What an early part makes and a late part reads crosses the cut and is stored in
-between. `cut` stores the fewest bytes, under the rule that no equation runs
-twice, except where that costs nothing: those of `_LAYOUT`, which only copy or
-cast, and what follows from `given` alone (parameters) by `_LIGHT` equations or
-by gathering it from other devices.
-An early part may also do `_LIGHT` equations of the late one: a sum over tokens
-or a cast to FP8 is smaller than what it is made from.
+Values that the early part computes and the late part reads cross the cut and
+are stored in between. `cut` stores the fewest bytes. No equation runs twice,
+except where that is cheap: equations of `_LAYOUT`, which only copy or cast, and
+`_LIGHT` equations and all-gathers of `given` alone (parameters).
+The early part may also run `_LIGHT` equations of the late one: a sum over
+tokens or a cast to FP8 is smaller than its operand.
 """
 
 import math
@@ -28,8 +27,8 @@ _CALLS = (
   core.primitives.custom_jvp_call_p,
   core.primitives.custom_vjp_call_p,
 )
-_ENDLESS = 1 << 62  # bytes; of what must not be cut
-# Copies and casts: to do them twice costs less than to store their results.
+_INFINITE = 1 << 62  # bytes; of what must not be cut
+# Copies and casts: running them twice costs less than storing their results.
 _LAYOUT = """
 broadcast_in_dim convert_element_type copy expand_dims name pvary reshape
 squeeze transpose
@@ -49,10 +48,10 @@ _LIGHT = _LAYOUT.union(_LIGHT.split())
 _GATHERS = _LIGHT.union(['all_gather'])
 
 
-class Program(NamedTuple):
+class InlinedProgram(NamedTuple):
   """Equations in an order of execution, without calls.
 
-  consts: values of variables that are neither made nor inputs.
+  consts: values of variables that are neither computed nor inputs.
   """
 
   equations: list[Equation]
@@ -60,7 +59,7 @@ class Program(NamedTuple):
   consts: dict[core.Var, Any]
 
 
-class Cut(NamedTuple):
+class ProgramCut(NamedTuple):
   """Equations of both parts, and the variables that cross."""
 
   early: list[Equation]
@@ -68,7 +67,7 @@ class Cut(NamedTuple):
   crossing: list[core.Var]
 
 
-def inline(closed: core.ClosedJaxpr, inputs: Sequence[Atom]) -> Program:
+def inline(closed: core.ClosedJaxpr, inputs: Sequence[Atom]) -> InlinedProgram:
   """The jaxpr on other inputs, with the bodies of calls in their place.
 
   `jit`, `remat` and custom derivatives are calls; `scan`, `while`, `cond`,
@@ -87,17 +86,17 @@ def inline(closed: core.ClosedJaxpr, inputs: Sequence[Atom]) -> Program:
       names = source.name_stack
       names = names if scope is None else scope + names
       if eqn.primitive in _CALLS:
-        made = walk(*_callee(eqn), args, names)
+        results = walk(*_callee(eqn), args, names)
       else:
-        made = [core.Var(var.aval) for var in eqn.outvars]
+        results = [core.Var(var.aval) for var in eqn.outvars]
         source = source.replace(name_stack=names)
-        new = eqn.replace(invars=args, outvars=made, source_info=source)
+        new = eqn.replace(invars=args, outvars=results, source_info=source)
         equations.append(new)
-      env.update(zip(eqn.outvars, made, strict=True))
+      env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
   outputs = walk(closed.jaxpr, closed.consts, inputs, None)
-  return Program(equations, outputs, consts)
+  return InlinedProgram(equations, outputs, consts)
 
 
 def _callee(eqn):
@@ -140,18 +139,18 @@ def needed(
   equations: Sequence[Equation], outputs: Iterable[Atom]
 ) -> list[Equation]:
   """Those equations on which the outputs depend."""
-  live, found = set(variables(outputs)), []
+  live, kept = set(variables(outputs)), []
   for eqn in reversed(equations):
     if live.intersection(eqn.outvars):
       live.update(variables(eqn.invars))
-      found.append(eqn)
-  return found[::-1]
+      kept.append(eqn)
+  return kept[::-1]
 
 
 def derivable(
   equations: Sequence[Equation], given: Iterable[core.Var]
 ) -> set[core.Var]:
-  """`given`, and what light equations and gathers make of it alone."""
+  """`given`, and what follows from it by light equations and all-gathers."""
   known = set(given)
   for eqn in equations:
     if _is(eqn, _GATHERS) and known.issuperset(variables(eqn.invars)):
@@ -174,7 +173,7 @@ def cut(
   outputs: Iterable[Atom],
   given: Iterable[core.Var],
   unknown: Iterable[core.Var] = (),
-) -> Cut:
+) -> ProgramCut:
   """Finds what to store between two parts of a program.
 
   Args:
@@ -183,8 +182,8 @@ def cut(
     given: inputs of both parts.
     unknown: inputs of the late part only.
   Returns:
-    In `early`, its equations and those of the late part that it may need; in
-    `late`, those needed, copies of early ones among them.
+    In `early`, its equations and those moved from the late part; in `late`, the
+    equations needed, copies of early ones among them.
   """
   outputs, known = list(outputs), derivable([*early, *late], given)
   late = needed([*_repeatable(early, known), *late], outputs)
@@ -197,22 +196,22 @@ def cut(
     and (id(eqn) in taken or known.issuperset(eqn.outvars))
   ]
   late = needed([eqn for eqn in late if id(eqn) not in taken], outputs)
-  made = {var for eqn in late for var in eqn.outvars}.union(unknown, known)
+  computed = {var for eqn in late for var in eqn.outvars}.union(unknown, known)
   read = [var for eqn in late for var in variables(eqn.invars)]
   read += variables(outputs)
-  crossing = [var for var in dict.fromkeys(read) if var not in made]
-  return Cut([*early, *moved], late, crossing)
+  crossing = [var for var in dict.fromkeys(read) if var not in computed]
+  return ProgramCut([*early, *moved], late, crossing)
 
 
 def _repeatable(early, known):
-  """Early equations that the late part may do again."""
+  """Early equations that the late part may run again."""
   for eqn in early:
     if _is(eqn, _LAYOUT) or known.issuperset(eqn.outvars):
       yield eqn
 
 
 def _taken(ours, late, outputs, known, unknown):
-  """Identities of the late equations that the early part does.
+  """Identities of the late equations that the early part runs.
 
   Args:
     ours: identities of its own.
@@ -223,19 +222,19 @@ def _taken(ours, late, outputs, known, unknown):
   maker, edges = {}, []
   for eqn in late:
     if known.issuperset(eqn.outvars):
-      continue  # done by whoever needs it
+      continue  # each part that needs it runs it
     read = [v for v in variables(eqn.invars) if v not in known]
     made_by = [maker.get(v, 'early') for v in read]
     movable = _is(eqn, _LIGHT) and 'late' not in made_by
     movable = movable and not unknown.intersection(read)
     node = id(eqn) if movable else 'late'
     maker.update((v, node) for v in eqn.outvars)
-    edges += [(v, node, _ENDLESS) for v in read]
+    edges += [(v, node, _INFINITE) for v in read]
     if movable and id(eqn) not in ours:
-      # It cannot run early on what is made late.
-      edges += [(node, by, _ENDLESS) for by in made_by if by != 'early']
+      # It cannot run early on what is computed late.
+      edges += [(node, by, _INFINITE) for by in made_by if by != 'early']
   stored = [v for v in variables(outputs) if v not in known]
-  edges += [(v, 'late', _ENDLESS) for v in stored]
+  edges += [(v, 'late', _INFINITE) for v in stored]
   tails = dict.fromkeys(tail for tail, _, _ in edges)
   for v in tails:
     if isinstance(v, core.Var) and v not in unknown:

@@ -1,4 +1,4 @@
-"""Which layers go to which stage, so that the slowest stage is fast.
+"""Splits layers into stages so that the slowest stage is as fast as possible.
 
 A pipeline runs at the speed of its slowest stage. Layers cost about the same,
 but the head costs more than a layer, and an MTP module more than two.
@@ -23,7 +23,7 @@ class Costs:
   Attributes:
     layer: of every layer, or one number a layer.
     embedding: on the first stage, on top of its layers.
-    head: on the last stage, likewise; 0 if it is shared out over the stages.
+    head: on the last stage, likewise; 0 if it is sharded over the stages.
     mtp: likewise, with its own pass through the head.
   """
 
@@ -34,16 +34,16 @@ class Costs:
 
 
 def split_layers(num_layers: int, stages: int, costs: Costs) -> Cuts:
-  """Cuts layers into contiguous stages, each with one layer at least.
+  """Splits layers into contiguous stages of at least one layer.
 
-  The largest cost of a stage is as small as can be; among such cuts the sum of
-  squared costs is. Exact, by dynamic programming over (stage, layer).
+  The largest cost of a stage is minimal; among such cuts the sum of squared
+  costs is. Exact, by dynamic programming over (stage, layer).
 
   Returns:
-    Of each stage, its first layer and the one after its last.
+    The first layer of each stage and the one after its last.
 
   Raises:
-    InputError: stages < 1, more stages than layers, or a cost that is negative,
+    InputError: stages < 1, more stages than layers, or costs that are negative,
       not finite, or not one a layer.
   """
   total = _totals(num_layers, stages, costs)
@@ -53,22 +53,22 @@ def split_layers(num_layers: int, stages: int, costs: Costs) -> Cuts:
 
 
 def _totals(num_layers: int, stages: int, costs: Costs) -> list[Cost]:
-  """Cost of the first 0, 1, ... layers, with what their stages do besides."""
+  """Cost of the first 0, 1, ... layers, with embedding, head and MTP."""
   if not 1 <= stages <= num_layers:
     raise errors.InputError(
       f'stages={stages} must be >= 1 and <= '
       f'model.num_layers={num_layers}: each has one layer at least'
     )
   given = costs.layer
-  each = list(given) if isinstance(given, tuple) else [given] * num_layers
-  if len(each) != num_layers:
+  per_layer = list(given) if isinstance(given, tuple) else [given] * num_layers
+  if len(per_layer) != num_layers:
     raise errors.InputError(
-      f'costs.layer has {len(each)} values, model.num_layers={num_layers}'
+      f'costs.layer has {len(per_layer)} values, model.num_layers={num_layers}'
     )
-  for value in (*each, costs.embedding, costs.head, costs.mtp):
+  for value in (*per_layer, costs.embedding, costs.head, costs.mtp):
     if not (value >= 0 and math.isfinite(value)):
       raise errors.InputError(f'cost {value} must be >= 0 and finite')
-  exact = [fractions.Fraction(value) for value in each]
+  exact = [fractions.Fraction(value) for value in per_layer]
   exact[0] += fractions.Fraction(costs.embedding)
   exact[-1] += fractions.Fraction(costs.head) + fractions.Fraction(costs.mtp)
   return list(itertools.accumulate(exact, initial=fractions.Fraction(0)))

@@ -1,4 +1,4 @@
-"""The least cut of a directed graph, by Dinic's algorithm."""
+"""The minimum cut of a directed graph, by Dinic's algorithm."""
 
 from collections.abc import Hashable, Iterable
 
@@ -8,7 +8,7 @@ def source_side(
   source: Hashable,
   sink: Hashable,
 ) -> set:
-  """Nodes on the source's side of a least cut; of several, the smallest side.
+  """Nodes on the source's side of a minimum cut; the smallest such side.
 
   Args:
     edges: from, to, capacity. A cut costs the capacities of all edges from the

@@ -1,30 +1,92 @@
-"""Parameters as a pipeline holds them: by rank, chunk and slot.
+"""In which form a training state holds the model's parameters.
 
-The model has its layers in two stacks, dense and MoE, of any length. A pipeline
-holds them as [R, c, n, ...]: R ranks, of each the c stages whose masters it
-has, of each stage n slots, as many as the fullest stage needs; slots beyond a
-stage's own layers are zeros and nothing ever reads them. Everything that is no
-layer stays as it is. Both ways are exact.
+Without a pipeline the form is the model's own (`IdentityLayout`). A pipeline
+holds layers by rank, chunk and slot (`PipelineLayout`): the model's two stacks,
+dense and MoE, become [P, c, n, ...]. Each of P ranks has the masters of c
+stages, and each stage has n slots, as many as the fullest stage needs. Slots
+beyond a stage's own layers are zeros and never read. What is no layer stays as
+it is. Conversions are exact both ways.
 
-Letters: R ranks, c chunks of a rank, n slots of a chunk; L layers of a stack.
+P counts ranks, c chunks (stages) of a rank, n slots (layers) of a chunk, L
+layers of a stack.
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax import config
+from dsv3_jax.distributed import processes, sharding
 
 Tree = Any
+Spec = sharding.Spec
+AXIS = 'pipe'
 STACKS = {'dense': 'dense_layers', 'moe': 'moe_layers'}
 
 
+@runtime_checkable
+class ParamLayout(Protocol):
+  """Converts parameters, and what is shaped like them, to a state's form.
+
+  Router biases are `{'moe': [L, E], 'mtp': [depth, E]}` in the model's form.
+  """
+
+  def from_model(self, params: Tree) -> Tree:
+    """The model's parameters in the state's form."""
+
+  def to_model(self, params: Tree) -> Tree:
+    """The inverse of `from_model`."""
+
+  def router_from_model(self, router: Tree) -> Tree:
+    """The model's router biases in the state's form."""
+
+  def router_to_model(self, router: Tree) -> Tree:
+    """The inverse of `router_from_model`."""
+
+  def router_specs(self, router: Tree) -> Tree:
+    """Partitions of the biases in the state's form."""
+
+  def all_loads(self, load: jax.Array) -> jax.Array:
+    """Expert loads of all MoE layers, [L, E], in a shard_map'ed function."""
+
+  def compile(self, convert: Callable[..., Tree], shardings: Tree) -> Callable:
+    """A conversion by these methods, with arrays placed by `shardings`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IdentityLayout:
+  """The model's own form: every conversion returns its argument."""
+
+  def from_model(self, params: Tree) -> Tree:
+    return params
+
+  def to_model(self, params: Tree) -> Tree:
+    return params
+
+  def router_from_model(self, router: Tree) -> Tree:
+    return router
+
+  def router_to_model(self, router: Tree) -> Tree:
+    return router
+
+  def router_specs(self, router: Tree) -> Tree:
+    return {name: Spec() for name in router}
+
+  def all_loads(self, load: jax.Array) -> jax.Array:
+    return load
+
+  def compile(self, convert: Callable[..., Tree], shardings: Tree) -> Callable:
+    """Nothing to compile: arrays pass as they are."""
+    del convert, shardings
+    return lambda tree: tree
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageLayers:
   """The layers of one stage: first and one after the last of each stack."""
 
   dense: tuple[int, int]
@@ -36,15 +98,15 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
-  """Which layer is in which slot.
+class PipelineLayout:
+  """Layers by rank, chunk and slot.
 
   stages: in the order of the forward pass. held: of each rank the stages whose
   masters it has; every rank has as many, and every stage is once there.
   scanned: the model's stacks are arrays [L, ...] (`model.scan_layers`).
   """
 
-  stages: tuple[Stage, ...]
+  stages: tuple[StageLayers, ...]
   held: tuple[tuple[int, ...], ...]
   scanned: bool
 
@@ -52,45 +114,70 @@ class Layout:
     """Of a chunk: layers of the fullest stage."""
     return max(stage.count(stack) for stage in self.stages)
 
-  def layers_Rcn(self, stack: str) -> np.ndarray:
+  def layers_Pcn(self, stack: str) -> np.ndarray:
     """Number of the layer in each slot, -1 in slots beyond the stage's."""
-    found = np.full((len(self.held), len(self.held[0]), self.slots(stack)), -1)
+    layers_Pcn = np.full(
+      (len(self.held), len(self.held[0]), self.slots(stack)), -1
+    )
     for rank, chunks in enumerate(self.held):
       for chunk, stage in enumerate(chunks):
-        layers = np.arange(*getattr(self.stages[stage], stack))
-        found[rank, chunk, : len(layers)] = layers
-    return found
+        of_stage = np.arange(*getattr(self.stages[stage], stack))
+        layers_Pcn[rank, chunk, : len(of_stage)] = of_stage
+    return layers_Pcn
 
   def from_model(self, params: Tree) -> Tree:
     """The model's parameters (or anything shaped like them), by slots."""
-    found = {k: v for k, v in params.items() if k not in STACKS.values()}
+    tree = {k: v for k, v in params.items() if k not in STACKS.values()}
     for stack, name in STACKS.items():
       if name in params:
         put = lambda x, stack=stack: self.to_slots(stack, x)
-        found[stack] = jax.tree.map(put, self._stacked(params[name]))
-    return found
+        tree[stack] = jax.tree.map(put, self._stacked(params[name]))
+    return tree
 
   def to_model(self, slots: Tree) -> Tree:
     """The inverse of `from_model`."""
-    found = {k: v for k, v in slots.items() if k not in STACKS}
+    tree = {k: v for k, v in slots.items() if k not in STACKS}
     for stack, name in STACKS.items():
       if stack in slots:
         take = lambda x, stack=stack: self.from_slots(stack, x)
-        found[name] = self._unstacked(jax.tree.map(take, slots[stack]))
-    return found
+        tree[name] = self._unstacked(jax.tree.map(take, slots[stack]))
+    return tree
+
+  def router_from_model(self, router: Tree) -> Tree:
+    if 'moe' in router:
+      router = router | {'moe': self.to_slots('moe', router['moe'])}
+    return router
+
+  def router_to_model(self, router: Tree) -> Tree:
+    if 'moe' in router:
+      router = router | {'moe': self.from_slots('moe', router['moe'])}
+    return router
+
+  def router_specs(self, router: Tree) -> Tree:
+    """Biases of MoE layers are where their layers are."""
+    return {k: Spec(AXIS) if k == 'moe' else Spec() for k in router}
+
+  def all_loads(self, load: jax.Array) -> jax.Array:
+    load = jax.lax.all_gather(load, AXIS, axis=0, tiled=True)
+    return self.from_slots('moe', load)
+
+  def compile(self, convert: Callable[..., Tree], shardings: Tree) -> Callable:
+    return processes.compile_then_barrier(
+      jax.jit(convert, out_shardings=shardings)
+    )
 
   def to_slots(self, stack: str, x_L):
-    """[L, ...] -> [R, c, n, ...]."""
-    at_Rcn = self.layers_Rcn(stack)
-    used = (at_Rcn >= 0).reshape(*at_Rcn.shape, *[1] * (x_L.ndim - 1))
-    x = x_L[np.maximum(at_Rcn, 0)]
+    """[L, ...] -> [P, c, n, ...]."""
+    at_Pcn = self.layers_Pcn(stack)
+    used = (at_Pcn >= 0).reshape(*at_Pcn.shape, *[1] * (x_L.ndim - 1))
+    x = x_L[np.maximum(at_Pcn, 0)]
     return _module(x).where(used, x, _module(x).zeros((), x.dtype))
 
-  def from_slots(self, stack: str, x_Rcn):
-    """[R, c, n, ...] -> [L, ...]."""
-    at = self.layers_Rcn(stack).reshape(-1)
+  def from_slots(self, stack: str, x_Pcn):
+    """[P, c, n, ...] -> [L, ...]."""
+    at = self.layers_Pcn(stack).reshape(-1)
     order = np.argsort(at)[np.sum(at < 0) :]  # slots of layers 0, 1, ...
-    return x_Rcn.reshape(-1, *x_Rcn.shape[3:])[order]
+    return x_Pcn.reshape(-1, *x_Pcn.shape[3:])[order]
 
   def _stacked(self, stack: Tree) -> Tree:
     if self.scanned:
@@ -110,7 +197,7 @@ def make(
   cfg: config.ModelConfig,
   cuts: Sequence[tuple[int, int]],
   held: Sequence[Sequence[int]],
-) -> Layout:
+) -> PipelineLayout:
   """A layout of all layers.
 
   Args:
@@ -119,13 +206,13 @@ def make(
   """
   dense = cfg.num_dense_layers
   stages = tuple(
-    Stage(
+    StageLayers(
       dense=(min(first, dense), min(end, dense)),
       moe=(max(first - dense, 0), max(end - dense, 0)),
     )
     for first, end in cuts
   )
-  return Layout(
+  return PipelineLayout(
     stages=stages, held=tuple(map(tuple, held)), scanned=cfg.scan_layers
   )
 

@@ -1,27 +1,27 @@
-"""A stage's backward pass in two parts, for schedules that need it (TR 3.2.1).
+"""Splits a stage's backward pass into two parts (TR 3.2.1).
 
   forward          F: params, x, consts       -> y, aux, residuals
   backward         B: params, residuals, dy   -> dx, dparams
   backward_input   I: params, residuals, dy   -> dx, carry
   backward_weight  W: params, carry           -> dparams
 
-I sends dx on its way; W fills bubbles (ZB, DualPipe). Both come from the trace
-of `jax.vjp`, whose two programs are F and B: I is what dx depends on, W is the
-rest. No product and no loop is done twice, so that I and W together cost what B
-does. `equations.cut` chooses what is stored in between:
+The previous stage waits for I; W fills bubbles (ZB, DualPipe). Both come from
+the trace of `jax.vjp`, whose two programs are F and B: I is what dx depends on,
+W is the rest. No product and no loop runs twice, so that I and W together cost
+as much as B. `jaxpr_partition.cut` chooses what is stored in between:
 
-  residuals  what JAX keeps, less the parameters and what is quickly made of
-             them, such as their BF16 casts; activations are kept before casts
+  residuals  what JAX saves, without parameters and what follows cheaply from
+             them, such as their BF16 casts; activations are saved before casts
              and copies rather than after
   carry      of every linear its input and its output's gradient; gradients of
-             norms are sums over tokens, so they are done already
+             norms are sums over tokens and are computed in I
 
 The unit is an equation. `scan`, `while` and `cond` are in I as a whole if dx
-needs any of their results: unroll layers, and write loops for dx and dw apart.
-Collectives are in I if dx needs them. `jax.checkpoint` works, recomputation
-being part of B; but nothing keeps XLA from merging it with F if one computation
-holds both, without a loop or a branch between them. Side effects, such as
-prints, are lost where no result needs their equation.
+needs any of their results: unroll layers, and separate loops for dx and dw.
+Collectives are in I if dx needs them. `jax.checkpoint` works: recomputation is
+part of B. But XLA may merge it with F if one computation holds both without a
+loop or a branch between them. Side effects, such as prints, are lost where no
+result needs their equation.
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ class _Trees(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Split:
-  """The parts of one stage as pure functions, and what they hand on.
+class SplitStage:
+  """The parts of one stage as pure functions, and what they store.
 
   residuals, carry: shapes of these flat tuples of arrays. programs: the parts'
   jaxprs by the functions' names.
@@ -69,14 +69,14 @@ class Split:
   ) -> tuple[Tree, Tree, tuple]:
     """Runs the stage: (y, aux, residuals)."""
     args = (params, x, consts)
-    found = jax.tree.structure(args)
-    if found != self.trees.arguments:
-      raise ValueError(f'arguments {found} must be {self.trees.arguments}')
-    made = self._run('forward', jax.tree.leaves(args))
+    given, expected = jax.tree.structure(args), self.trees.arguments
+    if given != expected:
+      raise ValueError(f'arguments {given} must be {expected}')
+    results = self._run('forward', jax.tree.leaves(args))
     structure = jax.tree.structure(self.trees.outputs)
     count = structure.num_leaves
-    y, aux = jax.tree.unflatten(structure, made[:count])
-    return y, aux, tuple(made[count:])
+    y, aux = jax.tree.unflatten(structure, results[:count])
+    return y, aux, tuple(results[count:])
 
   def backward_input(
     self, params: Tree, residuals: Sequence, dy: Tree, daux: Tree
@@ -89,8 +89,8 @@ class Split:
   def backward_weight(self, params: Tree, carry: Sequence) -> Tree:
     """W: gradients of the trained parameters."""
     args = [*jax.tree.leaves(params), *carry]
-    made = self._run('backward_weight', args)
-    return self._unflatten(self.trees.trained, made)[0]
+    grads = self._run('backward_weight', args)
+    return self._unflatten(self.trees.trained, grads)[0]
 
   def backward(
     self, params: Tree, residuals: Sequence, dy: Tree, daux: Tree
@@ -135,7 +135,7 @@ def split_stage(
   consts: Tree = (),
   *,
   trained: Callable[[Tree], Tree] = lambda params: params,
-) -> Split:
+) -> SplitStage:
   """Splits `stage(params, x, consts) -> (y, aux)`, given arrays or shapes.
 
   Call it where the parts will run: in the body of the shard_map, if the stage
@@ -176,7 +176,7 @@ def split_stage(
     'backward_weight': (halves.late, [*own, *carry], dparams),
     'backward': (whole.late, late, backward.outputs),
   }
-  return Split(
+  return SplitStage(
     residuals=_shapes(residuals),
     carry=_shapes(carry),
     programs={
@@ -207,8 +207,8 @@ def _trace(stage, params, x, consts, trained):
     floats, pull, outputs = jax.vjp(of_wanted, values, has_aux=True)
     return outputs, pull, floats
 
-  closed, made = jax.make_jaxpr(run, return_shape=True)(leaves)
-  outputs, pull, floats = made
+  closed, shapes = jax.make_jaxpr(run, return_shape=True)(leaves)
+  outputs, pull, floats = shapes
   closed_back = jax.make_jaxpr(lambda pull, dy: pull(dy)[0])(pull, floats)
   inputs = [core.Var(var.aval) for var in closed.jaxpr.invars]
   forward = jaxpr_partition.inline(closed, inputs)
@@ -222,9 +222,9 @@ def _trace(stage, params, x, consts, trained):
   return trees, forward, backward, inputs, cotangents
 
 
-def _shapes(found):
+def _shapes(variables):
   shape = lambda aval: jax.ShapeDtypeStruct(aval.shape, aval.dtype)
-  return tuple(shape(var.aval) for var in found)
+  return tuple(shape(var.aval) for var in variables)
 
 
 def _has_gradient(leaf):

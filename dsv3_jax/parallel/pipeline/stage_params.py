@@ -1,10 +1,10 @@
 """The stages of a rank: from masters to compute weights, and gradients back.
 
-Under DualPipe rank r runs stages r and R - 1 - r and holds the master of one:
-weights of the other come from the mirrored rank, where its gradients go back.
-Every other schedule's rank holds the masters of all its stages.
+Under DualPipe rank r of P runs stages r and P - 1 - r and holds the master of
+one. Weights of the other come from the mirrored rank, and its gradients go back
+there. Under every other schedule a rank holds the masters of all its stages.
 
-Letters: R ranks, c chunks (stages) of a rank, n slots of a chunk.
+c counts chunks (stages) of a rank, n slots (layers) of a chunk.
 """
 
 import dataclasses
@@ -19,37 +19,37 @@ from dsv3_jax.parallel.pipeline import param_layout
 from dsv3_jax.parallel.schedules import actions
 
 Tree = Any
-AXIS = 'pipe'
+AXIS = param_layout.AXIS
 
 
-class Weights(NamedTuple):
-  """What a stage multiplies: f32 weights by name, and their FP8 forms."""
+class StageWeights(NamedTuple):
+  """Weights of a stage: f32 by name, and their FP8 forms."""
 
   weights: Tree
   quantized: Tree
 
 
-class Chunk(NamedTuple):
-  """One stage's layers `dense_0, ..., moe_0, ...` and biases of its gates."""
+class ChunkParams(NamedTuple):
+  """One stage's layers `dense_0, ..., moe_0, ...` and its router biases."""
 
-  layers: Weights
+  layers: StageWeights
   bias_nE: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class Chunks:
-  """How the stages of a rank come from its masters."""
+class MasterConverter:
+  """Converts a rank's masters to weights of its stages, and sums back."""
 
   cfg: config.Config
-  layout: param_layout.Layout
+  layout: param_layout.PipelineLayout
   schedule: actions.Schedule
 
   @property
   def mirrored(self) -> bool:
     return len(self.schedule.homes) > 1
 
-  def from_masters(self, params: Tree, router: Tree) -> list[Chunk]:
-    """A `Chunk` for each stage of this rank, lowest first.
+  def from_masters(self, params: Tree, router: Tree) -> list[ChunkParams]:
+    """A `ChunkParams` for each stage of this rank, lowest first.
 
     Args:
       params, router: 'dense' and 'moe' of either are [1, c, n, ...].
@@ -59,29 +59,30 @@ class Chunks:
       stacks['bias'] = router['moe']
     count = len(self.layout.held[0])
     take = lambda c: jax.tree.map(lambda x: x[0, c], stacks)
-    each = [take(c) for c in range(count)]
+    chunks = [take(c) for c in range(count)]
     if self.mirrored:
-      each = self._lower_first(each[0], jax.tree.map(self._mirror, each[0]))
-    return [self._chunk(dict(stack)) for stack in each]
+      other = jax.tree.map(self._mirror, chunks[0])
+      chunks = self._lower_first(chunks[0], other)
+    return [self._chunk(dict(stacks)) for stacks in chunks]
 
-  def _chunk(self, stacks: dict) -> Chunk:
+  def _chunk(self, stacks: dict) -> ChunkParams:
     none = jnp.zeros((0, self.cfg.model.moe.num_experts), jnp.float32)
     bias_nE = stacks.pop('bias', none)
     named = {}
     for stack, tree in stacks.items():
       for n in range(self.layout.slots(stack)):
         named[f'{stack}_{n}'] = jax.tree.map(lambda x, n=n: x[n], tree)
-    return Chunk(self.weights(named), bias_nE)
+    return ChunkParams(self.weights(named), bias_nE)
 
-  def weights(self, named: Tree) -> Weights:
-    """With the FP8 forms, if the precision has such."""
+  def weights(self, named: Tree) -> StageWeights:
+    """Weights with their FP8 forms, if the precision has such."""
     policy = precision.POLICIES[self.cfg.precision]
-    made = model.quantize(policy, named)
-    return Weights(named, made.get('quantized', {}))
+    forms = model.quantize(policy, named)
+    return StageWeights(named, forms.get('quantized', {}))
 
   def to_masters(self, chunks: list[Tree]) -> Tree:
-    """Sums for masters, from one tree like `Chunk.layers.weights` a chunk."""
-    each = []
+    """Sums for masters, from a tree like `layers.weights` of each chunk."""
+    stacks_by_chunk = []
     for named in chunks:
       stacks = {}
       for stack in param_layout.STACKS:
@@ -89,16 +90,16 @@ class Chunks:
         trees = [named[f'{stack}_{n}'] for n in slots]
         if trees:
           stacks[stack] = jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
-      each.append(stacks)
-    return self.sums(each)
+      stacks_by_chunk.append(stacks)
+    return self.sums(stacks_by_chunk)
 
-  def sums(self, each: list[Tree]) -> Tree:
+  def sums(self, chunks: list[Tree]) -> Tree:
     """[n, ...] a chunk -> [1, c, n, ...] of the masters' stages."""
     if self.mirrored:
-      own, other = self._lower_first(*each)
+      own, other = self._lower_first(*chunks)
       add = lambda a, b: a + self._mirror(b)
-      each = [jax.tree.map(add, own, other)]
-    return jax.tree.map(lambda *xs: jnp.stack(xs)[None], *each)
+      chunks = [jax.tree.map(add, own, other)]
+    return jax.tree.map(lambda *xs: jnp.stack(xs)[None], *chunks)
 
   def _lower_first(self, a: Tree, b: Tree) -> list[Tree]:
     """(own, mirrored) -> (lower, upper stage), or the reverse: its inverse."""
@@ -107,7 +108,7 @@ class Chunks:
     return [pick(a, b), pick(b, a)]
 
   def _mirror(self, x: jax.Array) -> jax.Array:
-    """What the mirrored rank has."""
+    """The mirrored rank's array."""
     ranks = self.schedule.ranks
     pairs = [(rank, ranks - 1 - rank) for rank in range(ranks)]
     return jax.lax.ppermute(x, AXIS, pairs)

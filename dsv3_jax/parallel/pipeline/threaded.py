@@ -1,11 +1,11 @@
 """Runs a schedule with a thread a rank and one compiled program an action.
 
-The plain reading of a schedule: each rank goes through its own order and waits
-for what it needs, no common clock, no table, no slots. It is a reference: tests
-compare `pipeline` with it, and benchmarks measure bubbles by it.
+Each rank runs its own order of actions and waits for its operands: no common
+clock, no table, no slots. This is the reference: tests compare the SPMD
+executor with it, and benchmarks measure bubbles by it.
 
-A stage is a function `(params, x, consts) -> (y, aux)` of one micro-batch; the
-first has x = (). The last one's losses are in its aux, so its y is ().
+A stage is a function `(params, x, consts) -> (y, aux)` of one micro-batch. The
+first stage has x = (). The last stage has its losses in aux and y = ().
 """
 
 import functools
@@ -23,11 +23,11 @@ Tree = Any
 Function = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
-class Stage(NamedTuple):
-  """What is run, and on what.
+class ThreadedStage(NamedTuple):
+  """A stage's functions and their operands.
 
-  parts: functions like those of `split.Split`. consts: of each micro-batch.
-  daux: the gradient of aux, of every micro-batch.
+  parts: functions as of `split_backward.SplitStage`. consts: of each
+  micro-batch. daux: the gradient of aux, of every micro-batch.
   """
 
   parts: Any
@@ -36,7 +36,7 @@ class Stage(NamedTuple):
   daux: Tree
 
 
-class Played(NamedTuple):
+class ThreadedResult(NamedTuple):
   """grads: of each stage, f32 sums. aux: by task. timeline: in seconds."""
 
   grads: list[Tree]
@@ -44,13 +44,13 @@ class Played(NamedTuple):
   timeline: simulate.Timeline
 
 
-class Executor:
+class ThreadedExecutor:
   """A schedule on devices, one a rank; compiled at the first `run`."""
 
   def __init__(
     self,
     schedule: actions.Schedule,
-    stages: Sequence[Stage],
+    stages: Sequence[ThreadedStage],
     devices: Sequence[jax.Device],
   ):
     if len(devices) != schedule.ranks or len(stages) != schedule.stages:
@@ -62,7 +62,7 @@ class Executor:
     self.schedule, self.stages, self.devices = schedule, stages, devices
     self._programs: dict[tuple, Callable] = {}
 
-  def run(self, timeout: float = 120.0) -> Played:
+  def run(self, timeout: float = 120.0) -> ThreadedResult:
     """Plays the schedule once.
 
     Raises:
@@ -81,7 +81,7 @@ class Executor:
     mail.watch(len(ranks), timeout)
     begun = min(rank.starts[0] for rank in ranks)
     since = lambda rows: [[at - begun for at in row] for row in rows]
-    return Played(
+    return ThreadedResult(
       grads=self._sums([rank.grads for rank in ranks]),
       aux=functools.reduce(dict.__or__, (rank.aux for rank in ranks)),
       timeline=simulate.Timeline(
@@ -92,12 +92,12 @@ class Executor:
 
   def _sums(self, grads: list[dict[int, Tree]]) -> list[Tree]:
     """Gradients of each stage, of all ranks that hold it."""
-    found = []
+    sums = []
     for stage in range(self.schedule.stages):
-      held = [each[stage] for each in grads if stage in each]
+      held = [rank_grads[stage] for rank_grads in grads if stage in rank_grads]
       moved = jax.device_put(held, self.devices[0])
-      found.append(functools.reduce(_add, moved))
-    return found
+      sums.append(functools.reduce(_add, moved))
+    return sums
 
   def program(self, action: actions.Action) -> Callable:
     """The compiled function of an action, over (backward, forward) operands."""
@@ -123,7 +123,7 @@ class Executor:
 
 
 class _Mail:
-  """Results by number (see `verify`), and what the caller watches."""
+  """Results by number (see `validate`), and what the caller watches."""
 
   def __init__(self, schedule: actions.Schedule):
     self._schedule, self._changed = schedule, threading.Condition()
@@ -131,7 +131,7 @@ class _Mail:
     self._steps, self._finished, self._error = 0, 0, None
 
   def put(self, results: dict[int, Tree], finished: bool = False) -> None:
-    """What an action has made; also a sign of life."""
+    """Adds the results of an action; also a sign of life."""
     with self._changed:
       self._results |= results
       self._steps += 1
@@ -139,13 +139,13 @@ class _Mail:
       self._changed.notify_all()
 
   def fail(self, error: BaseException) -> None:
-    """Ends the wait of all ranks and of the caller."""
+    """Stops the wait of all ranks and of the caller."""
     with self._changed:
       self._error = self._error or error
       self._changed.notify_all()
 
   def take(self, rank: int, result: int) -> Tree:
-    """Waits for a result, which only one rank needs."""
+    """Waits for a result, which only one rank needs, and removes it."""
     with self._changed:
       self._waiting[rank] = result
       self._changed.wait_for(lambda: result in self._results or self._error)
@@ -161,13 +161,13 @@ class _Mail:
         before = self._steps
         moved = lambda before=before: self._steps != before or self._error
         if not self._changed.wait_for(moved, timeout):
-          told = [
+          waits = [
             f'rank {rank} waits for {validate.describe(self._schedule, result)}'
             for rank, result in sorted(self._waiting.items())
           ]
           self._error = TimeoutError(
             f'no rank has finished an action in {timeout} s: '
-            f'{"; ".join(told) or "all are at work"}'
+            f'{"; ".join(waits) or "all are at work"}'
           )
           self._changed.notify_all()
       if self._error:
@@ -175,13 +175,13 @@ class _Mail:
 
 
 class _OtherRank(Exception):
-  """Another rank failed: nothing more to tell."""
+  """Another rank failed, and its error is raised."""
 
 
 class _Rank:
-  """What a rank holds while it goes through its order."""
+  """The state of a rank that runs its order of actions."""
 
-  def __init__(self, executor: Executor, rank: int, mail: _Mail):
+  def __init__(self, executor: ThreadedExecutor, rank: int, mail: _Mail):
     self._executor, self._rank, self._mail = executor, rank, mail
     self._schedule = executor.schedule
     self._device = executor.devices[rank]
@@ -190,7 +190,7 @@ class _Rank:
     )
     held = self._schedule.held(rank)
     self._own = {stage: put(executor.stages[stage]) for stage in held}
-    self._kept, self._carry = {}, {}
+    self._residuals, self._carry = {}, {}
     self.grads, self.aux, self.starts, self.ends = {}, {}, [], []
 
   def run(self, start: threading.Barrier) -> None:
@@ -211,11 +211,11 @@ class _Rank:
     self.starts.append(time.perf_counter())
     back, ahead = jax.block_until_ready(program(*operands))
     self.ends.append(time.perf_counter())
-    made, width = {}, self._schedule.microbatches
+    results, width = {}, self._schedule.microbatches
     if (task := action.forward) is not None:
-      y, self.aux[task], self._kept[task] = ahead
+      y, self.aux[task], self._residuals[task] = ahead
       if task.stage < self._schedule.stages - 1:
-        made[task.stage * width + task.microbatch] = y
+        results[task.stage * width + task.microbatch] = y
     if (task := action.backward) is not None:
       if action.kind == actions.WEIGHT:
         self._add(task, back)
@@ -227,8 +227,8 @@ class _Rank:
           self._add(task, rest)
         if task.stage:
           result = self._schedule.stages * width
-          made[result + task.stage * width + task.microbatch] = dx
-    self._mail.put(made)
+          results[result + task.stage * width + task.microbatch] = dx
+    self._mail.put(results)
 
   def _forward_operands(self, action: actions.Action) -> tuple:
     if (task := action.forward) is None:
@@ -250,7 +250,7 @@ class _Rank:
     if task.stage < self._schedule.stages - 1:
       after = self._schedule.stages + task.stage + 1
       dy = self._take(after * self._schedule.microbatches + task.microbatch)
-    return params, self._kept.pop(task), dy, daux
+    return params, self._residuals.pop(task), dy, daux
 
   def _take(self, result: int) -> Tree:
     return jax.device_put(self._mail.take(self._rank, result), self._device)

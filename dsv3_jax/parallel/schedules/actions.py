@@ -1,11 +1,11 @@
-"""What a pipeline schedule is made of: tasks, actions, an order on each rank.
+"""Pipeline schedules: tasks, actions, and an order of actions on each rank.
 
-A *stage* is one of the pieces that the layers are cut into, numbered in the
+A *stage* is one of the pieces into which the layers are split, numbered in the
 order of the forward pass. A *task* is one micro-batch at one stage. A rank
-holds one stage or several and works through its actions in a fixed order.
+holds one stage or several and runs its actions in a fixed order.
 
-A schedule says who does what in which order, not when: `simulate` gives times.
-No array lives here, so that planning needs no JAX.
+A schedule gives the order of actions, not their times: `simulate` does.
+Planning uses this module, so it does not import JAX.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ Number = int | float | fractions.Fraction  # a time
 
 FORWARD = 'F'
 BACKWARD = 'B'  # full: gradients of the input and of the weights
-INPUT = 'I'  # the half of the backward pass that the previous stage waits for
-WEIGHT = 'W'  # the other half, which nobody waits for
-PAIR = 'FB'  # a forward and a full backward of two stages, overlapped
+INPUT = 'I'  # the input half of a backward, which the previous stage needs
+WEIGHT = 'W'  # the weight half, which no other action needs
+OVERLAPPED = 'FB'  # a forward and a full backward of two stages, overlapped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ class Task:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Action:
-  """One thing that a rank does, of one of the kinds above.
+  """One step of a rank, of one of the kinds above.
 
   F has a `forward` task, B, I and W a `backward` task, FB both.
   """
@@ -41,22 +41,22 @@ class Action:
   backward: Task | None = None
 
   def __str__(self) -> str:
-    if self.kind == PAIR:
+    if self.kind == OVERLAPPED:
       return f'F{self.forward.microbatch}&B{self.backward.microbatch}'
     return f'{self.kind}{(self.forward or self.backward).microbatch}'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-  """Who does what, in which order.
+  """The actions of each rank, in order.
 
   Attributes:
-    kind: one of `schedule.KINDS`.
+    kind: one of `make.KINDS`.
     microbatches: of all directions together, numbered from 0.
     homes: `homes[direction][stage]` is the rank that holds the stage for the
       micro-batches of that direction. With two directions the second half of
-      the micro-batches goes the other way.
-    orders: `orders[rank]` is what the rank does, first to last.
+      the micro-batches goes in the other.
+    orders: `orders[rank]` are the rank's actions, first to last.
   """
 
   kind: str
@@ -77,7 +77,7 @@ class Schedule:
     return microbatch * len(self.homes) // self.microbatches
 
   def held(self, rank: int) -> tuple[int, ...]:
-    """The stages of a rank; a stage's place in it is its chunk there."""
+    """The stages of a rank; a stage's index here is its chunk."""
     return tuple(
       stage
       for home in self.homes
@@ -86,7 +86,7 @@ class Schedule:
     )
 
 
-# Actions are immutable and few: made once, since schedules repeat them often.
+# Cached: actions are immutable, and schedules repeat them often.
 @functools.cache
 def task(stage: int, microbatch: int) -> Task:
   return Task(stage=stage, microbatch=microbatch)
@@ -104,12 +104,12 @@ def backward(kind: str, stage: int, microbatch: int) -> Action:
 
 
 @functools.cache
-def pair(
+def overlapped(
   ahead: int, ahead_microbatch: int, back: int, back_microbatch: int
 ) -> Action:
   """A forward at stage `ahead` overlapped with a backward at stage `back`."""
   return Action(
-    kind=PAIR,
+    kind=OVERLAPPED,
     forward=task(ahead, ahead_microbatch),
     backward=task(back, back_microbatch),
   )

@@ -1,12 +1,12 @@
 """DualPipe and DualPipeV (TR 3.2.1; the released schedule's eight steps).
 
-A rank runs two chunks. Under DualPipe micro-batches enter at both ends and each
-rank holds a stage for either direction; under DualPipeV all enter at rank 0, go
-down to the last rank and turn there, so that rank r holds stages r and
-2 ranks - 1 - r. Rank by rank both are the same eight loops with other counts.
+A rank runs two chunks. Under DualPipe micro-batches enter at both ends, and
+each rank holds a stage for either direction. Under DualPipeV all enter at rank
+0, go to the last rank and turn there, so that rank r holds stages r and
+2 ranks - 1 - r. On each rank both are the same eight loops with other counts.
 
-*Phase* 0 is the chunk through which a rank meets micro-batches first: that of
-the nearer end's direction under DualPipe, that of the way down under DualPipeV.
+*Phase* 0 is the chunk that a micro-batch reaches first on a rank: that of the
+nearer end's direction under DualPipe, that of the way down under DualPipeV.
 """
 
 from collections.abc import Iterable, Iterator
@@ -44,7 +44,7 @@ def dualpipev(ranks: int, microbatches: int) -> Orders:
 
 
 def eight_steps(depth: int, near: int, pairs: int) -> Iterator[str]:
-  """What a rank does, as kinds with phases: F0, B1, I0, W, F0&B1, F1&B0.
+  """A rank's actions, as kinds with phases: F0, B1, I0, W, F0&B1, F1&B0.
 
   Args:
     depth: ranks from an end to the turn (the middle under DualPipe).
@@ -62,7 +62,7 @@ def eight_steps(depth: int, near: int, pairs: int) -> Iterator[str]:
     yield 'W'
     yield 'F1'
   for i in range(pairs):  # step 4
-    if i == 0 and to_turn == 0:  # apart: others wait for this forward
+    if i == 0 and to_turn == 0:  # not overlapped: others wait for F0
       yield 'F0'
       yield 'B1'
     else:
@@ -85,9 +85,9 @@ def eight_steps(depth: int, near: int, pairs: int) -> Iterator[str]:
 def _number(
   steps: Iterable[str], stages: tuple[int, int], starts: tuple[int, int]
 ) -> tuple[Action, ...]:
-  """Gives each step its micro-batches, which each chunk meets in turn.
+  """Gives each step its micro-batches, in ascending order for each chunk.
 
-  W takes the weight half that has waited longest.
+  W runs the oldest weight half in the queue.
 
   Args:
     stages: of phase 0 and 1.
@@ -96,7 +96,7 @@ def _number(
   ahead, back = list(starts), list(starts)
   queue: list[tuple[int, int]] = []
   order = []
-  for step in steps:  # without calls: this is most of the work of a sweep
+  for step in steps:  # no calls: a sweep spends most of its time here
     if step == 'W':
       order.append(actions.backward(actions.WEIGHT, *queue.pop(0)))
       continue
@@ -111,7 +111,7 @@ def _number(
     second = (stages[phase], back[phase])
     back[phase] += 1
     if len(step) > 2:
-      order.append(actions.pair(*first, *second))
+      order.append(actions.overlapped(*first, *second))
     else:
       order.append(actions.backward(step[0], *second))
       if step[0] == actions.INPUT:

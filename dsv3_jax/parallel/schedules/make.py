@@ -1,39 +1,36 @@
 """Pipeline schedules by name: which sizes are legal, and their formulas.
 
-`stages` is always the number of pieces that the layers are cut into, and times
-are those of one piece. With R ranks, r one of them, M micro-batches:
+`stages` counts the pieces into which the layers are split, and times are those
+of one stage. With P ranks, r one of them, m micro-batches:
 
-| kind | R | legal M | bubble (TR table 2) | live activations |
+| kind | P | legal m | bubble (TR table 2) | live activations |
 | --- | --- | --- | --- | --- |
-| gpipe | stages | >= 1 | (R-1)(f+b) | M |
-| 1f1b | stages | >= 1 | (R-1)(f+b) | min(M, R-r) |
-| interleaved | stages / chunks | R, 2R, ... | (R-1)(f+b) | see below |
-| zb1p | stages | >= R | (R-1)(f+b-2w) | R |
-| dualpipe | stages, even | even, >= 2R | (R/2-1)(fb+b-3w) | R+1 |
-| dualpipev | stages / 2 | >= 2R | (R-1)(fb+b-3w) | 2R+1 |
+| gpipe | stages | >= 1 | (P-1)(f+b) | m |
+| 1f1b | stages | >= 1 | (P-1)(f+b) | min(m, P-r) |
+| interleaved | stages / chunks | P, 2P, ... | (P-1)(f+b) | see below |
+| zb1p | stages | >= P | (P-1)(f+b-2w) | P |
+| dualpipe | stages, even | even, >= 2P | (P/2-1)(fb+b-3w) | P+1 |
+| dualpipev | stages / 2 | >= 2P | (P-1)(fb+b-3w) | 2P+1 |
 
-f is the forward, b the full backward, w its weight half, fb an overlapped pair;
-an activation is that of one stage. Interleaved with v chunks a rank has at most
-min(M v, R v + R-1-2r) of them; the report's (PP-1)(F+B)/v is the same bubble,
-with F and B of all v stages of a rank. The report's PP for DualPipeV is its
-stages, 2R.
+f is the forward, b the full backward, w its weight half, fb a forward and a
+backward overlapped. An activation is that of one stage. Interleaved with v
+chunks a rank has at most min(m v, P v + P-1-2r) of them. The report's
+(PP-1)(F+B)/v is the same bubble, with F and B of all v stages of a rank. The
+report's PP for DualPipeV is its stages, 2P.
 
-gpipe, 1f1b and interleaved meet their formulas for any times. zb1p does where
-w <= f and w <= b-w; elsewhere its bubble is larger. dualpipe and dualpipev do
-where f = b-w >= w, for any fb from max(f, b) to f+b; with b-w >= w and f < b-w
-the bubble is smaller than that, with f > b-w larger. With two ranks (one for
-the V) there is none.
+The formulas of gpipe, 1f1b and interleaved are exact for any times. That of
+zb1p is exact where w <= f and w <= b-w; elsewhere the bubble is larger. Those
+of dualpipe and dualpipev are exact where f = b-w >= w, for any fb from
+max(f, b) to f+b. With b-w >= w and f < b-w the bubble is smaller, with f > b-w
+larger. With two ranks (one for the V) there is no bubble.
 """
 
 from dsv3_jax import errors
 from dsv3_jax.parallel.schedules import dualpipe, unidirectional
 from dsv3_jax.parallel.schedules.actions import Number, Schedule
 
-UNIDIRECTIONAL = (
-  'gpipe',
-  '1f1b',
-  'interleaved',
-)  # full backwards, unless split
+# With full backwards, unless they are split.
+UNIDIRECTIONAL = ('gpipe', '1f1b', 'interleaved')
 KINDS = (*UNIDIRECTIONAL, 'zb1p', 'dualpipe', 'dualpipev')
 
 
@@ -54,12 +51,12 @@ def make_schedule(
       second at the last rank.
     chunks: stages a rank under interleaved (None: 2); no other kind takes it.
     split_backward: each full backward becomes its two halves, W right after I,
-      so that a tick in lockstep lasts as long as a half. Only for `ONE_WAY`:
-      the other kinds split where they should.
+      so that a tick lasts as long as a half. Only for `UNIDIRECTIONAL`: the
+      other kinds split some backwards by themselves.
 
   Raises:
-    InputError: an unknown kind, or sizes that it cannot have (see the module);
-      names the nearest legal ones.
+    InputError: an unknown kind, or sizes that are not legal for it (see the
+      module docstring); names the nearest legal ones.
   """
   ranks = check_sizes(kind, stages, microbatches, chunks)
   if split_backward and kind not in UNIDIRECTIONAL:
@@ -92,14 +89,14 @@ def make_schedule(
 
 
 def stages_per_rank(kind: str, chunks: int | None = None) -> int:
-  """How many stages a rank holds the masters of; `chunks` as in `make`."""
+  """Stages whose masters a rank holds; `chunks` as in `make_schedule`."""
   return {'interleaved': chunks or 2, 'dualpipev': 2}.get(kind, 1)
 
 
 def check_sizes(
   kind: str, stages: int, microbatches: int, chunks: int | None = None
 ) -> int:
-  """The number of ranks; raises as `make` does, without making anything."""
+  """The number of ranks; raises as `make_schedule` does."""
   if kind not in KINDS:
     raise errors.InputError(f'kind={kind!r} must be one of: {", ".join(KINDS)}')
   if chunks is not None and kind != 'interleaved':
@@ -110,11 +107,11 @@ def check_sizes(
     raise errors.InputError(
       f'chunks={chunks} must be >= 2: with one chunk it is 1f1b'
     )
-  each = stages_per_rank(kind, chunks)
-  step = 2 if kind == 'dualpipe' else each
+  per_rank = stages_per_rank(kind, chunks)
+  step = 2 if kind == 'dualpipe' else per_rank
   rule = f'a multiple of {step}' if step > 1 else '>= 1'
   _check_size('stages', stages, kind, step, step, rule)
-  ranks = stages // each
+  ranks = stages // per_rank
   least, step, rule = {
     'interleaved': (ranks, ranks, f'a multiple of stages / chunks = {ranks}'),
     'zb1p': (ranks, 1, f'>= stages = {stages}'),
@@ -128,7 +125,7 @@ def check_sizes(
 def _check_size(
   name: str, value: int, kind: str, least: int, step: int, rule: str
 ) -> None:
-  """Legal are the multiples of `step` from `least` on, which is one."""
+  """Legal sizes are the multiples of `step` from `least` on."""
   if value >= least and value % step == 0:
     return
   below = value - value % step
@@ -141,9 +138,9 @@ def _check_size(
 def parameter_copies(schedule: Schedule) -> list[int]:
   """Parameters of each rank, in shares of the model (TR table 2).
 
-  A share is one stage; under interleaved, whose chunks cut finer, all stages of
-  a rank. DualPipe has every stage on two ranks. DualPipeV has two of its stages
-  on each of half as many ranks, and nothing twice.
+  A share is one stage or, under interleaved, all stages of a rank. DualPipe has
+  every stage on two ranks. DualPipeV has two stages on each of half as many
+  ranks, and no stage twice.
   """
   share = schedule.stages // schedule.ranks
   if schedule.kind != 'interleaved':
@@ -163,20 +160,21 @@ def closed_form_bubble(
 ) -> Number:
   """The bubble by formula, for equal stages and no time between ranks.
 
-  The module says for which times it is exact. With `split_backward` nobody
-  waits for a weight half: (R-1)(f+b-w), exact but for interleaved with w > f.
+  The module docstring says for which times it is exact. With `split_backward`
+  no rank waits for a weight half: (P-1)(f+b-w), exact except for interleaved
+  with w > f.
 
   Args:
     f: of one stage, as in `simulate.Times`; likewise the other times.
   """
-  pair = f + b if fb is None else fb
+  overlapped = f + b if fb is None else fb
   match kind:
     case 'gpipe' | '1f1b' | 'interleaved':
       return (ranks - 1) * (f + b - (w if split_backward else 0))
     case 'zb1p':
       return (ranks - 1) * (f + b - 2 * w)
     case 'dualpipe':
-      return (ranks // 2 - 1) * (pair + b - 3 * w)
+      return (ranks // 2 - 1) * (overlapped + b - 3 * w)
     case 'dualpipev':
-      return (ranks - 1) * (pair + b - 3 * w)
+      return (ranks - 1) * (overlapped + b - 3 * w)
   raise errors.InputError(f'kind={kind!r} must be one of: {", ".join(KINDS)}')

@@ -1,4 +1,4 @@
-"""A schedule as a picture: a row a rank, each action as wide as it lasts."""
+"""A picture of a schedule: a row a rank, each action as wide as its time."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,7 @@ import matplotlib.patches
 
 from dsv3_jax.parallel.schedules import actions, report
 
-# What, and the colour of a rank's first chunk; others are darker.
+# Label, and the colour of a rank's first chunk; others are darker.
 _LOOKS = {
   actions.FORWARD: ('forward', '#f7b955'),
   actions.BACKWARD: ('full backward', '#79c99e'),
@@ -38,16 +38,16 @@ class Box:
   microbatch: int
 
 
-def boxes(played: report.Played) -> list[Box]:
-  """What to draw; a pair is its forward above its backward."""
-  found = []
-  schedule, timeline = played.schedule, played.timeline
+def boxes(simulated: report.SimulatedSchedule) -> list[Box]:
+  """What to draw; an overlapped forward is above its backward."""
+  drawn = []
+  schedule, timeline = simulated.schedule, simulated.timeline
   for rank, order in enumerate(schedule.orders):
     held = schedule.held(rank)
     when = timeline.starts[rank], timeline.ends[rank]
     for action, start, end in zip(order, *when, strict=True):
       parts = [(action.kind, action.forward or action.backward)]
-      if action.kind == actions.PAIR:
+      if action.kind == actions.OVERLAPPED:
         parts = [
           (actions.FORWARD, action.forward),
           (actions.BACKWARD, action.backward),
@@ -62,14 +62,14 @@ def boxes(played: report.Played) -> list[Box]:
           bottom=rank + (place + 1) / len(parts),
           microbatch=task.microbatch,
         )
-        found.append(box)
-  return found
+        drawn.append(box)
+  return drawn
 
 
-def save(played: report.Played, path: str | os.PathLike) -> None:
-  """Writes the picture; the path's ending says in which format."""
-  schedule, total = played.schedule, float(played.timeline.total)
-  drawn = boxes(played)
+def save(simulated: report.SimulatedSchedule, path: str | os.PathLike) -> None:
+  """Writes the picture, in the format of the path's ending."""
+  schedule, total = simulated.schedule, float(simulated.timeline.total)
+  drawn = boxes(simulated)
   per_unit = 0.25 * len(drawn) / sum(box.right - box.left for box in drawn)
   inner = min(max(7.0, per_unit * 1.5 * total), 30.0)
   chunks, rows = len(schedule.held(0)), _ROW * schedule.ranks
@@ -92,12 +92,12 @@ def save(played: report.Played, path: str | os.PathLike) -> None:
   for rank in range(1, schedule.ranks):
     axes.axhline(rank, color='white', linewidth=2.5)
   _legend(figure, drawn, schedule)
-  axes.set_title(_title(played), fontsize=10, loc='left')
+  axes.set_title(_title(simulated), fontsize=10, loc='left')
   figure.savefig(path)
 
 
-def _title(played: report.Played) -> str:
-  first, cost, memory, _ = report.summary(played).splitlines()
+def _title(simulated: report.SimulatedSchedule) -> str:
+  first, cost, memory, _ = report.summary(simulated).splitlines()
   return f'{first}\n{cost}; {memory}'
 
 
@@ -130,8 +130,8 @@ def labels(drawn: list[Box], points: float) -> list[str]:
   fits = lambda box, label: (
     (box.right - box.left) * points > (0.62 * _FONT * len(label) + 1.5)
   )
-  each = [(box, str(box.microbatch)) for box in drawn]
-  return [label if fits(box, label) else '' for box, label in each]
+  pairs = [(box, str(box.microbatch)) for box in drawn]
+  return [label if fits(box, label) else '' for box, label in pairs]
 
 
 def _number(

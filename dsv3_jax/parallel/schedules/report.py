@@ -1,4 +1,4 @@
-"""A schedule for people and programs: figures, the table as text or as JSON."""
+"""Figures of a schedule, and its table as text or as JSON."""
 
 import dataclasses
 import string
@@ -12,21 +12,21 @@ from dsv3_jax.parallel.schedules.simulate import Timeline, Times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Played:
-  """A schedule and what its two clocks make of it."""
+class SimulatedSchedule:
+  """A schedule with its times without a common clock and in ticks."""
 
   schedule: Schedule
   formula: actions.Number | None
   timeline: Timeline
-  table: tick_tables.Table
+  table: tick_tables.TickTable
   ticks: Timeline
 
 
-def play(schedule: Schedule, times: Times) -> Played:
-  """Runs a schedule asynchronously and in lockstep; raises as those do."""
+def simulate_clocks(schedule: Schedule, times: Times) -> SimulatedSchedule:
+  """Simulates a schedule without a common clock and in ticks."""
   timeline = simulate.simulate(schedule, times)
   table = tick_tables.to_ticks(schedule)
-  return Played(
+  return SimulatedSchedule(
     schedule=schedule,
     formula=_formula(schedule, times),
     timeline=timeline,
@@ -46,10 +46,14 @@ def _formula(schedule: Schedule, times: Times) -> actions.Number | None:
   )
 
 
-def as_json(played: Played) -> dict[str, Any]:
+def as_json(simulated: SimulatedSchedule) -> dict[str, Any]:
   """What `dsv3 schedule --json` prints; times in the units of --f, --b, --w."""
-  schedule, timeline, ticks = played.schedule, played.timeline, played.ticks
-  formula = played.formula
+  schedule, timeline, ticks = (
+    simulated.schedule,
+    simulated.timeline,
+    simulated.ticks,
+  )
+  formula = simulated.formula
   return {
     'kind': schedule.kind,
     'stages': schedule.stages,
@@ -59,17 +63,17 @@ def as_json(played: Played) -> dict[str, Any]:
     'bubble': float(timeline.bubble),
     'bubble_fraction': _fraction(timeline),
     'closed_form_bubble': None if formula is None else float(formula),
-    'idle': [float(each) for each in timeline.idle],
+    'idle': [float(time) for time in timeline.idle],
     'peak_live_activations': simulate.peak_live(schedule),
     'parameter_copies': schedules.parameter_copies(schedule),
     'model_copies': len(schedule.homes),
     'lockstep': {
-      'ticks': len(played.table),
+      'ticks': len(simulated.table),
       'total': float(ticks.total),
       'bubble': float(ticks.bubble),
       'bubble_fraction': _fraction(ticks),
     },
-    'table': _rows(played),
+    'table': _rows(simulated),
   }
 
 
@@ -77,12 +81,12 @@ def _fraction(timeline: Timeline) -> float:
   return float(timeline.bubble / timeline.total)
 
 
-def _rows(played: Played) -> list[dict[str, Any]]:
-  """The table, rank by rank in order, with both clocks."""
+def _rows(simulated: SimulatedSchedule) -> list[dict[str, Any]]:
+  """The actions, rank by rank in order, with the times of both clocks."""
   rows = []
-  schedule, timeline = played.schedule, played.timeline
+  schedule, timeline = simulated.schedule, simulated.timeline
   for rank, order in enumerate(schedule.orders):
-    ticks = [i for i, row in enumerate(played.table) if row[rank]]
+    ticks = [i for i, row in enumerate(simulated.table) if row[rank]]
     when = (ticks, timeline.starts[rank], timeline.ends[rank])
     for action, tick, start, end in zip(order, *when, strict=True):
       row = {'rank': rank, 'tick': tick, 'kind': action.kind}
@@ -98,11 +102,15 @@ def _rows(played: Played) -> list[dict[str, Any]]:
   return rows
 
 
-def summary(played: Played) -> str:
+def summary(simulated: SimulatedSchedule) -> str:
   """The figures in four lines."""
-  schedule, timeline, ticks = played.schedule, played.timeline, played.ticks
-  formula = played.formula
-  said = '' if formula is None else f', by formula {float(formula):.6g}'
+  schedule, timeline, ticks = (
+    simulated.schedule,
+    simulated.timeline,
+    simulated.ticks,
+  )
+  formula = simulated.formula
+  by_formula = '' if formula is None else f', by formula {float(formula):.6g}'
   peaks = simulate.peak_live(schedule)
   live = ' '.join(map(str, peaks if len(set(peaks)) > 1 else peaks[:1]))
   return '\n'.join(
@@ -110,20 +118,20 @@ def summary(played: Played) -> str:
       f'{schedule.kind}: {schedule.stages} stages on {schedule.ranks} ranks, '
       f'{schedule.microbatches} micro-batches',
       f'total {float(timeline.total):.6g}, bubble '
-      f'{float(timeline.bubble):.6g} ({_fraction(timeline):.1%}){said}',
+      f'{float(timeline.bubble):.6g} ({_fraction(timeline):.1%}){by_formula}',
       f'live activations a rank at most {live}, parameters '
       f'{schedules.parameter_copies(schedule)[0]}x',
-      f'in lockstep: {len(played.table)} ticks, total '
+      f'in ticks: {len(simulated.table)}, total '
       f'{float(ticks.total):.6g}, bubble {_fraction(ticks):.1%}',
     ]
   )
 
 
-def text_table(schedule: Schedule, table: tick_tables.Table) -> str:
+def text_table(schedule: Schedule, table: tick_tables.TickTable) -> str:
   """A line a rank, a column a tick: F3, B3, I3, W3, F4&B1; a dot is idle.
 
-  Where a rank takes a micro-batch through several stages, letters tell them
-  apart: F3a at its first stage, F3b at its second.
+  Where a rank has several stages of a direction, letters distinguish them: F3a
+  is at its first stage, F3b at its second.
   """
   columns = [
     [_cell(schedule, rank, action) for rank, action in enumerate(tick)]
@@ -148,7 +156,7 @@ def _cell(schedule: Schedule, rank: int, action: Action | None) -> str:
   parts = []
   for name in ('forward', 'backward'):
     if (task := getattr(action, name)) is not None:
-      kind = {actions.PAIR: name[0].upper()}.get(action.kind, action.kind)
+      kind = {actions.OVERLAPPED: name[0].upper()}.get(action.kind, action.kind)
       chunk = held.index(task.stage)
       parts.append(f'{kind}{task.microbatch}{letters[chunk : chunk + 1]}')
   return '&'.join(parts)

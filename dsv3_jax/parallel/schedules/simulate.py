@@ -1,8 +1,8 @@
-"""When each action of a schedule runs if no rank waits for a common clock.
+"""When each action of a schedule runs without a common clock.
 
-Each rank keeps its order and starts its next action as soon as what it needs
-has arrived, as a process or a thread a rank would; `lockstep` is the other
-clock. Numbers stay what they are: ints and Fractions give exact results.
+Each rank keeps its order and starts its next action as soon as its operands
+have arrived, as a process or a thread would; `ticks` is the other clock. Ints
+and Fractions give exact results.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ class Times:
     f: forward of one micro-batch at one stage.
     b: its full backward.
     w: the weight half of it; the input half takes b - w.
-    fb: an overlapped pair, by the stage of its forward; None: f + b of its two
-      stages.
+    fb: an overlapped forward and backward, by the stage of the forward; None:
+      f + b of the two stages.
     comm: from a rank to another, after the action ends.
   """
 
@@ -36,7 +36,7 @@ class Times:
   comm: Number = 0
 
   def durations(self, schedule: Schedule) -> Rows:
-    """Of every action, without what its result is on the way.
+    """The time of every action, without that of sending its result.
 
     Raises:
       InputError: a time is negative or not finite, f, b or fb is 0, w > b, or
@@ -50,7 +50,9 @@ class Times:
           f'w={part} must be <= b={whole} (stage {stage}): b is the full '
           'backward, w its weight half'
         )
-    pair = None if self.fb is None else self._by_stage('fb', schedule.stages)
+    overlapped = (
+      None if self.fb is None else self._by_stage('fb', schedule.stages)
+    )
     back_times = {
       actions.BACKWARD: b,
       actions.INPUT: [whole - part for whole, part in zip(b, w, strict=True)],
@@ -65,10 +67,10 @@ class Times:
           row.append(back_times[action.kind][back.stage])
         elif back is None:
           row.append(f[ahead.stage])
-        elif pair is None:
+        elif overlapped is None:
           row.append(f[ahead.stage] + b[back.stage])
         else:
-          row.append(pair[ahead.stage])
+          row.append(overlapped[ahead.stage])
       rows.append(row)
     return rows
 
@@ -80,11 +82,11 @@ class Times:
         f'{name} has {len(values)} values: it must be one, or one for each of '
         f'the {stages} stages'
       )
-    whole = name in ('f', 'b', 'fb')  # parts, and ways, may take no time
-    for each in values:
-      if not (each >= 0 and math.isfinite(each) and (each or not whole)):
+    whole = name in ('f', 'b', 'fb')  # halves and sending may take no time
+    for time in values:
+      if not (time >= 0 and math.isfinite(time) and (time or not whole)):
         raise errors.InputError(
-          f'{name}={each} must be {">" if whole else ">="} 0 and finite'
+          f'{name}={time} must be {">" if whole else ">="} 0 and finite'
         )
     return values
 
@@ -103,20 +105,20 @@ class Timeline:
 
   @property
   def idle(self) -> list[Number]:
-    """How long each rank does nothing between 0 and `total`."""
+    """How long each rank is idle between 0 and `total`."""
     busy = [
       sum(end - start for start, end in zip(*rows, strict=True))
       for rows in zip(self.starts, self.ends, strict=True)
     ]
-    return [self.total - each for each in busy]
+    return [self.total - time for time in busy]
 
   @property
   def bubble(self) -> Number:
-    """The idle time of the rank that has most of it.
+    """The largest idle time of a rank.
 
-    All have the same if stages are equal and a pair takes f + b. If a pair is
-    shorter, ranks with more pairs have less work and the report's formula is
-    that of the middle ranks, which have the largest bubble.
+    It is the same on all ranks if stages are equal and fb = f + b. If fb is
+    shorter, ranks with more overlapped actions have less work, and the report's
+    formula is that of the middle ranks, which have the largest bubble.
     """
     return max(self.idle)
 
@@ -125,9 +127,9 @@ def simulate(schedule: Schedule, times: Times) -> Timeline:
   """Runs a schedule, every action as early as possible.
 
   Raises:
-    InputError: times that are none (`Times.durations`).
-    ValueError: work that is wrong (`verify.check_work`), or ranks that wait for
-      one another in a circle.
+    InputError: times are not legal (`Times.durations`).
+    ValueError: work is missing or misplaced (`validate.check_work`), or ranks
+      wait for one another (deadlock).
   """
   table = validate.check_work(schedule)
   return run(schedule, table, times.durations(schedule), times.comm)
@@ -148,11 +150,11 @@ def run(
   while ready_ranks:
     rank = ready_ranks.pop()
     row, lengths, begun, ended = (
-      each[rank] for each in (table, durations, starts, ends)
+      rows[rank] for rows in (table, durations, starts, ends)
     )
     clock = ended[-1] if ended else 0
     for place in range(len(ended), len(row)):
-      need, made = row[place]
+      need, results = row[place]
       missing, start = None, clock
       for result in need:
         arrival = arrivals[result]
@@ -169,7 +171,7 @@ def run(
       clock = start + lengths[place]
       begun.append(start)
       ended.append(clock)
-      for result in made:
+      for result in results:
         arrivals[result], makers[result] = clock, rank
         if result in waiting:
           ready_ranks += waiting.pop(result)
@@ -184,34 +186,34 @@ def _circle(
   waiting: dict[int, list[int]],
   ends: Rows,
 ) -> str:
-  """Says which ranks wait for one another."""
+  """Describes which ranks wait for one another."""
   wanted = {rank: result for result, ranks in waiting.items() for rank in ranks}
   makers = {
     result: rank
     for rank, row in enumerate(table)
-    for _, made in row
-    for result in made
+    for _, results in row
+    for result in results
   }
-  rank, seen, said = min(wanted), set(), []
+  rank, seen, waits = min(wanted), set(), []
   while rank not in seen:
     seen.add(rank)
     action = schedule.orders[rank][len(ends[rank])]
     result = wanted[rank]
-    said.append(
+    waits.append(
       f'rank {rank} cannot start {action} (its action {len(ends[rank])}) '
       f'before {validate.describe(schedule, result)} on rank {makers[result]}'
     )
     rank = makers[result]
-  return f'deadlock: {"; ".join(said)}'
+  return f'deadlock: {"; ".join(waits)}'
 
 
 def peak_live(schedule: Schedule) -> list[int]:
   """The most activations that each rank holds at a time.
 
-  An activation is what one micro-batch keeps at one stage for its backward. It
+  An activation is what one micro-batch saves at one stage for its backward. It
   lives from the start of its forward to the end of its full backward or, if
-  that is split, of its weight half. What a pair's forward makes and what its
-  backward uses are both there while the pair runs. Order alone decides.
+  that is split, of its weight half. While a forward and a backward overlap,
+  both their activations live. The order of actions alone decides.
   """
   peaks = []
   for order in schedule.orders:

@@ -1,9 +1,9 @@
 """A schedule in ticks: one action a rank a tick, for one SPMD program.
 
-A scan over ticks runs such a table on all ranks at once. What an action makes
-is sent when its tick ends and can be used `latency` ticks later on another
-rank; on its own rank, also at the turn of a V, in the next tick. A tick lasts
-as long as its longest action.
+A loop over ticks runs such a table on all ranks at once. The result of an
+action is sent when its tick ends. Another rank can use it `latency` ticks
+later; its own rank, also at the turn of a V, in the next tick. A tick lasts as
+long as its longest action.
 """
 
 import dataclasses
@@ -11,11 +11,11 @@ import dataclasses
 from dsv3_jax.parallel.schedules import simulate, validate
 from dsv3_jax.parallel.schedules.actions import Action, Schedule
 
-Table = tuple[tuple[Action | None, ...], ...]  # [tick][rank]; None is idle
+TickTable = tuple[tuple[Action | None, ...], ...]  # [tick][rank]; None is idle
 
 
-def to_ticks(schedule: Schedule, latency: int = 1) -> Table:
-  """The table in which every action is as early as its rank's order allows.
+def to_ticks(schedule: Schedule, latency: int = 1) -> TickTable:
+  """The table in which every action runs as early as its order allows.
 
   Args:
     latency: ticks from an action to another rank's that needs its result; 2
@@ -41,7 +41,7 @@ def to_ticks(schedule: Schedule, latency: int = 1) -> Table:
 
 
 def timeline(
-  schedule: Schedule, table: Table, times: simulate.Times
+  schedule: Schedule, table: TickTable, times: simulate.Times
 ) -> simulate.Timeline:
   """When the table's actions run if each tick waits for its longest action.
 
@@ -65,7 +65,7 @@ def timeline(
 
 
 def orders(
-  schedule: Schedule, table: Table
+  schedule: Schedule, table: TickTable
 ) -> tuple[Schedule, list[list[int]]]:
   """The schedule with the table's orders, and the tick of each action."""
   placed = [

@@ -1,4 +1,4 @@
-"""Schedules whose micro-batches all go from the first stage to the last.
+"""Schedules whose micro-batches all enter at the first rank.
 
 GPipe (arXiv 1811.06965), 1F1B (PipeDream, Megatron), interleaved 1F1B (arXiv
 2104.04473) and ZB1P (arXiv 2401.10241, there ZB-H1). Each function gives the
@@ -56,19 +56,19 @@ def _alternate(
   forwards: list[tuple[int, int]], backwards: list[tuple[int, int]], ahead: int
 ) -> tuple[Action, ...]:
   """`ahead` forwards, then a forward and a backward in turn, then the rest."""
-  order = [actions.forward(*each) for each in forwards[:ahead]]
-  for done, each in enumerate(backwards):
+  order = [actions.forward(*key) for key in forwards[:ahead]]
+  for done, key in enumerate(backwards):
     if ahead + done < len(forwards):
       order.append(actions.forward(*forwards[ahead + done]))
-    order.append(actions.backward(BACKWARD, *each))
+    order.append(actions.backward(BACKWARD, *key))
   return tuple(order)
 
 
 def zb1p(ranks: int, microbatches: int) -> Orders:
   """1F1B whose rank r lags r micro-batches behind with its weight gradients.
 
-  They fill the end, where 1F1B waits; a rank holds `ranks` activations then,
-  as the first rank of 1F1B does. microbatches >= ranks.
+  These fill the end, where 1F1B is idle. Every rank then holds `ranks`
+  activations, as the first rank of 1F1B does. microbatches >= ranks.
   """
   orders = []
   for r in range(ranks):

@@ -1,9 +1,8 @@
-"""Is a schedule legal? What each action waits for, and what is refused.
+"""Checks of schedules, and what each action waits for.
 
-`check_work` looks at the order alone: all work is there, once, where its stage
-is held. `check_times` looks at when: no action starts before what it needs has
-arrived. That ranks wait for one another in a circle is found by running them
-(`simulate.run`).
+`check_work` checks the order: every task runs once, on a rank that holds its
+stage. `check_times` checks times: no action starts before its operands have
+arrived. A deadlock shows when a schedule is simulated (`simulate.run`).
 """
 
 from collections.abc import Sequence
@@ -11,9 +10,9 @@ from collections.abc import Sequence
 from dsv3_jax.parallel.schedules import actions
 from dsv3_jax.parallel.schedules.actions import Action, Schedule
 
-# Results are numbered: the forward of stage s, micro-batch m is s * M + m, the
-# gradient of its input S * M more. A link is what an action waits for and what
-# it makes; all of the latter is there when it ends.
+# Results are numbered. With n micro-batches, the forward of micro-batch m at
+# stage s is s * n + m; the gradient of its input has stages * n more. A link
+# holds the results that an action needs and those that it gives at its end.
 Link = tuple[tuple[int, ...], tuple[int, ...]]
 
 # Which tasks an action of each kind has: (forward, backward).
@@ -22,7 +21,7 @@ _SHAPES = {
   actions.BACKWARD: (False, True),
   actions.INPUT: (False, True),
   actions.WEIGHT: (False, True),
-  actions.PAIR: (True, True),
+  actions.OVERLAPPED: (True, True),
 }
 
 
@@ -30,14 +29,14 @@ def links(schedule: Schedule) -> list[list[Link]]:
   """The link of every action of every rank."""
   width, last = schedule.microbatches, schedule.stages - 1
   gradients = schedule.stages * width
-  found = []
+  rows = []
   for order in schedule.orders:
     row = []
     for action in order:  # a sweep runs this millions of times: no calls here
-      need, made = (), ()
+      need, results = (), ()
       if (ahead := action.forward) is not None:
         key = ahead.stage * width + ahead.microbatch
-        made = (key,)
+        results = (key,)
         if ahead.stage:
           need = (key - width,)
       if (back := action.backward) is not None:
@@ -45,13 +44,13 @@ def links(schedule: Schedule) -> list[list[Link]]:
         if action.kind == actions.WEIGHT:
           need = (gradients + key,)
         else:
-          made = (*made, gradients + key)
+          results = (*results, gradients + key)
           need = (*need, key)
           if back.stage < last:
             need = (*need, gradients + key + width)
-      row.append((need, made))
-    found.append(row)
-  return found
+      row.append((need, results))
+    rows.append(row)
+  return rows
 
 
 def describe(schedule: Schedule, result: int) -> str:
@@ -63,7 +62,7 @@ def describe(schedule: Schedule, result: int) -> str:
 
 
 def check_work(schedule: Schedule) -> list[list[Link]]:
-  """Each task has one forward, one backward, its weight half if it is split.
+  """Checks that every task has one forward and one backward or both halves.
 
   Returns:
     The schedule's `links`.
@@ -79,8 +78,8 @@ def check_work(schedule: Schedule) -> list[list[Link]]:
   makers: dict[int, int] = {}
   table = links(schedule)
   for rank, row in enumerate(table):
-    for _, made in row:
-      for result in made:
+    for _, results in row:
+      for result in results:
         if result in makers:
           raise ValueError(
             f'{describe(schedule, result)} is made twice: by rank '
@@ -152,8 +151,8 @@ def check_times(
   table = links(schedule)
   made_by, made_at = {}, {}
   for rank, row in enumerate(table):
-    for (_, made), end in zip(row, ends[rank], strict=True):
-      for result in made:
+    for (_, results), end in zip(row, ends[rank], strict=True):
+      for result in results:
         made_by[result], made_at[result] = rank, end
   for rank, (order, row) in enumerate(zip(schedule.orders, table, strict=True)):
     free = 0

@@ -14,9 +14,9 @@ import pytest
 from benchmarks import pipeline_bubble
 from dsv3_jax.distributed import sharding
 from dsv3_jax.parallel.pipeline import (
-  executor,
   instructions,
   split_backward,
+  stage_compute,
   stage_params,
 )
 from dsv3_jax.parallel.schedules import make as schedules
@@ -26,38 +26,30 @@ ACTIVATION = 4 * 4 * 512 * 16  # bytes, where activations are long
 ACTIVATIONS = 2 * LAYERS  # of a stage: input and cosine of every product
 
 
-class Run(pipeline_bubble.Run):
+def matrix_loop(program, weights, shape):
   """Stages of several matrices, embedding and head of nothing."""
-
-  def __init__(self, program, weights, shape):
-    super().__init__(program, pipeline_bubble.Pace())
-    self.shape = shape
-    none = self.chunks[0].bias_nE
-    self.chunks = [
-      stage_params.Chunk(stage_params.Weights(each, {}), none)
-      for each in weights
-    ]
-    self.ends.embed = lambda told: (jnp.ones(shape), [])
-    parts = {}
-    for number, kind in enumerate(program.kinds):
-      function = functools.partial(stage, none, kind)
-      x = (jnp.zeros(shape), [])
-      layers = self.chunks[0].layers
-      parts[number] = split_backward.split_stage(
-        function, layers, x, (), trained=lambda w: w.weights
-      )
-    self.parts = parts
+  layers = stage_params.StageWeights(weights[0], {})
+  parts = {
+    number: split_backward.split_stage(
+      functools.partial(stage, kind),
+      layers,
+      (jnp.zeros(shape), []),
+      (),
+      trained=lambda w: w.weights,
+    )
+    for number, kind in enumerate(program.kinds)
+  }
+  return pipeline_bubble.tick_loop(program, weights, parts, shape)
 
 
-def stage(none_nE, kind, w, x, consts):
+def stage(kind, w, x, consts):
   h = x[0]
   for name in sorted(w.weights):
     h = jnp.sin(h @ w.weights[name])
-  told = {'balance': jnp.zeros(()), 'load': none_nE, 'mtp_load': none_nE}
-  return h[None] if kind.last else h, told
+  return h[None] if kind.last else h, pipeline_bubble.no_stats()
 
 
-class Made(NamedTuple):
+class CompiledStep(NamedTuple):
   """A step before and after XLA, and the bytes of a rank's gradient sums."""
 
   lowered: jax.stages.Lowered
@@ -68,31 +60,31 @@ class Made(NamedTuple):
 def compiled(kind, microbatches, shape):
   """The step of a schedule of such stages on four ranks."""
   count = schedules.stages_per_rank(kind)
-  made = schedules.make_schedule(
+  schedule = schedules.make_schedule(
     kind,
     stages=count * RANKS,
     microbatches=microbatches,
     split_backward=kind in schedules.UNIDIRECTIONAL,
   )
   kinds = tuple(
-    executor.Kind(0, 0, at == 0, at == made.stages - 1)
-    for at in range(made.stages)
+    stage_compute.StageKind(0, 0, at == 0, at == schedule.stages - 1)
+    for at in range(schedule.stages)
   )
-  program = instructions.compile_schedule(made, kinds)
-  width, held = shape[-1], len(instructions.chunks(made)[0])
+  program = instructions.compile_schedule(schedule, kinds)
+  width, held = shape[-1], len(instructions.chunks(schedule)[0])
   one = jax.ShapeDtypeStruct((width, width), jnp.float32)
   weights = [{f'w{i}': one for i in range(LAYERS)} for _ in range(held)]
 
-  def run(weights, ticks, fields_TRf, globals_Tdg):
-    it = Run(program, weights, shape)
+  def run(weights, ticks, fields_tick_rank, globals_tick_direction):
+    loop = matrix_loop(program, weights, shape)
 
     def tick(t, state):
-      return it.tick(state, fields_TRf[t, 0], globals_Tdg[t])
+      return loop.tick(state, fields_tick_rank[t, 0], globals_tick_direction[t])
 
-    state = jax.lax.fori_loop(0, ticks, tick, it.start())
+    state = jax.lax.fori_loop(0, ticks, tick, loop.start())
     rest = {k: v for k, v in state.items() if k != 'grads'}
-    told = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rest))
-    return state['grads'], told[None]
+    rest_sum = sum(jnp.sum(leaf) for leaf in jax.tree.leaves(rest))
+    return state['grads'], rest_sum[None]
 
   spec = jax.sharding.PartitionSpec
   auto = (jax.sharding.AxisType.Auto,)
@@ -103,12 +95,12 @@ def compiled(kind, microbatches, shape):
   }
   step = jax.jit(sharding.shard_map_step(run, mesh, **specs))
   table = [
-    jax.ShapeDtypeStruct(each.shape, each.dtype)
-    for each in (program.fields_TRf, program.globals_Tdg)
+    jax.ShapeDtypeStruct(fields.shape, fields.dtype)
+    for fields in (program.fields_tick_rank, program.globals_tick_direction)
   ]
   ticks = jax.ShapeDtypeStruct((), jnp.int32)
   lowered = step.lower(weights, ticks, *table)
-  return Made(lowered, lowered.compile(), 4 * width**2 * LAYERS * held)
+  return CompiledStep(lowered, lowered.compile(), 4 * width**2 * LAYERS * held)
 
 
 def copies(compiled, shape):
@@ -130,48 +122,48 @@ def long(kind, microbatches=8):
   return compiled(kind, microbatches, (4, 512, 16))
 
 
-def temporary(made):
-  return made.compiled.memory_analysis().temp_size_in_bytes
+def temporary(step):
+  return step.compiled.memory_analysis().temp_size_in_bytes
 
 
-def products(made):
+def products(step):
   """Products of each computation of the compiled step."""
-  found, name = {}, ''
-  for line in made.compiled.as_text().splitlines():
+  counts, name = {}, ''
+  for line in step.compiled.as_text().splitlines():
     if line[:1] in ('%', 'E'):
       name = line.split(' (')[0]
-      found[name] = 0
-    found[name] = found.get(name, 0) + (' dot(' in line)
-  return found
+      counts[name] = 0
+    counts[name] = counts.get(name, 0) + (' dot(' in line)
+  return counts
 
 
-def loop_of_ticks(made):
+def loop_of_ticks(step):
   """Products in the body of the loop over ticks, outside of all branches."""
   # It alone exchanges activations.
-  text, name, bodies = made.compiled.as_text(), '', set()
+  text, name, bodies = step.compiled.as_text(), '', set()
   for line in text.splitlines():
     if line[:1] in ('%', 'E'):
       name = line.split(' (')[0]
     if 'collective-permute(' in line:
       bodies.add(name)
-  return sum(products(made)[body] for body in bodies)
+  return sum(products(step)[body] for body in bodies)
 
 
 @pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
 def test_a_tick_does_only_what_its_branch_does(kind):
-  made = wide(kind)
-  assert sum(products(made).values()) > 4 * LAYERS
-  assert loop_of_ticks(made) == 0
+  step = wide(kind)
+  assert sum(products(step).values()) > 4 * LAYERS
+  assert loop_of_ticks(step) == 0
 
 
 @pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
 def test_gradient_sums_stay_in_place(kind):
-  made = wide(kind)
-  one = made.sums / (1 if kind in ('1f1b', 'zb1p') else 2)  # of a stage
-  assert copies(made.compiled, (256, 256)) == 0
+  step = wide(kind)
+  one = step.sums / (1 if kind in ('1f1b', 'zb1p') else 2)  # of a stage
+  assert copies(step.compiled, (256, 256)) == 0
   # They are the step's result; besides there are one stage's new gradients and
   # small activations, and no room for the sums once more.
-  slack = temporary(made) - one
+  slack = temporary(step) - one
   assert 0 < slack < 0.9 * one
 
 
@@ -189,8 +181,8 @@ def test_memory_does_not_grow_with_ticks():
 
 @pytest.mark.parametrize('kind', ['gpipe', '1f1b', 'zb1p', 'dualpipe'])
 def test_activations_are_as_many_as_the_schedule_keeps(kind):
-  made = long(kind)
-  assert copies(made.compiled, (4, 512, 16)) == 0
+  step = long(kind)
+  assert copies(step.compiled, (4, 512, 16)) == 0
   # Of all stages together: kept, then carried to W.
   slots = {
     'gpipe': 8 + 1,
@@ -198,4 +190,4 @@ def test_activations_are_as_many_as_the_schedule_keeps(kind):
     'zb1p': 4 + 4,
     'dualpipe': 5 + 1 + 2,  # R + 1, one of them until its pair is over
   }[kind]
-  assert slots <= temporary(made) / (ACTIVATIONS * ACTIVATION) < slots + 2.5
+  assert slots <= temporary(step) / (ACTIVATIONS * ACTIVATION) < slots + 2.5

@@ -16,56 +16,60 @@ NAMES = instructions.FIELDS
 
 @functools.cache
 def compiled(kind, stages, microbatches):
-  made = schedules.make_schedule(kind, stages=stages, microbatches=microbatches)
+  schedule = schedules.make_schedule(
+    kind, stages=stages, microbatches=microbatches
+  )
   last = stages - 1
   kinds = tuple(
     'first' if s == 0 else 'last' if s == last else '' for s in range(stages)
   )
-  return instructions.compile_schedule(made, kinds)
+  return instructions.compile_schedule(schedule, kinds)
 
 
 class Player:
   """Runs a program on ranks whose values are their own names."""
 
-  def __init__(self, made):
-    self.made, self.schedule = made, made.schedule
-    self.chunks = instructions.chunks(made.schedule)
-    self.ranks = [{} for _ in range(made.schedule.ranks)]
+  def __init__(self, program):
+    self.program, self.schedule = program, program.schedule
+    self.chunks = instructions.chunks(program.schedule)
+    self.ranks = [{} for _ in range(program.schedule.ranks)]
     self.done = []
 
   def play(self):
     ways = len(self.schedule.homes)
-    lanes = self.made.lanes
+    transfers = self.program.transfers
     for row, now in zip(
-      self.made.fields_TRf, self.made.globals_Tdg, strict=True
+      self.program.fields_tick_rank,
+      self.program.globals_tick_direction,
+      strict=True,
     ):
       sent = [self._act(rank, row[rank]) for rank in range(len(row))]
       for rank, fields in enumerate(row):
         arrivals = fields[len(NAMES) :]
-        for lane, slot in zip(lanes, arrivals.tolist(), strict=False):
-          source = (rank - lane.hop) % len(row)
-          buffer = {'y': 'in', 'dx': 'grad'}[lane.what]
-          self.ranks[rank][buffer, slot] = sent[source].get(lane.what)
+        for transfer, slot in zip(transfers, arrivals.tolist(), strict=False):
+          source = (rank - transfer.hop) % len(row)
+          buffer = {'y': 'in', 'dx': 'grad'}[transfer.payload]
+          self.ranks[rank][buffer, slot] = sent[source].get(transfer.payload)
         for way in range(ways):
           micro = int(now[way, instructions.GLOBALS.index('last_f')])
           if micro >= 0:
             home = self.schedule.homes[way][-1]
             assert sent[home]['y'] == ('y', self.schedule.stages - 1, micro)
-            slot = int(arrivals[len(lanes) + way])
+            slot = int(arrivals[len(transfers) + way])
             self.ranks[rank]['head', slot] = ('dhead', micro)
     return self.done
 
   def _act(self, rank, fields):
     at = dict(zip(NAMES, fields[: len(NAMES)].tolist(), strict=True))
-    branch, mine = self.made.branches[at['branch']], self.ranks[rank]
+    branch, mine = self.program.branches[at['branch']], self.ranks[rank]
     sent, last = {}, self.schedule.stages - 1
     if (half := branch.backward) is not None:
       stage, micro = self.chunks[rank][half.chunk], at['b_microbatch']
-      assert self.made.kinds[half.kind] == self._kind(stage)
+      assert self.program.kinds[half.kind] == self._kind(stage)
       if half.part == 'W':
         assert mine['carry', at['b_carry']] == (stage, micro)
       else:
-        assert mine['kept', at['b_kept']] == (stage, micro)
+        assert mine['residuals', at['b_residuals']] == (stage, micro)
         want = ('dhead', micro) if stage == last else ('dx', stage + 1, micro)
         assert mine['head' if stage == last else 'grad', at['b_grad']] == want
         sent['dx'] = ('dx', stage, micro)
@@ -77,7 +81,7 @@ class Player:
       assert at['f_direction'] == self.schedule.direction(micro)
       if stage:
         assert mine['in', at['f_in']] == ('y', stage - 1, micro)
-      mine['kept', at['f_kept']] = (stage, micro)
+      mine['residuals', at['f_residuals']] = (stage, micro)
       sent['y'] = ('y', stage, micro)
       self.done.append(('F', stage, micro))
     return sent
@@ -103,8 +107,8 @@ SIZES = [
 @pytest.mark.parametrize(('kind', 'stages', 'microbatches'), SIZES)
 def test_every_operand_is_in_its_slot(kind, stages, microbatches):
   """And every task is done once, whole or in halves."""
-  made = compiled(kind, stages, microbatches)
-  done = Player(made).play()
+  program = compiled(kind, stages, microbatches)
+  done = Player(program).play()
   assert len(done) == len(set(done))
   tasks = {(s, m) for s in range(stages) for m in range(microbatches)}
   of = lambda *parts: {(s, m) for part, s, m in done if part in parts}
@@ -117,21 +121,25 @@ def test_every_operand_is_in_its_slot(kind, stages, microbatches):
 def test_any_sizes(data):
   kind = data.draw(st.sampled_from(schedules.KINDS))
   ranks = 2 * data.draw(st.integers(1, 3))
-  each = schedules.stages_per_rank(kind)
+  per_rank = schedules.stages_per_rank(kind)
   extra = 2 * data.draw(st.integers(0, 5))
   count = ranks * (1 + extra) if kind == 'interleaved' else 2 * ranks + extra
-  Player(compiled(kind, each * ranks, count)).play()
+  Player(compiled(kind, per_rank * ranks, count)).play()
 
 
-@pytest.mark.parametrize('field', ['f_in', 'f_kept', 'b_grad', 'b_kept'])
+@pytest.mark.parametrize(
+  'field', ['f_in', 'f_residuals', 'b_grad', 'b_residuals']
+)
 def test_a_wrong_slot_is_seen(field):
-  made = compiled('gpipe', 4, 8)
-  fields = made.fields_TRf.copy()
+  program = compiled('gpipe', 4, 8)
+  fields = program.fields_tick_rank.copy()
   half = int(field[0] == 'b')
-  used = [i for i, b in enumerate(made.branches) if b[half] is not None]
+  used = [i for i, b in enumerate(program.branches) if b[half] is not None]
   tick = next(i for i, row in enumerate(fields) if row[2, 0] in used)
   fields[tick, 2, NAMES.index(field)] += 1
-  wrong = instructions.Program(**(vars(made) | {'fields_TRf': fields}))
+  wrong = instructions.PipelineProgram(
+    **(vars(program) | {'fields_tick_rank': fields})
+  )
   with pytest.raises((AssertionError, KeyError)):
     Player(wrong).play()
 
@@ -144,18 +152,18 @@ def test_buffers_are_as_small_as_the_schedule_promises(
   kind, microbatches, most
 ):
   """DualPipe keeps R + 1 micro-batches, of both its stages together."""
-  assert compiled(kind, 4, microbatches).slots['kept'] == most
+  assert compiled(kind, 4, microbatches).slots['residuals'] == most
 
 
 def legal(kind, ranks, most):
   """Numbers of micro-batches that the schedule takes, ascending."""
   stages = ranks * schedules.stages_per_rank(kind)
-  found = []
+  counts = []
   for count in range(1, most + 1):
     with contextlib.suppress(errors.InputError):
       schedules.check_sizes(kind, stages, count)
-      found.append(count)
-  return stages, found
+      counts.append(count)
+  return stages, counts
 
 
 @pytest.mark.parametrize('ranks', [2, 4, 8])
@@ -171,9 +179,11 @@ def test_a_longer_program_runs_any_shorter_step(kind, ranks):
   full = instructions.compile_schedule(make(microbatches=counts[-1]), kinds)
   assert len(counts) > 1
   for count in counts[:-1][:: max(1, ranks // 2 - 1)]:  # every one takes long
-    made = make(microbatches=count)
-    less = instructions.compile_schedule(made, kinds, full.branches)
-    assert less.branches == full.branches and less.lanes == full.lanes, count
+    schedule = make(microbatches=count)
+    less = instructions.compile_schedule(schedule, kinds, full.branches)
+    assert (
+      less.branches == full.branches and less.transfers == full.transfers
+    ), count
     assert less.slots.keys() <= full.slots.keys()
     assert all(less.slots[k] <= full.slots[k] for k in less.slots), count
-    assert len(less.fields_TRf) <= len(full.fields_TRf), count
+    assert len(less.fields_tick_rank) <= len(full.fields_tick_rank), count

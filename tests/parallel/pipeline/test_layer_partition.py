@@ -18,9 +18,9 @@ def test_61_layers_over_16_stages():
   costs = layer_partition.Costs()
   cuts = layer_partition.split_layers(61, 16, costs)
   assert cuts == (*((i, i + 4) for i in range(0, 60, 4)), (60, 61))
-  told = tables.stage_costs(cuts, costs)
-  assert [float(each) for each in told] == [4.0] * 15 + [4.9]
-  assert round(float(sum(told)) / 16, 2) == 4.06
+  figures = tables.stage_costs(cuts, costs)
+  assert [float(each) for each in figures] == [4.0] * 15 + [4.9]
+  assert round(float(sum(figures)) / 16, 2) == 4.06
 
 
 def test_61_layers_alone_differ_by_one():
@@ -56,9 +56,9 @@ def test_no_cut_is_better(layers, data, embedding, head, mtp):
     each[-1] += head + mtp
     return max(each), sum(cost * cost for cost in each)
 
-  found = layer_partition.split_layers(len(layers), parts, costs)
-  assert rating(found) == min(map(rating, every_cut(len(layers), parts)))
-  assert [first for first, _ in found[1:]] == [end for _, end in found[:-1]]
+  stages = layer_partition.split_layers(len(layers), parts, costs)
+  assert rating(stages) == min(map(rating, every_cut(len(layers), parts)))
+  assert [first for first, _ in stages[1:]] == [end for _, end in stages[:-1]]
 
 
 def test_the_embedding_is_on_the_first_stage():
@@ -69,7 +69,7 @@ def test_the_embedding_is_on_the_first_stage():
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'costs', 'said'),
+  ('sizes', 'costs', 'message'),
   [
     ((4, 5), {}, 'stages=5 must be >= 1 and <= model.num_layers=4'),
     ((4, 0), {}, 'stages=0 must be >= 1'),
@@ -78,6 +78,6 @@ def test_the_embedding_is_on_the_first_stage():
     ((4, 2), {'mtp': float('nan')}, 'cost nan must be >= 0 and finite'),
   ],
 )
-def test_bad_input(sizes, costs, said):
-  with pytest.raises(errors.InputError, match=said):
+def test_bad_input(sizes, costs, message):
+  with pytest.raises(errors.InputError, match=message):
     layer_partition.split_layers(*sizes, layer_partition.Costs(**costs))

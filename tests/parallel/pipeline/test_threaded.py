@@ -11,7 +11,7 @@ from benchmarks import layouts
 from dsv3_jax import precision
 from dsv3_jax.nn import model
 from dsv3_jax.nn import stage as stages
-from dsv3_jax.ops import cross_entropy
+from dsv3_jax.ops import cross_entropy, mtp_loss
 from dsv3_jax.parallel.pipeline import param_layout, threaded
 from dsv3_jax.parallel.schedules import make as schedules
 from tests.parallel.pipeline.stages import assert_near
@@ -24,11 +24,11 @@ DIM, MICRO = 5, 8
 
 def chain(kind, ranks, split=False):
   """A schedule and its functions, with parameters and inputs."""
-  each = schedules.stages_per_rank(kind)
-  made = schedules.make_schedule(
-    kind, stages=each * ranks, microbatches=MICRO, split_backward=split
+  item = schedules.stages_per_rank(kind)
+  schedule = schedules.make_schedule(
+    kind, stages=item * ranks, microbatches=MICRO, split_backward=split
   )
-  last = made.stages - 1
+  last = schedule.stages - 1
 
   def function(at):
     def run(params, x, consts):
@@ -44,20 +44,27 @@ def chain(kind, ranks, split=False):
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   # Small enough that rounding does not grow from stage to stage.
   weights = lambda: {'w': 0.4 * draw(DIM, DIM), 'b': draw(DIM)}
-  params = [weights() for _ in range(made.stages)]
+  params = [weights() for _ in range(schedule.stages)]
   consts = [{'x': draw(3, DIM), 'target': draw(3, DIM)} for _ in range(MICRO)]
-  return made, [function(at) for at in range(made.stages)], params, consts
+  return (
+    schedule,
+    [function(at) for at in range(schedule.stages)],
+    params,
+    consts,
+  )
 
 
-def build(made, functions, params, consts):
+def build(schedule, functions, params, consts):
   parts = tables.split_chain(functions, params, [consts[0]] * len(params))
   daux = [{'size': jnp.float32(0.3)} for _ in params]
   daux[-1]['loss'] = jnp.float32(1.0)
   held = [
-    threaded.Stage(*each[:2], consts, each[2])
-    for each in zip(parts, params, daux, strict=True)
+    threaded.ThreadedStage(*item[:2], consts, item[2])
+    for item in zip(parts, params, daux, strict=True)
   ]
-  return threaded.Executor(made, held, jax.devices()[: made.ranks])
+  return threaded.ThreadedExecutor(
+    schedule, held, jax.devices()[: schedule.ranks]
+  )
 
 
 def losses_of(functions, params, consts):
@@ -72,10 +79,10 @@ def losses_of(functions, params, consts):
 
 @pytest.mark.parametrize(('kind', 'split'), KINDS)
 def test_gradients_are_those_of_one_device(kind, split):
-  made, functions, params, consts = chain(
+  schedule, functions, params, consts = chain(
     kind, 4 if kind != 'gpipe' else 3, split
   )
-  played = build(made, functions, params, consts).run()
+  played = build(schedule, functions, params, consts).run()
   loss = lambda params: losses_of(functions, params, consts)
   total, want = jax.value_and_grad(loss)(params)
   assert_near(played.grads, want)
@@ -84,7 +91,7 @@ def test_gradients_are_those_of_one_device(kind, split):
     for aux in jax.device_get([*played.aux.values()])
   )
   assert_near([got], [total])
-  for row, order in zip(played.timeline.starts, made.orders, strict=True):
+  for row, order in zip(played.timeline.starts, schedule.orders, strict=True):
     assert len(row) == len(order) and row == sorted(row)
 
 
@@ -113,25 +120,27 @@ def test_a_dead_rank_raises_in_the_caller():
 
 
 def test_ranks_that_wait_in_a_circle_are_told():
-  made, *rest = chain('1f1b', 2)
-  first, second = (list(order) for order in made.orders)
+  schedule, *rest = chain('1f1b', 2)
+  first, second = (list(order) for order in schedule.orders)
   first.sort(key=lambda action: (action.forward or action.backward).microbatch)
   second[0], second[2] = second[2], second[0]  # F1 before F0, and before B0
   second[1], second[2] = second[2], second[1]
   orders = (tuple(first), tuple(second))
-  executor = build(dataclasses.replace(made, orders=orders), *rest)
-  told = 'rank 0 waits for the input gradient of micro-batch 0 at stage 1; rank'
-  with pytest.raises(TimeoutError, match=told):
+  executor = build(dataclasses.replace(schedule, orders=orders), *rest)
+  stats = (
+    'rank 0 waits for the input gradient of micro-batch 0 at stage 1; rank'
+  )
+  with pytest.raises(TimeoutError, match=stats):
     executor.run(timeout=0.5)
 
 
 def test_sizes_must_fit():
-  made, *rest = chain('1f1b', 2)
-  executor = build(made, *rest)
+  schedule, *rest = chain('1f1b', 2)
+  executor = build(schedule, *rest)
   with pytest.raises(
     ValueError, match='1 devices and 2 stages must be 2 and 2'
   ):
-    threaded.Executor(made, executor.stages, jax.devices()[:1])
+    threaded.ThreadedExecutor(schedule, executor.stages, jax.devices()[:1])
 
 
 CUTS = ((0, 1), (1, 2))  # a dense layer; a MoE layer, MTP
@@ -142,7 +151,9 @@ def model_stage(cfg, layout, at, scales):
   policy = precision.POLICIES[cfg.precision]
   dense, moe = (layout.stages[at].count(stack) for stack in param_layout.STACKS)
   last, depth = at == len(layout.stages) - 1, cfg.model.mtp.depth
-  net = stages.Stage(cfg.model, cfg.balance, policy, False, dense, moe, last)
+  net = stages.PipelineStage(
+    cfg.model, cfg.balance, policy, False, dense, moe, last
+  )
 
   def run(params, x, consts):
     batch, router = consts
@@ -151,20 +162,20 @@ def model_stage(cfg, layout, at, scales):
     if last:
       ahead = [w_VD[t] for t in model.tokens_ahead(batch, depth)]
     x = x if at else w_VD[batch.tokens_BT]
-    y, told = net.apply({'params': params['layers']}, x, ahead, batch, router)
-    told = {'balance': told['balance'] * scales['balance']}
+    y, stats = net.apply({'params': params['layers']}, x, ahead, batch, router)
+    stats = {'balance': stats['balance'] * scales['balance']}
     if not last:
-      return y, told
+      return y, stats
     weights_BT = batch.weights_BT * scales['main']
     targets = [(batch.targets_BT, weights_BT)]
     for k in range(1, depth + 1):
-      targets.append(model.mtp_targets(batch, scales, k, False))
+      targets.append(model.loss_targets(batch, scales, k, False))
     sums = [
       cross_entropy.head_loss(h, params['head'], *target)
       for h, target in zip(y, targets, strict=True)
     ]
     mtp = scales['mtp_weight'] * sum(sums[1:], jnp.zeros(()))
-    return (), told | {'loss': sums[0] + mtp}
+    return (), stats | {'loss': sums[0] + mtp}
 
   return run
 
@@ -176,12 +187,12 @@ def model_params(params, layout, at):
     for n in range(layout.stages[at].count(stack)):
       take = lambda x, n=n: x[at, 0, n]
       named[f'{stack}_{n}'] = jax.tree.map(take, params[stack])
-  found = {'layers': named, 'embed': params['embed']['w']}
+  of_stage = {'layers': named, 'embed': params['embed']['w']}
   if at == len(layout.stages) - 1:
     tail = [name for name in params if name.startswith(('final', 'mtp'))]
     named |= {name: params[name] for name in tail}
-    found['head'] = params['head']['w']
-  return found
+    of_stage['head'] = params['head']['w']
+  return of_stage
 
 
 @pytest.mark.slow
@@ -192,7 +203,7 @@ def test_the_model_under_dualpipe_is_one_device():
   state, batch_nBT = layouts.start(cfg), layouts.batch(cfg, 0)
   state = jax.tree.map(jnp.asarray, state)
   params, router = state['params'], state['router']
-  scales = model.loss_scales(
+  scales = mtp_loss.loss_scales(
     cfg.model.mtp, batch_nBT.weights_BT, batch_nBT.segments_BT, False
   ) | {'mtp_weight': 0.3}
   micro = [jax.tree.map(lambda x, i=i: x[i], batch_nBT) for i in range(4)]
@@ -201,29 +212,31 @@ def test_the_model_under_dualpipe_is_one_device():
     {'params': params}, batch, router, scales, method='loss'
   )[0]
   grad = jax.jit(jax.value_and_grad(loss))
-  add = lambda *each: sum(each)
-  total, want = jax.tree.map(add, *(grad(params, each) for each in micro))
+  add = lambda *item: sum(item)
+  total, want = jax.tree.map(add, *(grad(params, item) for item in micro))
 
   layout = param_layout.make(cfg.model, CUTS, ((0,), (1,)))
-  made = schedules.make_schedule('dualpipe', stages=2, microbatches=4)
+  schedule = schedules.make_schedule('dualpipe', stages=2, microbatches=4)
   split = lambda tree: [
     model_params(layout.from_model(tree), layout, at) for at in range(2)
   ]
   moe = layout.to_slots('moe', router['moe'])
   consts = [
-    [(each, router | {'moe': moe[at, 0]}) for each in micro] for at in range(2)
+    [(item, router | {'moe': moe[at, 0]}) for item in micro] for at in range(2)
   ]
   functions = [model_stage(cfg, layout, at, scales) for at in range(2)]
-  firsts = [each[0] for each in consts]
+  firsts = [item[0] for item in consts]
   parts = tables.split_chain(functions, split(params), firsts)
   one = jnp.float32(1.0)
   daux = [{'balance': one}, {'balance': one, 'loss': one}]
-  held = map(threaded.Stage, parts, split(params), consts, daux)
+  held = map(threaded.ThreadedStage, parts, split(params), consts, daux)
   # On one device: what is compiled for one rank serves the other.
-  executor = threaded.Executor(made, list(held), jax.devices()[:1] * 2)
+  executor = threaded.ThreadedExecutor(
+    schedule, list(held), jax.devices()[:1] * 2
+  )
   played = executor.run(timeout=300.0)
-  told = jax.device_get([*played.aux.values()])
-  got = sum(sum(aux.values()) for aux in told)
+  stats = jax.device_get([*played.aux.values()])
+  got = sum(sum(aux.values()) for aux in stats)
   assert_near([got], [total])
   # The embedding is used by both stages, so its gradient is their sum.
   grads, wanted = played.grads, split(want)

@@ -18,35 +18,37 @@ _ROOT = pathlib.Path(__file__).resolve().parents[3]
 
 
 def played(kind, stages, microbatches, times=None, **more):
-  made = schedules.make_schedule(
+  schedule = schedules.make_schedule(
     kind, stages=stages, microbatches=microbatches, **more
   )
-  return report.play(made, times or simulate.Times())
+  return report.simulate_clocks(schedule, times or simulate.Times())
 
 
 def test_text_of_a_table():
-  told = played('1f1b', 2, 4)
-  assert report.text_table(told.schedule, told.table) == (
+  simulated = played('1f1b', 2, 4)
+  assert report.text_table(simulated.schedule, simulated.table) == (
     'rank  0 | F0 F1 .  B0 F2 B1 F3 B2 .  B3\n'
     'rank  1 | .  F0 B0 F1 B1 F2 B2 F3 B3 .'
   )
-  told = played('dualpipev', 2, 2)  # letters: the stages of a rank
-  assert report.text_table(told.schedule, told.table) == (
+  simulated = played('dualpipev', 2, 2)  # letters: the stages of a rank
+  assert report.text_table(simulated.schedule, simulated.table) == (
     'rank  0 | F0a F0b F1a B0b F1b&B0a B1b I1a W1a'
   )
-  told = played('dualpipe', 2, 4)  # none: micro-batches differ by direction
-  assert report.text_table(told.schedule, told.table).splitlines()[0] == (
-    'rank  0 | F0 F2 F1 B2 F3&B0 B3 I1 W1'
-  )
+  simulated = played(
+    'dualpipe', 2, 4
+  )  # none: micro-batches differ by direction
+  assert report.text_table(simulated.schedule, simulated.table).splitlines()[
+    0
+  ] == ('rank  0 | F0 F2 F1 B2 F3&B0 B3 I1 W1')
 
 
 def test_summary():
-  told = report.summary(played('1f1b', 4, 8))
-  assert told.splitlines() == [
+  simulated = report.summary(played('1f1b', 4, 8))
+  assert simulated.splitlines() == [
     '1f1b: 4 stages on 4 ranks, 8 micro-batches',
     'total 33, bubble 9 (27.3%), by formula 9',
     'live activations a rank at most 4 3 2 1, parameters 1x',
-    'in lockstep: 22 ticks, total 40, bubble 40.0%',
+    'in ticks: 22, total 40, bubble 40.0%',
   ]
   uneven = report.summary(
     played('gpipe', 2, 1, simulate.Times(f=(1, 2), comm=1))
@@ -56,9 +58,9 @@ def test_summary():
 
 
 def test_json():
-  told = report.as_json(played('dualpipe', 4, 8))
-  rows = told.pop('table')
-  assert told == {
+  simulated = report.as_json(played('dualpipe', 4, 8))
+  rows = simulated.pop('table')
+  assert simulated == {
     'kind': 'dualpipe', 'stages': 4, 'ranks': 4, 'microbatches': 8,
     'total': 26.0, 'bubble': 2.0, 'bubble_fraction': 2 / 26,
     'closed_form_bubble': 2.0, 'idle': [2.0] * 4,
@@ -86,8 +88,8 @@ def test_json():
 
 def test_what_is_drawn():
   """Each action in true time; a pair is a forward above a backward."""
-  told = played('dualpipe', 4, 8, simulate.Times(f=1, b=2.5, w=1, fb=3))
-  boxes = plot.boxes(told)
+  simulated = played('dualpipe', 4, 8, simulate.Times(f=1, b=2.5, w=1, fb=3))
+  boxes = plot.boxes(simulated)
   areas = collections.Counter()
   for box in boxes:
     area = (box.right - box.left) * (box.bottom - box.top)
@@ -95,7 +97,7 @@ def test_what_is_drawn():
     assert box.top + box.bottom == pytest.approx(2 * int(box.top) + 1) or (
       box.bottom - box.top == 0.5
     )
-  busy = [told.timeline.total - idle for idle in told.timeline.idle]
+  busy = [simulated.timeline.total - idle for idle in simulated.timeline.idle]
   assert [areas[rank] for rank in range(4)] == pytest.approx(busy)
   halves = [box for box in boxes if box.bottom - box.top == 0.5 and box.top < 1]
   assert [(b.kind, b.chunk, b.microbatch, b.top) for b in halves[:2]] == [
@@ -151,7 +153,7 @@ def test_the_numbers_of_the_guide():
       for name in ('f', 'b', 'w', 'fb')
       if name in given
     }
-    told = played(
+    simulated = played(
       given.pop('kind'),
       int(given.pop('stages', 8)),
       32,
@@ -159,9 +161,13 @@ def test_the_numbers_of_the_guide():
       split_backward='--split' in flags,
     )
     assert not given
-    live = max(simulate.peak_live(told.schedule))
-    found = told.timeline.total, told.timeline.bubble, told.formula
-    found = [*found, live, told.ticks.total]
+    live = max(simulate.peak_live(simulated.schedule))
+    found = (
+      simulated.timeline.total,
+      simulated.timeline.bubble,
+      simulated.formula,
+    )
+    found = [*found, live, simulated.ticks.total]
     assert [fractions.Fraction(number) for number in numbers] == found, flags
   rows = re.findall(r'\| `--kind=(\w+)` \| (\d+) \| ([\d.]+) \|\n', text)
   assert len(rows) == 2

@@ -1,0 +1,70 @@
+"""What goes between the ranks of a pipeline at the end of a tick.
+
+A rank sends its newest activation and its newest input gradient along every
+transfer of the program: by `ppermute` to another rank or, at the turn of a V,
+to itself. All ranks take part in every tick. The table says in which slot of
+its buffers a rank writes what arrives; what is not wanted goes to the last
+slot.
+
+Buffers: 'in' holds inputs of stages, 'grad' gradients of their outputs, 'head'
+gradients that the head made. s counts slots.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.parallel.pipeline import (
+  activation_buffers,
+  branches,
+  instructions,
+  stage_params,
+)
+
+State = dict[str, Any]
+_BUFFERS = {'y': 'in', 'dx': 'grad'}  # by what arrives
+
+
+def empty_buffers(
+  program: instructions.PipelineProgram,
+  shape: tuple[int, ...],
+  depth: int,
+  dtype: Any,
+) -> State:
+  """What is sent ('y', 'hidden', 'dx', 'dahead') and where it arrives.
+
+  Args:
+    shape: [B, T, D] of an activation. depth: of MTP.
+  """
+  slots = program.slots
+  zeros = lambda *shape: jnp.zeros(shape, dtype)
+  hidden = (1 + depth, *shape)
+  return {
+    'y': zeros(*shape),
+    'hidden': zeros(*hidden),
+    'dx': zeros(*shape),
+    'dahead': zeros(depth, *shape),
+    'in': zeros(slots.get('in', 0) + 1, *shape),
+    'grad': zeros(slots.get('grad', 0) + 1, *shape),
+    'head': zeros(slots['head'] + 1, *hidden),
+  }
+
+
+def exchange(
+  program: instructions.PipelineProgram, state: State, row: dict
+) -> State:
+  """Sends 'y' and 'dx' along all transfers and stores what arrives."""
+  state, ranks = dict(state), program.schedule.ranks
+  ordered = branches.after_branches(state)
+  with jax.named_scope('pipeline_exchange'):
+    for transfer in program.transfers:
+      x = jnp.where(ordered, state[transfer.payload], 0)
+      if transfer.hop:
+        pairs = [(rank, (rank + transfer.hop) % ranks) for rank in range(ranks)]
+        x = jax.lax.ppermute(x, stage_params.AXIS, pairs)
+      buffer = _BUFFERS[transfer.payload]
+      state[buffer] = activation_buffers.write_slot(
+        state[buffer], row[transfer], x
+      )
+  return state
