@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def implementations() -> tuple[str, ...]:
   """Those that have a kernel for this device."""
   try:
-    dispatch.resolve('pallas')
+    dispatch.backend_kernel()
   except NotImplementedError:
     return ('reference',)
   return ('reference', 'pallas')

@@ -74,7 +74,7 @@ def shapes(dry_run: bool) -> dict[str, cases.Case]:
 def implementations() -> tuple[str, ...]:
   """Those that have a kernel for this device."""
   try:
-    dispatch.resolve('pallas')
+    dispatch.backend_kernel()
   except NotImplementedError:
     return ('reference',)
   return ('reference', 'pallas')

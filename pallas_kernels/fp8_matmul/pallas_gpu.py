@@ -126,6 +126,14 @@ def matmul(
   return launch(a, b_ENK, out_dtype, blocks=blocks, interpret=interpret)[0]
 
 
+def unsupported(a: Quantized, b: Quantized) -> str | None:
+  """Why the kernel does not take such operands, if it does not."""
+  for name, q in (('a', a), ('b', b)):
+    if q.values.dtype != quantized.E4M3:
+      return f'{name} is {q.values.dtype}, not e4m3'
+  return None
+
+
 def launch(
   a: Quantized,
   b: Quantized,
@@ -143,9 +151,8 @@ def launch(
     a: [M, K]. b: [E, N, K]. table: int32 [3, number of rows of tiles or of
       matrices]: the matrix of b, the first block of K, and past the last.
   """
-  for name, q in (('a', a), ('b', b)):
-    if q.values.dtype != quantized.E4M3:
-      raise NotImplementedError(f'{name} is {q.values.dtype}, not e4m3')
+  if reason := unsupported(a, b):
+    raise NotImplementedError(reason)
   (rows, depth), columns = a.shape, b.shape[1]
   row_scales = b.tile == quantized.ROW
   blocks = blocks or choose(matrices, rows, columns, row_scales)

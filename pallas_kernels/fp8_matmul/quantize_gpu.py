@@ -53,8 +53,8 @@ def quantize_both(
   Raises:
     NotImplementedError: x is not BF16; jax before 0.11.
   """
-  if x_MD.dtype != jnp.bfloat16:
-    raise NotImplementedError(f'x_MD is {x_MD.dtype}, not bfloat16')
+  if reason := unsupported(x_MD):
+    raise NotImplementedError(reason)
   scratch = {
     'x_smem': pallas_gpu.swizzled((TILE, TILE), jnp.bfloat16),
     'values_smem': pallas_gpu.swizzled((2, 2, ROWS, TILE), quantized.E4M3),
@@ -69,6 +69,12 @@ def quantize_both(
     _result(*of_rows, x_MD.shape),
     _result(values_DM, scale_mD, x_MD.shape[::-1]),
   )
+
+
+def unsupported(x_MD) -> str | None:
+  """Why `quantize_both` does not take x, if it does not."""
+  is_bf16 = x_MD.dtype == jnp.bfloat16
+  return None if is_bf16 else f'x_MD is {x_MD.dtype}, not bfloat16'
 
 
 def requantize_transposed(

@@ -26,7 +26,7 @@ def rows(
   implementation: str = 'auto',
 ) -> Quantized:
   """Tiles 1 x 128 of x: XLA makes one pass of it on every device."""
-  dispatch.resolve(implementation)
+  dispatch.resolve(implementation, 'fp8 rows')
   return reference.quantize(x_MD, pow2=pow2, floor=floor)
 
 
@@ -51,15 +51,21 @@ def both(
   """`rows` and `columns` of x, read once.
 
   Raises:
-    NotImplementedError: Hopper's kernel is for BF16.
+    NotImplementedError: 'pallas' on Hopper, whose kernel is for BF16.
   """
-  chosen, how = dispatch.resolve(implementation), {'pow2': pow2, 'floor': floor}
+
+  def unsupported(kernel: str) -> str | None:
+    is_gpu = kernel == 'pallas_gpu'
+    return quantize_gpu.unsupported(x_MD) if is_gpu else None
+
+  chosen = dispatch.resolve(implementation, 'fp8 rows and columns', unsupported)
+  options = {'pow2': pow2, 'floor': floor}
   if chosen == 'reference':
-    return reference.quantize_both(x_MD, **how)
+    return reference.quantize_both(x_MD, **options)
   if chosen == 'pallas_gpu':
-    return quantize_gpu.quantize_both(x_MD, **how)
+    return quantize_gpu.quantize_both(x_MD, **options)
   interpret = chosen == 'pallas_interpret'
-  return quantize_tpu.quantize_both(x_MD, **how, interpret=interpret)
+  return quantize_tpu.quantize_both(x_MD, **options, interpret=interpret)
 
 
 def transposed(
@@ -70,7 +76,8 @@ def transposed(
   implementation: str = 'auto',
 ) -> Quantized:
   """`columns` of the tensor that q stands for."""
-  how = {'pow2': pow2, 'floor': floor}
-  if dispatch.resolve(implementation) == 'pallas_gpu':
-    return quantize_gpu.requantize_transposed(q, **how)
-  return reference.requantize_transposed(q, **how)
+  options = {'pow2': pow2, 'floor': floor}
+  chosen = dispatch.resolve(implementation, 'fp8 transpose')
+  if chosen == 'pallas_gpu':
+    return quantize_gpu.requantize_transposed(q, **options)
+  return reference.requantize_transposed(q, **options)

@@ -57,8 +57,8 @@ class Plan(NamedTuple):
     return dense.up(self.length, dense.GROUP)
 
 
-def refusal(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU) -> str:
-  """Why the kernels do not take such arguments, or ''."""
+def unsupported(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU) -> str | None:
+  """Why the kernels do not take such arguments, if they do not."""
   if q_BTNX.dtype != jnp.bfloat16:
     return f'q is {q_BTNX.dtype}, not bfloat16'
   wide = max(k_nope_BSNH.shape[-1], v_BSNU.shape[-1])
@@ -67,18 +67,18 @@ def refusal(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU) -> str:
       f'widths {k_nope_BSNH.shape[-1]} + {k_rope_BSR.shape[-1]} and '
       f'{v_BSNU.shape[-1]} must be at most {WIDEST} + {ROTARY} and {WIDEST}'
     )
-  return ''
+  return None
 
 
 def plan(args, scale: float, interpret: bool) -> Plan:
   """args: q, k_nope, k_rope, v, segments.
 
   Raises:
-    NotImplementedError: see `refusal`.
+    NotImplementedError: see `unsupported`.
   """
   *operands, segments_BT = args
-  if why := refusal(*operands):
-    raise NotImplementedError(why)
+  if reason := unsupported(*operands):
+    raise NotImplementedError(reason)
   batch, length, heads, _ = args[0].shape
   widths = operands[1].shape[-1], operands[3].shape[-1]
   width = dense.up(max(widths), ROTARY)

@@ -5,7 +5,6 @@ before W_UV: one latent serves all heads as key and as value (TR 2.1.1).
 """
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +60,12 @@ def decode(
   _check(q_BTNY, cache, table_Bj, lengths_B)
   if splits is not None and splits < 1:
     raise ValueError(f'splits={splits} must be at least 1')
-  chosen = dispatch.resolve(implementation)
+
+  def unsupported(kernel: str) -> str | None:
+    return pallas_gpu.unsupported(cache) if kernel == 'pallas_gpu' else None
+
+  chosen = dispatch.resolve(implementation, 'mla_decode', unsupported)
   args = (q_BTNY, cache, table_Bj, lengths_B, scale)
-  is_auto = implementation == 'auto' and chosen == 'pallas_gpu'
-  if is_auto and (reason := pallas_gpu.why_not(cache)):
-    chosen = _reference(reason)
   if chosen == 'reference':
     return reference.decode(*args, splits=splits or 1)
   kernel = functools.partial(
@@ -95,12 +95,6 @@ def _in_slices(run, q_BTNY, lengths_B):
   o_BTNC = o_BnTNC.reshape(batch, -1, *o_BnTNC.shape[3:])
   lse_BNT = lse_BNnT.reshape(*lse_BNnT.shape[:2], -1)
   return o_BTNC[:, before:], lse_BNT[:, :, before:]
-
-
-@functools.cache
-def _reference(reason: str) -> str:
-  logging.getLogger(__name__).info('mla_decode: reference, as %s', reason)
-  return 'reference'
 
 
 def _check(q_BTNY, cache: Cache, table_Bj, lengths_B) -> None:

@@ -84,7 +84,7 @@ def decode(
   """
   rows, queries, heads, _ = q_BTNY.shape
   latent, rotary = cache.c_JIC.shape[-1], cache.k_rope_JIR.shape[-1]
-  if reason := why_not(cache):
+  if reason := unsupported(cache):
     raise NotImplementedError(reason)
   blocks_X = pl.cdiv(queries * heads, ROWS)
   splits = splits or choose_splits(rows * blocks_X, table_Bj.shape[1])
@@ -124,7 +124,7 @@ def decode(
   return parts.combine(o_ZBTNC, lse_ZBNT, q_BTNY.dtype)
 
 
-def why_not(cache: caches.Cache) -> str | None:
+def unsupported(cache: caches.Cache) -> str | None:
   """Why there is no kernel for such a cache, if there is none."""
   dtype = cache.k_rope_JIR.dtype
   if dtype != jnp.bfloat16:

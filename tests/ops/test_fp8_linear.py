@@ -268,7 +268,9 @@ def test_gates_get_the_plain_gradient_within_fp8():
   assert fp8_gemm.difference(np.asarray(dgates), np.asarray(want)) < 5e-3
 
 
-@pytest.mark.parametrize('implementation', ['reference', 'pallas_interpret'])
+@pytest.mark.parametrize(
+  'implementation', ['reference', 'xla', 'pallas_interpret']
+)
 @pytest.mark.parametrize('length', [6, 130])
 def test_attention_differentiates_through_its_12_bit_output(
   length, implementation

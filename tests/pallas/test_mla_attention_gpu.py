@@ -19,7 +19,7 @@ from pallas_kernels.mla_attention import (
   blocks_gpu,
   cases,
   pallas_gpu,
-  reference,
+  xla,
 )
 from tests.pallas import attention, gpu, products
 
@@ -36,16 +36,14 @@ run = functools.partial(attention.run, how='pallas')
 @pytest.fixture
 def interpreted(monkeypatch):
   """`api` as on a GPU, with interpreted kernels."""
-  monkeypatch.setattr(dispatch, 'resolve', resolve)
+  on_hopper(monkeypatch)
   for module, name in ((pallas_gpu, 'forward'), (backward_gpu, 'backward')):
     kernel = functools.partial(getattr(module, name), interpret=True)
     monkeypatch.setattr(module, name, kernel)
 
 
-def resolve(implementation):
-  return {'auto': 'pallas_gpu', 'pallas': 'pallas_gpu'}.get(
-    implementation, implementation
-  )
+def on_hopper(monkeypatch):
+  monkeypatch.setattr(dispatch, 'backend_kernel', lambda: 'pallas_gpu')
 
 
 def unlike():
@@ -252,7 +250,7 @@ def test_gradient_lowers_without_an_array_of_all_pairs(
   wrap, count, monkeypatch
 ):
   """Through `api`; the interpreter knows no remat."""
-  monkeypatch.setattr(dispatch, 'resolve', resolve)
+  on_hopper(monkeypatch)
   case = cases.V3['pretrain']._replace(heads=16)
   operands = structs(case)[:4]
 
@@ -281,13 +279,14 @@ def test_what_the_kernels_do_not_take(
   case, dtype, message, monkeypatch, caplog
 ):
   args, scale = attention.inputs(case, dtype)[:4], attention.scale(case)
-  monkeypatch.setattr(dispatch, 'resolve', resolve)
-  api._without_kernel.cache_clear()
+  on_hopper(monkeypatch)
+  dispatch.log_choice.cache_clear()
   with pytest.raises(NotImplementedError, match=message):
     api.attention(*args, scale=scale, implementation='pallas')
-  want = reference.forward(*args, None, scale)
-  with caplog.at_level('INFO', logger=api.__name__):
+  o_BTNU, lse_BNT = xla.forward(*args, None, scale)
+  want = (o_BTNU.astype(dtype), lse_BNT)
+  with caplog.at_level('INFO', logger=dispatch.__name__):
     for _ in range(2):
       products.assert_bitwise(api.attention(*args, scale=scale), want)
-  (told,) = caplog.messages
-  assert told.startswith('mla_attention: reference, ')
+  (message,) = caplog.messages
+  assert message.startswith('mla_attention: xla, as ')

@@ -188,7 +188,7 @@ def test_blocks():
 
 
 def test_gradient_by_api_lowers_for_a_tpu(monkeypatch):
-  monkeypatch.setattr(dispatch, 'resolve', lambda name: 'pallas_tpu')
+  monkeypatch.setattr(dispatch, 'backend_kernel', lambda: 'pallas_tpu')
   forward = without_tpu.programs()['attention fprop bfloat16 packed']
 
   def loss(*args):
