@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.common import clock, report
 from dsv3_jax import config, precision
 from dsv3_jax.distributed import sharding
-from dsv3_jax.ops import all_to_all, fp8_experts, fp8_linear, linear, routing
+from dsv3_jax.ops import all_to_all, fp8_linear, linear, routing
 from dsv3_jax.ops import experts as expert_ops
 from experiments import v3_671b
 from pallas_kernels.fp8_matmul import reference
@@ -82,9 +82,8 @@ def routed(
 ) -> jax.Array:
   """The routed product as the policy wants it."""
   args = x_MD, chosen.ids_MK, chosen.gates_MK, experts
-  if policy.fp8:
-    return fp8_experts.expert_ffn(*args, policy, axes)
-  return expert_ops.expert_ffn(*args, 'auto', 64, axes)
+  options = expert_ops.ExpertOptions(axes=axes, policy=policy)
+  return expert_ops.expert_ffn(*args, options)
 
 
 class Layer:

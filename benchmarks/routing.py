@@ -21,8 +21,7 @@ import jax.numpy as jnp
 
 from benchmarks.common import clock, report
 from dsv3_jax import config
-from dsv3_jax.ops import experts as expert_ops
-from dsv3_jax.ops import routing
+from dsv3_jax.ops import expert_blocks, routing
 from experiments import v3_671b
 
 ABOUT = (
@@ -117,16 +116,16 @@ def parts(net: config.ModelConfig, tokens: int) -> dict[str, Part]:
   ids_MK = gate(x_MD, w_DE, bias_E).ids_MK
   rows = 1  # as for `ragged_dot`; on a CPU, blocks
   if jax.default_backend() == 'cpu':
-    rows = expert_ops.block_rows(ids_MK.size, moe.num_experts, 128)
+    rows = expert_blocks.block_rows(ids_MK.size, moe.num_experts, 128)
   sort = jax.jit(
-    lambda ids: expert_ops.block_layout(ids, moe.num_experts, rows)
+    lambda ids: expert_blocks.make_blocks(ids, moe.num_experts, rows)
   )
   layout = sort(ids_MK)
   if rows == 1:
     layout = layout._replace(source_J=layout.source_J[: ids_MK.size])
-  there = jax.jit(lambda x, at: expert_ops.permute(x, at, moe.top_k))
+  there = jax.jit(lambda x, at: expert_blocks.permute(x, at, moe.top_k))
   back = jax.jit(
-    lambda y, at: expert_ops.unpermute(y, at, moe.top_k, moe.num_experts)
+    lambda y, at: expert_blocks.unpermute(y, at, moe.top_k, moe.num_experts)
   )
   y_JD = there(x_MD, layout)
   used = ids_MK.size * net.d_model * x_MD.dtype.itemsize

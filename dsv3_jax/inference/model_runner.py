@@ -98,7 +98,7 @@ class ModelRunner:
       self.balancer = redundant_experts.ExpertRebalancer(
         cfg, self.layout, plan, params
       )
-      self._plain, specs['copies'] = {}, inference_mesh.WHOLE
+      self._plain, specs['redundant_slots'] = {}, inference_mesh.WHOLE
     naive, absorbed = model.build(cfg), model.build(cfg, absorbed=True)
     first = _Forward(naive, absorbed, num_drafts)
     later = _Forward(absorbed, absorbed, num_drafts)

@@ -95,7 +95,7 @@ class Stack(nn.Module):
     if self.cfg.scan_layers:
       scanned = nn.scan(
         block,
-        variable_axes={'params': 0, 'quantized': 0, 'copies': 0},
+        variable_axes={'params': 0, 'quantized': 0, 'redundant_slots': 0},
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast),
         length=self.length,

@@ -49,6 +49,10 @@ class Weight(NamedTuple):
   fprop: Quantized
   dgrad: Quantized
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.dgrad.shape
+
 
 class Operand(NamedTuple):
   """An input of linears and its FP8 form.

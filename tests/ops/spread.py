@@ -73,10 +73,10 @@ def draw(seed=0):
 
 def step(product='blocks', axes=(), transport='auto'):
   """Output and gradients of the routed product."""
-  how = (product, BLOCK, axes, transport)
+  options = expert_ops.ExpertOptions(product, BLOCK, axes, transport)
   return value_and_grads(
     lambda v, ids_MK: expert_ops.expert_ffn(
-      v['x_MD'], ids_MK, v['gates_MK'], v['experts'], *how
+      v['x_MD'], ids_MK, v['gates_MK'], v['experts'], options
     )
   )
 

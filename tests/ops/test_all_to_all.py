@@ -184,9 +184,9 @@ def test_backward_goes_along_the_layout_of_forward(hops, each, remat):
   ids_MK = spread.draw_ids('random', *spread.SIZES)
 
   def apply(values, ids_MK):
-    v, how = values, ('blocks', 4, HOPS[hops])
+    v, options = values, expert_ops.ExpertOptions('blocks', 4, HOPS[hops])
     args = v['x_MD'], ids_MK, v['gates_MK'], v['experts']
-    return expert_ops.expert_ffn(*args, *how)
+    return expert_ops.expert_ffn(*args, options)
 
   if remat:
     keep = jax.checkpoint_policies.save_only_these_names

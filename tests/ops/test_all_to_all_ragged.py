@@ -14,7 +14,7 @@ import pytest
 
 from dsv3_jax import precision
 from dsv3_jax.distributed import sharding
-from dsv3_jax.ops import all_to_all, fp8_experts, fp8_linear
+from dsv3_jax.ops import all_to_all, fp8_linear
 from dsv3_jax.ops import experts as expert_ops
 from pallas_kernels.fp8_matmul import reference
 from tests.ops import spread
@@ -115,7 +115,10 @@ def fp8_step(axes, transport):
     )
     experts, policy = expert_ops.Experts(*weights), precision.POLICIES['fp8']
     tokens = v['x_MD'], ids_MK, v['gates_MK']
-    return fp8_experts.expert_ffn(*tokens, experts, policy, axes, transport)
+    options = expert_ops.ExpertOptions(
+      axes=axes, transport=transport, policy=policy
+    )
+    return expert_ops.expert_ffn(*tokens, experts, options)
 
   return spread.value_and_grads(apply)
 

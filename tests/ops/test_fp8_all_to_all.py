@@ -17,7 +17,7 @@ import pytest
 
 from dsv3_jax import precision
 from dsv3_jax.ops import experts as expert_ops
-from dsv3_jax.ops import fp8_experts, fp8_linear
+from dsv3_jax.ops import fp8_linear
 from pallas_kernels.fp8_matmul import reference
 from tests.ops import spread
 
@@ -39,7 +39,8 @@ def step(axes=(), policy=POLICY, wrap=lambda f: f):
       )
     )
     tokens = values['x_MD'], ids_MK, values['gates_MK']
-    return fp8_experts.expert_ffn(*tokens, experts, policy, axes)
+    options = expert_ops.ExpertOptions(axes=axes, policy=policy)
+    return expert_ops.expert_ffn(*tokens, experts, options)
 
   return spread.value_and_grads(wrap(apply))
 

@@ -48,7 +48,8 @@ def test_gradients_of_head_and_experts_keep_more_digits_than_bf16():
   gates_MK = jnp.ones((TOKENS, 1), jnp.float32)
 
   def experts_loss(experts):
-    y_MD = expert_ops.expert_ffn(x_MD, ids_MK, gates_MK, experts, 'blocks', 64)
+    options = expert_ops.ExpertOptions('blocks')
+    y_MD = expert_ops.expert_ffn(x_MD, ids_MK, gates_MK, experts, options)
     return jnp.sum(y_MD * dy_MD, dtype=jnp.float32)
 
   def head_loss(head_DV):
