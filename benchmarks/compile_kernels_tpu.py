@@ -166,16 +166,16 @@ def _decoding() -> dict[str, Program]:
       (batch, case.queries, case.heads, width), BF16
     )
     page = lambda width, pages=pages: (pages, decode_api.PAGE, width)
-    k_rope_JIR = jax.ShapeDtypeStruct(page(case.rotary), BF16)
+    k_rope_psR = jax.ShapeDtypeStruct(page(case.rotary), BF16)
     which = (
       jax.ShapeDtypeStruct((batch, case.blocks), jnp.int32),
       jax.ShapeDtypeStruct((batch,), jnp.int32),
     )
-    for kind, c_JIC in (
+    for kind, c_psC in (
       ('bf16', jax.ShapeDtypeStruct(page(case.latent), BF16)),
       ('fp8', rows(*page(case.latent))),
     ):
-      cache = decode_api.Cache(c_JIC, k_rope_JIR)
+      cache = decode_api.Cache(c_psC, k_rope_psR)
       decode = functools.partial(decode_tpu.decode, scale=0.1352338)
       args = (q_BTNY, cache, *which)
       found[f'decode {kind} {name}'] = Program(decode, args)

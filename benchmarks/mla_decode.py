@@ -119,14 +119,14 @@ def draw(case: cases.Case, kind: str, key: jax.Array) -> tuple:
     cache = jax.jit(api.quantize)(cache)
   shape = (len(used), case.queries, case.heads, case.latent + case.rotary)
   order = np.asarray(jax.random.permutation(keys[3], sum(used)))
-  table_Bj = np.zeros((len(used), case.blocks), np.int32)
+  table_Bb = np.zeros((len(used), case.blocks), np.int32)
   ends = np.cumsum(used)
   for row, (end, count) in enumerate(zip(ends, used, strict=True)):
-    table_Bj[row, :count] = order[end - count : end]
+    table_Bb[row, :count] = order[end - count : end]
   lengths_B = jnp.asarray(case.lengths, jnp.int32)
   # Scores of about one, of which many tokens have their part.
   q_BTNY = normal(keys[2], shape) / 4
-  return q_BTNY, cache, jnp.asarray(table_Bj), lengths_B
+  return q_BTNY, cache, jnp.asarray(table_Bb), lengths_B
 
 
 def count(case: cases.Case, args: tuple) -> tuple[int, int]:
@@ -192,15 +192,15 @@ def _shape(case: cases.Case) -> str:
 
 def _difference(args: tuple, out: tuple) -> float:
   """Of the first and the last rows, from the reference in f32."""
-  q_BTNY, cache, table_Bj, lengths_B = args
+  q_BTNY, cache, table_Bb, lengths_B = args
   at = np.unique(np.linspace(0, len(q_BTNY) - 1, CHECKED_ROWS).astype(int))
-  pages = jnp.unique(table_Bj[at])
-  table_Bj = jnp.searchsorted(pages, table_Bj[at]).astype(jnp.int32)
+  pages = jnp.unique(table_Bb[at])
+  table_Bb = jnp.searchsorted(pages, table_Bb[at]).astype(jnp.int32)
   mine = jax.tree.map(lambda x: x[pages], cache)
   mine = api.dequantize(mine, q_BTNY.dtype)
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q_BTNY[at], mine))
   with jax.default_matmul_precision('highest'):
-    want = reference.decode(*wide, table_Bj, lengths_B[at], SCALE)[0]
+    want = reference.decode(*wide, table_Bb, lengths_B[at], SCALE)[0]
   return numerics.difference(np.asarray(out[0][at], np.float32), want)
 
 

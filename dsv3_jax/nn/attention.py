@@ -211,19 +211,19 @@ def _is_fp8(cache: Cache | None) -> bool:
 def _kept(latents: mla_decode.Cache, fp8: bool) -> tuple:
   """Latents and rotary keys as the cache has them."""
   kept = mla_decode.quantize(latents) if fp8 else latents
-  return kept.c_JIC, kept.k_rope_JIR
+  return kept.c_psC, kept.k_rope_psR
 
 
 def _rounded(latents: mla.Latents) -> mla.Latents:
   """Latents as they are read from an FP8 cache."""
   kept = mla_decode.quantize(mla_decode.Cache(*latents))
   read = mla_decode.dequantize(kept, latents.c_BSC.dtype)
-  return mla.Latents(read.c_JIC, read.k_rope_JIR)
+  return mla.Latents(read.c_psC, read.k_rope_psR)
 
 
 def _of_layer(
   cache: Cache, context: Context, layer: Int[Array, '']
-) -> tuple[mla_decode.Cache, Int[Array, 'B j'], Int[Array, 'B']]:
+) -> tuple[mla_decode.Cache, Int[Array, 'B b'], Int[Array, 'B']]:
   """The pages of all layers as they lie, a layer's table, and lengths.
 
   A row's tokens follow one another from the first, which tells its length;
@@ -233,11 +233,11 @@ def _of_layer(
   flat = lambda x: x.reshape(-1, *x.shape[2:])
   # Where a row has no page, one of its own stands: another's may not be finite.
   own_B1 = jnp.minimum(context.table_Bb[:, :1], count - 1)
-  table_Bj = jnp.where(context.table_Bb < count, context.table_Bb, own_B1)
-  table_Bj += layer * count
+  table_Bb = jnp.where(context.table_Bb < count, context.table_Bb, own_B1)
+  table_Bb += layer * count
   first_B, length = context.index_BT[:, 0], context.index_BT.shape[1]
   lengths_B = jnp.where(first_B < 0, 0, first_B + length)
   # Drafts behind drafts may pass the end of the table.
-  lengths_B = jnp.minimum(lengths_B, table_Bj.shape[1] * size)
+  lengths_B = jnp.minimum(lengths_B, table_Bb.shape[1] * size)
   pages = mla_decode.Cache(*jax.tree.map(flat, cache))
-  return pages, table_Bj, lengths_B
+  return pages, table_Bb, lengths_B

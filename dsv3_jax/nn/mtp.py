@@ -51,8 +51,8 @@ class MtpModule(nn.Module):
       shape, axes = (2 * cfg.d_model, cfg.d_model), (None, 'embed')
       w_proj = layers.matrix(self, 'w_proj', shape, axes, cfg.init_std)
       merged = jnp.concatenate(pair, axis=-1)
-      merged_MJ = merged.reshape(-1, 2 * cfg.d_model)
-      x_MD = linear.project(merged_MJ, w_proj, self.policy)
+      merged_M2D = merged.reshape(-1, 2 * cfg.d_model)
+      x_MD = linear.project(merged_M2D, w_proj, self.policy)
       x_BTD = x_MD.reshape(h_BTD.shape)
       body = block.rematerialised(cfg, scanned=False)(
         cfg, self.balance, self.policy, True, self.absorbed, name='block'

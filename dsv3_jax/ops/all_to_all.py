@@ -35,7 +35,7 @@ that nobody sent lie between; they are 0 and their ids nobody's. Sent are
 
 and both put every row in the same place. 'auto' is 'padded' on CPU.
 
-Letters: W devices of a hop; O rows going out of one, I rows coming in; N =
+Letters: W devices of a hop; O rows going out of one, I rows coming in; n =
 min(K, W), the most of them that one token has.
 """
 
@@ -57,7 +57,7 @@ TRANSPORTS = ('auto', 'padded', 'ragged')
 class Hop:
   """Which row of the send buffer holds which token, and how it is moved.
 
-  token_O: M where there is none. back_MN: of each token by device, O where
+  token_O: M where there is none. back_Mn: of each token by device, O where
   there is none. start_W, count_W: the rows to each device. peers: start and
   count of the rows that each device has for this one, in its own send buffer;
   None if padded. axes, transport: static.
@@ -65,7 +65,7 @@ class Hop:
 
   # Any: a tree of this form also holds shapes or shardings.
   token_O: Any
-  back_MN: Any
+  back_Mn: Any
   start_W: Any
   count_W: Any
   peers: Any
@@ -141,14 +141,16 @@ def _make_hop(goal_MK, axes, transport) -> Hop:
   else:
     rows = most * tokens
     start_W = jnp.cumsum(count_W) - count_W
-    told_2W = jnp.stack([start_W, count_W])
-    peers = tuple(jax.lax.all_to_all(told_2W, axes, 1, 1, tiled=True))
+    start_and_count_2W = jnp.stack([start_W, count_W])
+    peers = tuple(
+      jax.lax.all_to_all(start_and_count_2W, axes, 1, 1, tiled=True)
+    )
   row_MW = jnp.where(goes_MW, start_W + rank_MW, rows)
   token_M = jnp.arange(tokens, dtype=jnp.int32)
   token_O = jnp.full(rows, tokens, jnp.int32)
   token_O = token_O.at[row_MW].set(token_M[:, None], mode='drop')
-  back_MN = jnp.sort(row_MW, axis=1)[:, :most]
-  return Hop(token_O, back_MN, start_W, count_W, peers, axes, transport)
+  back_Mn = jnp.sort(row_MW, axis=1)[:, :most]
+  return Hop(token_O, back_Mn, start_W, count_W, peers, axes, transport)
 
 
 def rows_sent(plan: ExchangePlan) -> tuple[Int[Array, 'W'], ...]:
@@ -229,7 +231,7 @@ def _collect(y_I, hop):
   """Rows of one hop back, and the sum of those of each token."""
   y_O = _give_back(y_I, hop)
   sum_M = 0.0
-  for row_M in hop.back_MN.T:
+  for row_M in hop.back_Mn.T:
     part_M = jnp.take(y_O, row_M, axis=0, mode='fill', fill_value=0)
     sum_M += part_M.astype(jnp.float32)
   return sum_M.astype(y_I.dtype)

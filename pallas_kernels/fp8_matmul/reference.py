@@ -11,7 +11,8 @@ is at most a tie with zero, so that a device may flush denormals or not, and no
 value * scale is one either. `floor` holds amax up, as released code does with
 1e-4; gradients of a mean over many tokens are smaller than that, so they get 0.
 
-Letters: I rows, J columns; M, N, K of a product (lower case: tiles of 128).
+Letters: M rows, D columns; M, N, K of a product as in BLAS (lower case: tiles
+of 128).
 """
 
 import jax
@@ -29,7 +30,7 @@ _UNROLLED = 16  # blocks of K up to which the loop is written out
 
 
 def quantize(
-  x: Float[Array, '*lead I J'],
+  x: Float[Array, '*lead M D'],
   tile: tuple[int, int] = quantized.ROW,
   *,
   pow2: bool = False,
@@ -83,7 +84,7 @@ def requantize_transposed(q: Quantized, **how) -> Quantized:
 
 def dequantize(
   q: Quantized, dtype: jax.typing.DTypeLike = jnp.float32
-) -> Float[Array, '*lead I J']:
+) -> Float[Array, '*lead M D']:
   """value * scale in f32, then cast to `dtype`."""
   with jax.named_scope('dequantize'):
     scales = spread(q.scales, q.tile, q.shape)
@@ -129,7 +130,7 @@ def matmul(
   return sum_MN.astype(out_dtype)
 
 
-def row_scales(q: Quantized) -> Float[Array, '*lead I j']:
+def row_scales(q: Quantized) -> Float[Array, '*lead M d']:
   """The scales of every row."""
   return jnp.repeat(q.scales, q.tile[0], axis=-2)[..., : q.shape[-2], :]
 

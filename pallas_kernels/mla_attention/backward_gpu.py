@@ -76,7 +76,7 @@ def backward(
     ),
   )
   dq_BTNX = _of_queries(operands, segments_BT, plan)
-  dk_nope_BSNW, dk_rope_BNSR, dv_BSNW = _of_keys(operands, segments_BT, plan)
+  dk_nope_BSNh, dk_rope_BNSR, dv_BSNh = _of_keys(operands, segments_BT, plan)
   nope, rope = k_nope_BSNH.shape[-1], k_rope_BSR.shape[-1]
   if nope < plan.width or rope < ROTARY:
     dq_nope, dq_rope = jnp.split(dq_BTNX, [plan.width], axis=-1)
@@ -85,9 +85,9 @@ def backward(
   dk_rope_BSR = jnp.sum(dk_rope_BNSR, axis=1).astype(k_rope_BSR.dtype)
   grads = (
     dq_BTNX,
-    dk_nope_BSNW[..., :nope],
+    dk_nope_BSNh[..., :nope],
     dk_rope_BSR[..., :rope],
-    dv_BSNW[..., : v_BSNU.shape[-1]],
+    dv_BSNh[..., : v_BSNU.shape[-1]],
   )
   return tuple(x[:, : plan.length] for x in grads)
 
@@ -326,7 +326,7 @@ def _load_queries(refs, place, scratch, plan: Plan):
 
 def _consume_queries(refs, place, index, scratch, plan: Plan):
   """dk and dv of 64 keys."""
-  *_, dk_nope_BSNW, dk_rope_BNSR, dv_BSNW = refs
+  *_, dk_nope_BSNh, dk_rope_BNSR, dv_BSNh = refs
   b, n, _ = place
   block, first, end = _work_of_keys(refs, place, plan)
   mine = pl.ds(index * ROWS, ROWS)
@@ -341,8 +341,8 @@ def _consume_queries(refs, place, index, scratch, plan: Plan):
   sums = lax.fori_loop(below, end, functools.partial(body, None), sums)
   dv, dk_nope, dk_rope = sums
   keys = pl.ds(start, ROWS)
-  _store(dv, scratch['v'].at[mine], dv_BSNW.at[b, keys, n])
-  _store(dk_nope, scratch['k_nope'].at[mine], dk_nope_BSNW.at[b, keys, n])
+  _store(dv, scratch['v'].at[mine], dv_BSNh.at[b, keys, n])
+  _store(dk_nope, scratch['k_nope'].at[mine], dk_nope_BSNh.at[b, keys, n])
   dk_rope_BNSR[b, n, keys] = dk_rope
   plgpu.wait_smem_to_gmem(0)
 

@@ -8,7 +8,7 @@ Blocks of queries and of keys whose ranges of segments do not overlap cannot
 meet; a kernel begins or ends at the last of them. Samples that lie one after
 another are so left out but for blocks on their borders.
 
-Letters: as in reference.py; W = H = U as padded.
+Letters: as in reference.py; h = H = U as padded.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Plan(NamedTuple):
   batch: int
   length: int
   heads: int
-  width: int  # W
+  width: int  # h
   scale: float
   segments: bool
   interpret: bool

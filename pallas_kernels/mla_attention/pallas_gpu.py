@@ -73,7 +73,7 @@ def forward(
     tail = (blocks_gpu.of_tokens(segments_BT), first_Bi)
   shape = (plan.batch, plan.padded, plan.heads, plan.width)
   lse_shape = (plan.batch, plan.heads, plan.blocks * BLOCK)
-  o_BTNW, lse_BNT = blocks_gpu.launch(
+  o_BTNh, lse_BNT = blocks_gpu.launch(
     (_load, _consume),
     plan,
     'mla_attention',
@@ -85,7 +85,7 @@ def forward(
     *blocks_gpu.operands(args, plan),
     *tail,
   )
-  o_BTNU = o_BTNW[:, : plan.length, :, : v_BSNU.shape[-1]]
+  o_BTNU = o_BTNh[:, : plan.length, :, : v_BSNU.shape[-1]]
   return o_BTNU, lse_BNT[..., : plan.length]
 
 
@@ -154,7 +154,7 @@ def _load(refs, place, scratch, plan: Plan):
 
 def _consume(refs, place, index, scratch, plan: Plan):
   """64 queries: all blocks of keys, then the output."""
-  *_, o_BTNW, lse_BNT = refs
+  *_, o_BTNh, lse_BNT = refs
   b, n, _ = place
   block, first = _work(refs, place, plan)
   mine = pl.ds(index * ROWS, ROWS)
@@ -173,9 +173,9 @@ def _consume(refs, place, index, scratch, plan: Plan):
   most, total, sums = carry
   inverse = registers.from_rows(registers.row(1.0 / total), sums.shape)
   out = scratch['q_nope'].at[mine]  # which nobody reads any more
-  out[...] = registers.tile((sums * inverse).astype(o_BTNW.dtype))
+  out[...] = registers.tile((sums * inverse).astype(o_BTNh.dtype))
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(out, o_BTNW.at[b, queries, n])
+  plgpu.copy_smem_to_gmem(out, o_BTNh.at[b, queries, n])
   lse_BNT[b, n, queries] = registers.row(most / softmax.LOG2_E + jnp.log(total))
   plgpu.wait_smem_to_gmem(0)
 

@@ -5,7 +5,7 @@ as a TPU pads rows of 576 to 640. In FP8 a token of DeepSeek-V3 has 656 bytes:
 512 values in e4m3, an f32 scale for each 128 of them, and 64 rotary values that
 stay in BF16, since rounding them moves the scores most.
 
-Letters: J pages, I tokens of a page, C latent, R rotary.
+Letters: p pages, s tokens of a page; others as in the alphabet.
 """
 
 import dataclasses
@@ -25,21 +25,21 @@ PAGE = 64  # tokens
 class Cache:
   """Pages of latents and of rotary keys; which are whose, a block table says.
 
-  c_JIC: BF16 or f32 [pages, 64, C], or `Quantized` e4m3 of that shape with
-  tiles 1 x 128. k_rope_JIR: BF16 or f32 [pages, 64, R].
+  c_psC: BF16 or f32 [pages, 64, C], or `Quantized` e4m3 of that shape with
+  tiles 1 x 128. k_rope_psR: BF16 or f32 [pages, 64, R].
   """
 
   # Any: a tree of this form also holds shapes or shardings.
-  c_JIC: Any
-  k_rope_JIR: Any
+  c_psC: Any
+  k_rope_psR: Any
 
   @property
   def is_quantized(self) -> bool:
-    return isinstance(self.c_JIC, quantized.Quantized)
+    return isinstance(self.c_psC, quantized.Quantized)
 
   @property
   def pages(self) -> int:
-    return self.k_rope_JIR.shape[0]
+    return self.k_rope_psR.shape[0]
 
 
 def quantize(cache: Cache) -> Cache:
@@ -47,15 +47,15 @@ def quantize(cache: Cache) -> Cache:
 
   It serves new tokens as well as whole pages: a token's scales are its own.
   """
-  return dataclasses.replace(cache, c_JIC=formats.quantize(cache.c_JIC))
+  return dataclasses.replace(cache, c_psC=formats.quantize(cache.c_psC))
 
 
 def dequantize(cache: Cache, dtype: jax.typing.DTypeLike) -> Cache:
   """Latents as value * scale in f32, rounded to `dtype` if that is less."""
   if not cache.is_quantized:
     return cache
-  c_JIC = formats.dequantize(cache.c_JIC, dtype)
-  return dataclasses.replace(cache, c_JIC=c_JIC)
+  c_psC = formats.dequantize(cache.c_psC, dtype)
+  return dataclasses.replace(cache, c_psC=c_psC)
 
 
 def bits(x: jax.Array) -> jax.Array:

@@ -35,9 +35,9 @@ The interpreter knows no accumulator that begins with a value: there a product
 is added to the output, which on a device would take registers that are not
 there.
 
-Letters: B rows, T queries of a row, N heads, X = T * N padded to 64, C latent,
-R rotary, Y = C + R, Z parts, S 64 tokens; J pages, I tokens of a page, j blocks
-of a row.
+Letters: t = T * N padded to 64, Y = C + R, i parts, S 64 tokens; p pages, s
+tokens of a page, b blocks of a row, c tiles of 128 of C; others as in the
+alphabet.
 """
 
 import functools
@@ -67,7 +67,7 @@ LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # of 512 for the three
 def decode(
   q_BTNY: Float[Array, 'B T N Y'],
   cache: caches.Cache,
-  table_Bj: Int[Array, 'B j'],
+  table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   scale: float,
   *,
@@ -83,14 +83,14 @@ def decode(
       in FP8), 256 or 512 latent and 64 rotary; interpreted before jax 0.11.
   """
   rows, queries, heads, _ = q_BTNY.shape
-  latent, rotary = cache.c_JIC.shape[-1], cache.k_rope_JIR.shape[-1]
+  latent, rotary = cache.c_psC.shape[-1], cache.k_rope_psR.shape[-1]
   if reason := unsupported(cache):
     raise NotImplementedError(reason)
-  blocks_X = pl.cdiv(queries * heads, ROWS)
-  splits = splits or choose_splits(rows * blocks_X, table_Bj.shape[1])
+  blocks_t = pl.cdiv(queries * heads, ROWS)
+  splits = splits or choose_splits(rows * blocks_t, table_Bb.shape[1])
   widths = (heads, queries, latent, rotary, splits)
   plan = Plan(*widths, scale * softmax.LOG2_E, cache.is_quantized, interpret)
-  x = blocks_X * ROWS
+  x = blocks_t * ROWS
   kernel = plgpu.kernel(
     functools.partial(_kernel, plan=plan),
     out_type=(
@@ -98,7 +98,7 @@ def decode(
       jax.ShapeDtypeStruct((splits, rows, x), jnp.float32),
     ),
     scratch_types={'scratch': _scratch(plan)},
-    grid=(rows, splits, blocks_X),
+    grid=(rows, splits, blocks_t),
     grid_names=('row', 'part', 'queries'),
     num_threads=CONSUMERS + 1,
     thread_name='warpgroup',
@@ -110,38 +110,38 @@ def decode(
     ),
     interpret=compat.gpu_interpreter(interpret),
   )
-  owned_Bj = parts.owned(table_Bj, lengths_B, cache.pages)
-  o_ZBXC, lse_ZBX = kernel(
+  owned_Bb = parts.owned(table_Bb, lengths_B, cache.pages)
+  o_iBtC, lse_iBt = kernel(
     dense.pad(q_BTNY.reshape(rows, queries * heads, -1), ROWS, 1),
-    *_inputs(cache, owned_Bj),
-    owned_Bj,
+    *_inputs(cache, owned_Bb),
+    owned_Bb,
     lengths_B,
   )
   shape = (splits, rows, queries, heads)
   cut = slice(0, queries * heads)
-  o_ZBTNC = o_ZBXC[:, :, cut].reshape(*shape, latent)
-  lse_ZBNT = jnp.swapaxes(lse_ZBX[:, :, cut].reshape(shape), -1, -2)
-  return parts.combine(o_ZBTNC, lse_ZBNT, q_BTNY.dtype)
+  o_iBTNC = o_iBtC[:, :, cut].reshape(*shape, latent)
+  lse_iBNT = jnp.swapaxes(lse_iBt[:, :, cut].reshape(shape), -1, -2)
+  return parts.combine(o_iBTNC, lse_iBNT, q_BTNY.dtype)
 
 
 def unsupported(cache: caches.Cache) -> str | None:
   """Why there is no kernel for such a cache, if there is none."""
-  dtype = cache.k_rope_JIR.dtype
+  dtype = cache.k_rope_psR.dtype
   if dtype != jnp.bfloat16:
     return f'the cache is {dtype}, not bfloat16'
-  latent, rotary = cache.c_JIC.shape[-1], cache.k_rope_JIR.shape[-1]
+  latent, rotary = cache.c_psC.shape[-1], cache.k_rope_psR.shape[-1]
   widths = (256, 512) if cache.is_quantized else (128, 256, 512)
   if latent not in widths or rotary != PIECE:
     return f'widths {latent} + {rotary} must be one of {widths} + {PIECE}'
   return None
 
 
-def _inputs(cache: caches.Cache, owned_Bj) -> tuple:
+def _inputs(cache: caches.Cache, owned_Bb) -> tuple:
   """Latents, scales of the rows' pages or None, rotary keys."""
   if not cache.is_quantized:
-    return cache.c_JIC, None, cache.k_rope_JIR
-  scale_BjkI = parts.scales(cache.c_JIC, owned_Bj)
-  return cache.c_JIC.values, scale_BjkI, cache.k_rope_JIR
+    return cache.c_psC, None, cache.k_rope_psR
+  scale_Bbcs = parts.scales(cache.c_psC, owned_Bb)
+  return cache.c_psC.values, scale_Bbcs, cache.k_rope_psR
 
 
 def choose_splits(programs: int, table_blocks: int) -> int:
@@ -178,9 +178,9 @@ def _scratch(plan: Plan) -> dict:
   }
 
 
-def _kernel(q_BXY, c_JIC, *rest, plan, scratch):
+def _kernel(q_BtY, c_psC, *rest, plan, scratch):
   """Of every warpgroup. rest: scales if there are any, and all others."""
-  *scale_BjkI, k_rope_JIR, table_Bj, lengths_B, o, lse = rest
+  *scale_Bbcs, k_rope_psR, table_Bb, lengths_B, o, lse = rest
   row, part = lax.axis_index('row'), lax.axis_index('part')
   warpgroup = lax.axis_index('warpgroup')
   first_query = lax.axis_index('queries') * ROWS
@@ -191,7 +191,7 @@ def _kernel(q_BXY, c_JIC, *rest, plan, scratch):
 
   def load():
     plgpu.set_max_registers(LOADER_REGISTERS, action='decrease')
-    sources = (q_BXY, c_JIC, scale_BjkI, k_rope_JIR, table_Bj)
+    sources = (q_BtY, c_psC, scale_Bbcs, k_rope_psR, table_Bb)
     _load(sources, work, scratch, plan)
 
   def consume():
@@ -203,13 +203,13 @@ def _kernel(q_BXY, c_JIC, *rest, plan, scratch):
 
 def _load(sources, work: Work, scratch, plan: Plan):
   """Brings the queries, then page after page as buffers become free."""
-  q_BXY, c_JIC, scale_BjkI, k_rope_JIR, table_Bj = sources
+  q_BtY, c_psC, scale_Bbcs, k_rope_psR, table_Bb = sources
   first, end = work.bounds
   for name, start, width in (
     ('q_c', 0, plan.latent),
     ('q_r', plan.latent, plan.rotary),
   ):
-    part = q_BXY.at[work.row, work.rows, pl.ds(start, width)]
+    part = q_BtY.at[work.row, work.rows, pl.ds(start, width)]
     plgpu.copy_gmem_to_smem(part, scratch[name], scratch['q_full'])
 
   @pl.loop(0, end - first)
@@ -221,16 +221,16 @@ def _load(sources, work: Work, scratch, plan: Plan):
       plgpu.barrier_wait(scratch['empty'].at[slot])
 
     block, full = first + turn, scratch['full'].at[slot]
-    page = table_Bj[work.row, block]
+    page = table_Bb[work.row, block]
     latents = scratch['loaded' if plan.fp8 else 'c'].at[slot]
-    plgpu.copy_gmem_to_smem(c_JIC.at[page], latents, full)
+    plgpu.copy_gmem_to_smem(c_psC.at[page], latents, full)
     plgpu.copy_gmem_to_smem(
-      k_rope_JIR.at[page], scratch['k_rope'].at[slot], full
+      k_rope_psR.at[page], scratch['k_rope'].at[slot], full
     )
     if plan.fp8:
       _wait_until_widened(turn, scratch)
       plgpu.copy_gmem_to_smem(
-        scale_BjkI[0].at[work.row, block], scratch['scales'], full
+        scale_Bbcs[0].at[work.row, block], scratch['scales'], full
       )
 
   if plan.fp8:

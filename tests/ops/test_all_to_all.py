@@ -126,19 +126,19 @@ def test_small_case_by_hand():
     plan = all_to_all.make_plan(ids_MK, 2, spread.ONE_HOP)
     sums_MD = all_to_all.combine(y_ID, plan)
     (hop,) = plan.hops
-    at = hop.token_O, hop.back_MN, *all_to_all.rows_sent(plan)
+    at = hop.token_O, hop.back_Mn, *all_to_all.rows_sent(plan)
     return plan.ids_IK, all_to_all.dispatch(x_MD, plan), sums_MD, at
 
   got = spread.over((1, 2), body)(ids_MK, x_MD, y_ID)
   listed = jax.tree.map(lambda x: np.array(x).tolist(), got)
-  ids_IK, x_ID, sums_MD, (token_O, back_MN, count_W) = listed
+  ids_IK, x_ID, sums_MD, (token_O, back_Mn, count_W) = listed
   here, none = [[0, 2], [1, 0], [1, 2], [2, 2]], [2, 2]
   assert ids_IK == here + [[2, 1], none, [0, 1], [2, 0]]
   assert x_ID == [[10], [11], [13], [0], [10], [0], [12], [13]]
   assert sums_MD == [[1 + 10], [2], [20], [3 + 30]]
   # Rows to device 0, then to device 1; 2 is no token, 4 is no row.
   assert token_O == [0, 1, 0, 2] + [1, 2, 0, 1]
-  assert back_MN == [[0, 2], [1, 4]] + [[2, 4], [0, 3]]
+  assert back_Mn == [[0, 2], [1, 4]] + [[2, 4], [0, 3]]
   assert count_W == [2, 1] + [1, 2]
 
 

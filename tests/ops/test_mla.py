@@ -55,8 +55,8 @@ def pages_of(latents):
   count = -(-length // mla_decode.PAGE)
   pad = ((0, 0), (0, count * mla_decode.PAGE - length), (0, 0))
   cut = lambda x: jnp.pad(x, pad).reshape(-1, mla_decode.PAGE, x.shape[-1])
-  table_Bj = jnp.arange(batch * count, dtype=jnp.int32).reshape(batch, count)
-  return mla_decode.Cache(*map(cut, latents)), table_Bj
+  table_Bb = jnp.arange(batch * count, dtype=jnp.int32).reshape(batch, count)
+  return mla_decode.Cache(*map(cut, latents)), table_Bb
 
 
 def oracle_forward(x_BTD, weights, positions_BT, segments_BT=None):

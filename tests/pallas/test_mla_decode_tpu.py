@@ -23,8 +23,8 @@ V3 = [n for n in without_tpu.programs() if n.startswith('decode')]
 
 
 @functools.partial(jax.jit, static_argnames=('scale', 'splits', 'pages'))
-def decode(q_BTNY, cache, table_Bj, lengths_B, scale, splits=None, pages=None):
-  args = (q_BTNY, cache, table_Bj, lengths_B, scale)
+def decode(q_BTNY, cache, table_Bb, lengths_B, scale, splits=None, pages=None):
+  args = (q_BTNY, cache, table_Bb, lengths_B, scale)
   if pages is None:
     return api.decode(*args, 'pallas_interpret', splits)
   how = {'blocks': BlockSizes(pages), 'interpret': True}
