@@ -175,7 +175,7 @@ def _decoding() -> dict[str, Program]:
       ('bf16', jax.ShapeDtypeStruct(page(case.latent), BF16)),
       ('fp8', rows(*page(case.latent))),
     ):
-      cache = decode_api.Cache(c_psC, k_rope_psR)
+      cache = decode_api.LatentPages(c_psC, k_rope_psR)
       decode = functools.partial(decode_tpu.decode, scale=0.1352338)
       args = (q_BTNY, cache, *which)
       found[f'decode {kind} {name}'] = Program(decode, args)

@@ -114,7 +114,9 @@ def draw(case: cases.Case, kind: str, key: jax.Array) -> tuple:
   used = [-(-length // api.PAGE) for length in case.lengths]
   normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
   page = lambda key, width: normal(key, (sum(used), api.PAGE, width))
-  cache = api.Cache(page(keys[0], case.latent), page(keys[1], case.rotary))
+  cache = api.LatentPages(
+    page(keys[0], case.latent), page(keys[1], case.rotary)
+  )
   if kind == 'fp8':
     cache = jax.jit(api.quantize)(cache)
   shape = (len(used), case.queries, case.heads, case.latent + case.rotary)

@@ -42,11 +42,11 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self,
-    carry: tuple[Array, attention.Cache | None],
+    carry: tuple[Array, attention.LatentCache | None],
     bias_E: Float[Array, 'E'],
     layer: Array,
-    context: attention.Context,
-  ) -> tuple[tuple[Array, attention.Cache | None], moe.MoeStats | None]:
+    context: attention.AttentionContext,
+  ) -> tuple[tuple[Array, attention.LatentCache | None], moe.MoeStats | None]:
     """(hidden, cache) -> the same after the block, and the MoE's statistics."""
     cfg, (x_BTD, cache) = self.cfg, carry
     attend = attention.LatentAttention(
@@ -83,10 +83,10 @@ class Stack(nn.Module):
   def __call__(
     self,
     x_BTD: Float[Array, 'B T D'],
-    cache: attention.Cache | None,
+    cache: attention.LatentCache | None,
     bias_LE: Float[Array, 'L E'],
-    context: attention.Context,
-  ) -> tuple[Array, attention.Cache | None, moe.MoeStats | None]:
+    context: attention.AttentionContext,
+  ) -> tuple[Array, attention.LatentCache | None, moe.MoeStats | None]:
     """Runs all blocks; statistics come stacked over the layers."""
     fields = (self.cfg, self.balance, self.policy, self.is_moe, self.absorbed)
     index_L = jnp.arange(self.length)

@@ -49,9 +49,9 @@ class Batch(NamedTuple):
 class Caches(NamedTuple):
   """Latent caches of both stacks and, where it drafts, of the MTP module."""
 
-  dense: attention.Cache
-  moe: attention.Cache
-  mtp: attention.Cache | None = None
+  dense: attention.LatentCache
+  moe: attention.LatentCache
+  mtp: attention.LatentCache | None = None
 
 
 class Model(nn.Module):
@@ -215,14 +215,14 @@ class Model(nn.Module):
 
 def make_context(
   cfg: config.ModelConfig, batch: Batch, isolated: bool
-) -> attention.Context:
+) -> attention.AttentionContext:
   """What all layers share for a batch."""
   valid_BT = (batch.segments_BT > 0).astype(jnp.float32)
   segments_BT = batch.segments_BT if isolated else None
   return attention.make_context(cfg, batch.positions_BT, valid_BT, segments_BT)
 
 
-def _cached_context(cfg, index_BT, table_Bb) -> attention.Context:
+def _cached_context(cfg, index_BT, table_Bb) -> attention.AttentionContext:
   """Likewise, where rows go on in a cache; tokens of no row do not count."""
   valid_BT = (index_BT >= 0).astype(jnp.float32)
   args = (index_BT, valid_BT, None, index_BT, table_Bb)

@@ -34,9 +34,9 @@ class MtpModule(nn.Module):
     h_BTD: Float[Array, 'B T D'],
     embedded_BTD: Float[Array, 'B T D'],
     bias_E: Float[Array, 'E'],
-    context: attention.Context,
-    cache: attention.Cache | None = None,
-  ) -> tuple[Array, Array, moe.MoeStats, attention.Cache | None]:
+    context: attention.AttentionContext,
+    cache: attention.LatentCache | None = None,
+  ) -> tuple[Array, Array, moe.MoeStats, attention.LatentCache | None]:
     """Returns the block's output, its normed form, statistics and the cache.
 
     Args:
@@ -70,7 +70,7 @@ def chain(
   raw_BTD: Float[Array, 'B T D'],
   ahead: Sequence[Float[Array, 'B T D']],
   router: dict[str, Array],
-  context: attention.Context,
+  context: attention.AttentionContext,
 ) -> tuple[list[Array], moe.MoeStats]:
   """Normed hidden states of each depth, and their MoE statistics.
 

@@ -4,7 +4,7 @@
   Dgrad  dx = q(dy) Q(W)^T                  dy: the same
   Wgrad  dW = qT(x)^T qT(dy)                tiles of 128 tokens x 1 channel
 
-Q are 128 x 128 blocks. For Wgrad the kept FP8 x is dequantised, transposed and
+Q are 128 x 128 blocks. For Wgrad the saved FP8 x is dequantised, transposed and
 quantised anew; dy is quantised both ways at once. Outputs are BF16, dW is f32.
 
 What the backward pass keeps is FP8: x, or E5M6 for the input of attention's
@@ -57,13 +57,13 @@ class Weight(NamedTuple):
 class Operand(NamedTuple):
   """An input of linears and its FP8 form.
 
-  value: [M, D]; gets the gradient. rows: its 1 x 128 tiles. kept: what the
+  value: [M, D]; gets the gradient. rows: its 1 x 128 tiles. saved: what the
   backward pass has instead, `Quantized` or `Packed`.
   """
 
   value: Array
   rows: Quantized
-  kept: Any
+  saved: Any
 
 
 class Products(NamedTuple):
@@ -112,17 +112,17 @@ def _linear_fwd(x, w, policy, pow2):
   del pow2
   with jax.named_scope('fprop'):
     y_MF = dense(policy).forward(x.rows, w.fprop)
-  return y_MF.astype(x.value.dtype), (x.kept, w.dgrad)
+  return y_MF.astype(x.value.dtype), (x.saved, w.dgrad)
 
 
 def _linear_bwd(policy, pow2, residuals, dy_MF):
-  kept, dgrad = residuals
+  saved, dgrad = residuals
   rows, columns = quantize_gradient(dy_MF, policy)
   products = dense(policy)
   with jax.named_scope('dgrad'):
     dx_MD = products.forward(rows, dgrad).astype(dy_MF.dtype)
   with jax.named_scope('wgrad'):
-    dw_DF = products.weight(transposed(kept, policy, pow2=pow2), columns)
+    dw_DF = products.weight(transposed(saved, policy, pow2=pow2), columns)
   return Operand(dx_MD, None, None), Weight(dw_DF, None, None)
 
 
@@ -145,17 +145,17 @@ def _swiglu_linear(gate_MF, up_MF, w, policy):
 
 
 def _swiglu_linear_fwd(gate_MF, up_MF, w, policy):
-  y_MD, kept = swiglu_forward(
+  y_MD, saved = swiglu_forward(
     gate_MF, up_MF, None, w.fprop, dense(policy), policy
   )
-  return y_MD.astype(gate_MF.dtype), (kept, w.dgrad)
+  return y_MD.astype(gate_MF.dtype), (saved, w.dgrad)
 
 
 def _swiglu_linear_bwd(policy, residuals, dy_MD):
-  kept, dgrad = residuals
+  saved, dgrad = residuals
   dy = quantize_gradient(dy_MD, policy)
   dgate_MF, dup_MF, _, dw_FD = swiglu_backward(
-    kept, None, dgrad, dy, dense(policy), policy, dy_MD.dtype
+    saved, None, dgrad, dy, dense(policy), policy, dy_MD.dtype
   )
   return dgate_MF, dup_MF, Weight(dw_FD, None, None)
 
@@ -163,7 +163,7 @@ def _swiglu_linear_bwd(policy, residuals, dy_MD):
 _swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
 
 
-class SwigluKept(NamedTuple):
+class SwigluSaved(NamedTuple):
   """Both inputs of SwiGLU in FP8."""
 
   gate: Quantized
@@ -183,15 +183,15 @@ def swiglu_forward(gate_MF, up_MF, scale_M, down: Quantized, products, policy):
   }
   # From f32, as a fused kernel would: BF16 in between would round twice.
   rows = quantizers.rows(hidden_MF, **how)
-  kept = SwigluKept(
+  saved = SwigluSaved(
     named(quantizers.rows(gate_MF, **how), 'swiglu_in'),
     named(quantizers.rows(up_MF, **how), 'swiglu_in'),
   )
   with jax.named_scope('fprop'):
-    return products.forward(rows, down), kept
+    return products.forward(rows, down), saved
 
 
-def swiglu_backward(kept, scale_M, dgrad, dy, products, policy, dtype):
+def swiglu_backward(saved, scale_M, dgrad, dy, products, policy, dtype):
   """Gradients of gate, up, scale (None without) and W_down.
 
   Args:
@@ -200,7 +200,7 @@ def swiglu_backward(kept, scale_M, dgrad, dy, products, policy, dtype):
   with jax.named_scope('dgrad'):
     dhidden_MF = products.forward(dy[0], dgrad).astype(jnp.float32)
   with jax.named_scope('swiglu'):
-    gate_MF, up_MF = (formats.dequantize(q) for q in kept)
+    gate_MF, up_MF = (formats.dequantize(q) for q in saved)
     hidden_MF, silu_MF = _swiglu(gate_MF, up_MF, scale_M)
     dscale_M = None
     if scale_M is not None:
@@ -256,20 +256,20 @@ def blockwise(dy_MF: Float[Array, 'M F']) -> Quantized:
 
 
 def transposed(
-  kept: Quantized | quantized.Packed, policy: Policy, *, pow2: bool
+  saved: Quantized | quantized.Packed, policy: Policy, *, pow2: bool
 ) -> Quantized:
-  """Tiles of 128 tokens x 1 channel of a kept input, [D, M]."""
+  """Tiles of 128 tokens x 1 channel of a saved input, [D, M]."""
   how = {
     'pow2': pow2,
     'floor': precision.ACTIVATION_FLOOR,
     'implementation': policy.implementation,
   }
-  if isinstance(kept, quantized.Packed):
-    x_MD = e5m6.unpack(kept).astype(jnp.bfloat16)  # exact: 7 digits of 8
+  if isinstance(saved, quantized.Packed):
+    x_MD = e5m6.unpack(saved).astype(jnp.bfloat16)  # exact: 7 digits of 8
     return quantizers.columns(x_MD, **how)
-  return quantizers.transposed(kept, **how)
+  return quantizers.transposed(saved, **how)
 
 
-def named(kept: Any, name: str) -> Any:
-  """Gives a checkpoint name to every array of what is kept."""
-  return jax.tree.map(lambda x: checkpoint_name(x, name), kept)
+def named(saved: Any, name: str) -> Any:
+  """Gives a checkpoint name to every array of what is saved."""
+  return jax.tree.map(lambda x: checkpoint_name(x, name), saved)

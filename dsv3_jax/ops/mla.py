@@ -64,7 +64,7 @@ def split_query(
 def attend_absorbed(
   q_nope_BTNH: Float[Array, 'B T N H'],
   q_rope_BTNR: Float[Array, 'B T N R'],
-  cache: mla_decode.Cache,
+  cache: mla_decode.LatentPages,
   table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   w_uk_CNH: Float[Array, 'C N H'],

@@ -77,7 +77,7 @@ class BlockSizes:
       raise ValueError(f'columns={self.columns} must be 64, 128 or 192')
 
 
-class Plan(NamedTuple):
+class MatmulPlan(NamedTuple):
   """What is known before the launch. tiles: matrices, rows, columns.
 
   table_by: which of the tile's indices chooses the column of the table, 'row'
@@ -159,7 +159,7 @@ def launch(
   if row_scales and blocks.columns == 192:
     raise ValueError('columns=192 must be at most 128 with scales of rows of b')
   tiles = (matrices, pl.cdiv(rows, TILE_ROWS), pl.cdiv(columns, blocks.columns))
-  plan = Plan(tiles, pl.cdiv(depth, DEPTH), row_scales, table_by, blocks)
+  plan = MatmulPlan(tiles, pl.cdiv(depth, DEPTH), row_scales, table_by, blocks)
   line = LINE // jnp.dtype(out_dtype).itemsize
   padded = (matrices, up(rows, GROUP), up(columns, line))
   kernel = plgpu.kernel(
@@ -217,7 +217,7 @@ def swizzled(shape, dtype, line: int = LINE):
   return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
-def _scratch(plan: Plan, out_dtype) -> dict:
+def _scratch(plan: MatmulPlan, out_dtype) -> dict:
   blocks = plan.blocks
   ring = lambda *shape: (blocks.stages, *shape)
   scratch = {
@@ -234,7 +234,9 @@ def _scratch(plan: Plan, out_dtype) -> dict:
   return {'scratch': scratch}
 
 
-def _kernel(a_MK, scale_kM, b_ENK, scale_b, *rest, plan: Plan, scratch: dict):
+def _kernel(
+  a_MK, scale_kM, b_ENK, scale_b, *rest, plan: MatmulPlan, scratch: dict
+):
   """Of every warpgroup. rest: the table if there is one, and the output."""
   *table, out_XMN = rest
   warpgroup = lax.axis_index('warpgroup')
@@ -281,11 +283,11 @@ def _kernel(a_MK, scale_kM, b_ENK, scale_b, *rest, plan: Plan, scratch: dict):
   lax.cond(warpgroup == CONSUMERS, load, consume)
 
 
-def _slot(step, plan: Plan):
+def _slot(step, plan: MatmulPlan):
   return lax.rem(step, jnp.int32(plan.blocks.stages))
 
 
-def _tile(index, table: list, plan: Plan) -> Tile:
+def _tile(index, table: list, plan: MatmulPlan) -> Tile:
   """Of a matrix, strips of columns; of a strip, rows back and forth."""
   _, rows, columns = plan.tiles
   matrix = lax.div(index, jnp.int32(rows * columns))
@@ -300,7 +302,7 @@ def _tile(index, table: list, plan: Plan) -> Tile:
   return Tile(matrix, row, column, *(table[0][at, by] for at in range(3)))
 
 
-def _load(tile: Tile, sources, scratch, plan: Plan, k, step):
+def _load(tile: Tile, sources, scratch, plan: MatmulPlan, k, step):
   """Fills the stage of `step` with block k of K."""
   a_MK, scale_kM, b_ENK, scale_b = sources
   slot = _slot(step, plan)
@@ -325,7 +327,9 @@ def _load(tile: Tile, sources, scratch, plan: Plan, k, step):
   return step + 1
 
 
-def _multiply(tile: Tile, scale_b, scratch, plan: Plan, warpgroup, k, carry):
+def _multiply(
+  tile: Tile, scale_b, scratch, plan: MatmulPlan, warpgroup, k, carry
+):
   """Adds block k of K, in the stage of `step`, to the sums of 64 rows."""
   step, sums = carry
   slot = _slot(step, plan)
@@ -369,13 +373,13 @@ def _multiply(tile: Tile, scale_b, scratch, plan: Plan, warpgroup, k, carry):
   return step + 1, tuple(promoted)
 
 
-def _block(tile: Tile, group: int, plan: Plan, scale_b):
+def _block(tile: Tile, group: int, plan: MatmulPlan, scale_b):
   """The 128 x 128 blocks of a group of columns; the last for those outside."""
   column = tile.column * plan.blocks.columns + group * plan.group
   return lax.min(lax.div(column, jnp.int32(128)), scale_b.shape[1] - 1)
 
 
-def _store(sums, tile: Tile, out_XMN, out_smem, plan: Plan, warpgroup):
+def _store(sums, tile: Tile, out_XMN, out_smem, plan: MatmulPlan, warpgroup):
   """Sends 64 rows off, a piece of 64 columns at a time."""
   rows = pl.ds(tile.row * TILE_ROWS + warpgroup * ROWS, ROWS)
   for piece in range(plan.blocks.columns // PIECE):

@@ -38,7 +38,7 @@ from pallas_kernels import compat, registers, softmax
 from pallas_kernels.mla_attention import blocks_gpu
 
 plgpu = compat.mosaic_gpu
-Plan, Ring = blocks_gpu.Plan, blocks_gpu.Ring
+AttentionPlan, Ring = blocks_gpu.AttentionPlan, blocks_gpu.Ring
 BLOCK, ROWS, ROTARY = blocks_gpu.BLOCK, blocks_gpu.ROWS, blocks_gpu.ROTARY
 
 KEYS, KEY_STAGES = 64, 3  # tokens of a stage, and stages
@@ -92,14 +92,14 @@ def backward(
   return tuple(x[:, : plan.length] for x in grads)
 
 
-def _segments(segments_BT, plan: Plan, bounds) -> tuple:
+def _segments(segments_BT, plan: AttentionPlan, bounds) -> tuple:
   """Operands for them, if there are any."""
   if not plan.segments:
     return ()
   return blocks_gpu.of_tokens(segments_BT), bounds(segments_BT)
 
 
-def _of_queries(operands, segments_BT, plan: Plan):
+def _of_queries(operands, segments_BT, plan: AttentionPlan):
   """dq, with padded widths."""
   memory = blocks_gpu.memory
   step = {
@@ -131,12 +131,12 @@ def _of_queries(operands, segments_BT, plan: Plan):
   )
 
 
-def _ring_of_keys(scratch, plan: Plan) -> Ring:
+def _ring_of_keys(scratch, plan: AttentionPlan) -> Ring:
   names = ('k_nope', 'k_rope', 'v') + ('segments',) * plan.segments
   return Ring(scratch, KEY_STAGES, names)
 
 
-def _work_of_queries(refs, place, plan: Plan):
+def _work_of_queries(refs, place, plan: AttentionPlan):
   """Block of queries; first step of keys and the end."""
   block = plan.blocks - 1 - place[2]  # the longest begin first
   first = refs[7][place[0], block] if plan.segments else jnp.int32(0)
@@ -144,7 +144,7 @@ def _work_of_queries(refs, place, plan: Plan):
   return block, first, lax.min((block + 1) * (BLOCK // KEYS), jnp.int32(most))
 
 
-def _load_keys(refs, place, scratch, plan: Plan):
+def _load_keys(refs, place, scratch, plan: AttentionPlan):
   """Brings the queries, then keys and values as buffers become free."""
   q_BTNX, k_nope, k_rope, v, do, kept, *rest = refs
   b, n, _ = place
@@ -170,7 +170,7 @@ def _load_keys(refs, place, scratch, plan: Plan):
   ring.drain(end - first)
 
 
-def _of_q(q_TX, plan: Plan) -> dict:
+def _of_q(q_TX, plan: AttentionPlan) -> dict:
   """Both parts of queries in memory."""
   return {
     'q_nope': q_TX.at[:, pl.ds(0, plan.width)],
@@ -178,7 +178,7 @@ def _of_q(q_TX, plan: Plan) -> dict:
   }
 
 
-def _consume_keys(refs, place, index, scratch, plan: Plan):
+def _consume_keys(refs, place, index, scratch, plan: AttentionPlan):
   """dq of 64 queries."""
   dq_BTNX = refs[-1]
   b, n, _ = place
@@ -201,7 +201,7 @@ def _consume_keys(refs, place, index, scratch, plan: Plan):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _step_of_keys(scratch, plan: Plan, mine, first, apart, j, sums):
+def _step_of_keys(scratch, plan: AttentionPlan, mine, first, apart, j, sums):
   """Adds what 64 keys give to dq. apart: see `blocks_gpu.hide`, of j."""
   shape, turn = (ROWS, KEYS), j - first
   ring = _ring_of_keys(scratch, plan)
@@ -242,7 +242,7 @@ def _store(x, memory, out):
   plgpu.copy_smem_to_gmem(memory, out)
 
 
-def _of_keys(operands, segments_BT, plan: Plan):
+def _of_keys(operands, segments_BT, plan: AttentionPlan):
   """dk_nope, each head's dk_rope, and dv, with padded widths."""
   memory = functools.partial(blocks_gpu.memory, line=LINE)
   step = {
@@ -279,12 +279,12 @@ def _of_keys(operands, segments_BT, plan: Plan):
   )
 
 
-def _ring_of_queries(scratch, plan: Plan) -> Ring:
+def _ring_of_queries(scratch, plan: AttentionPlan) -> Ring:
   names = ('q_nope', 'q_rope', 'do', 'kept')
   return Ring(scratch, QUERY_STAGES, names + ('segments',) * plan.segments)
 
 
-def _work_of_keys(refs, place, plan: Plan):
+def _work_of_keys(refs, place, plan: AttentionPlan):
   """Block of keys; first step of queries and the end."""
   block = place[2]
   end = jnp.int32(pl.cdiv(plan.length, QUERIES))
@@ -293,7 +293,7 @@ def _work_of_keys(refs, place, plan: Plan):
   return block, block * (BLOCK // QUERIES), end
 
 
-def _load_queries(refs, place, scratch, plan: Plan):
+def _load_queries(refs, place, scratch, plan: AttentionPlan):
   """Brings the keys and values, then queries as buffers become free."""
   q_BTNX, k_nope, k_rope, v, do, kept, *rest = refs
   b, n, _ = place
@@ -324,7 +324,7 @@ def _load_queries(refs, place, scratch, plan: Plan):
   ring.drain(end - first)
 
 
-def _consume_queries(refs, place, index, scratch, plan: Plan):
+def _consume_queries(refs, place, index, scratch, plan: AttentionPlan):
   """dk and dv of 64 keys."""
   *_, dk_nope_BSNh, dk_rope_BNSR, dv_BSNh = refs
   b, n, _ = place
@@ -347,7 +347,7 @@ def _consume_queries(refs, place, index, scratch, plan: Plan):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _step_of_queries(scratch, plan: Plan, mine, first, apart, i, sums):
+def _step_of_queries(scratch, plan: AttentionPlan, mine, first, apart, i, sums):
   """Adds what 32 queries give to dv and dk. apart: as of `_step_of_keys`."""
   shape, turn = (ROWS, QUERIES), i - first
   ring = _ring_of_queries(scratch, plan)

@@ -31,7 +31,7 @@ WIDEST = 128
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # of 512 for the three
 
 
-class Plan(NamedTuple):
+class AttentionPlan(NamedTuple):
   """What is known before the launch."""
 
   batch: int
@@ -70,7 +70,7 @@ def unsupported(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU) -> str | None:
   return None
 
 
-def plan(args, scale: float, interpret: bool) -> Plan:
+def plan(args, scale: float, interpret: bool) -> AttentionPlan:
   """args: q, k_nope, k_rope, v, segments.
 
   Raises:
@@ -83,10 +83,12 @@ def plan(args, scale: float, interpret: bool) -> Plan:
   widths = operands[1].shape[-1], operands[3].shape[-1]
   width = dense.up(max(widths), ROTARY)
   has_segments = segments_BT is not None
-  return Plan(batch, length, heads, width, scale, has_segments, interpret)
+  return AttentionPlan(
+    batch, length, heads, width, scale, has_segments, interpret
+  )
 
 
-def operands(args, plan: Plan) -> tuple:
+def operands(args, plan: AttentionPlan) -> tuple:
   """q, k_nope, k_rope and v, padded."""
   q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, _ = args
   nope, rope = k_nope_BSNH.shape[-1], k_rope_BSR.shape[-1]
@@ -141,7 +143,9 @@ def _meet(segments_BT, queries: int, keys: int):
   return meet_Bij & (low_Bj[:, None] <= high_Bi[:, :, None])
 
 
-def launch(body, plan: Plan, name: str, outputs, scratch: dict, *operands):
+def launch(
+  body, plan: AttentionPlan, name: str, outputs, scratch: dict, *operands
+):
   """A program for each sequence, head and block; those of a head run together.
 
   body: `load` and `consume`, which get refs, place, scratch and plan; scratch
@@ -169,7 +173,7 @@ def launch(body, plan: Plan, name: str, outputs, scratch: dict, *operands):
   return kernel(*operands)
 
 
-def _roles(*refs, body, plan: Plan, scratch: dict):
+def _roles(*refs, body, plan: AttentionPlan, scratch: dict):
   """What each warpgroup does."""
   load, consume = body
   index = lax.axis_index('warpgroup')
@@ -261,7 +265,7 @@ def memory(*shape, dtype=jnp.bfloat16, line: int = 128):
   return plgpu.SMEM(shape, dtype)
 
 
-def hide(x, value: float, plan: Plan, ahead, segments, keys: int = 1):
+def hide(x, value: float, plan: AttentionPlan, ahead, segments, keys: int = 1):
   """A tile x with `value` where a query and a key do not meet.
 
   ahead: how far the first query is ahead of the first key; None: far enough.

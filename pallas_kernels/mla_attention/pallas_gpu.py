@@ -35,7 +35,7 @@ from pallas_kernels import compat, registers, softmax
 from pallas_kernels.mla_attention import blocks_gpu
 
 plgpu = compat.mosaic_gpu
-Plan = blocks_gpu.Plan
+AttentionPlan = blocks_gpu.AttentionPlan
 BLOCK, ROWS, ROTARY = blocks_gpu.BLOCK, blocks_gpu.ROWS, blocks_gpu.ROTARY
 
 STAGES = 2
@@ -89,7 +89,7 @@ def forward(
   return o_BTNU, lse_BNT[..., : plan.length]
 
 
-def _scratch(plan: Plan) -> dict:
+def _scratch(plan: AttentionPlan) -> dict:
   bf16, memory = jnp.bfloat16, blocks_gpu.memory
   keys = {
     'k_nope': ((BLOCK, plan.width), bf16),
@@ -109,21 +109,21 @@ def _scratch(plan: Plan) -> dict:
   }
 
 
-def _rings(scratch, plan: Plan):
+def _rings(scratch, plan: AttentionPlan):
   """Of keys and of values, which are free at other times."""
   names = ('k_nope', 'k_rope') + ('segments',) * plan.segments
   ring = functools.partial(blocks_gpu.Ring, scratch, STAGES)
   return ring(names), ring(('v',))
 
 
-def _work(refs, place, plan: Plan):
+def _work(refs, place, plan: AttentionPlan):
   """Block of queries, and the first of keys."""
   block = plan.blocks - 1 - place[2]
   first = refs[5][place[0], block] if plan.segments else jnp.int32(0)
   return block, first
 
 
-def _load(refs, place, scratch, plan: Plan):
+def _load(refs, place, scratch, plan: AttentionPlan):
   """Brings the queries, then keys and values as buffers become free."""
   q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, *rest = refs
   b, n, _ = place
@@ -152,7 +152,7 @@ def _load(refs, place, scratch, plan: Plan):
   of_values.drain(block + 1 - first)
 
 
-def _consume(refs, place, index, scratch, plan: Plan):
+def _consume(refs, place, index, scratch, plan: AttentionPlan):
   """64 queries: all blocks of keys, then the output."""
   *_, o_BTNh, lse_BNT = refs
   b, n, _ = place

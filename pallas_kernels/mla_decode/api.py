@@ -18,7 +18,7 @@ from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, reference
 # More come as slices, as when a prompt goes on behind what a cache has of it.
 MOST_QUERIES = 16
 
-Cache = caches.Cache
+LatentPages = caches.LatentPages
 PAGE = caches.PAGE
 bits = caches.bits
 dequantize = caches.dequantize
@@ -28,7 +28,7 @@ quantize = caches.quantize
 
 def decode(
   q_BTNY: Float[Array, 'B T N Y'],
-  cache: Cache,
+  cache: LatentPages,
   table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   scale: float,
@@ -97,7 +97,7 @@ def _in_slices(run, q_BTNY, lengths_B):
   return o_BTNC[:, before:], lse_BNT[:, :, before:]
 
 
-def _check(q_BTNY, cache: Cache, table_Bb, lengths_B) -> None:
+def _check(q_BTNY, cache: LatentPages, table_Bb, lengths_B) -> None:
   if q_BTNY.ndim != 4 or not q_BTNY.size:
     raise ValueError(f'q.shape={q_BTNY.shape} must be [B, T, N, C + R], none 0')
   if q_BTNY.dtype not in (jnp.bfloat16, jnp.float32):
@@ -115,7 +115,7 @@ def _check(q_BTNY, cache: Cache, table_Bb, lengths_B) -> None:
       raise ValueError(f'{name}.dtype={x.dtype} must be int32')
 
 
-def _check_cache(cache: Cache, width: int, dtype) -> None:
+def _check_cache(cache: LatentPages, width: int, dtype) -> None:
   c_psC, k_rope_psR = cache.c_psC, cache.k_rope_psR
   for name, x in (('c', c_psC), ('k_rope', k_rope_psR)):
     if len(x.shape) != 3 or x.shape[1] != PAGE or not x.shape[0]:

@@ -22,7 +22,7 @@ PAGE = 64  # tokens
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
+class LatentPages:
   """Pages of latents and of rotary keys; which are whose, a block table says.
 
   c_psC: BF16 or f32 [pages, 64, C], or `Quantized` e4m3 of that shape with
@@ -42,7 +42,7 @@ class Cache:
     return self.k_rope_psR.shape[0]
 
 
-def quantize(cache: Cache) -> Cache:
+def quantize(cache: LatentPages) -> LatentPages:
   """Latents in e4m3, 128 of a token under one scale; rotary keys as they are.
 
   It serves new tokens as well as whole pages: a token's scales are its own.
@@ -50,7 +50,7 @@ def quantize(cache: Cache) -> Cache:
   return dataclasses.replace(cache, c_psC=formats.quantize(cache.c_psC))
 
 
-def dequantize(cache: Cache, dtype: jax.typing.DTypeLike) -> Cache:
+def dequantize(cache: LatentPages, dtype: jax.typing.DTypeLike) -> LatentPages:
   """Latents as value * scale in f32, rounded to `dtype` if that is less."""
   if not cache.is_quantized:
     return cache
@@ -76,7 +76,7 @@ def from_bits(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
   return x if same else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def bytes_per_token(cache: Cache) -> int:
+def bytes_per_token(cache: LatentPages) -> int:
   """What one token takes, scales included."""
   leaves = jax.tree.leaves(cache)
   size = sum(x.size * jnp.dtype(x.dtype).itemsize for x in leaves)

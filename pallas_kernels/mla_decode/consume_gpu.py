@@ -24,7 +24,7 @@ PIECE = 64  # columns of swizzled memory
 TILE = 128  # of FP8 latents that share a scale
 
 
-class Plan(NamedTuple):
+class DecodePlan(NamedTuple):
   """What is known before the launch. scale: of scores in powers of two."""
 
   heads: int
@@ -58,7 +58,7 @@ def slot_of(turn):
   return lax.rem(turn, jnp.int32(STAGES))
 
 
-def consume(outputs, work: Work, warpgroup, scratch, plan: Plan):
+def consume(outputs, work: Work, warpgroup, scratch, plan: DecodePlan):
   """Takes all turns, and stores its columns of the output.
 
   outputs: o [i, B, t, C] and lse [i, B, t], f32.
@@ -81,7 +81,7 @@ def consume(outputs, work: Work, warpgroup, scratch, plan: Plan):
   _store(outputs, (most, total, sums), work, warpgroup, plan)
 
 
-def _widen(page, slot, warpgroup, scratch, plan: Plan):
+def _widen(page, slot, warpgroup, scratch, plan: DecodePlan):
   """An FP8 page in BF16, half of its columns by each; then both have all."""
   for tile in range(plan.half // TILE):
     k = warpgroup * (plan.half // TILE) + tile
@@ -110,7 +110,7 @@ def _score(page, k_rope, scratch):
   )
 
 
-def _turn(work: Work, warpgroup, scratch, plan: Plan, turn, carry):
+def _turn(work: Work, warpgroup, scratch, plan: DecodePlan, turn, carry):
   """Scores of a page, by one of the two, and its part of the output."""
   most, total, sums = carry
   slot = slot_of(turn)
@@ -159,7 +159,7 @@ def _wait_until_used(turn, scratch):
     plgpu.barrier_wait(scratch['used'])
 
 
-def _soften(scores, most, work: Work, turn, scratch, plan: Plan):
+def _soften(scores, most, work: Work, turn, scratch, plan: DecodePlan):
   """Probabilities and largest scores to shared memory; sums of the former."""
   seen_tS = _seen(work, turn, plan)
   scores = registers.tile(
@@ -176,7 +176,7 @@ def _soften(scores, most, work: Work, turn, scratch, plan: Plan):
   return registers.row(jnp.sum(p_tS, axis=1))
 
 
-def _seen(work: Work, turn, plan: Plan):
+def _seen(work: Work, turn, plan: DecodePlan):
   """Which tokens of a page each query sees; padded queries see the last's."""
   iota = lambda dim: plgpu.broadcasted_iota(
     jnp.int32, (ROWS, PAGE), dim, layout=plgpu.Layout.WGMMA
@@ -192,7 +192,7 @@ def _seen(work: Work, turn, plan: Plan):
   return iota(1) - later_tS < until
 
 
-def _clear(page_SC, tokens, plan: Plan):
+def _clear(page_SC, tokens, plan: DecodePlan):
   """Zeros from the place `tokens` on."""
   layout = plgpu.Layout.WGMMA
   s_SC = plgpu.broadcasted_iota(jnp.int32, (PAGE, PIECE), 0, layout=layout)
@@ -205,7 +205,7 @@ def _clear(page_SC, tokens, plan: Plan):
   plgpu.commit_smem()
 
 
-def _add(sums, p_tS, page_SC, plan: Plan):
+def _add(sums, p_tS, page_SC, plan: DecodePlan):
   """sums + p page."""
   if plan.interpret:
 
@@ -218,7 +218,7 @@ def _add(sums, p_tS, page_SC, plan: Plan):
   return registers.tile(pl.run_state(add)(plgpu.ACC.init(sums)))
 
 
-def _store(outputs, carry, work: Work, warpgroup, plan: Plan):
+def _store(outputs, carry, work: Work, warpgroup, plan: DecodePlan):
   """Output and log-sum-exp of a part, from registers."""
   o_iBtC, lse_iBt = outputs
   most, total, sums = carry

@@ -55,7 +55,7 @@ from pallas_kernels.mla_decode import consume_gpu, parts
 from pallas_kernels.mla_decode.cache import PAGE
 
 plgpu = compat.mosaic_gpu
-Plan, Work = consume_gpu.Plan, consume_gpu.Work
+DecodePlan, Work = consume_gpu.DecodePlan, consume_gpu.Work
 ROWS, CONSUMERS = consume_gpu.ROWS, consume_gpu.CONSUMERS
 STAGES, PIECE = consume_gpu.STAGES, consume_gpu.PIECE
 TILE = consume_gpu.TILE
@@ -66,7 +66,7 @@ LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # of 512 for the three
 
 def decode(
   q_BTNY: Float[Array, 'B T N Y'],
-  cache: caches.Cache,
+  cache: caches.LatentPages,
   table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   scale: float,
@@ -89,7 +89,9 @@ def decode(
   blocks_t = pl.cdiv(queries * heads, ROWS)
   splits = splits or choose_splits(rows * blocks_t, table_Bb.shape[1])
   widths = (heads, queries, latent, rotary, splits)
-  plan = Plan(*widths, scale * softmax.LOG2_E, cache.is_quantized, interpret)
+  plan = DecodePlan(
+    *widths, scale * softmax.LOG2_E, cache.is_quantized, interpret
+  )
   x = blocks_t * ROWS
   kernel = plgpu.kernel(
     functools.partial(_kernel, plan=plan),
@@ -124,7 +126,7 @@ def decode(
   return parts.combine(o_iBTNC, lse_iBNT, q_BTNY.dtype)
 
 
-def unsupported(cache: caches.Cache) -> str | None:
+def unsupported(cache: caches.LatentPages) -> str | None:
   """Why there is no kernel for such a cache, if there is none."""
   dtype = cache.k_rope_psR.dtype
   if dtype != jnp.bfloat16:
@@ -136,7 +138,7 @@ def unsupported(cache: caches.Cache) -> str | None:
   return None
 
 
-def _inputs(cache: caches.Cache, owned_Bb) -> tuple:
+def _inputs(cache: caches.LatentPages, owned_Bb) -> tuple:
   """Latents, scales of the rows' pages or None, rotary keys."""
   if not cache.is_quantized:
     return cache.c_psC, None, cache.k_rope_psR
@@ -149,7 +151,7 @@ def choose_splits(programs: int, table_blocks: int) -> int:
   return max(1, min(PROGRAMS // programs, table_blocks))
 
 
-def _scratch(plan: Plan) -> dict:
+def _scratch(plan: DecodePlan) -> dict:
   bf16 = functools.partial(dense.swizzled, dtype=jnp.bfloat16)
   pages = (STAGES, PAGE, plan.latent)
   if plan.fp8:
@@ -201,7 +203,7 @@ def _kernel(q_BtY, c_psC, *rest, plan, scratch):
   lax.cond(warpgroup == CONSUMERS, load, consume)
 
 
-def _load(sources, work: Work, scratch, plan: Plan):
+def _load(sources, work: Work, scratch, plan: DecodePlan):
   """Brings the queries, then page after page as buffers become free."""
   q_BtY, c_psC, scale_Bbcs, k_rope_psR, table_Bb = sources
   first, end = work.bounds

@@ -56,7 +56,7 @@ def choose_blocks(table_blocks: int, queries: int) -> BlockSizes:
 
 def decode(
   q_BTNY: Float[Array, 'B T N Y'],
-  cache: caches.Cache,
+  cache: caches.LatentPages,
   table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   scale: float,
@@ -116,7 +116,7 @@ def decode(
   return parts.combine(o_iBTNC, lse_iBNT, q_BTNY.dtype)
 
 
-def _inputs(cache: caches.Cache, owned_Bb) -> tuple:
+def _inputs(cache: caches.LatentPages, owned_Bb) -> tuple:
   """What is copied of a page: latents, rotary keys and, of FP8, scales."""
   if not cache.is_quantized:
     return cache.c_psC, cache.k_rope_psR
@@ -251,7 +251,7 @@ def _dot(x, y, dims):
   )
 
 
-def _cost(q_BTNY, cache: caches.Cache, table_Bb) -> pl.CostEstimate:
+def _cost(q_BTNY, cache: caches.LatentPages, table_Bb) -> pl.CostEstimate:
   """Of rows as long as the table: more is not known before the run."""
   tokens = table_Bb.size * PAGE
   latent_dim = cache.c_psC.shape[-1]

@@ -26,7 +26,7 @@ from pallas_kernels.mla_decode.cache import PAGE
 
 def decode(
   q_BTNY: Float[Array, 'B T N Y'],
-  cache: caches.Cache,
+  cache: caches.LatentPages,
   table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   scale: float,
@@ -62,7 +62,7 @@ def decode(
 
 
 def gather(
-  cache: caches.Cache,
+  cache: caches.LatentPages,
   table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   dtype: jax.typing.DTypeLike,

@@ -12,7 +12,7 @@ import pytest
 
 from dsv3_jax import config
 from dsv3_jax.distributed import sharding
-from dsv3_jax.nn import attention, model
+from dsv3_jax.nn import latent_cache, model
 from experiments import v3_16b, v3_671b
 from tests import gradients, settings
 from tests.nn import models
@@ -189,7 +189,7 @@ def test_the_absorbed_form_is_a_named_scope():
   net = model.build(cfg, absorbed=True)
   params, router = map(models.f32, models.random_params(cfg))
   args = (1, 64, jnp.float32)
-  make = lambda n: attention.empty_cache(cfg.model, n, *args, fp8=False)
+  make = lambda n: latent_cache.empty_cache(cfg.model, n, *args, fp8=False)
   caches = model.Caches(make(1), make(2))
   zeros = jnp.zeros((1, 1), jnp.int32)
   run = lambda p: net.apply(

@@ -107,7 +107,7 @@ def test_the_weights_gradient_reads_the_12_bit_copy():
   def loss(w):
     x = jnp.float32(x_MD)
     packed = e5m6.quantize(x)
-    x = fp8_linear.operand(x, POLICY, pow2=True)._replace(kept=packed)
+    x = fp8_linear.operand(x, POLICY, pow2=True)._replace(saved=packed)
     y_MF = fp8_linear.linear(x, make_weight(w), POLICY, pow2=True)
     return jnp.sum(y_MF * jnp.float32(dy_MF))
 

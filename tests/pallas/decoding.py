@@ -22,7 +22,7 @@ class Operands(NamedTuple):
   """The arguments of `api.decode`."""
 
   q_BTNY: jax.Array
-  cache: api.Cache
+  cache: api.LatentPages
   table_Bb: jax.Array
   lengths_B: jax.Array
   scale: float = SCALE
@@ -48,7 +48,7 @@ def draw(case, dtype='bfloat16', seed=0, fp8=False, poison=True) -> Operands:
       table_Bb[b, j] = page
   width = case.latent + case.rotary
   q_BTNY = rng.normal(size=(rows, case.queries, case.heads, width)) / 4
-  cache = api.Cache(jnp.asarray(latents, dtype), jnp.asarray(keys, dtype))
+  cache = api.LatentPages(jnp.asarray(latents, dtype), jnp.asarray(keys, dtype))
   return Operands(
     jnp.asarray(q_BTNY, dtype),
     api.quantize(cache) if fp8 else cache,

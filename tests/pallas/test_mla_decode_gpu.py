@@ -31,7 +31,7 @@ def structs(case, fp8=False):
     (rows * case.blocks, api.PAGE, width), jnp.bfloat16
   )
   width = case.latent + case.rotary
-  cache = api.Cache(page(case.latent), page(case.rotary))
+  cache = api.LatentPages(page(case.latent), page(case.rotary))
   return (
     jax.ShapeDtypeStruct((rows, case.queries, case.heads, width), jnp.bfloat16),
     jax.eval_shape(api.quantize, cache) if fp8 else cache,

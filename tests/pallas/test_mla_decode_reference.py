@@ -160,7 +160,7 @@ def test_fp8_round_trip_has_the_rounding_of_e4m3():
   wide = np.exp2(rng.integers(-20, 20, (3, 64, 4))).repeat(128, -1)
   c_psC = jnp.asarray(rng.normal(size=(3, 64, 512)) * wide, jnp.float32)
   k_rope_psR = jnp.asarray(rng.normal(size=(3, 64, 64)), jnp.bfloat16)
-  cache = api.quantize(api.Cache(c_psC, k_rope_psR))
+  cache = api.quantize(api.LatentPages(c_psC, k_rope_psR))
   assert cache.c_psC.scales.shape == (3, 64, 4)
   back = api.dequantize(cache, jnp.float32)
   products.assert_bitwise(back.k_rope_psR, k_rope_psR)
@@ -180,7 +180,7 @@ def test_a_token_is_quantised_by_itself():
   args = decoding.draw(cases.SMALL['v3_heads_16'], poison=False)
   whole = api.quantize(args.cache).c_psC
   one = api.quantize(
-    api.Cache(args.cache.c_psC[:, 3:4], args.cache.k_rope_psR[:, 3:4])
+    api.LatentPages(args.cache.c_psC[:, 3:4], args.cache.k_rope_psR[:, 3:4])
   ).c_psC
   products.assert_bitwise(one.values, whole.values[:, 3:4])
   products.assert_bitwise(one.scales, whole.scales[:, 3:4])
@@ -197,7 +197,7 @@ def test_fp8_error_of_the_output_is_that_of_the_format():
 
 def _replaced(args, **changes):
   return args._replace(
-    cache=api.Cache(
+    cache=api.LatentPages(
       changes.pop('c', args.cache.c_psC),
       changes.pop('k_rope', args.cache.k_rope_psR),
     ),

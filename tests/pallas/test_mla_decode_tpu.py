@@ -133,7 +133,7 @@ def test_lowers_for_a_tpu(name, chip):
 def test_nothing_is_made_of_the_whole_cache(kernel):
   """A call costs what its rows have, however many pages there are."""
   shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
-  cache = api.Cache(shape(5000, 64, 512), shape(5000, 64, 64))
+  cache = api.LatentPages(shape(5000, 64, 512), shape(5000, 64, 64))
   table = shape(2, 3, dtype=jnp.int32), shape(2, dtype=jnp.int32)
   for kept in (cache, jax.eval_shape(api.quantize, cache)):
     traced = jax.make_jaxpr(lambda *args: kernel(*args, 0.1, splits=1))(
