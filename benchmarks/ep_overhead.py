@@ -191,15 +191,15 @@ def to_rows(samples: dict[tuple[str, str], list[Sample]]) -> list[report.Row]:
   times = {k: clock.summary([s.seconds for s in v]) for k, v in samples.items()}
   cpu = {k: statistics.median(s.cpu for s in v) for k, v in samples.items()}
   rows = []
-  for (name, path), told in times.items():
+  for (name, path), timing in times.items():
     base = times[name, 'plain']
     rows.append(
       {
         'precision': name,
         'path': path,
-        **told.row(),
-        'ratio_of_medians': told.median / base.median,
-        'ratio_of_minima': told.minimum / base.minimum,
+        **timing.row(),
+        'ratio_of_medians': timing.median / base.median,
+        'ratio_of_minima': timing.minimum / base.minimum,
         'ratio_of_cpu_medians': cpu[name, path] / cpu[name, 'plain'],
       }
     )
@@ -309,8 +309,8 @@ def traffic(
   for nodes in NODES:
     for groups in (moe.top_groups, moe.num_groups):
       limited = dataclasses.replace(moe, top_groups=groups)
-      found = count(limited, nodes, peers, tokens)
-      one, two = found['one hop'], found['two hops']
+      counts = count(limited, nodes, peers, tokens)
+      one, two = counts['one hop'], counts['two hops']
       rows.append(
         {
           'nodes': nodes,

@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> int:
   if not works:
     parser.error(f'--only={args.only!r} leaves nothing')
   rows = report.Rows(args)
-  how = clock.DRY if args.dry_run else clock.default()
-  ceilings = measure_ceilings(how, rows, args.dry_run)
+  timer = clock.DRY if args.dry_run else clock.default()
+  ceilings = measure_ceilings(timer, rows, args.dry_run)
   for number, work in enumerate(works):
-    for row in one_work(*work, how, ceilings, jax.random.key(number)):
+    for row in one_work(*work, timer, ceilings, jax.random.key(number)):
       rows.append(row)
   report.publish('mla_decode', ABOUT, rows, args)
   return int(any(row.get('wrong') for row in rows))
@@ -81,7 +81,7 @@ def implementations() -> tuple[str, ...]:
 
 
 def measure_ceilings(
-  how: clock.Clock, rows: report.Rows, dry_run: bool
+  timer: clock.Clock, rows: report.Rows, dry_run: bool
 ) -> dict[str, float]:
   """Bytes a second of a copy, FLOPs a second of a product."""
   large = not dry_run and jax.default_backend() != 'cpu'
@@ -92,7 +92,7 @@ def measure_ceilings(
   runs = {'copy': lambda: copy(x), BF16_DOT: lambda: dot(a, a)}
   for run in runs.values():
     jax.block_until_ready(run())
-  times = how.time(runs, dict.fromkeys(runs, 1))
+  times = timer.time(runs, dict.fromkeys(runs, 1))
   rates = {
     'copy': 2 * x.nbytes / times['copy'].median,
     BF16_DOT: 2 * size**3 / times[BF16_DOT].median,
@@ -152,7 +152,7 @@ def one_work(
   name: str,
   case: cases.Case,
   kind: str,
-  how: clock.Clock,
+  timer: clock.Clock,
   ceilings: dict[str, float],
   key: jax.Array,
 ) -> Iterator[report.Row]:
@@ -160,26 +160,26 @@ def one_work(
   args = draw(case, kind, key)
   head = {'case': name, 'shape': _shape(case), 'cache': kind}
   runs, checks = {}, {}
-  for each in implementations():
-    call = functools.partial(api.decode, scale=SCALE, implementation=each)
+  for variant in implementations():
+    call = functools.partial(api.decode, scale=SCALE, implementation=variant)
     try:  # one that fails on this device must not end the others
       compiled = jax.jit(call).lower(*args).compile()
       out = jax.block_until_ready(compiled(*args))
     except REFUSALS as error:
       why = ' '.join(str(error).split())[:200]
-      yield head | {'implementation': each, 'note': f'refused: {why}'}
+      yield head | {'implementation': variant, 'note': f'refused: {why}'}
       continue
-    checks[each] = _difference(args, out)
-    runs[each] = lambda compiled=compiled: compiled(*args)
+    checks[variant] = _difference(args, out)
+    runs[variant] = lambda compiled=compiled: compiled(*args)
   flop, moved = count(case, args)
-  for each, told in how.time(runs, dict.fromkeys(runs, 1)).items():
-    row = head | {'implementation': each} | told.row()
-    row['tflop_per_second'] = flop / told.median / 1e12
-    row['gigabyte_per_second'] = moved / told.median / 1e9
-    row['of_bf16_dot'] = flop / told.median / ceilings[BF16_DOT]
-    row['of_copy'] = moved / told.median / ceilings['copy']
-    row['difference'] = checks[each]
-    if not checks[each] < DIFFERENCE:
+  for variant, timing in timer.time(runs, dict.fromkeys(runs, 1)).items():
+    row = head | {'implementation': variant} | timing.row()
+    row['tflop_per_second'] = flop / timing.median / 1e12
+    row['gigabyte_per_second'] = moved / timing.median / 1e9
+    row['of_bf16_dot'] = flop / timing.median / ceilings[BF16_DOT]
+    row['of_copy'] = moved / timing.median / ceilings['copy']
+    row['difference'] = checks[variant]
+    if not checks[variant] < DIFFERENCE:
       row['wrong'] = True
     yield row
 

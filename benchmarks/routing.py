@@ -48,30 +48,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.error(f'--tokens={args.tokens} must be at least 1')
   rows = report.Rows(args)
   net = config.from_config_dict(v3_671b.get_config()).model
-  how = clock.DRY if args.dry_run else clock.default()
-  found = measure(net, 16 if args.dry_run else args.tokens, how, rows)
-  report.publish('routing', ABOUT.format(**found), rows, args)
+  timer = clock.DRY if args.dry_run else clock.default()
+  ceilings = measure(net, 16 if args.dry_run else args.tokens, timer, rows)
+  report.publish('routing', ABOUT.format(**ceilings), rows, args)
   return 0
 
 
 def measure(
-  net: config.ModelConfig, tokens: int, how: clock.Clock, rows: list
+  net: config.ModelConfig, tokens: int, timer: clock.Clock, rows: list
 ) -> dict[str, Any]:
   """Adds a row for each part; returns the ceilings."""
   # Without units for BF16, a CPU's best product is that of f32.
   on_cpu = jax.default_backend() == 'cpu'
   dtype = 'float32' if on_cpu else 'bfloat16'
-  size = 128 if how is clock.DRY else 2048 if on_cpu else 8192
+  size = 128 if timer is clock.DRY else 2048 if on_cpu else 8192
   a = jnp.ones((size, size), dtype)
   dot, copy = jax.jit(jnp.dot), jax.jit(lambda x: x ^ 1)
-  words = jnp.zeros(1 << (16 if how is clock.DRY else 26), jnp.uint32)
+  words = jnp.zeros(1 << (16 if timer is clock.DRY else 26), jnp.uint32)
   runs = {name: part.run for name, part in parts(net, tokens).items()} | {
     'dot': lambda: dot(a, a),
     'copy': lambda: copy(words),
   }
   for run in runs.values():
     jax.block_until_ready(run())
-  times = how.time(runs, dict.fromkeys(runs, 1))
+  times = timer.time(runs, dict.fromkeys(runs, 1))
   rate = 2 * size**3 / times['dot'].median
   bandwidth = 2 * words.nbytes / times['copy'].median
   products = 6 * tokens * net.moe.top_k * net.d_model * net.moe.d_ff

@@ -33,19 +33,19 @@ class Parser(argparse.ArgumentParser):
 
 def parser(name: str, about: str) -> Parser:
   """With `--json`, `--output` and `--rows`, which all have that use it."""
-  made = Parser(prog=f'dsv3 bench {name}', description=about.splitlines()[0])
-  made.add_argument(
+  flags = Parser(prog=f'dsv3 bench {name}', description=about.splitlines()[0])
+  flags.add_argument(
     '--json', action='store_true', help='one object a line, not a table'
   )
-  made.add_argument(
+  flags.add_argument(
     '--output',
     type=pathlib.Path,
     help=f'Markdown to append the table to ({RESULTS / name}_DEVICE.md)',
   )
-  made.add_argument(
+  flags.add_argument(
     '--rows', type=pathlib.Path, help='file to add each row to as it comes'
   )
-  return made
+  return flags
 
 
 class Rows(list):
@@ -104,7 +104,7 @@ def _cell(value) -> str:
 def where() -> Row:
   """Hardware, versions, commit and a hash of the kernels' source."""
   device = jax.devices()[0]
-  told = {
+  facts = {
     'device': _cpu() if device.platform == 'cpu' else device.device_kind,
     'python': platform.python_version(),
     'jax': jax.__version__,
@@ -114,10 +114,10 @@ def where() -> Row:
   }
   if device.platform == 'gpu':
     query = 'driver_version,clocks.max.sm,clocks.max.mem,power.limit'
-    told[f'nvidia_smi({query})'] = _output(
+    facts[f'nvidia_smi({query})'] = _output(
       'nvidia-smi', f'--query-gpu={query}', '--format=csv,noheader'
     )
-  return told
+  return facts
 
 
 def where_line() -> str:

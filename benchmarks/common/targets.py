@@ -25,10 +25,10 @@ def h100(nodes: int, gpus: int) -> list[jax.Device]:
 
   JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 must be set before JAX is imported.
   """
-  found = topologies.get_topology_desc(
+  topology = topologies.get_topology_desc(
     platform='cuda', target_config=_H100, topology=f'1x{nodes}x{gpus}'
   )
-  return list(found.devices)
+  return list(topology.devices)
 
 
 def v5p(shape: str) -> list[jax.Device]:
@@ -36,7 +36,7 @@ def v5p(shape: str) -> list[jax.Device]:
 
   TPU_SKIP_MDS_QUERY=1 must be set before JAX is imported.
   """
-  found = topologies.get_topology_desc(
+  topology = topologies.get_topology_desc(
     platform='tpu', topology_name=f'v5p:{shape}'
   )
-  return list(found.devices)
+  return list(topology.devices)

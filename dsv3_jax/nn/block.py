@@ -103,12 +103,12 @@ class Stack(nn.Module):
       )(*fields, name='layers')
       carry, stats = scanned(carry, bias_LE, index_L, context)
       return *carry, stats
-    each = []
+    layer_stats = []
     for i in range(self.length):
       layer = block(*fields, name=f'layer_{i}')
       carry, stats = layer(carry, bias_LE[i], index_L[i], context)
-      each.append(stats)
-    return *carry, jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+      layer_stats.append(stats)
+    return *carry, jax.tree.map(lambda *xs: jnp.stack(xs), *layer_stats)
 
 
 def rematerialised(cfg: config.ModelConfig, *, scanned: bool) -> Any:

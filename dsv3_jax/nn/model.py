@@ -333,14 +333,14 @@ def quantize(policy: precision.Policy, params: dict) -> dict:
     return {}
 
   def subtree(node):
-    made = {}
+    forms = {}
     for name, leaf in node.items():
       if isinstance(leaf, dict):
-        made[name] = subtree(leaf)
+        forms[name] = subtree(leaf)
       elif policy.of(name) == 'fp8':
         flat = fp8_linear.flat(leaf, precision.FP8_MATRICES[name])
-        made[name] = formats.quantize_weight(flat)
-    return {name: found for name, found in made.items() if found}
+        forms[name] = formats.quantize_weight(flat)
+    return {name: form for name, form in forms.items() if form}
 
   with jax.named_scope('quantize_weights'):
     return {'quantized': subtree(params)}

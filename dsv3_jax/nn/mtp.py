@@ -79,7 +79,7 @@ def chain(
     ahead: Emb(t_{i+k}) for each depth k.
   """
   post = cfg.mtp.hidden == 'post_norm'
-  previous, normed, each = h_BTD if post else raw_BTD, [], []
+  previous, normed, module_stats = h_BTD if post else raw_BTD, [], []
   pairs = zip(modules, ahead, strict=True)
   for k, (module, embedded_BTD) in enumerate(pairs, start=1):
     # The last k positions have no target: they are no part of L_k or f_i.
@@ -89,8 +89,8 @@ def chain(
     raw, h, stats, _ = module(previous, *args)
     previous = h if post else raw
     normed.append(h)
-    each.append(stats)
-  if not each:
+    module_stats.append(stats)
+  if not module_stats:
     empty = jnp.zeros((0, cfg.moe.num_experts))
     return [], moe.MoeStats(empty, jnp.zeros(0))
-  return normed, jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+  return normed, jax.tree.map(lambda *xs: jnp.stack(xs), *module_stats)

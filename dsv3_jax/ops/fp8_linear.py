@@ -87,8 +87,8 @@ def operand(
 ) -> Operand:
   """Quantises an input for all linears that share it."""
   x = jax.lax.stop_gradient(x_MD)
-  how = {'pow2': pow2, 'floor': precision.ACTIVATION_FLOOR}
-  rows = quantizers.rows(x, **how, implementation=policy.implementation)
+  options = {'pow2': pow2, 'floor': precision.ACTIVATION_FLOOR}
+  rows = quantizers.rows(x, **options, implementation=policy.implementation)
   return Operand(x_MD, rows, rows)
 
 
@@ -177,15 +177,15 @@ def swiglu_forward(gate_MF, up_MF, scale_M, down: Quantized, products, policy):
     scale_M: a factor a row (the routing gate), or None.
   """
   hidden_MF, _ = _swiglu(gate_MF, up_MF, scale_M)
-  how = {
+  options = {
     'floor': precision.ACTIVATION_FLOOR,
     'implementation': policy.implementation,
   }
   # From f32, as a fused kernel would: BF16 in between would round twice.
-  rows = quantizers.rows(hidden_MF, **how)
+  rows = quantizers.rows(hidden_MF, **options)
   saved = SwigluSaved(
-    named(quantizers.rows(gate_MF, **how), 'swiglu_in'),
-    named(quantizers.rows(up_MF, **how), 'swiglu_in'),
+    named(quantizers.rows(gate_MF, **options), 'swiglu_in'),
+    named(quantizers.rows(up_MF, **options), 'swiglu_in'),
   )
   with jax.named_scope('fprop'):
     return products.forward(rows, down), saved
@@ -259,15 +259,15 @@ def transposed(
   saved: Quantized | quantized.Packed, policy: Policy, *, pow2: bool
 ) -> Quantized:
   """Tiles of 128 tokens x 1 channel of a saved input, [D, M]."""
-  how = {
+  options = {
     'pow2': pow2,
     'floor': precision.ACTIVATION_FLOOR,
     'implementation': policy.implementation,
   }
   if isinstance(saved, quantized.Packed):
     x_MD = e5m6.unpack(saved).astype(jnp.bfloat16)  # exact: 7 digits of 8
-    return quantizers.columns(x_MD, **how)
-  return quantizers.transposed(saved, **how)
+    return quantizers.columns(x_MD, **options)
+  return quantizers.transposed(saved, **options)
 
 
 def named(saved: Any, name: str) -> Any:

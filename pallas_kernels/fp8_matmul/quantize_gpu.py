@@ -61,9 +61,9 @@ def quantize_both(
     'scales_smem': plgpu.SMEM((2, 2, ROWS), jnp.float32),
     'full': plgpu.Barrier(),
   }
-  how = {'pow2': pow2, 'floor': floor}
+  options = {'pow2': pow2, 'floor': floor}
   outputs = (*_outputs(*x_MD.shape), *_outputs(*x_MD.shape[::-1]))
-  kernel = _kernel(_both, x_MD.shape, outputs, scratch, how, interpret)
+  kernel = _kernel(_both, x_MD.shape, outputs, scratch, options, interpret)
   *of_rows, values_DM, scale_mD = kernel(pallas_gpu.pad(x_MD, GROUP, 64))
   return (
     _result(*of_rows, x_MD.shape),
@@ -102,9 +102,9 @@ def requantize_transposed(
     'full': plgpu.Barrier(num_arrivals=2),
     'ready': plgpu.Barrier(num_arrivals=2),
   }
-  how = {'pow2': pow2, 'floor': floor}
+  options = {'pow2': pow2, 'floor': floor}
   outputs = _outputs(*q.shape[::-1])
-  kernel = _kernel(_requantize, q.shape, outputs, scratch, how, interpret)
+  kernel = _kernel(_requantize, q.shape, outputs, scratch, options, interpret)
   values_DM, scale_mD = kernel(
     pallas_gpu.pad(q.values, GROUP, TILE), pallas_gpu.pad(q.scales.T, 1, 4)
   )
@@ -125,10 +125,10 @@ def _result(values, scales, shape: tuple[int, int]) -> Quantized:
   return Quantized(values[:rows, :columns], scales[:, :rows].T, quantized.ROW)
 
 
-def _kernel(body, shape, outputs, scratch, how, interpret: bool):
+def _kernel(body, shape, outputs, scratch, options, interpret: bool):
   compat.require((0, 11), 'a load that transposes')
   return plgpu.kernel(
-    functools.partial(body, **how),
+    functools.partial(body, **options),
     out_type=outputs,
     scratch_types=scratch,
     grid=tuple(pl.cdiv(size, TILE) for size in shape),
@@ -154,7 +154,7 @@ def _both(
   values_smem,
   scales_smem,
   full,
-  **how,
+  **options,
 ):
   """Rows of a tile of x, and rows of its transpose."""
   row, column = lax.axis_index(ROW), lax.axis_index(COLUMN)
@@ -171,7 +171,9 @@ def _both(
     for half in range(2):
       rows = pl.ds(half * ROWS, ROWS)
       smem = (values_smem.at[warpgroup, half], scales_smem.at[warpgroup, half])
-      _round(_load(x.at[rows, :]), smem, outputs, 2 * row + half, column, **how)
+      _round(
+        _load(x.at[rows, :]), smem, outputs, 2 * row + half, column, **options
+      )
 
   @pl.when(warpgroup == 0)
   def _():
@@ -197,7 +199,7 @@ def _requantize(
   scales_smem,
   full,
   ready,
-  **how,
+  **options,
 ):
   """Half of the columns of a tile for each warpgroup."""
   row, column = lax.axis_index(ROW), lax.axis_index(COLUMN)
@@ -219,7 +221,7 @@ def _requantize(
   scale = plgpu.layout_cast(scale_smem[...], plgpu.Layout.WGMMA.reduce(0))
   x = x * lax.broadcast_in_dim(scale, x.shape, (1,))
   smem = (values_smem.at[warpgroup], scales_smem.at[warpgroup])
-  _round(x, smem, (values_DM, scale_mD), 2 * column + warpgroup, row, **how)
+  _round(x, smem, (values_DM, scale_mD), 2 * column + warpgroup, row, **options)
   plgpu.wait_smem_to_gmem(0)
 
 

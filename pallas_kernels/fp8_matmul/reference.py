@@ -55,17 +55,17 @@ def quantize(
 
 
 def quantize_both(
-  x_MD: Float[Array, 'M D'], **how
+  x_MD: Float[Array, 'M D'], **options
 ) -> tuple[Quantized, Quantized]:
   """Rows of x and rows of its transpose: tiles 1 x 128 of [M, D] and [D, M]."""
-  return quantize(x_MD, **how), quantize(x_MD.T, **how)
+  return quantize(x_MD, **options), quantize(x_MD.T, **options)
 
 
 def quantize_weight(
-  w: Float[Array, '*lead D F'], **how
+  w: Float[Array, '*lead D F'], **options
 ) -> tuple[Quantized, Quantized]:
   """Blocks of w in both orientations: [..., F, D] (Fprop) and [..., D, F]."""
-  q = quantize(w, quantized.BLOCK, **how)
+  q = quantize(w, quantized.BLOCK, **options)
   return transpose(q), q
 
 
@@ -77,9 +77,9 @@ def transpose(q: Quantized) -> Quantized:
   return Quantized(swap(q.values), swap(q.scales), q.tile)
 
 
-def requantize_transposed(q: Quantized, **how) -> Quantized:
+def requantize_transposed(q: Quantized, **options) -> Quantized:
   """1 x 128 tiles of [M, D] -> of [D, M]: dequantise, transpose, quantise."""
-  return quantize(dequantize(q).T, **how)
+  return quantize(dequantize(q).T, **options)
 
 
 def dequantize(

@@ -60,9 +60,9 @@ def backward(
     in_lanes(lse_BNT * softmax.LOG2_E),
     in_lanes(delta_BNT),
   )
-  how = {'scale': scale, 'blocks': blocks, 'interpret': interpret}
-  dk_nope_BNSH, dk_rope_BSR, dv_BNSU = _of_keys(args, **how)
-  dq_BNTX = _of_queries(args, **how)
+  options = {'scale': scale, 'blocks': blocks, 'interpret': interpret}
+  dk_nope_BNSH, dk_rope_BSR, dv_BNSU = _of_keys(args, **options)
+  dq_BNTX = _of_queries(args, **options)
   return (
     forwards.tokens_first(dq_BNTX, length),
     forwards.tokens_first(dk_nope_BNSH, length),

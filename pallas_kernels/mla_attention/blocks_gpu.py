@@ -245,11 +245,11 @@ def ring_scratch(stages: int, buffers: dict, line: int = 128) -> dict:
   """Of a `Ring`: buffers of shape and type, and two barriers a stage."""
   name = next(iter(buffers))
   barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
-  made = {
+  scratch = {
     key: memory(stages, *shape, dtype=dtype, line=line)
     for key, (shape, dtype) in buffers.items()
   }
-  return made | {
+  return scratch | {
     f'{name}_full': barrier(num_arrivals=len(buffers)),
     f'{name}_empty': barrier(num_arrivals=CONSUMERS),
   }

@@ -52,13 +52,13 @@ def empty(cfg, fp8=False):
 @functools.cache
 def step(cfg, absorbed, implementation='auto'):
   net = model.build(cfg, absorbed=absorbed)
-  how = {'implementation': implementation}
-  net = net.clone(policy=dataclasses.replace(net.policy, **how))
+  fields = {'implementation': implementation}
+  net = net.clone(policy=dataclasses.replace(net.policy, **fields))
 
   def run(params, tokens_BT, index_BT, last_B, *args):
     args = (tokens_BT, index_BT, last_B[:, None], *args)
-    made = net.apply({'params': params}, *args, method='cached')
-    return made[0][:, 0], made[2]
+    outputs = net.apply({'params': params}, *args, method='cached')
+    return outputs[0][:, 0], outputs[2]
 
   return jax.jit(run)
 

@@ -177,11 +177,11 @@ def test_the_paper_s_steps_are_named_scopes():
   batch, _ = models.make_batch(cfg, [[13]])
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
   args = (params, router, batch, scales)
-  found = scopes(models.forward_and_loss(cfg).lower(*args))
+  names = scopes(models.forward_and_loss(cfg).lower(*args))
   wanted = {'embed', 'q_proj', 'kv_down', 'kv_up', 'attention', 'rope'}
   wanted |= {'attention_out', 'rms_norm', 'gate', 'experts', 'swiglu', 'mtp'}
   wanted |= {'shared_experts', 'balance_loss', 'head'}
-  assert not wanted - found
+  assert not wanted - names
 
 
 def test_the_absorbed_form_is_a_named_scope():
@@ -197,6 +197,6 @@ def test_the_absorbed_form_is_a_named_scope():
     *(zeros, zeros, zeros, zeros, router, caches),
     method='cached',
   )
-  found = scopes(jax.jit(run).lower(params))
-  assert {'attention_absorbed', 'q_proj', 'kv_down'} <= found
-  assert 'kv_up' not in found
+  names = scopes(jax.jit(run).lower(params))
+  assert {'attention_absorbed', 'q_proj', 'kv_down'} <= names
+  assert 'kv_up' not in names

@@ -177,8 +177,8 @@ def test_tokens_cross_nodes_once_each_and_no_more_than_the_groups(top_groups):
 
 
 @pytest.mark.parametrize('remat', [False, True])
-@pytest.mark.parametrize(('hops', 'each'), [('one_hop', 1), ('two_hops', 2)])
-def test_backward_goes_along_the_layout_of_forward(hops, each, remat):
+@pytest.mark.parametrize(('hops', 'per_hop'), [('one_hop', 1), ('two_hops', 2)])
+def test_backward_goes_along_the_layout_of_forward(hops, per_hop, remat):
   """Ids travel once; tokens and gates there, outputs back; then gradients."""
   values, dy_MD = draw()
   ids_MK = spread.draw_ids('random', *spread.SIZES)
@@ -195,7 +195,7 @@ def test_backward_goes_along_the_layout_of_forward(hops, each, remat):
   program = spread.equations(jax.make_jaxpr(run)(values, ids_MK, dy_MD))
   names = [eqn.primitive.name for eqn in program]
   moved = {'ids': 1, 'x, gates': 2, 'y': 1, 'dy': 1, 'dx, dgates': 2}
-  assert names.count('all_to_all') == each * sum(moved.values())
+  assert names.count('all_to_all') == per_hop * sum(moved.values())
 
 
 def test_axes_of_one_device_change_nothing():

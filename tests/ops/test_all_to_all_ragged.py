@@ -26,9 +26,9 @@ each_hops = pytest.mark.parametrize(
 
 def stand_in(operand, output, from_W, size_W, to_W, taken_W, *, axis_name):
   """Slice w of a device goes to device w, to the rows from to_W[w] on."""
-  told = (operand, from_W, size_W, to_W, taken_W)
+  sent = (operand, from_W, size_W, to_W, taken_W)
   sent, from_WW, size_WW, to_WW, taken_WW = (
-    jax.lax.all_gather(x, axis_name) for x in told
+    jax.lax.all_gather(x, axis_name) for x in sent
   )
   own, row = jax.lax.axis_index(axis_name), jnp.arange(len(output))
   fits = (from_WW + size_WW <= len(operand)) & (to_WW + size_WW <= len(output))

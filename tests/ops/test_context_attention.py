@@ -25,8 +25,8 @@ def over(parts, body):
       **sizes, schedule='dualpipe', fsdp=(), deterministic=False
     )
   )
-  how = {'in_specs': Spec(), 'out_specs': Spec()}
-  return jax.jit(sharding.shard_map_step(body, mesh, **how))
+  specs = {'in_specs': Spec(), 'out_specs': Spec()}
+  return jax.jit(sharding.shard_map_step(body, mesh, **specs))
 
 
 def layer(x_BTD, w, positions_BS, segments_BS):

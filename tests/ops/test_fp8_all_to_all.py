@@ -119,12 +119,12 @@ def test_runs_again_bit_by_bit():
 
 def moved(run):
   """How many arrays of which dtype and width travel."""
-  found = collections.Counter()
+  counts = collections.Counter()
   for eqn in spread.equations(jax.make_jaxpr(run)(*draw('random'))):
     if eqn.primitive.name == 'all_to_all':
       (x,) = eqn.invars
-      found[x.aval.dtype.name, x.aval.shape[-1]] += 1
-  return found
+      counts[x.aval.dtype.name, x.aval.shape[-1]] += 1
+  return counts
 
 
 @pytest.mark.parametrize('remat', [False, True])
@@ -133,8 +133,8 @@ def test_dispatch_is_fp8_and_combine_is_bf16_both_ways(remat):
   names = jax.checkpoint_policies.save_only_these_names
   kept = names('exchange', 'swiglu_in')
   again = functools.partial(jax.checkpoint, policy=kept)
-  how = {'wrap': again} if remat else {}
-  assert moved(spread.over((2, 4), step(spread.ONE_HOP, **how))) == {
+  options = {'wrap': again} if remat else {}
+  assert moved(spread.over((2, 4), step(spread.ONE_HOP, **options))) == {
     ('int32', TOP_K): 1,
     ('uint8', DIM): 2,  # tokens, the output's gradient
     ('float32', -(-DIM // 128)): 2,  # their scales

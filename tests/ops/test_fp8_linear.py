@@ -112,7 +112,7 @@ def test_the_weights_gradient_reads_the_12_bit_copy():
     return jnp.sum(y_MF * jnp.float32(dy_MF))
 
   got_DF = jax.jit(jax.grad(loss))(jnp.float32(w_DF))
-  columns = lambda x, how: formats.fake(x.T, formats.ROW, how).T
+  columns = lambda x, rule: formats.fake(x.T, formats.ROW, rule).T
   dy_MF = columns(dy_MF, formats.PLAIN)
   want_DF = columns(formats.e5m6_copy(x_MD), POW2_FLOOR).T @ dy_MF
   close(got_DF, want_DF, 1e-5)
@@ -165,7 +165,7 @@ def swiglu_oracle(gate, up, w_down, dy, gates=None):
   again, dgate, dup, _ = fp8_layers.swiglu_cached(
     gate, up, dhidden, gates, FLOOR
   )
-  columns = lambda x, how: formats.fake(x.T, formats.ROW, how).T
+  columns = lambda x, rule: formats.fake(x.T, formats.ROW, rule).T
   dw = columns(again, FLOOR).T @ columns(dy, formats.PLAIN)
   return y, dgate, dup, dw
 
@@ -197,7 +197,7 @@ def experts_oracle(x, ids, gates, weights, dy):
   dsent = formats.fake(dy, formats.ROW, POW2)
   y, dx = np.zeros_like(x), np.zeros_like(x)
   grads = [np.zeros_like(w) for w in weights]
-  columns = lambda x, how: formats.fake(x.T, formats.ROW, how).T
+  columns = lambda x, rule: formats.fake(x.T, formats.ROW, rule).T
   ends = np.cumsum(counts)
   for e, end in enumerate(ends):
     mine = slice(end - counts[e], end)

@@ -56,8 +56,8 @@ def test_gradients_of_head_and_experts_keep_more_digits_than_bf16():
     targets, counts = ids_MK.T, gates_MK.T
     return cross_entropy.head_loss(x_MD[None], head_DV, targets, counts)
 
-  found = [*jax.grad(experts_loss)(expert_ops.Experts(*weights))]
-  found.append(jax.grad(head_loss)(head_DV))
-  for grad in found:
+  grads = [*jax.grad(experts_loss)(expert_ops.Experts(*weights))]
+  grads.append(jax.grad(head_loss)(head_DV))
+  for grad in grads:
     assert grad.dtype == jnp.float32
     assert not is_bf16(grad)

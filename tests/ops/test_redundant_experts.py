@@ -51,9 +51,9 @@ def over(shape, dtype='float32'):
     return expert_ops.expert_ffn(*args, options, redundant, valid_M)
 
   if math.prod(shape) > 1:
-    how = {'in_specs': (whole, *[cut] * 5), 'out_specs': cut}
+    specs = {'in_specs': (whole, *[cut] * 5), 'out_specs': cut}
     mesh = spread.mesh(shape)
-    body = jax.shard_map(body, mesh=mesh, check_vma=False, **how)
+    body = jax.shard_map(body, mesh=mesh, check_vma=False, **specs)
   step = jax.jit(body)
 
   def run(expert_Z, x_MD, ids_MK, gates_MK, valid_M, experts):

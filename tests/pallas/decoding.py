@@ -89,8 +89,8 @@ def assert_close(got, want, dtype):
   o, lse = np.asarray(o, np.float64), np.asarray(lse, np.float64)
   want_o, want_lse = (np.asarray(x, np.float64) for x in (want_o, want_lse))
   for b in range(len(o)):  # a small row must not hide behind the others
-    told = numerics.difference(o[b], want_o[b])
-    assert told < DIFFERENCE[str(jnp.dtype(dtype))], (b, told)
+    error = numerics.difference(o[b], want_o[b])
+    assert error < DIFFERENCE[str(jnp.dtype(dtype))], (b, error)
   empty = np.isneginf(want_lse)
   np.testing.assert_array_equal(np.isneginf(lse), empty)
   assert not np.any(o[empty.swapaxes(1, 2)])

@@ -104,9 +104,9 @@ def test_with_promotion_it_is_near_the_product_of_training():
 def test_what_does_not_fit_is_named():
   tiles, row = quantize(normal(0, 4, 256)), whole(normal(0, 4, 256))
 
-  def check(said, *args, **how):
-    with pytest.raises(ValueError, match=said):
-      limited.matmul_limited(*args, **how)
+  def check(message, *args, **options):
+    with pytest.raises(ValueError, match=message):
+      limited.matmul_limited(*args, **options)
 
   check('share K', row, whole(normal(0, 4, 128)))
   check(r'a\.tile=\(1, 128\) must span K=256', tiles, row, promote_every=0)

@@ -30,7 +30,7 @@ SHAPES = {
   'ragged': cases.SMALL['ragged'],
   'one': cases.SMALL['one'],
 }
-run = functools.partial(attention.run, how='pallas')
+run = functools.partial(attention.run, implementation='pallas')
 
 
 @pytest.fixture
@@ -168,11 +168,11 @@ def test_vmap_is_a_loop(interpreted):
   case = Case(1, 20, 1, 16, 8, 16)
   args, scale = attention.inputs(case), attention.scale(case)
   args = (*args[:4], *args[5:])  # without segments
-  each = lambda *args: run((*args[:4], None, *args[4:]), scale)
+  call = lambda *args: run((*args[:4], None, *args[4:]), scale)
   pair = [jnp.stack([x, -x]) for x in args]
-  got = jax.jit(jax.vmap(each))(*pair)
+  got = jax.jit(jax.vmap(call))(*pair)
   for at in range(2):
-    others = each(*(x[at] for x in pair))
+    others = call(*(x[at] for x in pair))
     for x, y in zip(got, others, strict=True):
       assert numerics.difference(x[at], y) < BOUND
 
@@ -217,9 +217,9 @@ def test_all_shapes_are_lowered_to_wgmma(name):
     'dq': {kind(64), kind(width)},
     'dkv': {kind(32), kind(width), kind(64)},
   }
-  for each, (kernel, args) in kernels(SHAPES[name]).items():
-    found = gpu.multiplications(gpu.lower(kernel, *args))
-    assert found == want[each], each
+  for title, (kernel, args) in kernels(SHAPES[name]).items():
+    kinds = gpu.multiplications(gpu.lower(kernel, *args))
+    assert kinds == want[title], title
 
 
 @gpu.compiled

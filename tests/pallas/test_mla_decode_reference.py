@@ -191,8 +191,8 @@ def test_fp8_error_of_the_output_is_that_of_the_format():
   exact = decoding.draw(cases.SMALL['v3_heads_16'])
   rounded = exact._replace(cache=api.quantize(exact.cache))
   got, want = reference(*rounded)[0], decoding.naive(exact)[0]
-  told = numerics.difference(got, want)
-  assert 1e-6 < told < numerics.FP8_DIFFERENCE
+  error = numerics.difference(got, want)
+  assert 1e-6 < error < numerics.FP8_DIFFERENCE
 
 
 def _replaced(args, **changes):

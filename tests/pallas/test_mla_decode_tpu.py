@@ -27,8 +27,8 @@ def decode(q_BTNY, cache, table_Bb, lengths_B, scale, splits=None, pages=None):
   args = (q_BTNY, cache, table_Bb, lengths_B, scale)
   if pages is None:
     return api.decode(*args, 'pallas_interpret', splits)
-  how = {'blocks': BlockSizes(pages), 'interpret': True}
-  return pallas_tpu.decode(*args, splits=splits, **how)
+  options = {'blocks': BlockSizes(pages), 'interpret': True}
+  return pallas_tpu.decode(*args, splits=splits, **options)
 
 
 reference_decode = jax.jit(reference.decode, static_argnames='scale')
@@ -139,8 +139,8 @@ def test_nothing_is_made_of_the_whole_cache(kernel):
     traced = jax.make_jaxpr(lambda *args: kernel(*args, 0.1, splits=1))(
       shape(2, 1, 16, 576), kept, *table
     )
-    made = [x.aval.shape for e in traced.eqns for x in e.outvars]
-    assert made and not [dims for dims in made if dims[:1] == (5000,)]
+    shapes = [x.aval.shape for e in traced.eqns for x in e.outvars]
+    assert shapes and not [dims for dims in shapes if dims[:1] == (5000,)]
 
 
 def test_blocks_have_pages():
