@@ -19,12 +19,12 @@ from dsv3_jax.nn import attention, layers, moe
 from dsv3_jax.ops import linear
 
 # 'report' (TR 3.2.3): RMSNorm, the MLA up-projections and the SwiGLU product
-# are made again in the backward pass from the values named here.
-_KEPT = (
+# are recomputed in the backward pass from the values named here.
+_SAVED = (
   'q_latent',
   'kv_latent',
   'attention',
-  'exchange',
+  'all_to_all',
   'swiglu_in',
   'residual',
 )
@@ -90,7 +90,7 @@ class Stack(nn.Module):
     """Runs all blocks; statistics come stacked over the layers."""
     fields = (self.cfg, self.balance, self.policy, self.is_moe, self.absorbed)
     index_L = jnp.arange(self.length)
-    block = rematerialised(self.cfg, scanned=self.cfg.scan_layers)
+    block = with_remat(self.cfg, scanned=self.cfg.scan_layers)
     carry = (x_BTD, cache)
     if self.cfg.scan_layers:
       scanned = nn.scan(
@@ -111,12 +111,12 @@ class Stack(nn.Module):
     return *carry, jax.tree.map(lambda *xs: jnp.stack(xs), *layer_stats)
 
 
-def rematerialised(cfg: config.ModelConfig, *, scanned: bool) -> Any:
+def with_remat(cfg: config.ModelConfig, *, scanned: bool) -> Any:
   """`Block` under the policy named by `model.remat`."""
   if cfg.remat == 'none':
     return Block
   policies = jax.checkpoint_policies
-  kept = policies.save_only_these_names(*_KEPT)
-  policy = policies.nothing_saveable if cfg.remat == 'full' else kept
+  named = policies.save_only_these_names(*_SAVED)
+  policy = policies.nothing_saveable if cfg.remat == 'full' else named
   # Inside a scan, JAX cannot merge the second forward pass with the first.
   return nn.remat(Block, prevent_cse=not scanned, policy=policy)

@@ -54,7 +54,7 @@ class MtpModule(nn.Module):
       merged_M2D = merged.reshape(-1, 2 * cfg.d_model)
       x_MD = linear.project(merged_M2D, w_proj, self.policy)
       x_BTD = x_MD.reshape(h_BTD.shape)
-      body = block.rematerialised(cfg, scanned=False)(
+      body = block.with_remat(cfg, scanned=False)(
         cfg, self.balance, self.policy, True, self.absorbed, name='block'
       )
       carry, stats = body((x_BTD, cache), bias_E, jnp.array(0), context)

@@ -7,12 +7,11 @@
 Q are 128 x 128 blocks. For Wgrad the saved FP8 x is dequantised, transposed and
 quantised anew; dy is quantised both ways at once. Outputs are BF16, dW is f32.
 
-What the backward pass keeps is FP8: x, or E5M6 for the input of attention's
-output projection; of SwiGLU its two inputs, from which its output is made
-again (TR 3.3.3). `w` and `x` come with a second form that is quantised already,
-so that nothing is quantised twice: once a step for weights, once for all
-products of one input. The gradient goes to the unquantised form, which no
-product reads.
+Saved for the backward pass are x in FP8 (in E5M6 if it is the input of
+attention's output projection), and SwiGLU's two inputs in FP8, from which its
+output is recomputed (TR 3.3.3). Nothing is quantised twice: `w` and `x` carry
+their FP8 forms, made once a step for weights and once for all products of one
+input. The gradient goes to the unquantised form, which no product reads.
 
 Letters: M rows (tokens, or assignments sorted by expert); D inputs and F
 outputs of any matrix; others as in the alphabet.
@@ -135,7 +134,7 @@ def swiglu_linear(
   w: Weight,
   policy: Policy,
 ) -> Float[Array, 'M D']:
-  """W_down (silu(gate) up) in FP8; keeps gate and up in FP8 (TR 3.3.3)."""
+  """W_down (silu(gate) up) in FP8; saves gate and up in FP8 (TR 3.3.3)."""
   return _swiglu_linear(gate_MF, up_MF, w, policy)
 
 
@@ -171,7 +170,7 @@ class SwigluSaved(NamedTuple):
 
 
 def swiglu_forward(gate_MF, up_MF, scale_M, down: Quantized, products, policy):
-  """(silu(gate) up scale) W_down, and what the backward pass keeps.
+  """(silu(gate) up scale) W_down, and what is saved for the backward pass.
 
   Args:
     scale_M: a factor a row (the routing gate), or None.
@@ -271,5 +270,5 @@ def transposed(
 
 
 def named(saved: Any, name: str) -> Any:
-  """Gives a checkpoint name to every array of what is saved."""
+  """Gives a checkpoint name to every saved array."""
   return jax.tree.map(lambda x: checkpoint_name(x, name), saved)

@@ -2,7 +2,7 @@
 
 A weight is an array of any float dtype or, under an FP8 policy, an
 `fp8_linear.Weight`. Arrays are cast to the dtype of the input. Rows are tokens;
-sums are f32, and weight gradients are rounded to nothing less than the weight.
+sums are f32, and weight gradients have the dtype of the weight.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""One model in many forms: scanned, rematerialised, micro-batched, in bf16."""
+"""One model in many forms: scanned, recomputed, micro-batched, in bf16."""
 
 import dataclasses
 from unittest import mock

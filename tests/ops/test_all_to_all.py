@@ -190,7 +190,7 @@ def test_backward_goes_along_the_layout_of_forward(hops, per_hop, remat):
 
   if remat:
     keep = jax.checkpoint_policies.save_only_these_names
-    apply = jax.checkpoint(apply, policy=keep('exchange', 'swiglu_in'))
+    apply = jax.checkpoint(apply, policy=keep('all_to_all', 'swiglu_in'))
   run = spread.over((2, 4), spread.value_and_grads(apply))
   program = spread.equations(jax.make_jaxpr(run)(values, ids_MK, dy_MD))
   names = [eqn.primitive.name for eqn in program]

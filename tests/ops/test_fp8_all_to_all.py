@@ -131,7 +131,7 @@ def moved(run):
 def test_dispatch_is_fp8_and_combine_is_bf16_both_ways(remat):
   """TR 3.3.3; nothing is sent twice, also where the rest is made again."""
   names = jax.checkpoint_policies.save_only_these_names
-  kept = names('exchange', 'swiglu_in')
+  kept = names('all_to_all', 'swiglu_in')
   again = functools.partial(jax.checkpoint, policy=kept)
   options = {'wrap': again} if remat else {}
   assert moved(spread.over((2, 4), step(spread.ONE_HOP, **options))) == {
