@@ -1,12 +1,12 @@
-"""What the Hopper kernels of MLA's attention share: operands and blocks.
+"""Operands and blocks of the Hopper kernels of MLA's attention.
 
 Widths are padded with zeros to what TMA and wgmma take: H and U to one of 64 or
 128, R to 64; none of V3's. T is padded to 8, and what has one number a token to
 128: TMA fills what lies behind with zeros, and drops stores there.
 
-Blocks of queries and of keys whose ranges of segments do not overlap cannot
-meet; a kernel begins or ends at the last of them. Samples that lie one after
-another are so left out but for blocks on their borders.
+Blocks of queries and of keys whose ranges of segments do not overlap have no
+visible pair; a kernel begins or ends at the last of them. So of consecutive
+samples only the blocks on their borders are loaded in vain.
 
 Letters: as in reference.py; h = H = U as padded.
 """
@@ -32,7 +32,7 @@ LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # of 512 for the three
 
 
 class AttentionPlan(NamedTuple):
-  """What is known before the launch."""
+  """Constants of a launch."""
 
   batch: int
   length: int
@@ -174,7 +174,7 @@ def launch(
 
 
 def _roles(*refs, body, plan: AttentionPlan, scratch: dict):
-  """What each warpgroup does."""
+  """The role of each warpgroup."""
   load, consume = body
   index = lax.axis_index('warpgroup')
   place = tuple(map(lax.axis_index, ('sequence', 'head', 'block')))
@@ -218,7 +218,7 @@ class Ring(NamedTuple):
       plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot], full)
 
   def drain(self, turns) -> None:
-    """Waits for the last use of each buffer: no barrier is left half way."""
+    """Waits for the last use of each buffer: barriers must end in phase."""
 
     @pl.loop(lax.max(turns - self.stages, 0), turns)
     def _(turn):
@@ -285,6 +285,6 @@ def hide(x, value: float, plan: AttentionPlan, ahead, segments, keys: int = 1):
 
 
 def load(sources: dict, scratch, barrier: str) -> None:
-  """Brings all to the memory of their names."""
+  """Copies each to the memory of its name."""
   for name, source in sources.items():
     plgpu.copy_gmem_to_smem(source, scratch[name], scratch[barrier])

@@ -4,7 +4,8 @@ A program has 128 queries of a head; its third warpgroup loads, by TMA: the
 queries, then blocks of 128 keys and values into two buffers each. The rotary
 key has no head: all programs load the same one. Two consumers have 64 queries
 each and keep scores, probabilities, largest scores, sums and output in
-registers. They take turns at the tensor cores, by a barrier on which both meet:
+registers. They alternate at the tensor cores, by a barrier on which both
+arrive:
 
   one     output += probabilities values,  scores = queries keys of the next
   other   softmax: largest scores, powers of two, sums
@@ -172,7 +173,7 @@ def _consume(refs, place, index, scratch, plan: AttentionPlan):
   pl.when(index == 0)(meet)
   most, total, sums = carry
   inverse = registers.from_rows(registers.row(1.0 / total), sums.shape)
-  out = scratch['q_nope'].at[mine]  # which nobody reads any more
+  out = scratch['q_nope'].at[mine]  # which no warpgroup reads any more
   out[...] = registers.tile((sums * inverse).astype(o_BTNh.dtype))
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(out, o_BTNh.at[b, queries, n])

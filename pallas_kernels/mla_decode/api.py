@@ -14,8 +14,8 @@ from pallas_kernels import dispatch, quantized
 from pallas_kernels.mla_decode import cache as caches
 from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, reference
 
-# Of one kernel call: masks are made query by query, and sums of all are held.
-# More come as slices, as when a prompt goes on behind what a cache has of it.
+# Of one kernel call, which computes masks query by query and holds the sums of
+# all queries. More queries (a prompt behind a cached prefix) come in slices.
 MOST_QUERIES = 16
 
 LatentPages = caches.LatentPages
@@ -45,10 +45,10 @@ def decode(
     table_Bb: int32; a row's pages in order. Entries beyond its length may be
       anything; those within must be pages.
     lengths_B: int32 tokens in the cache, the T queries' own included, at most
-      64 j; the queries are causal among themselves. 0: an empty row.
+      64 b; the queries are causal among themselves. 0: an empty row.
     scale: of the scores before the softmax, a Python number.
-    splits: parts that a row is cut into (see `parts.py`); None: enough to keep
-      the device busy. Changes results by rounding only.
+    splits: parts of a row (see `parts.py`); None: enough to keep the device
+      busy. Changes results by rounding only.
   Returns:
     o_BTNC in the queries' dtype; lse_BNT f32, natural logarithm. Zero and -inf
     for a query that sees no token. No gradient is defined.
@@ -84,7 +84,7 @@ def _in_slices(run, q_BTNY, lengths_B):
   """`run` on a few queries at a time, each slice ending where its last does."""
   batch, queries = q_BTNY.shape[:2]
   count = -(-queries // MOST_QUERIES)
-  before = count * MOST_QUERIES - queries  # queries of nothing, in front
+  before = count * MOST_QUERIES - queries  # padding queries, in front
   q_BTNY = jnp.pad(q_BTNY, ((0, 0), (before, 0), (0, 0), (0, 0)))
   shape = (batch, count, MOST_QUERIES, *q_BTNY.shape[2:])
   later_n1 = MOST_QUERIES * jnp.arange(count, dtype=jnp.int32)[::-1, None]

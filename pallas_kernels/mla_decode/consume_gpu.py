@@ -1,4 +1,4 @@
-"""What the two consumers of a program of `pallas_gpu` do, turn by turn.
+"""The two consumers of a program of `pallas_gpu`, turn by turn.
 
 Letters: as there.
 """
@@ -25,7 +25,7 @@ TILE = 128  # of FP8 latents that share a scale
 
 
 class DecodePlan(NamedTuple):
-  """What is known before the launch. scale: of scores in powers of two."""
+  """Constants of a launch. scale: of scores in powers of two."""
 
   heads: int
   queries: int

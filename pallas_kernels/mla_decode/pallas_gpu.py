@@ -2,8 +2,8 @@
 
 A program takes 64 of a row's T * N queries over one part of the row. Its third
 warpgroup loads: one page of 64 tokens after the other comes by TMA, found
-through the block table, into one of two buffers. A page is key and value in
-one: 64 x 576 for the scores, its first 512 columns for the output.
+through the block table, into one of two buffers. A page is key and value at
+once: 64 x 576 for the scores, its first 512 columns for the output.
 
 The output, 64 x 512 in f32, would fill the registers of one warpgroup, so that
 two consumers have half of its columns each. They take turns at the scores,
@@ -16,8 +16,8 @@ which both need. In turn j,
 and page j + 1 is loaded meanwhile. (Scores of page j + 1 beside the softmax of
 page j would keep both buffers busy, and the loads waiting for them.)
 
-Largest scores go the same way as the probabilities; each consumer has the sum
-of the probabilities that it made. Places beyond a row's length are overwritten
+Largest scores are passed on with the probabilities; each consumer holds the sum
+of those that it computed. Places beyond a row's length are overwritten
 with zeros before they are multiplied: NaN times zero would be NaN.
 
 Budget for 512 + 64: two pages 147,456 bytes, queries 73,728, probabilities
@@ -28,12 +28,11 @@ scores, and spills none (ptxas, sm_90a).
 Of an FP8 cache two pages are loaded as they are, and a third buffer has the
 page of the turn in BF16: each consumer widens half of its columns. That saves
 43 % of the bytes and no product. The scales of a page, [4, 64], have one
-buffer, loaded anew when both have read it; XLA gathers those of the rows and
-turns them before the kernel. Shared memory: 1 KB more than with BF16.
+buffer, reloaded when both have read it; XLA gathers those of the rows and
+transposes them before the kernel. Shared memory: 1 KB more than with BF16.
 
-The interpreter knows no accumulator that begins with a value: there a product
-is added to the output, which on a device would take registers that are not
-there.
+The interpreter has no accumulators with an initial value: there a product is
+added to the output, for which a device lacks the registers.
 
 Letters: t = T * N padded to 64, Y = C + R, i parts, S 64 tokens; p pages, s
 tokens of a page, b blocks of a row, c tiles of 128 of C; others as in the
@@ -147,7 +146,7 @@ def _inputs(cache: caches.LatentPages, owned_Bb) -> tuple:
 
 
 def choose_splits(programs: int, table_blocks: int) -> int:
-  """As many parts as find a multiprocessor at once, none without a block."""
+  """As many parts as run at once, each with at least one block."""
   return max(1, min(PROGRAMS // programs, table_blocks))
 
 
@@ -238,7 +237,7 @@ def _load(sources, work: Work, scratch, plan: DecodePlan):
   if plan.fp8:
     _wait_until_widened(end - first, scratch)
 
-  # The last use of every buffer, so that no barrier is left half way.
+  # Waits for the last use of every buffer: barriers must end in phase.
   @pl.loop(lax.max(end - first - STAGES, 0), end - first)
   def _(turn):
     plgpu.barrier_wait(scratch['empty'].at[consume_gpu.slot_of(turn)])

@@ -1,19 +1,19 @@
 """Decoding over a paged latent cache on TPUs, through Pallas and Mosaic.
 
-A grid over rows, parts of a row and steps of `pages` pages. The block table
-comes as a prefetched scalar; a step names the same array of pages several
-times, each time with a page of its own, so that the pipeline copies them side
-by side while the step before is worked off. All queries and heads of a row
-share what is loaded. The softmax is online: largest score, sum and output stay
-in VMEM, in f32; exponentials are powers of two.
+A grid over rows, parts of a row and steps of `pages` pages. The block table is
+a prefetched scalar. A step takes the array of pages as several operands, each
+with another page, so that the pipeline copies them in parallel during the step
+before. All queries and heads of a row share what is loaded. The softmax is
+online: largest score, sum and output stay in VMEM, in f32; exponentials are
+powers of two.
 
-A step beyond a part's end names the pages of the last step within, that none is
-copied again, and does nothing. Places beyond a row's length are zeros before
-they are multiplied: NaN times a zero probability would be NaN.
+A step beyond a part's end does nothing, and names the pages of the last step
+within, so that none is copied again. Places beyond a row's length are zeros
+before they are multiplied: NaN times a zero probability would be NaN.
 
 An FP8 page is dequantised to BF16 in VMEM. Scales come as [4, 64], long in the
-lanes: [64, 4] padded to 128 lanes would be as much as the values; XLA turns
-them before the kernel.
+lanes: [64, 4] padded to 128 lanes would be as large as the values; XLA
+transposes them before the kernel.
 
 Letters: t = T * N, S tokens of a step, i parts; p pages, s tokens of a page, b
 blocks of a row, c tiles of 128 of C; others as in the alphabet.

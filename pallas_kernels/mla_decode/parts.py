@@ -1,12 +1,12 @@
-"""Rows cut into parts, and how the parts' results become one.
+"""Parts of rows (split-KV), and the sum of their results.
 
-Few long rows would leave a device idle, so that a row's blocks of 64 tokens are
-dealt to `splits` parts, each with its own softmax (split-KV). With o_i the
+Few long rows would leave a device idle. So a row's blocks of 64 tokens are
+divided among `splits` parts, each with its own softmax. With o_i the
 output of part i and lse_i = log sum_s exp(score_s) over its tokens:
 
   lse = log sum_i exp(lse_i)        o = sum_i exp(lse_i - lse) o_i
 
-A part without tokens has o_i = 0 and lse_i = -inf, which counts for nothing.
+A part without tokens has o_i = 0 and lse_i = -inf, so it adds nothing.
 
 Letters: i parts; b blocks of a row, p pages, s tokens of a page, c scales of a
 token; others as in the alphabet.
@@ -54,10 +54,9 @@ def owned(
 def scales(
   c_psC: quantized.Quantized, owned_Bb: Int[Array, 'B b']
 ) -> Float[Array, 'B b c s']:
-  """Scales of the rows' pages, in their order and turned.
+  """Scales of the rows' pages, in their order and transposed.
 
-  Of these pages only: the cache may have many more, and a step is to cost what
-  its rows have.
+  Of these pages only: a step's cost must not grow with the size of the cache.
   """
   return jnp.swapaxes(c_psC.scales[owned_Bb], -1, -2)
 

@@ -1,4 +1,4 @@
-"""What absorbed decoding means, in plain jnp (TR 2.1.1).
+"""Absorbed decoding in plain jnp (TR 2.1.1).
 
 A row's token s is at place s % 64 of page table[s // 64]. Its T queries are its
 last T tokens, so that query t sees the tokens s <= length - T + t:
