@@ -1,4 +1,4 @@
-"""What the experts' exchange costs where nothing has to travel, and its rows.
+"""Overhead of expert parallelism's all-to-all on one device, and its rows.
 
 Question: how much longer does a MoE layer take, forward and backward, on the
 path of experts over devices than on the plain one, both on one device? (Aim: at
@@ -8,7 +8,7 @@ the bound of node-limited routing (TR 3.2.2)?
   dsv3 bench ep_overhead [--rounds=15] [--threads=2] [--json] [--output=FILE]
 
 The layer is router, shared and routed experts. With one device the library
-takes the plain path by itself; here the exchange is forced on a mesh of one
+takes the plain path by itself; here the all-to-all is forced on a mesh of one
 device, in one hop and in two: the paths take turns in one process. Rows are
 those of the library's plans, made for up to 8 nodes of 8 devices at once on
 this one; bytes of a row are those of the collectives in the traced program, at

@@ -1,14 +1,15 @@
 """Share of a layer's training time that its quantisation takes.
 
 Question: of forward and backward pass of one MoE layer at DeepSeek-V3's sizes,
-how much is spent on making FP8 of activations and gradients? (Aim: 8 %.)
+how much is spent on quantising activations and gradients? (Aim: 8 %.)
 
   dsv3 bench fp8_layer [--tokens=4096] [--json] [--output=FILE]
 
-Every call of a quantiser is noted while the layer is traced; each is then timed
-alone, on its own shapes, and counted as often as it is called. Inside the layer
-XLA may fuse it with its neighbours, so the share is an upper bound. Weights are
-quantised once a step, whatever the number of micro-batches: a row of its own.
+Every call of a quantiser is recorded while the layer is traced; each is then
+timed alone, on its own shapes, and counted as often as it is called. Inside the
+layer XLA may fuse it with its neighbours, so the share is an upper bound.
+Weights are quantised once a step, whatever the number of micro-batches: a row
+of its own.
 """
 
 import collections

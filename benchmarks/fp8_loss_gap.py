@@ -3,16 +3,16 @@
   dsv3 bench fp8_loss_gap --folder=DIR [--seeds=3] [--steps=2000]
 
 Trains `experiments/ablations/fp8.py` in each precision from each seed, in runs
-of `training.loop` below DIR; a run that is there already is read, one that was
-stopped goes on. Seeds differ in initialisation, order of data, FIM and splits;
+of `training.loop` below DIR; a finished run is read, an interrupted one is
+resumed. Seeds differ in initialisation, order of data, FIM and splits;
 the arms of one seed share all of them. Of the main training loss:
 
   gap_n = (EMA of the arm's loss - EMA of BF16's) / EMA of BF16's
 
 with the report's decay of 0.9 and with 0.99, for each seed and for their mean.
 Two networks that differ at all soon answer the few hundred tokens of a step
-differently: how much of a gap that makes alone is told by `bf16_twin`, a second
-BF16 run whose initial matrices are larger by a thousandth. Beside them stands
+differently. The gap from that alone is measured by `bf16_twin`, a second BF16
+run whose initial matrices are larger by a thousandth. Beside them stands
 the spread between BF16 runs of different seeds. Writes a table, a figure and
 the losses themselves.
 """
@@ -109,7 +109,7 @@ def between_seeds(loss_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row(name: str, arm_SN, base_SN, bits: list[float]) -> report.Row:
-  """What the table says of one arm, after the first tenth of the steps."""
+  """The table's row of one arm, after the first tenth of the steps."""
   count = arm_SN.shape[1]
   row: report.Row = {'against_bf16': name}
   for memory in MEMORIES:

@@ -5,8 +5,8 @@ Question: how much longer does a step take with precision 'fp8' than with
 
   dsv3 bench fp8_step [--rounds=9] [--threads=2] [--json] [--output=FILE]
 
-Both precisions live in one process and take turns, A B A B ..., so that what
-else the machine does hits both alike. The model is at least 512 wide: below
+Both precisions live in one process and take turns, A B A B ..., so that other
+load of the machine affects both equally. The model is at least 512 wide: below
 that a tile of 128 spans much of a row. Tokens are random; a step is forward,
 backward, clipping and AdamW, as training runs it.
 """

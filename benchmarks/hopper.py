@@ -1,4 +1,4 @@
-"""All that a Hopper GPU is needed for, in under eight minutes.
+"""All measurements that need a Hopper GPU, in under eight minutes.
 
 Question: are the Hopper kernels right on the device, how fast are they beside
 its ceilings and PyTorch, and which block sizes are best?
@@ -151,7 +151,7 @@ def render(folder: pathlib.Path, ended: dict[str, str], seconds: float) -> str:
 
 
 def aims(rows: dict[str, list[report.Row]]) -> list[report.Row]:
-  """What was wanted beside what was measured; nothing where a row is absent."""
+  """Targets beside measurements; nothing where a row is absent."""
   by_key = {
     (row['op'], row['case'].split(' ')[0], row['implementation']): row
     for row in rows.get('benchmark', [])

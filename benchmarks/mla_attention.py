@@ -8,8 +8,8 @@ and PyTorch there?
 
 Random normal data. Beside each time stands the largest difference of a result
 from the reference in f32 on the same operands (bound 1e-5), for two heads.
-Variants of a pass take turns. On a CPU tokens and heads are cut: the table says
-so in its shapes.
+Variants of a pass take turns. On a CPU there are fewer tokens and heads, as the
+shapes in the table show.
 """
 
 import functools
@@ -124,7 +124,7 @@ def variants(case: cases.Case, segments_BT) -> dict[str, Callable]:
 
 
 def _scale(case: cases.Case) -> float:
-  """What rivals take if they are told none."""
+  """The scale that rivals use by default."""
   return (case.nope + case.rope) ** -0.5
 
 

@@ -1,15 +1,15 @@
 """Decoding over a paged latent cache beside the ceilings of the same device.
 
-Question: how near does each implementation come to what the device can do
-anyway: to the bytes of a copy where a row has few heads, to the products of a
-plain BF16 dot where it has 128?
+Question: how near does each implementation come to the ceilings of the device:
+to the bandwidth of a copy where a row has few heads, to the FLOPs of a plain
+BF16 dot where it has 128?
 
   dsv3 bench mla_decode [--json] [--only=TEXT] [--output=FILE]
 
 Random normal data, pages in random order. Beside each time stands the
 difference from the reference in f32 on the same operands (bound 1e-5), on some
-rows. Variants of a case take turns. On a CPU batches and lengths are cut: the
-table says so in its shapes.
+rows. Variants of a case take turns. On a CPU batches and lengths are smaller,
+as the shapes in the table show.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """The attention kernels that `benchmarks.hopper` checks: decode and training.
 
-Both have what `hopper_parts.Kernel` has that checks ask for.
+Both have the fields of `hopper_parts.Kernel` that checks need.
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """The products and quantisations that `fp8_matmul` times, with their inputs.
 
-Letters as in `pallas_kernels`; Z sets of inputs, which a call runs through.
+Letters as in `pallas_kernels`. A call runs through several sets of inputs.
 """
 
 import dataclasses
@@ -174,7 +174,7 @@ def quantisation(
     run = functools.partial(make, implementation=choice)
     variants[choice] = Variant(run, given, choice)
 
-  def decode(out):  # what is transposed, turned back
+  def decode(out):  # the transpose of the input
     if op == 'rows':
       return reference.dequantize(out)
     if op == 'transposed':
@@ -234,7 +234,7 @@ def _exact(dots):
 
 
 def _ceilings(dots, out, one=same) -> dict[str, Variant]:
-  """What the device's library does with as many operations.
+  """Products of the device's library with as many operations.
 
   one: two matrices of as many operations as `dots`, for the product with one
   scale a tensor, which knows no experts.

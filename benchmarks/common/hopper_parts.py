@@ -144,7 +144,7 @@ def _normal(key, shape_a, shape_b):
 
 
 def mode_here() -> str:
-  """What can run here: on a CPU, jax before 0.11 has the reference alone."""
+  """The mode of this device; jax < 0.11 has only the reference on a CPU."""
   if jax.default_backend() == 'gpu':
     return 'gpu'
   return 'interpret' if compat.RELEASE >= (0, 11) else 'reference'
@@ -191,7 +191,7 @@ def checks(mode: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
 def _check(
   kernel: Kernel | attention_checks.Kernel, key: jax.Array, repeats: int
 ) -> report.Row:
-  """Fresh operands thrice; of each the same bits `repeats` times."""
+  """Three draws of operands; each must give the same bits `repeats` times."""
   run = jax.jit(kernel.function(kernel.mode))
   want_of = jax.jit(kernel.function('reference'))
   error, other_bits, poisoned, finite = 0.0, 0, 0, True

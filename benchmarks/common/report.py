@@ -1,8 +1,8 @@
-"""Flags, rows, tables and the place of a benchmark's results.
+"""Flags, rows, tables and results files of the benchmarks.
 
 A row is a dict of one measurement, its units in the keys; a table has a column
-for each key of any row. Rows can be written while they come, one JSON object a
-line, so that a run that is cut keeps what it had.
+for each key of any row. Rows can be written as they come, one JSON object a
+line, so that an interrupted run keeps its rows.
 """
 
 import argparse
@@ -25,7 +25,7 @@ RESULTS = ROOT / 'benchmarks' / 'results'
 
 
 class Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line and exits with 2."""
+  """Reports errors in one line and exits with 2."""
 
   def error(self, message: str):
     self.exit(2, f'dsv3: {" ".join(message.split())}\n')
@@ -49,7 +49,7 @@ def parser(name: str, about: str) -> Parser:
 
 
 class Rows(list):
-  """Rows that are also told as they come: on a line each, as JSON.
+  """Rows that are also written as they come: on a line each, as JSON.
 
   With `--json` they are printed; with `--rows` they are added to a file.
   """
@@ -70,7 +70,7 @@ class Rows(list):
 def publish(
   name: str, about: str, rows: Sequence[Row], args: argparse.Namespace
 ) -> None:
-  """Prints the table and appends it, with where it was made, to a file.
+  """Prints the table and appends it to a file, with hardware and versions.
 
   args: of `parser`; with `json`, the rows were printed as they came.
   """
@@ -160,7 +160,7 @@ def _output(*command: str) -> str:
 
 
 def read_rows(lines: Iterable[str]) -> list[Row]:
-  """Rows as `Rows` wrote them; the last may have been cut off."""
+  """Rows as `Rows` wrote them; the last may be incomplete."""
   rows = []
   for line in lines:
     try:

@@ -1,4 +1,4 @@
-"""Hardware that is not here, for compilation ahead of time."""
+"""Topologies of absent hardware, for compilation ahead of time."""
 
 import jax
 from jax.experimental import topologies
@@ -21,7 +21,7 @@ runtime_version {{ major: 13 }} device_description_str: "{H100}"
 
 
 def h100(nodes: int, gpus: int) -> list[jax.Device]:
-  """H100s of so many nodes; needs the wheels of jax[cuda13], no driver.
+  """H100s on some nodes; needs the wheels of jax[cuda13], no driver.
 
   JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 must be set before JAX is imported.
   """

@@ -7,8 +7,8 @@ sides see the same state of the device:
   rivals.time(m, n, k, block)      rows: name, samples in seconds, difference
   rivals.attend(shape, x, u)       rows: name, pass, samples in seconds
 
-`rivals.absent` says why there are none. A recipe that this PyTorch or cuBLASLt
-refuses is a row with the reason.
+`rivals.absent` is the reason if PyTorch cannot run. A recipe that this PyTorch
+or cuBLASLt refuses gives a row with the reason.
 """
 
 import functools

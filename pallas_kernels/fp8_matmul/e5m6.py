@@ -1,14 +1,13 @@
-"""E5M6: activations kept in 12 bits, two numbers in three bytes (TR 3.3.3).
+"""E5M6: activations saved in 12 bits, two numbers in three bytes (TR 3.3.3).
 
   sign, 5 exponent bits with bias 15, 6 mantissa bits; subnormals have the step
   2^-20, and the top exponent is taken as in IEEE formats: the largest is 65024
 
   x ~ value * scale,  scale: the power of two that e4m3 tiles of x would get
 
-The report gives the format and that scales are powers of two. Ours: they are
-those of e4m3 without a floor; the bits of two codes lie in three bytes in
-order, the lower ones first; f32 denormals, of x or of value * scale, may count
-as zeros.
+The report gives the format and that scales are powers of two. The rest is ours:
+scales are those of e4m3 without a floor; two codes are packed into three bytes,
+low bits first; f32 denormals of x or of value * scale may be flushed to zero.
 
 Letters: M rows, D columns, d their tiles of 128.
 """
@@ -65,7 +64,7 @@ def encode(x: Float[Array, '*lead M D']):
   """12-bit codes, uint16, of f32 numbers: nearest even, saturating."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   size = bits & 0x7FFFFFFF
-  # A carry out of the mantissa moves on into the exponent, as it should.
+  # A carry out of the mantissa increments the exponent, as it should.
   odd = (size >> 17) & 1
   normal = ((size + 0xFFFF + odd) >> 17) - _REBIAS
   magnitude = jax.lax.bitcast_convert_type(size, jnp.float32)

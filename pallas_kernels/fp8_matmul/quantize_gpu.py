@@ -3,9 +3,9 @@
 A program has one tile of 128 x 128 in shared memory, brought by TMA, and two
 warpgroups. `quantize_both`: one takes rows, the other, through loads that
 transpose, columns. `requantize_transposed`: e4m3 becomes BF16, which holds it
-and can be loaded transposed; then each takes half of the columns. Both end
-alike: the largest magnitude of each of 64 rows of 128, its scale, the rounding,
-and stores of the 64 x 128 values and of the 64 scales.
+and can be loaded transposed; then each takes half of the columns. Both then
+compute the largest magnitude of each of 64 rows of 128 and its scale, round,
+and store the 64 x 128 values and the 64 scales.
 
 The bits are those of the reference, also where a device's quotient is an ulp
 off. Scales lie [D / 128, M] and [M / 128, D], as the product reads them: the

@@ -1,8 +1,8 @@
 """Both quantised copies of an activation in one pass over it, on TPUs.
 
-A Linear wants x with 1 x 128 tiles for Fprop and x^T with 1 x 128 tiles for
-Wgrad (TR 3.3.2). Read apart, x crosses the memory twice, and its transpose
-once more. Here a block is read once and turned in registers. The largest
+A Linear takes x with 1 x 128 tiles for Fprop and x^T with 1 x 128 tiles for
+Wgrad (TR 3.3.2). Separate passes would read x twice and its transpose once
+more. Here a block is read once and transposed in registers. The largest
 magnitudes of either copy's tiles are then maxima over sublanes of the other
 form, which are plain vector operations, and come out with the long dim in the
 lanes, as they are stored.

@@ -1,13 +1,13 @@
 """Quantisers of activations and gradients for every implementation.
 
 `rows` are 1 x 128 tiles of [M, D]; `columns` those of its transpose [D, M];
-`both` makes the two in one pass over x; `transposed` makes columns of what is
-FP8 already, by dequantising, transposing and quantising anew (TR 3.3.2). All
+`both` gives the two in one pass over x; `transposed` gives columns of an FP8
+tensor, which is dequantised, transposed and quantised again (TR 3.3.2). All
 take `pow2` and `floor` as `reference.quantize` does.
 
-Kernels exist where one pass of XLA does not do: for `both`, and on Hopper for
-`transposed`. The rest is element by element and a maximum of 128, which XLA
-fuses with what makes x.
+Kernels exist where XLA needs more than one pass: for `both`, and on Hopper for
+`transposed`. The rest is elementwise with a maximum over 128, which XLA fuses
+with the producer of x.
 """
 
 from jaxtyping import Array, Float
@@ -25,7 +25,7 @@ def rows(
   floor: float = 0.0,
   implementation: str = 'auto',
 ) -> Quantized:
-  """Tiles 1 x 128 of x: XLA makes one pass of it on every device."""
+  """Tiles 1 x 128 of x: one pass of XLA on every device."""
   dispatch.resolve(implementation, 'fp8 rows')
   return reference.quantize(x_MD, pow2=pow2, floor=floor)
 

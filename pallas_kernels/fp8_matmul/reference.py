@@ -1,4 +1,4 @@
-"""What the FP8 product means, in plain jnp (TR 3.3.2).
+"""The FP8 product in plain jnp (TR 3.3.2).
 
   scale = amax / 448 of the tile            value = e4m3(x * (1 / scale))
   y_mn = sum_k scale_mk scale_nk (sum over the 128 of block k: a * b)
@@ -8,7 +8,7 @@ in order ("promotion"). A scale is amax / largest or, with `pow2`, the least
 power of two that is no smaller (UE8M0, rounded up). A tile without a normal f32
 number is zero (scale 1), and other scales are at least 2^-116: there a denormal
 is at most a tie with zero, so that a device may flush denormals or not, and no
-value * scale is one either. `floor` holds amax up, as released code does with
+value * scale is one either. `floor` is a lower bound of amax, in released code
 1e-4; gradients of a mean over many tokens are smaller than that, so they get 0.
 
 Letters: M rows, D columns; M, N, K of a product as in BLAS (lower case: tiles
@@ -102,8 +102,8 @@ def matmul(
   (rows, depth), columns = a.shape, b.shape[0]
   blocks = a.scales.shape[1]
   # Every FP8 number is a BF16 number: the products are the same, and faster.
-  # But XLA's CPU backend cannot multiply BF16 by its transpose, which is what
-  # it makes of a single block.
+  # But XLA's CPU backend cannot multiply BF16 by its transpose, to which it
+  # rewrites a single block.
   dtype = jnp.bfloat16 if blocks > 1 else jnp.float32
   split = lambda q: _pad_columns(q.values.astype(dtype), depth).reshape(
     q.shape[0], blocks, 128

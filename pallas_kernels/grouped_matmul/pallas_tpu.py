@@ -4,9 +4,9 @@ Which expert a block of 128 rows belongs to is known on the device only, so it
 comes as a prefetched scalar, before the pipeline chooses what to copy.
 
   grouped    a grid over N, the blocks of rows, K: the expert chooses the block
-             of b. As a rule one step takes the whole of K, so that the rows of
-             an expert, one after the other, find its weights in VMEM, cast
-             for the matrix unit: 128 rows are too few to cast them for.
+             of b. Usually one step takes the whole of K, so that consecutive
+             blocks of an expert share its weights in VMEM, cast for the matrix
+             unit: casting for 128 rows only would cost too much.
   grouped_k  a grid over D, F and a list of steps: an expert's blocks one after
              the other, each added to the expert's output, which stays in VMEM
              for as long as they last. An expert without blocks has one step
@@ -46,7 +46,7 @@ def choose_grouped(n: int, k: int) -> BlockSizes:
 
 
 def choose_grouped_k(m: int, n: int) -> BlockSizes:
-  """Large outputs: a step has only 128 of K to be worth its 0.35 us."""
+  """Large outputs: a step takes 0.35 us, and has only 128 of K."""
   return BlockSizes(dense.even(m, 1024), dense.even(n, 2048), ROWS)
 
 
@@ -154,7 +154,7 @@ def _grouped_kernel(
   if cast_NK is None:
     cast_NK = b_NK
   else:
-    # Are the weights in VMEM other ones than a step ago?
+    # Have the weights in VMEM changed since the last step?
     changed = expert_j[block] != expert_j[jnp.maximum(block - 1, 0)]
     changed |= (block == 0) | (pl.num_programs(2) > 1)
     pl.when(changed)(lambda: _cast(b_NK, cast_NK))
@@ -231,7 +231,7 @@ def grouped_k(
 
 
 class Steps(NamedTuple):
-  """What each step does: int32 [Z] each, read before the step begins."""
+  """The work of each step: int32 [i] each, read before the step begins."""
 
   expert_i: jax.Array
   block_i: jax.Array
