@@ -129,7 +129,7 @@ def moved(run):
 
 @pytest.mark.parametrize('remat', [False, True])
 def test_dispatch_is_fp8_and_combine_is_bf16_both_ways(remat):
-  """TR 3.3.3; nothing is sent twice, also where the rest is made again."""
+  """TR 3.3.3; nothing is sent twice, also under remat."""
   names = jax.checkpoint_policies.save_only_these_names
   kept = names('all_to_all', 'swiglu_in')
   again = functools.partial(jax.checkpoint, policy=kept)

@@ -50,7 +50,7 @@ def forward(x_BTD, weights, positions_BT, segments_BT=None, form='naive'):
 
 
 def pages_of(latents):
-  """Rows' latents as pages, and the table that tells which."""
+  """Rows' latents as pages, and their block table."""
   batch, length = latents.c_BSC.shape[:2]
   count = -(-length // mla_decode.PAGE)
   pad = ((0, 0), (0, count * mla_decode.PAGE - length), (0, 0))

@@ -1,4 +1,4 @@
-"""Operands of paged decoding, poisoned where nobody may look."""
+"""Operands of paged decoding, NaN where no kernel may read."""
 
 from typing import NamedTuple
 

@@ -66,7 +66,7 @@ def test_scales_of_tiles_are_applied_at_the_promotion():
 
 
 def test_instructions_of_other_lengths():
-  """16 products: cut twice as often, promoted where told."""
+  """16 products: truncated twice as often, and never promoted."""
   a, b = whole(normal(0, 3, 256)), whole(normal(1, 4, 256))
   scale = np.float32(a.scales.item()) * np.float32(b.scales.item())
   got_MN = matmul_limited(a, b, chunk=16, promote_every=0)

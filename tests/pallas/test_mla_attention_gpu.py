@@ -237,7 +237,7 @@ def test_registers_suffice(kernel, products_of, name, monkeypatch, tmp_path):
   run, args = kernels(cases.V3[name])[kernel]
   machine = gpu.compile_kernel(monkeypatch, tmp_path, run, *args)
   # Three registers, stored and loaded for each of dq's last two blocks, where
-  # positions and segments are compared; ptxas tells it twice.
+  # positions and segments are compared; ptxas reports it twice.
   assert machine.spilled <= (48 if (kernel, name) == ('dq', 'packed') else 0)
   for shape, count in products_of.items():
     assert machine.count(rf'HGMMA\.{shape}\.F32\.BF16') == 2 * count
