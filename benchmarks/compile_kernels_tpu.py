@@ -83,7 +83,7 @@ def programs() -> dict[str, Program]:
 
 
 def _dense() -> dict[str, Program]:
-  found = {}
+  by_name = {}
   for name, (m, n, k) in cases.V3.items():
     for kind, dtype, args in (
       ('fprop', BF16, (rows(m, k), blocks(n, k))),
@@ -91,12 +91,12 @@ def _dense() -> dict[str, Program]:
       ('wgrad', F32, (rows(k, m), rows(n, m))),
     ):
       product = functools.partial(pallas_tpu.matmul, out_dtype=dtype)
-      found[f'matmul {kind} {name}'] = Program(product, args)
-  return found
+      by_name[f'matmul {kind} {name}'] = Program(product, args)
+  return by_name
 
 
 def _grouped() -> dict[str, Program]:
-  found = {}
+  by_name = {}
   for name, (sizes, n, k) in grouped_cases.V3.items():
     j, e = sum(sizes), len(sizes)
     which = (
@@ -110,23 +110,23 @@ def _grouped() -> dict[str, Program]:
       ('dgrad', product, (rows(j, n), blocks(e, k, n))),
       ('wgrad', gradient, (rows(k, j), rows(n, j))),
     ):
-      found[f'grouped {kind} {name}'] = Program(function, (*args, *which))
-  return found
+      by_name[f'grouped {kind} {name}'] = Program(function, (*args, *which))
+  return by_name
 
 
 def _quantisers() -> dict[str, Program]:
   both = functools.partial(quantize_tpu.quantize_both, pow2=True)
-  found = {}
+  by_name = {}
   for width in sorted({c.n for c in cases.V3.values()}):
     for dtype in (BF16, F32):
       x_MD = jax.ShapeDtypeStruct((4096, width), dtype)
       name = f'quantize {width} {jnp.dtype(dtype).name}'
-      found[name] = Program(both, (x_MD,))
-  return found
+      by_name[name] = Program(both, (x_MD,))
+  return by_name
 
 
 def _attention() -> dict[str, Program]:
-  found = {}
+  by_name = {}
   for name, case in attention_cases.V3.items():
     tokens = case.batch, case.length
     lead = *tokens, case.heads
@@ -143,14 +143,14 @@ def _attention() -> dict[str, Program]:
         struct(*lead, case.value),
         segments_BT,
       )
-      how = {'scale': 0.1352338}
-      forward = functools.partial(attention_tpu.forward, **how)
-      backward = functools.partial(_attention_gradient, **how)
+      options = {'scale': 0.1352338}
+      forward = functools.partial(attention_tpu.forward, **options)
+      backward = functools.partial(_attention_gradient, **options)
       which = f'{jnp.dtype(dtype).name} {name}'
-      found[f'attention fprop {which}'] = Program(forward, args)
+      by_name[f'attention fprop {which}'] = Program(forward, args)
       args += (of_query, of_query, struct(*lead, case.value))
-      found[f'attention grad {which}'] = Program(backward, args)
-  return found
+      by_name[f'attention grad {which}'] = Program(backward, args)
+  return by_name
 
 
 def _attention_gradient(*args, scale):
@@ -158,7 +158,7 @@ def _attention_gradient(*args, scale):
 
 
 def _decoding() -> dict[str, Program]:
-  found = {}
+  by_name = {}
   for name, case in decode_cases.V3.items():
     batch, pages = len(case.lengths), len(case.lengths) * case.blocks
     width = case.latent + case.rotary
@@ -166,20 +166,20 @@ def _decoding() -> dict[str, Program]:
       (batch, case.queries, case.heads, width), BF16
     )
     page = lambda width, pages=pages: (pages, decode_api.PAGE, width)
-    k_rope_JIR = jax.ShapeDtypeStruct(page(case.rotary), BF16)
+    k_rope_psR = jax.ShapeDtypeStruct(page(case.rotary), BF16)
     which = (
       jax.ShapeDtypeStruct((batch, case.blocks), jnp.int32),
       jax.ShapeDtypeStruct((batch,), jnp.int32),
     )
-    for kind, c_JIC in (
+    for kind, c_psC in (
       ('bf16', jax.ShapeDtypeStruct(page(case.latent), BF16)),
       ('fp8', rows(*page(case.latent))),
     ):
-      cache = decode_api.Cache(c_JIC, k_rope_JIR)
+      cache = decode_api.LatentPages(c_psC, k_rope_psR)
       decode = functools.partial(decode_tpu.decode, scale=0.1352338)
       args = (q_BTNY, cache, *which)
-      found[f'decode {kind} {name}'] = Program(decode, args)
-  return found
+      by_name[f'decode {kind} {name}'] = Program(decode, args)
+  return by_name
 
 
 def too_large() -> Program:
@@ -200,8 +200,8 @@ def lower(program: Program, chip: Chip, sharding=None):
     axis_types=(jax.sharding.AxisType.Auto,),
     abstract_device=device,
   )
-  how = {'in_shardings': sharding, 'out_shardings': sharding}
-  jitted = jax.jit(program.function, **(how if sharding else {}))
+  options = {'in_shardings': sharding, 'out_shardings': sharding}
+  jitted = jax.jit(program.function, **(options if sharding else {}))
   with jax.sharding.use_abstract_mesh(mesh):
     return jitted.trace(*program.args).lower(lowering_platforms=('tpu',))
 

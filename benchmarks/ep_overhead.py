@@ -1,4 +1,4 @@
-"""What the experts' exchange costs where nothing has to travel, and its rows.
+"""Overhead of expert parallelism's all-to-all on one device, and its rows.
 
 Question: how much longer does a MoE layer take, forward and backward, on the
 path of experts over devices than on the plain one, both on one device? (Aim: at
@@ -8,7 +8,7 @@ the bound of node-limited routing (TR 3.2.2)?
   dsv3 bench ep_overhead [--rounds=15] [--threads=2] [--json] [--output=FILE]
 
 The layer is router, shared and routed experts. With one device the library
-takes the plain path by itself; here the exchange is forced on a mesh of one
+takes the plain path by itself; here the all-to-all is forced on a mesh of one
 device, in one hop and in two: the paths take turns in one process. Rows are
 those of the library's plans, made for up to 8 nodes of 8 devices at once on
 this one; bytes of a row are those of the collectives in the traced program, at
@@ -32,7 +32,7 @@ import numpy as np
 from benchmarks.common import clock, report
 from dsv3_jax import config, precision
 from dsv3_jax.distributed import sharding
-from dsv3_jax.ops import all_to_all, fp8_experts, fp8_linear, linear, routing
+from dsv3_jax.ops import all_to_all, fp8_linear, linear, routing
 from dsv3_jax.ops import experts as expert_ops
 from experiments import v3_671b
 from pallas_kernels.fp8_matmul import reference
@@ -82,9 +82,8 @@ def routed(
 ) -> jax.Array:
   """The routed product as the policy wants it."""
   args = x_MD, chosen.ids_MK, chosen.gates_MK, experts
-  if policy.fp8:
-    return fp8_experts.expert_ffn(*args, policy, axes)
-  return expert_ops.expert_ffn(*args, 'auto', 64, axes)
+  options = expert_ops.ExpertOptions(axes=axes, policy=policy)
+  return expert_ops.expert_ffn(*args, options)
 
 
 class Layer:
@@ -192,15 +191,15 @@ def to_rows(samples: dict[tuple[str, str], list[Sample]]) -> list[report.Row]:
   times = {k: clock.summary([s.seconds for s in v]) for k, v in samples.items()}
   cpu = {k: statistics.median(s.cpu for s in v) for k, v in samples.items()}
   rows = []
-  for (name, path), told in times.items():
+  for (name, path), timing in times.items():
     base = times[name, 'plain']
     rows.append(
       {
         'precision': name,
         'path': path,
-        **told.row(),
-        'ratio_of_medians': told.median / base.median,
-        'ratio_of_minima': told.minimum / base.minimum,
+        **timing.row(),
+        'ratio_of_medians': timing.median / base.median,
+        'ratio_of_minima': timing.minimum / base.minimum,
         'ratio_of_cpu_medians': cpu[name, path] / cpu[name, 'plain'],
       }
     )
@@ -310,8 +309,8 @@ def traffic(
   for nodes in NODES:
     for groups in (moe.top_groups, moe.num_groups):
       limited = dataclasses.replace(moe, top_groups=groups)
-      found = count(limited, nodes, peers, tokens)
-      one, two = found['one hop'], found['two hops']
+      counts = count(limited, nodes, peers, tokens)
+      one, two = counts['one hop'], counts['two hops']
       rows.append(
         {
           'nodes': nodes,

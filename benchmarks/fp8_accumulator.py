@@ -102,8 +102,8 @@ def draw_figure(rows: dict[int, np.ndarray], path: pathlib.Path) -> None:
   for i, (arm, color) in enumerate(
     zip(ARMS, ('tab:red', 'tab:blue'), strict=True)
   ):
-    for j, name, style in ((0, 'largest', 'o-'), (2, 'rms', 's:')):
-      label = f'{name} error, promoted {arm}'
+    for j, measure, style in ((0, 'largest', 'o-'), (2, 'rms', 's:')):
+      label = f'{measure} error, promoted {arm}'
       axes.loglog(DEPTHS, shares[:, i, j], style, color=color, label=label)
   axes.axhline(2, color='0.6', linewidth=1, zorder=0)
   axes.annotate('2 %', (DEPTHS[-1], 1.8), color='0.4', ha='right', va='top')
@@ -123,10 +123,10 @@ def draw_figure(rows: dict[int, np.ndarray], path: pathlib.Path) -> None:
 def versions() -> str:
   """Versions of the software, and the commit."""
   command = ['git', 'rev-parse', '--short', 'HEAD']
-  process = subprocess.run(
+  completed = subprocess.run(
     command, cwd=RESULTS, capture_output=True, text=True, check=False
   )
-  commit = process.stdout.strip() or 'unknown'
+  commit = completed.stdout.strip() or 'unknown'
   python = platform.python_version()
   return f'Python {python}, jax {jax.__version__}, commit {commit}'
 

@@ -1,14 +1,15 @@
 """Share of a layer's training time that its quantisation takes.
 
 Question: of forward and backward pass of one MoE layer at DeepSeek-V3's sizes,
-how much is spent on making FP8 of activations and gradients? (Aim: 8 %.)
+how much is spent on quantising activations and gradients? (Aim: 8 %.)
 
   dsv3 bench fp8_layer [--tokens=4096] [--json] [--output=FILE]
 
-Every call of a quantiser is noted while the layer is traced; each is then timed
-alone, on its own shapes, and counted as often as it is called. Inside the layer
-XLA may fuse it with its neighbours, so the share is an upper bound. Weights are
-quantised once a step, whatever the number of micro-batches: a row of its own.
+Every call of a quantiser is recorded while the layer is traced; each is then
+timed alone, on its own shapes, and counted as often as it is called. Inside the
+layer XLA may fuse it with its neighbours, so the share is an upper bound.
+Weights are quantised once a step, whatever the number of micro-batches: a row
+of its own.
 """
 
 import collections
@@ -54,12 +55,12 @@ class Call:
   name: str
   function: Any
   shapes: Any  # of the array, or of the quantised tensor
-  how: tuple[tuple[str, Any], ...]
+  options: tuple[tuple[str, Any], ...]
 
   def key(self) -> tuple:
     leaves, tree = jax.tree.flatten(self.shapes)
     shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-    return self.name, shapes, str(tree), self.how
+    return self.name, shapes, str(tree), self.options
 
 
 def make_config(tokens: int, tiny: bool = False) -> config.Config:
@@ -127,14 +128,16 @@ def trace(layer: Layer) -> list[tuple[Call, int]]:
   def noting(module, name):
     function = getattr(module, name)
 
-    def run(x, **how):
+    def run(x, **options):
       if not depth[0]:  # columns are made by rows: one call
         shapes = jax.eval_shape(lambda: x)
-        told = f'{module.__name__.split(".")[-1]}.{name}'
-        calls.append(Call(told, function, shapes, tuple(sorted(how.items()))))
+        title = f'{module.__name__.split(".")[-1]}.{name}'
+        calls.append(
+          Call(title, function, shapes, tuple(sorted(options.items())))
+        )
       depth[0] += 1
       try:
-        return function(x, **how)
+        return function(x, **options)
       finally:
         depth[0] -= 1
 
@@ -154,41 +157,43 @@ def trace(layer: Layer) -> list[tuple[Call, int]]:
   ]
 
 
-def measure(layer: Layer, how: clock.Clock) -> list[report.Row]:
+def measure(layer: Layer, timer: clock.Clock) -> list[report.Row]:
   """The layer, its weights, each kind of call, and their sum."""
   quantize = jax.jit(layer.quantize)
   quantized = quantize(layer.params)
   whole = _median(
-    how, layer.grads, layer.params, quantized, layer.x_BTD, layer.dy_BTD
+    timer, layer.grads, layer.params, quantized, layer.x_BTD, layer.dy_BTD
   )
   rows = [{'what': 'layer, forward and backward', **whole.row()}]
   total, number = 0.0, 0
   for call, count in trace(layer):
     leaves, tree = jax.tree.flatten(call.shapes)
     x = tree.unflatten([_random(leaf, at) for at, leaf in enumerate(leaves)])
-    told = _median(how, functools.partial(call.function, **dict(call.how)), x)
-    total += count * told.median
+    timing = _median(
+      timer, functools.partial(call.function, **dict(call.options)), x
+    )
+    total += count * timing.median
     number += count
     rows.append(
       {
         'what': call.name,
         'shape': 'x'.join(map(str, leaves[0].shape)),
         'calls': count,
-        **told.row(),
-        'share_percent': 100 * count * told.median / whole.median,
+        **timing.row(),
+        'share_percent': 100 * count * timing.median / whole.median,
       }
     )
   share = 100 * total / whole.median
   rows.append({'what': 'all', 'calls': number, 'share_percent': share})
-  once = _median(how, layer.quantize, layer.params)
+  once = _median(timer, layer.quantize, layer.params)
   rows.append({'what': 'weights, once a step', **once.row()})
   return rows
 
 
-def _median(how: clock.Clock, function, *args) -> clock.Times:
+def _median(timer: clock.Clock, function, *args) -> clock.Times:
   run = jax.jit(function)
   jax.block_until_ready(run(*args))
-  return how.time({'': lambda: run(*args)}, {'': 1})['']
+  return timer.time({'': lambda: run(*args)}, {'': 1})['']
 
 
 def _random(like: jax.ShapeDtypeStruct, seed: int) -> jax.Array:
@@ -208,8 +213,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.error(f'--tokens={args.tokens} must be at least 1')
   cfg = make_config(32 if args.dry_run else args.tokens, args.dry_run)
   rows = report.Rows(args)
-  how = clock.DRY if args.dry_run else clock.default()
-  for row in measure(Layer(cfg), how):
+  timer = clock.DRY if args.dry_run else clock.default()
+  for row in measure(Layer(cfg), timer):
     rows.append(row)
   about = (
     f'{ABOUT}{cfg.data.seq_len} tokens, {EXPERTS} experts of as many rows.'

@@ -3,16 +3,16 @@
   dsv3 bench fp8_loss_gap --folder=DIR [--seeds=3] [--steps=2000]
 
 Trains `experiments/ablations/fp8.py` in each precision from each seed, in runs
-of `training.loop` below DIR; a run that is there already is read, one that was
-stopped goes on. Seeds differ in initialisation, order of data, FIM and splits;
+of `training.loop` below DIR; a finished run is read, an interrupted one is
+resumed. Seeds differ in initialisation, order of data, FIM and splits;
 the arms of one seed share all of them. Of the main training loss:
 
   gap_n = (EMA of the arm's loss - EMA of BF16's) / EMA of BF16's
 
 with the report's decay of 0.9 and with 0.99, for each seed and for their mean.
 Two networks that differ at all soon answer the few hundred tokens of a step
-differently: how much of a gap that makes alone is told by `bf16_twin`, a second
-BF16 run whose initial matrices are larger by a thousandth. Beside them stands
+differently. The gap from that alone is measured by `bf16_twin`, a second BF16
+run whose initial matrices are larger by a thousandth. Beside them stands
 the spread between BF16 runs of different seeds. Writes a table, a figure and
 the losses themselves.
 """
@@ -69,13 +69,13 @@ def losses(
   if len(_train_rows(path)) < args.steps:
     loop.run(configured(arm, seed, args), workdir)
   rows = _train_rows(path)
-  found = np.array([rows[n] for n in range(1, args.steps + 1)])
+  logged = np.array([rows[n] for n in range(1, args.steps + 1)])
   held_out = [
     row['bits_per_byte']
     for row in map(json.loads, path.read_text().splitlines())
     if 'bits_per_byte' in row
   ]
-  return found, held_out[-1]
+  return logged, held_out[-1]
 
 
 def _train_rows(path: pathlib.Path) -> dict[int, float]:
@@ -109,29 +109,29 @@ def between_seeds(loss_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def row(name: str, arm_SN, base_SN, bits: list[float]) -> report.Row:
-  """What the table says of one arm, after the first tenth of the steps."""
+  """The table's row of one arm, after the first tenth of the steps."""
   count = arm_SN.shape[1]
-  told: report.Row = {'against_bf16': name}
+  row: report.Row = {'against_bf16': name}
   for memory in MEMORIES:
     curves_SN = gap(arm_SN, base_SN, memory)[:, count // 10 :]
     mean_N = np.abs(np.mean(curves_SN, axis=0))
     key = f'ema_{memory}'
-    told[f'{key}_largest_of_mean_percent'] = float(np.max(mean_N))
-    told[f'{key}_steps_within_bar_percent'] = float(100 * np.mean(mean_N < BAR))
-    told[f'{key}_largest_of_seeds_percent'] = float(np.max(np.abs(curves_SN)))
+    row[f'{key}_largest_of_mean_percent'] = float(np.max(mean_N))
+    row[f'{key}_steps_within_bar_percent'] = float(100 * np.mean(mean_N < BAR))
+    row[f'{key}_largest_of_seeds_percent'] = float(np.max(np.abs(curves_SN)))
   raw_SN = gap(arm_SN, base_SN)
   for title, part in (
     ('from_tenth_to_half', slice(count // 10, count // 2)),
     ('second_half', slice(count // 2, count)),
   ):
     mean_S = np.mean(raw_SN[:, part], axis=1)
-    told[f'{title}_percent'] = float(np.mean(mean_S))
+    row[f'{title}_percent'] = float(np.mean(mean_S))
     # Between seeds: two networks of one seed that part stay apart for long.
     if mean_S.size > 1:
       error = np.std(mean_S, ddof=1) / np.sqrt(mean_S.size)
-      told[f'{title}_standard_error'] = float(error)
-  told['heldout_bits_per_byte'] = ' '.join(f'{b:.4f}' for b in bits)
-  return told
+      row[f'{title}_standard_error'] = float(error)
+  row['heldout_bits_per_byte'] = ' '.join(f'{b:.4f}' for b in bits)
+  return row
 
 
 def plot(path: pathlib.Path, losses_of: dict[str, np.ndarray]) -> None:
@@ -207,13 +207,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   arms = args.arms.split(',')
   if arms[0] != ARMS[0] or not set(arms) <= set(ARMS):
     parser.error(f'--arms={args.arms} must be bf16 and some of {ARMS[1:]}')
-  found, bits = {arm: [] for arm in arms}, {arm: [] for arm in arms}
+  by_arm, bits = {arm: [] for arm in arms}, {arm: [] for arm in arms}
   for seed in range(args.seeds):
     for arm in arms:
       loss_N, held_out = losses(arm, seed, args)
-      found[arm].append(loss_N)
+      by_arm[arm].append(loss_N)
       bits[arm].append(held_out)
-  losses_of = {arm: np.stack(curves) for arm, curves in found.items()}
+  losses_of = {arm: np.stack(curves) for arm, curves in by_arm.items()}
   base_SN = losses_of['bf16']
   rows = report.Rows(args)
   for arm in arms[1:]:

@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
   if not works:
     parser.error(f'--only={args.only!r} leaves nothing')
   rows = report.Rows(args)
-  how = clock.DRY if args.dry_run else clock.default()
-  measure(works, how, rows, dry_run=args.dry_run)
+  timer = clock.DRY if args.dry_run else clock.default()
+  measure(works, timer, rows, dry_run=args.dry_run)
   report.publish('fp8_matmul', ABOUT, rows, args)
   return int(any(row.get('wrong') for row in rows))
 
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
 def implementations() -> tuple[str, ...]:
   """Those that have a kernel for this device."""
   try:
-    dispatch.resolve('pallas')
+    dispatch.backend_kernel()
   except NotImplementedError:
     return ('reference',)
   return ('reference', 'pallas')
@@ -115,7 +115,7 @@ def dry_run_works() -> list[fp8_work.Work]:
 
 def measure(
   works: list[fp8_work.Work],
-  how: clock.Clock,
+  timer: clock.Clock,
   rows: report.Rows,
   dry_run: bool = False,
 ) -> None:
@@ -123,10 +123,10 @@ def measure(
   gpu = jax.default_backend() == 'gpu'
   rivals = torch_rivals.Rivals() if gpu else None
   sets = 4 if gpu else 1
-  copy = copy_rate(how, 1 << (20 if dry_run else 29 if gpu else 27))
+  copy = copy_rate(timer, 1 << (20 if dry_run else 29 if gpu else 27))
   rows.append({'op': 'copy', 'case': '', 'gigabyte_per_second': copy / 1e9})
   for number, work in enumerate(works):
-    for row in one_work(work, how, sets, copy, jax.random.key(number)):
+    for row in one_work(work, timer, sets, copy, jax.random.key(number)):
       rows.append(row)
     if work.op in ('forward', 'weight gradient'):
       for row in rival_rows(work, rivals, rows):
@@ -135,35 +135,39 @@ def measure(
     rivals.close()
 
 
-def copy_rate(how: clock.Clock, size: int) -> float:
+def copy_rate(timer: clock.Clock, size: int) -> float:
   """Bytes read and written a second: the best of two ways to copy."""
   x = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)
   ways = {'copy': jax.jit(jnp.copy), 'xor': jax.jit(lambda x: x ^ 1)}
   runs = {name: lambda way=way: way(x) for name, way in ways.items()}
   for run in runs.values():
     jax.block_until_ready(run())
-  times = how.time(runs, dict.fromkeys(runs, 1))
-  return 2 * x.nbytes / min(told.median for told in times.values())
+  times = timer.time(runs, dict.fromkeys(runs, 1))
+  return 2 * x.nbytes / min(timing.median for timing in times.values())
 
 
 def one_work(
-  work: fp8_work.Work, how: clock.Clock, sets: int, copy: float, key: jax.Array
+  work: fp8_work.Work,
+  timer: clock.Clock,
+  sets: int,
+  copy: float,
+  key: jax.Array,
 ) -> Iterator[report.Row]:
   """Times and checks all variants of a work on `sets` sets of inputs."""
   draw = jax.jit(work.draw)
   drawn = [draw(jax.random.fold_in(key, at)) for at in range(sets)]
   head = {'op': work.op, 'case': work.case}
-  made, units, runs, outs, notes = {}, {}, {}, {}, {}
+  prepared, units, runs, outs, notes = {}, {}, {}, {}, {}
   for name, variant in work.variants.items():
-    if variant.inputs not in made:
+    if variant.inputs not in prepared:
       make = variant.inputs
       make = make if make is fp8_work.same else jax.jit(make)
-      made[variant.inputs] = [make(*arrays) for arrays in drawn]
-    inputs = made[variant.inputs]
+      prepared[variant.inputs] = [make(*arrays) for arrays in drawn]
+    inputs = prepared[variant.inputs]
     if name == 'reference' and work.flop:  # slow; what it loads is no matter
       inputs = inputs[:1]
     units[name] = len(inputs)
-    every = lambda sets, run=variant.run: [run(*each) for each in sets]
+    every = lambda sets, run=variant.run: [run(*operands) for operands in sets]
     try:  # one that fails on this device must not end the others
       compiled = jax.jit(every).lower(inputs).compile()
       outs[name] = jax.block_until_ready(compiled(inputs))[0]
@@ -175,17 +179,17 @@ def one_work(
     notes[name] = _note(name, compiled)
   checks = _checks(work, drawn[0], outs)
   outs.clear()
-  times = how.time(runs, units)
+  times = timer.time(runs, units)
   median = lambda name: times[name].median if name in times else None
-  for name, told in times.items():
-    rate = work.bytes / told.median
+  for name, timing in times.items():
+    rate = work.bytes / timing.median
     ours = bool(work.variants[name].implementation)
-    share = lambda other, told=told: other and other / told.median
+    share = lambda other, timing=timing: other and other / timing.median
     yield {
       **head,
       'implementation': name,
-      **told.row(),
-      'tflop_per_second': work.flop / told.median / 1e12 or None,
+      **timing.row(),
+      'tflop_per_second': work.flop / timing.median / 1e12 or None,
       'gigabyte_per_second': rate / 1e9 if ours else None,
       'of_bf16_dot': share(median(fp8_work.BF16_DOT)),
       'of_fp8_dot': share(median(fp8_work.FP8_DOT)),
@@ -210,7 +214,7 @@ def _note(name: str, compiled) -> str:
 def _checks(work: fp8_work.Work, drawn, outs) -> dict[str, report.Row]:
   """Differences of each variant, on some rows."""
   exact = np.asarray(jax.jit(lambda *x: _some(work.exact(*x)))(*drawn))
-  told, got = {}, {}
+  checks, got = {}, {}
   for name, out in outs.items():
     if not work.variants[name].comparable:
       continue
@@ -218,15 +222,15 @@ def _checks(work: fp8_work.Work, drawn, outs) -> dict[str, report.Row]:
     decode = work.decode if ours else lambda out: out
     some = jax.jit(lambda out, decode=decode: _some(decode(out)))
     got[name] = np.asarray(some(out), np.float32)
-    told[name] = {'difference': numerics.difference(got[name], exact)}
-    wrong = not told[name]['difference'] < numerics.FP8_DIFFERENCE
+    checks[name] = {'difference': numerics.difference(got[name], exact)}
+    wrong = not checks[name]['difference'] < numerics.FP8_DIFFERENCE
     if ours and name != 'reference' and 'reference' in got:
       error = numerics.relative_error(got[name], got['reference'])
-      told[name]['relative_error'] = error
+      checks[name]['relative_error'] = error
       wrong |= not error <= _bound(out)
     if ours and wrong:
-      told[name]['wrong'] = True
-  return told
+      checks[name]['wrong'] = True
+  return checks
 
 
 def _bound(out) -> float:
@@ -254,22 +258,22 @@ def rival_rows(
       yield head | {'implementation': 'torch _scaled_mm', 'note': why}
     return
   m, n, k = map(int, work.case.split()[1].split('x'))
-  told = rivals.time(m, n, k, block=work.op == 'forward')
+  answers = rivals.time(m, n, k, block=work.op == 'forward')
   if rivals.absent:
     yield head | {'implementation': 'torch', 'note': f'absent: {rivals.absent}'}
     return
   ours = {
     row['implementation']: row for row in rows if head.items() <= row.items()
   }
-  for each in told:
-    row = head | {'implementation': each['name']}
-    if 'absent' in each:
-      yield row | {'note': f'refused: {each["absent"]}'}
+  for answer in answers:
+    row = head | {'implementation': answer['name']}
+    if 'absent' in answer:
+      yield row | {'note': f'refused: {answer["absent"]}'}
       continue
-    times = clock.summary(each['samples'])
+    times = clock.summary(answer['samples'])
     row |= times.row()
     row['tflop_per_second'] = work.flop / times.median / 1e12
-    row['difference'] = each['difference']
+    row['difference'] = answer['difference']
     if 'milliseconds_median' in ours.get('pallas', {}):
       mine = ours['pallas']['milliseconds_median'] * 1e-3
       row['pallas_speed_over_this'] = times.median / mine

@@ -5,8 +5,8 @@ Question: how much longer does a step take with precision 'fp8' than with
 
   dsv3 bench fp8_step [--rounds=9] [--threads=2] [--json] [--output=FILE]
 
-Both precisions live in one process and take turns, A B A B ..., so that what
-else the machine does hits both alike. The model is at least 512 wide: below
+Both precisions live in one process and take turns, A B A B ..., so that other
+load of the machine affects both equally. The model is at least 512 wide: below
 that a tile of 128 spans much of a row. Tokens are random; a step is forward,
 backward, clipping and AdamW, as training runs it.
 """
@@ -61,9 +61,9 @@ class Trainer:
 
   def step(self) -> float:
     """The loss, which has to be there before this returns."""
-    self._state, told = self._step(self._state, *self._args)
+    self._state, metrics = self._step(self._state, *self._args)
     jax.block_until_ready(self._state)
-    return told['loss'].item()
+    return metrics['loss'].item()
 
 
 def batch(cfg: config.Config) -> model.Batch:
@@ -107,17 +107,17 @@ def measure(rounds: int, runlocal: bool = False) -> dict[str, list[float]]:
 
 def to_rows(seconds: dict[str, list[float]], tokens: int) -> list[report.Row]:
   """One for each precision; ratios are to BF16."""
-  times = {name: clock.summary(each) for name, each in seconds.items()}
+  times = {name: clock.summary(samples) for name, samples in seconds.items()}
   base = times['bf16']
   return [
     {
       'precision': name,
-      **told.row(),
-      'tokens_per_second': tokens / told.median,
-      'ratio_of_medians': told.median / base.median,
-      'ratio_of_minima': told.minimum / base.minimum,
+      **timing.row(),
+      'tokens_per_second': tokens / timing.median,
+      'ratio_of_medians': timing.median / base.median,
+      'ratio_of_minima': timing.minimum / base.minimum,
     }
-    for name, told in times.items()
+    for name, timing in times.items()
   ]
 
 

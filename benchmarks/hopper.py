@@ -1,4 +1,4 @@
-"""All that a Hopper GPU is needed for, in under eight minutes.
+"""All measurements that need a Hopper GPU, in under eight minutes.
 
 Question: are the Hopper kernels right on the device, how fast are they beside
 its ceilings and PyTorch, and which block sizes are best?
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
   text = render(args.output, ended, time.monotonic() - start)
   (args.output / 'hopper.md').write_text(text, encoding='utf-8')
   print(text)
-  return int(any(said != 'done' for said in ended.values()))
+  return int(any(status != 'done' for status in ended.values()))
 
 
 def run_part(args: argparse.Namespace) -> int:
@@ -94,7 +94,7 @@ def run_part(args: argparse.Namespace) -> int:
   rows = report.Rows(
     argparse.Namespace(json=True, rows=args.output / f'{args.part}.jsonl')
   )
-  for row in part(hopper_parts.how_here(), args.dry_run, args.seconds):
+  for row in part(hopper_parts.mode_here(), args.dry_run, args.seconds):
     rows.append(row)
   return int(any(row.get('wrong') for row in rows))
 
@@ -140,23 +140,26 @@ def render(folder: pathlib.Path, ended: dict[str, str], seconds: float) -> str:
   lines = ['# Kernels on a Hopper GPU', '']
   lines += [report.where_line() + f' {seconds:.0f} s in all.', '']
   lines += ['## Aims', '', report.table(aims(rows)), '']
-  for name, found in rows.items():
-    wrong = sum(bool(row.get('wrong')) for row in found)
-    lines += [f'## {name}: {ended[name]}, {len(found)} rows, {wrong} wrong', '']
-    lines += [report.table(found), '']
+  for name, part_rows in rows.items():
+    wrong = sum(bool(row.get('wrong')) for row in part_rows)
+    lines += [
+      f'## {name}: {ended[name]}, {len(part_rows)} rows, {wrong} wrong',
+      '',
+    ]
+    lines += [report.table(part_rows), '']
   return '\n'.join(lines)
 
 
 def aims(rows: dict[str, list[report.Row]]) -> list[report.Row]:
-  """What was wanted beside what was measured; nothing where a row is absent."""
-  found = {
+  """Targets beside measurements; nothing where a row is absent."""
+  by_key = {
     (row['op'], row['case'].split(' ')[0], row['implementation']): row
     for row in rows.get('benchmark', [])
     if 'implementation' in row
   }
 
   def value(op, case, key, name='pallas'):
-    return found.get((op, case, name), {}).get(key)
+    return by_key.get((op, case, name), {}).get(key)
 
   speed = 'tflop_per_second'
   blocks = 'torch _scaled_mm, block scales'
@@ -179,12 +182,12 @@ def aims(rows: dict[str, list[report.Row]]) -> list[report.Row]:
     for row in rows.get('layer', [])
     if row['what'] == 'all'
   ]
-  told = [
+  known = [
     {'aim': text, 'wanted': wanted, 'measured': value(*key)}
     for text, wanted, key in table
   ]
   share = {'aim': 'quantisers, % of a layer, at most', 'wanted': 8.0}
-  return [*told, share | {'measured': shares[0] if shares else None}]
+  return [*known, share | {'measured': shares[0] if shares else None}]
 
 
 if __name__ == '__main__':

@@ -8,8 +8,8 @@ and PyTorch there?
 
 Random normal data. Beside each time stands the largest difference of a result
 from the reference in f32 on the same operands (bound 1e-5), for two heads.
-Variants of a pass take turns. On a CPU tokens and heads are cut: the table says
-so in its shapes.
+Variants of a pass take turns. On a CPU there are fewer tokens and heads, as the
+shapes in the table show.
 """
 
 import functools
@@ -54,10 +54,10 @@ def main(argv: list[str] | None = None) -> int:
   if not works:
     parser.error(f'--only={args.only!r} leaves nothing')
   rows = report.Rows(args)
-  how = clock.DRY if args.dry_run else clock.default()
-  ceilings = mla_decode.measure_ceilings(how, rows, args.dry_run)
+  timer = clock.DRY if args.dry_run else clock.default()
+  ceilings = mla_decode.measure_ceilings(timer, rows, args.dry_run)
   for name, case in works.items():
-    for row in one_case(name, case, how, ceilings[BF16_DOT]):
+    for row in one_case(name, case, timer, ceilings[BF16_DOT]):
       rows.append(row)
     if case.samples is None:
       for row in torch_rows(name, case, rows):
@@ -84,8 +84,8 @@ def draw(case: cases.Case, key: jax.Array) -> tuple:
   shapes = [(b, t, n, width) for width in widths]
   shapes[2] = (b, t, case.rope)
   *operands, do = (
-    jax.random.normal(each, shape, jnp.bfloat16)
-    for each, shape in zip(jax.random.split(key, 5), shapes, strict=True)
+    jax.random.normal(subkey, shape, jnp.bfloat16)
+    for subkey, shape in zip(jax.random.split(key, 5), shapes, strict=True)
   )
   if case.samples is None:
     return *operands, None, do
@@ -116,15 +116,15 @@ def variants(case: cases.Case, segments_BT) -> dict[str, Callable]:
   named = [name for name in mla_decode.implementations() if name != 'reference']
   if jax.default_backend() == 'cpu':  # whose arrays of pairs a GPU lacks
     named.insert(0, 'reference')
-  found = {name: ours(name) for name in named}
+  calls = {name: ours(name) for name in named}
   if jax.default_backend() == 'gpu' and segments_BT is None:
-    found['cudnn'] = _with_keys(_cudnn)
-    found['tokamax'] = _with_keys(_tokamax)
-  return found
+    calls['cudnn'] = _with_keys(_cudnn)
+    calls['tokamax'] = _with_keys(_tokamax)
+  return calls
 
 
 def _scale(case: cases.Case) -> float:
-  """What rivals take if they are told none."""
+  """The scale that rivals use by default."""
   return (case.nope + case.rope) ** -0.5
 
 
@@ -163,36 +163,42 @@ def _tokamax(q_BTNX, k_BSNX, v_BSNU):
 
 
 def one_case(
-  name: str, case: cases.Case, how: clock.Clock, dot: float
+  name: str, case: cases.Case, timer: clock.Clock, dot: float
 ) -> Iterator[report.Row]:
   """Times and checks all implementations, forward and backward."""
   *operands, segments_BT, do_BTNU = draw(case, jax.random.key(0))
   exact = _exact(operands, segments_BT, do_BTNU, _scale(case))
   head = {'case': name, 'shape': shape_of(case)}
-  runs, checks = {each: {} for each in PASSES}, {}
-  for each, call in variants(case, segments_BT).items():
+  runs, checks = {which: {} for which in PASSES}, {}
+  for variant, call in variants(case, segments_BT).items():
     try:  # one that fails on this device must not end the others
       forward, backward, outs = _prepare(call, operands, do_BTNU)
     except mla_decode.REFUSALS as error:
       why = ' '.join(str(error).split())[:200]
-      yield head | {'implementation': each, 'note': f'refused: {why}'}
+      yield head | {'implementation': variant, 'note': f'refused: {why}'}
       continue
-    runs['forward'][each], runs['backward'][each] = forward, backward
-    checks['forward', each] = numerics.difference(outs[0], exact[0])
-    checks['backward', each] = max(
+    runs['forward'][variant], runs['backward'][variant] = (
+      forward,
+      backward,
+    )
+    checks['forward', variant] = numerics.difference(outs[0], exact[0])
+    checks['backward', variant] = max(
       map(numerics.difference, outs[1:], exact[1:])
     )
     del outs
   for which, flop in count(case).items():
-    times = how.time(runs[which], dict.fromkeys(runs[which], 1))
-    for each, told in times.items():
-      row = head | {'pass': which, 'implementation': each} | told.row()
-      row['tflop_per_second'] = flop / told.median / 1e12
-      row['of_bf16_dot'] = flop / told.median / dot
-      row['difference'] = checks[which, each]
-      if 'pallas' in times and each != 'pallas':
-        row['pallas_speed_over_this'] = told.median / times['pallas'].median
-      if each in ('reference', 'pallas') and not row['difference'] < DIFFERENCE:
+    times = timer.time(runs[which], dict.fromkeys(runs[which], 1))
+    for variant, timing in times.items():
+      row = head | {'pass': which, 'implementation': variant} | timing.row()
+      row['tflop_per_second'] = flop / timing.median / 1e12
+      row['of_bf16_dot'] = flop / timing.median / dot
+      row['difference'] = checks[which, variant]
+      if 'pallas' in times and variant != 'pallas':
+        row['pallas_speed_over_this'] = timing.median / times['pallas'].median
+      if (
+        variant in ('reference', 'pallas')
+        and not row['difference'] < DIFFERENCE
+      ):
         row['wrong'] = True
       yield row
 
@@ -255,21 +261,21 @@ def torch_rows(
     return
   rivals = torch_rivals.Rivals()
   shape = (case.batch, case.length, case.heads)
-  told = rivals.attend(shape, case.nope + case.rope, case.value)
+  answers = rivals.attend(shape, case.nope + case.rope, case.value)
   absent = rivals.absent
   rivals.close()
   if absent:
     yield head | {'implementation': 'torch', 'note': f'absent: {absent}'}
     return
-  for each in told:
-    row = head | {'pass': each['pass'], 'implementation': each['name']}
-    if 'absent' in each:
-      yield row | {'note': f'refused: {each["absent"]}'}
+  for answer in answers:
+    row = head | {'pass': answer['pass'], 'implementation': answer['name']}
+    if 'absent' in answer:
+      yield row | {'note': f'refused: {answer["absent"]}'}
       continue
-    times = clock.summary(each['samples'])
+    times = clock.summary(answer['samples'])
     row |= times.row()
-    row['tflop_per_second'] = count(case)[each['pass']] / times.median / 1e12
-    ours = head | {'pass': each['pass'], 'implementation': 'pallas'}
+    row['tflop_per_second'] = count(case)[answer['pass']] / times.median / 1e12
+    ours = head | {'pass': answer['pass'], 'implementation': 'pallas'}
     mine = [x for x in rows if ours.items() <= x.items()]
     if mine:
       seconds = mine[0]['milliseconds_median'] * 1e-3

@@ -1,15 +1,15 @@
 """Decoding over a paged latent cache beside the ceilings of the same device.
 
-Question: how near does each implementation come to what the device can do
-anyway: to the bytes of a copy where a row has few heads, to the products of a
-plain BF16 dot where it has 128?
+Question: how near does each implementation come to the ceilings of the device:
+to the bandwidth of a copy where a row has few heads, to the FLOPs of a plain
+BF16 dot where it has 128?
 
   dsv3 bench mla_decode [--json] [--only=TEXT] [--output=FILE]
 
 Random normal data, pages in random order. Beside each time stands the
 difference from the reference in f32 on the same operands (bound 1e-5), on some
-rows. Variants of a case take turns. On a CPU batches and lengths are cut: the
-table says so in its shapes.
+rows. Variants of a case take turns. On a CPU batches and lengths are smaller,
+as the shapes in the table show.
 """
 
 import functools
@@ -52,10 +52,10 @@ def main(argv: list[str] | None = None) -> int:
   if not works:
     parser.error(f'--only={args.only!r} leaves nothing')
   rows = report.Rows(args)
-  how = clock.DRY if args.dry_run else clock.default()
-  ceilings = measure_ceilings(how, rows, args.dry_run)
+  timer = clock.DRY if args.dry_run else clock.default()
+  ceilings = measure_ceilings(timer, rows, args.dry_run)
   for number, work in enumerate(works):
-    for row in one_work(*work, how, ceilings, jax.random.key(number)):
+    for row in one_work(*work, timer, ceilings, jax.random.key(number)):
       rows.append(row)
   report.publish('mla_decode', ABOUT, rows, args)
   return int(any(row.get('wrong') for row in rows))
@@ -74,14 +74,14 @@ def shapes(dry_run: bool) -> dict[str, cases.Case]:
 def implementations() -> tuple[str, ...]:
   """Those that have a kernel for this device."""
   try:
-    dispatch.resolve('pallas')
+    dispatch.backend_kernel()
   except NotImplementedError:
     return ('reference',)
   return ('reference', 'pallas')
 
 
 def measure_ceilings(
-  how: clock.Clock, rows: report.Rows, dry_run: bool
+  timer: clock.Clock, rows: report.Rows, dry_run: bool
 ) -> dict[str, float]:
   """Bytes a second of a copy, FLOPs a second of a product."""
   large = not dry_run and jax.default_backend() != 'cpu'
@@ -92,7 +92,7 @@ def measure_ceilings(
   runs = {'copy': lambda: copy(x), BF16_DOT: lambda: dot(a, a)}
   for run in runs.values():
     jax.block_until_ready(run())
-  times = how.time(runs, dict.fromkeys(runs, 1))
+  times = timer.time(runs, dict.fromkeys(runs, 1))
   rates = {
     'copy': 2 * x.nbytes / times['copy'].median,
     BF16_DOT: 2 * size**3 / times[BF16_DOT].median,
@@ -114,19 +114,21 @@ def draw(case: cases.Case, kind: str, key: jax.Array) -> tuple:
   used = [-(-length // api.PAGE) for length in case.lengths]
   normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
   page = lambda key, width: normal(key, (sum(used), api.PAGE, width))
-  cache = api.Cache(page(keys[0], case.latent), page(keys[1], case.rotary))
+  cache = api.LatentPages(
+    page(keys[0], case.latent), page(keys[1], case.rotary)
+  )
   if kind == 'fp8':
     cache = jax.jit(api.quantize)(cache)
   shape = (len(used), case.queries, case.heads, case.latent + case.rotary)
   order = np.asarray(jax.random.permutation(keys[3], sum(used)))
-  table_Bj = np.zeros((len(used), case.blocks), np.int32)
+  table_Bb = np.zeros((len(used), case.blocks), np.int32)
   ends = np.cumsum(used)
   for row, (end, count) in enumerate(zip(ends, used, strict=True)):
-    table_Bj[row, :count] = order[end - count : end]
+    table_Bb[row, :count] = order[end - count : end]
   lengths_B = jnp.asarray(case.lengths, jnp.int32)
   # Scores of about one, of which many tokens have their part.
   q_BTNY = normal(keys[2], shape) / 4
-  return q_BTNY, cache, jnp.asarray(table_Bj), lengths_B
+  return q_BTNY, cache, jnp.asarray(table_Bb), lengths_B
 
 
 def count(case: cases.Case, args: tuple) -> tuple[int, int]:
@@ -150,7 +152,7 @@ def one_work(
   name: str,
   case: cases.Case,
   kind: str,
-  how: clock.Clock,
+  timer: clock.Clock,
   ceilings: dict[str, float],
   key: jax.Array,
 ) -> Iterator[report.Row]:
@@ -158,26 +160,26 @@ def one_work(
   args = draw(case, kind, key)
   head = {'case': name, 'shape': _shape(case), 'cache': kind}
   runs, checks = {}, {}
-  for each in implementations():
-    call = functools.partial(api.decode, scale=SCALE, implementation=each)
+  for variant in implementations():
+    call = functools.partial(api.decode, scale=SCALE, implementation=variant)
     try:  # one that fails on this device must not end the others
       compiled = jax.jit(call).lower(*args).compile()
       out = jax.block_until_ready(compiled(*args))
     except REFUSALS as error:
       why = ' '.join(str(error).split())[:200]
-      yield head | {'implementation': each, 'note': f'refused: {why}'}
+      yield head | {'implementation': variant, 'note': f'refused: {why}'}
       continue
-    checks[each] = _difference(args, out)
-    runs[each] = lambda compiled=compiled: compiled(*args)
+    checks[variant] = _difference(args, out)
+    runs[variant] = lambda compiled=compiled: compiled(*args)
   flop, moved = count(case, args)
-  for each, told in how.time(runs, dict.fromkeys(runs, 1)).items():
-    row = head | {'implementation': each} | told.row()
-    row['tflop_per_second'] = flop / told.median / 1e12
-    row['gigabyte_per_second'] = moved / told.median / 1e9
-    row['of_bf16_dot'] = flop / told.median / ceilings[BF16_DOT]
-    row['of_copy'] = moved / told.median / ceilings['copy']
-    row['difference'] = checks[each]
-    if not checks[each] < DIFFERENCE:
+  for variant, timing in timer.time(runs, dict.fromkeys(runs, 1)).items():
+    row = head | {'implementation': variant} | timing.row()
+    row['tflop_per_second'] = flop / timing.median / 1e12
+    row['gigabyte_per_second'] = moved / timing.median / 1e9
+    row['of_bf16_dot'] = flop / timing.median / ceilings[BF16_DOT]
+    row['of_copy'] = moved / timing.median / ceilings['copy']
+    row['difference'] = checks[variant]
+    if not checks[variant] < DIFFERENCE:
       row['wrong'] = True
     yield row
 
@@ -192,15 +194,15 @@ def _shape(case: cases.Case) -> str:
 
 def _difference(args: tuple, out: tuple) -> float:
   """Of the first and the last rows, from the reference in f32."""
-  q_BTNY, cache, table_Bj, lengths_B = args
+  q_BTNY, cache, table_Bb, lengths_B = args
   at = np.unique(np.linspace(0, len(q_BTNY) - 1, CHECKED_ROWS).astype(int))
-  pages = jnp.unique(table_Bj[at])
-  table_Bj = jnp.searchsorted(pages, table_Bj[at]).astype(jnp.int32)
+  pages = jnp.unique(table_Bb[at])
+  table_Bb = jnp.searchsorted(pages, table_Bb[at]).astype(jnp.int32)
   mine = jax.tree.map(lambda x: x[pages], cache)
   mine = api.dequantize(mine, q_BTNY.dtype)
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q_BTNY[at], mine))
   with jax.default_matmul_precision('highest'):
-    want = reference.decode(*wide, table_Bj, lengths_B[at], SCALE)[0]
+    want = reference.decode(*wide, table_Bb, lengths_B[at], SCALE)[0]
   return numerics.difference(np.asarray(out[0][at], np.float32), want)
 
 

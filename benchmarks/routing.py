@@ -21,8 +21,7 @@ import jax.numpy as jnp
 
 from benchmarks.common import clock, report
 from dsv3_jax import config
-from dsv3_jax.ops import experts as expert_ops
-from dsv3_jax.ops import routing
+from dsv3_jax.ops import expert_blocks, routing
 from experiments import v3_671b
 
 ABOUT = (
@@ -49,30 +48,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.error(f'--tokens={args.tokens} must be at least 1')
   rows = report.Rows(args)
   net = config.from_config_dict(v3_671b.get_config()).model
-  how = clock.DRY if args.dry_run else clock.default()
-  found = measure(net, 16 if args.dry_run else args.tokens, how, rows)
-  report.publish('routing', ABOUT.format(**found), rows, args)
+  timer = clock.DRY if args.dry_run else clock.default()
+  ceilings = measure(net, 16 if args.dry_run else args.tokens, timer, rows)
+  report.publish('routing', ABOUT.format(**ceilings), rows, args)
   return 0
 
 
 def measure(
-  net: config.ModelConfig, tokens: int, how: clock.Clock, rows: list
+  net: config.ModelConfig, tokens: int, timer: clock.Clock, rows: list
 ) -> dict[str, Any]:
   """Adds a row for each part; returns the ceilings."""
   # Without units for BF16, a CPU's best product is that of f32.
   on_cpu = jax.default_backend() == 'cpu'
   dtype = 'float32' if on_cpu else 'bfloat16'
-  size = 128 if how is clock.DRY else 2048 if on_cpu else 8192
+  size = 128 if timer is clock.DRY else 2048 if on_cpu else 8192
   a = jnp.ones((size, size), dtype)
   dot, copy = jax.jit(jnp.dot), jax.jit(lambda x: x ^ 1)
-  words = jnp.zeros(1 << (16 if how is clock.DRY else 26), jnp.uint32)
+  words = jnp.zeros(1 << (16 if timer is clock.DRY else 26), jnp.uint32)
   runs = {name: part.run for name, part in parts(net, tokens).items()} | {
     'dot': lambda: dot(a, a),
     'copy': lambda: copy(words),
   }
   for run in runs.values():
     jax.block_until_ready(run())
-  times = how.time(runs, dict.fromkeys(runs, 1))
+  times = timer.time(runs, dict.fromkeys(runs, 1))
   rate = 2 * size**3 / times['dot'].median
   bandwidth = 2 * words.nbytes / times['copy'].median
   products = 6 * tokens * net.moe.top_k * net.d_model * net.moe.d_ff
@@ -117,16 +116,16 @@ def parts(net: config.ModelConfig, tokens: int) -> dict[str, Part]:
   ids_MK = gate(x_MD, w_DE, bias_E).ids_MK
   rows = 1  # as for `ragged_dot`; on a CPU, blocks
   if jax.default_backend() == 'cpu':
-    rows = expert_ops.block_rows(ids_MK.size, moe.num_experts, 128)
+    rows = expert_blocks.block_rows(ids_MK.size, moe.num_experts, 128)
   sort = jax.jit(
-    lambda ids: expert_ops.block_layout(ids, moe.num_experts, rows)
+    lambda ids: expert_blocks.make_blocks(ids, moe.num_experts, rows)
   )
   layout = sort(ids_MK)
   if rows == 1:
     layout = layout._replace(source_J=layout.source_J[: ids_MK.size])
-  there = jax.jit(lambda x, at: expert_ops.permute(x, at, moe.top_k))
+  there = jax.jit(lambda x, at: expert_blocks.permute(x, at, moe.top_k))
   back = jax.jit(
-    lambda y, at: expert_ops.unpermute(y, at, moe.top_k, moe.num_experts)
+    lambda y, at: expert_blocks.unpermute(y, at, moe.top_k, moe.num_experts)
   )
   y_JD = there(x_MD, layout)
   used = ids_MK.size * net.d_model * x_MD.dtype.itemsize

@@ -1,7 +1,7 @@
-"""What differs between the releases of JAX that the kernels run on.
+"""Differences between the releases of JAX that the kernels run on.
 
-Pallas' Mosaic GPU part is young, and names move. Kernels use what JAX 0.10 to
-0.12 share, and take the rest from here.
+Names in Pallas' Mosaic GPU change between releases. Kernels use what JAX 0.10
+to 0.12 share, and the functions of this module for the rest.
 """
 
 import jax
@@ -15,7 +15,7 @@ RELEASE = tuple(int(part) for part in jax.__version__.split('.')[:2])
 
 
 def require(release: tuple[int, int], what: str) -> None:
-  """Raises NotImplementedError before that release of jax."""
+  """Raises NotImplementedError if jax is older than `release`."""
   if release > RELEASE:
     wanted = '.'.join(map(str, release))
     raise NotImplementedError(

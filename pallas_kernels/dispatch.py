@@ -1,44 +1,67 @@
-"""Names of implementations, and what 'auto' stands for.
+"""Names of implementations, and the choice between them, for every op.
 
-A name that is given is obeyed or raises; 'auto' is decided by the backend alone
-and logged once.
+A name that is given is obeyed or raises. 'auto' is the kernel of this backend
+where there is one that takes the arguments, and otherwise the op's fallback;
+the choice is logged once.
 """
 
 import functools
 import logging
+from collections.abc import Callable
 
 import jax
 
-NAMES = ('auto', 'reference', 'pallas', 'pallas_interpret')
+NAMES = ('auto', 'reference', 'xla', 'pallas', 'pallas_interpret')
 
 
-def resolve(implementation: str) -> str:
-  """One of 'reference', 'pallas_gpu', 'pallas_tpu', 'pallas_interpret'.
+def resolve(
+  implementation: str,
+  op: str,
+  unsupported: Callable[[str], str | None] = lambda kernel: None,
+  fallback: str = 'reference',
+) -> str:
+  """The implementation that a name stands for.
 
+  Args:
+    implementation: one of `NAMES`.
+    op: its name, for messages.
+    unsupported: name of a kernel -> why it does not take the arguments, or
+      None.
+    fallback: what 'auto' is without a kernel: 'reference', or 'xla' for ops
+      that have such an implementation.
+  Returns:
+    'reference', 'xla', 'pallas_gpu', 'pallas_tpu' or 'pallas_interpret'.
   Raises:
     ValueError: not one of `NAMES`.
-    NotImplementedError: 'pallas' on a device that it has no kernel for.
+    NotImplementedError: 'pallas' on a device without a kernel, or with
+      arguments that the kernel does not take; 'xla' for an op without it.
   """
   if implementation not in NAMES:
     raise ValueError(f'implementation={implementation!r} must be in {NAMES}')
-  if implementation == 'auto':
-    return _automatic(jax.default_backend())
-  if implementation == 'pallas':
-    return _pallas(jax.default_backend())
-  return implementation
-
-
-@functools.cache
-def _automatic(backend: str) -> str:
+  if implementation == 'xla' != fallback:
+    raise NotImplementedError(f'{op} has no implementation {implementation!r}')
+  if implementation not in ('auto', 'pallas'):
+    return implementation
   try:
-    chosen = _pallas(backend)
-  except NotImplementedError:
-    chosen = 'reference'
-  logging.getLogger(__name__).info('kernels on %s: %s', backend, chosen)
+    chosen = backend_kernel()
+    if reason := unsupported(chosen):
+      raise NotImplementedError(reason)
+  except NotImplementedError as error:
+    if implementation == 'pallas':
+      raise
+    chosen, reason = fallback, str(error)
+  if implementation == 'auto':
+    log_choice(op, chosen, reason)
   return chosen
 
 
-def _pallas(backend: str) -> str:
+def backend_kernel() -> str:
+  """The kernels written for this backend.
+
+  Raises:
+    NotImplementedError: there are none.
+  """
+  backend = jax.default_backend()
   if backend == 'tpu':
     return 'pallas_tpu'
   if backend == 'gpu':
@@ -50,3 +73,10 @@ def _pallas(backend: str) -> str:
       f'{capability or "unknown"}'
     )
   raise NotImplementedError(f'no Pallas kernel runs on {backend!r}')
+
+
+@functools.cache
+def log_choice(op: str, chosen: str, reason: str | None) -> None:
+  """Logs what 'auto' chose, once for each op and reason."""
+  why = f', as {reason}' if reason else ''
+  logging.getLogger(__name__).info('%s: %s%s', op, chosen, why)

@@ -1,4 +1,4 @@
-"""How errors of kernels are measured, and the bound of each kind of result."""
+"""Error measures of kernels, and the bound of each kind of result."""
 
 import numpy as np
 

@@ -6,7 +6,7 @@ of 1 x 128, weights of 128 x 128 (TR 3.3.2); every product contracts the last
 dim of both of its operands, which is the only order that Hopper's FP8 tensor
 cores take.
 
-Letters: I rows, J columns, i and j their tiles.
+Letters: M rows, D columns.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ BLOCK = (128, 128)  # of weights
 class Quantized:
   """value * scale of the value's tile; a pytree of the two arrays.
 
-  values: e4m3 or e5m2 [..., I, J]. scales: f32 [..., ceil(I / tile[0]),
-  ceil(J / tile[1])]. tile: rows and columns that share a scale; static.
+  values: e4m3 or e5m2 [..., M, D]. scales: f32 [..., ceil(M / tile[0]),
+  ceil(D / tile[1])]. tile: rows and columns that share a scale; static.
   """
 
   # Any: a tree of this form also holds shapes or shardings.
@@ -46,8 +46,8 @@ class Quantized:
 class Packed:
   """E5M6 numbers, two in three bytes, with a scale per 1 x 128 tile (TR 3.3.3).
 
-  codes: uint8 [..., I, 3 * ceil(J / 2)]. scales: f32 [..., I, ceil(J / 128)],
-  powers of two. columns: J; static.
+  codes: uint8 [..., M, 3 * ceil(D / 2)]. scales: f32 [..., M, ceil(D / 128)],
+  powers of two. columns: D; static.
   """
 
   codes: Any

@@ -1,8 +1,8 @@
 """Registers of a Hopper warpgroup, as wgmma has them, and its products.
 
-A tile is a matrix over the registers of a warpgroup; a row has a number for
-each of its rows, a column one for each of its columns. Layouts that are not
-said are searched for, slowly.
+A tile is a matrix over the registers of a warpgroup. A row is a vector with a
+number for each row of a tile, a column one for each of its columns. Layouts are
+always given: the search for missing ones is slow.
 """
 
 import jax
@@ -18,7 +18,7 @@ ROWS = 64  # of one wgmma
 
 
 def tile(x):
-  """x as wgmma has its output."""
+  """x in the layout of a wgmma output."""
   return plgpu.layout_cast(x, plgpu.Layout.WGMMA)
 
 
@@ -33,12 +33,12 @@ def column(x):
 
 
 def from_rows(x, shape: tuple[int, int]):
-  """The number of its row for each of a tile."""
+  """The number of each element's row."""
   return tile(lax.broadcast_in_dim(x, shape, (0,)))
 
 
 def from_columns(x, shape: tuple[int, int]):
-  """The number of its column for each of a tile."""
+  """The number of each element's column."""
   return tile(lax.broadcast_in_dim(x, shape, (1,)))
 
 
@@ -53,11 +53,11 @@ def zeros(shape: tuple[int, int]):
 
 
 def add(sums: tuple, pairs: tuple, staging=None) -> tuple:
-  """Each of `sums` and the product of its pair, all under way at once.
+  """Each of `sums` plus the product of its pair, all in flight at once.
 
-  staging: memory for a left operand, of the interpreter alone, which knows
-  neither such operands in registers nor accumulators that begin with a value.
-  (The fence behind it hides where the caller's own is absent.)
+  staging: memory for a left operand, used by the interpreter only: it supports
+  neither left operands in registers nor accumulators with an initial value.
+  (Its fence can hide that the caller lacks one.)
   """
   if staging is not None:
     return tuple(
@@ -83,7 +83,7 @@ def _staged_product(shape, a, b, staging):
 
 
 def products(shape: tuple[int, int], *sums_of, then=lambda: None) -> list:
-  """f32; each is the sum of its pairs' products. `then` while they are done."""
+  """Sums of the pairs' products, f32. `then` is called while they run."""
 
   def multiply(*accumulators):
     for accumulator, pairs in zip(accumulators, sums_of, strict=True):

@@ -1,4 +1,4 @@
-"""What kernels for TPUs share."""
+"""Constants shared by the kernels for TPUs."""
 
 # Of the 64 MiB of the smallest core (v5p, v7x); Mosaic's default is 16.
 VMEM_BYTES = 48 * 2**20

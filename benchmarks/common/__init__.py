@@ -1,1 +1,1 @@
-"""What the benchmarks share: clock, report, inputs. No benchmark itself."""
+"""Clock, report and inputs of the benchmarks; no benchmark itself."""

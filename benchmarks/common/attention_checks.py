@@ -1,6 +1,6 @@
 """The attention kernels that `benchmarks.hopper` checks: decode and training.
 
-Both have what `hopper_parts.Kernel` has that checks ask for.
+Both have the fields of `hopper_parts.Kernel` that checks need.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class Kernel:
   kind: str
   name: str
   case: Any
-  how: str
+  mode: str
 
   def draw(self, key: jax.Array) -> tuple:
     if self.kind == 'attention':
@@ -44,21 +44,21 @@ class Kernel:
     cache = 'fp8' if 'fp8' in self.kind else 'bf16'
     return mla_decode.draw(self.case, cache, key)
 
-  def function(self, how: str) -> Callable[..., tuple]:
+  def function(self, mode: str) -> Callable[..., tuple]:
     """Of the operands of `draw`: all results, and of training all gradients."""
-    more = {} if how == 'reference' else {'interpret': how == 'interpret'}
+    more = {} if mode == 'reference' else {'interpret': mode == 'interpret'}
     if self.kind != 'attention':
-      module = decode_reference if how == 'reference' else decode_gpu
+      module = decode_reference if mode == 'reference' else decode_gpu
       return functools.partial(module.decode, scale=mla_decode.SCALE, **more)
     forward, backward = attention_gpu.forward, backward_gpu.backward
-    if how == 'reference':
+    if mode == 'reference':
       forward = attention_reference.forward
       backward = attention_reference.backward
     scale = (self.case.nope + self.case.rope) ** -0.5
     f32 = lambda x: x.astype(jnp.float32)
 
     def both(*args):
-      if how == 'reference':  # so that one side alone is rounded
+      if mode == 'reference':  # so that one side alone is rounded
         args = [x if x is None or x.ndim == 2 else f32(x) for x in args]
       *operands, do_BTNU = args
       o_BTNU, lse_BNT = forward(*operands, scale, **more)
@@ -76,7 +76,7 @@ class Kernel:
     return float(_difference(got, want))
 
 
-def kernels(how: str, dry_run: bool) -> list[Kernel]:
+def kernels(mode: str, dry_run: bool) -> list[Kernel]:
   """Every kernel at small shapes."""
   training, decoding = CASES, {n: decode_cases.SMALL[n] for n in DECODED}
   fp8 = {'ragged': decode_cases.Case((200, 1, 66), 3, queries=2, latent=256)}
@@ -84,7 +84,7 @@ def kernels(how: str, dry_run: bool) -> list[Kernel]:
     training = {'tiny': attention_cases.SMALL['tiny']}
     decoding, fp8 = {'tiny': decode_cases.SMALL['tiny']}, {}
   return [
-    Kernel(kind, name, case, how)
+    Kernel(kind, name, case, mode)
     for kind, table in (
       ('attention', training),
       ('decode', decoding),

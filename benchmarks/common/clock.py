@@ -1,7 +1,7 @@
-"""Times functions beside one another: in turns, so that drift hits all alike.
+"""Times functions in turns, so that drift of the device affects all equally.
 
-Device work is asynchronous: a sample is as many calls as last long enough, and
-ends when the result of the last is there. A variant has several sets of inputs
+Device work is asynchronous: a sample has enough calls to be long enough, and
+ends when the result of the last is ready. A variant has several sets of inputs
 and runs all of them in one call, so that no cache holds its next one.
 """
 
@@ -36,7 +36,7 @@ class Times(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-  """How long and how often. seconds: of all variants together.
+  """Length and number of samples. seconds: of all variants together.
 
   sample_seconds: least length of a sample. rounds: least and most of them.
   """
@@ -50,8 +50,8 @@ class Clock:
   ) -> dict[Any, Times]:
     """Times each variant; one call does its `units` equal pieces of work.
 
-    Every one was called before (it is compiled). The order within a round
-    moves on from round to round.
+    Every variant has been called (it is compiled). The order rotates from
+    round to round.
     """
     calls = {name: self._calls(run) for name, run in variants.items()}
     samples = {name: [] for name in variants}

@@ -1,6 +1,6 @@
 """The products and quantisations that `fp8_matmul` times, with their inputs.
 
-Letters as in `pallas_kernels`; Z sets of inputs, which a call runs through.
+Letters as in `pallas_kernels`. A call runs through several sets of inputs.
 """
 
 import dataclasses
@@ -74,9 +74,9 @@ def product(
     return reference.quantize(a_MK), reference.quantize(b_NK, tile)
 
   variants = _ceilings(_dot, out)
-  for each in implementations:
-    run = functools.partial(api.matmul, out_dtype=out, implementation=each)
-    variants[each] = Variant(run, pair, each)
+  for choice in implementations:
+    run = functools.partial(api.matmul, out_dtype=out, implementation=choice)
+    variants[choice] = Variant(run, pair, choice)
   return Work(
     op=op,
     case=f'{name} {m}x{n}x{k}',
@@ -106,11 +106,11 @@ def grouped(
     return y_EMN.reshape(rows, n)
 
   variants = _ceilings(dots, BF16, lambda a_JK, b_ENK: (a_JK, b_ENK[0]))
-  for each in implementations:
-    run = lambda a, b, each=each: grouped_api.grouped(
-      a, b, *blocks(), out_dtype=BF16, implementation=each
+  for choice in implementations:
+    run = lambda a, b, choice=choice: grouped_api.grouped(
+      a, b, *blocks(), out_dtype=BF16, implementation=choice
     )
-    variants[each] = Variant(run, quantize, each)
+    variants[choice] = Variant(run, quantize, choice)
   return Work(
     op='grouped forward',
     case=f'{name} {count}x{size}x{n}x{k}',
@@ -137,15 +137,15 @@ def grouped_k(
 
   def dots(a_KJ, b_NJ, out):
     split = lambda x: x.reshape(x.shape[0], count, size)
-    how = _precise(out)
-    return jnp.einsum('kes,nes->ekn', split(a_KJ), split(b_NJ), **how)
+    options = _precise(out)
+    return jnp.einsum('kes,nes->ekn', split(a_KJ), split(b_NJ), **options)
 
   variants = _ceilings(dots, F32)
-  for each in implementations:
-    run = lambda a, b, each=each: grouped_api.grouped_k(
-      a, b, *blocks(), num_experts=count, implementation=each
+  for choice in implementations:
+    run = lambda a, b, choice=choice: grouped_api.grouped_k(
+      a, b, *blocks(), num_experts=count, implementation=choice
     )
-    variants[each] = Variant(run, quantize, each)
+    variants[choice] = Variant(run, quantize, choice)
   return Work(
     op='grouped weight gradient',
     case=f'{name} {count}x{k}x{n}x{size}',
@@ -170,11 +170,11 @@ def quantisation(
   if op == 'transposed':
     given = lambda x_MD: (reference.quantize(x_MD),)
   variants = {}
-  for each in implementations:
-    run = functools.partial(make, implementation=each)
-    variants[each] = Variant(run, given, each)
+  for choice in implementations:
+    run = functools.partial(make, implementation=choice)
+    variants[choice] = Variant(run, given, choice)
 
-  def decode(out):  # what is transposed, turned back
+  def decode(out):  # the transpose of the input
     if op == 'rows':
       return reference.dequantize(out)
     if op == 'transposed':
@@ -208,9 +208,9 @@ def _groups(case: grouped_cases.Case):
   rows = count * size
 
   def blocks():
-    each = size // grouped_api.ROWS
-    expert_j = jnp.repeat(jnp.arange(count, dtype=jnp.int32), each)
-    return expert_j, jnp.int32(count * each)
+    per_expert = size // grouped_api.ROWS
+    expert_j = jnp.repeat(jnp.arange(count, dtype=jnp.int32), per_expert)
+    return expert_j, jnp.int32(count * per_expert)
 
   return count, size, rows, blocks
 
@@ -234,7 +234,7 @@ def _exact(dots):
 
 
 def _ceilings(dots, out, one=same) -> dict[str, Variant]:
-  """What the device's library does with as many operations.
+  """Products of the device's library with as many operations.
 
   one: two matrices of as many operations as `dots`, for the product with one
   scale a tensor, which knows no experts.

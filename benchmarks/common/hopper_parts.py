@@ -37,12 +37,12 @@ _REFUSALS = (RuntimeError, ValueError, NotImplementedError)
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """One of the six and its case; `how`: 'gpu', 'interpret', 'reference'."""
+  """One of the six and its case; mode: 'gpu', 'interpret', 'reference'."""
 
   kind: str
   name: str
   case: Any
-  how: str
+  mode: str
 
   @property
   def out_dtype(self):
@@ -64,18 +64,18 @@ class Kernel:
     rows = sum(case.sizes) if hasattr(case, 'sizes') else case.m
     return 2.0 * rows * case.n * case.k
 
-  def function(self, how: str, blocks=None) -> Callable[..., jax.Array]:
+  def function(self, mode: str, blocks=None) -> Callable[..., jax.Array]:
     """Of the operands of `draw`."""
     if self.kind in QUANTISERS:
-      return _quantiser(self.kind, how)
-    more = {'blocks': blocks, 'interpret': how == 'interpret'}
+      return _quantiser(self.kind, mode)
+    more = {'blocks': blocks, 'interpret': mode == 'interpret'}
     if self.kind in ('block', 'row'):
-      if how == 'reference':
+      if mode == 'reference':
         return lambda a, b: reference.matmul(a, b, self.out_dtype)
       return lambda a, b: pallas_gpu.matmul(a, b, self.out_dtype, **more)
     last = BF16 if self.kind == 'grouped' else len(self.case.sizes)
     module, name = grouped_gpu, self.kind
-    if how == 'reference':
+    if mode == 'reference':
       module, more = grouped_reference, {}
     return lambda *operands: getattr(module, name)(*operands, last, **more)
 
@@ -115,12 +115,12 @@ def layout(sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
   return np.array([*experts, len(sizes) - 1], np.int32), used
 
 
-def _quantiser(kind: str, how: str) -> Callable[..., Any]:
+def _quantiser(kind: str, mode: str) -> Callable[..., Any]:
   name = {'both': 'quantize_both', 'transposed': 'requantize_transposed'}[kind]
-  if how == 'reference':
+  if mode == 'reference':
     return getattr(reference, name)
   run = getattr(quantize_gpu, name)
-  return functools.partial(run, interpret=how == 'interpret')
+  return functools.partial(run, interpret=mode == 'interpret')
 
 
 def _draw(key, shape_a, shape_b, tile_b, used=None):
@@ -143,14 +143,14 @@ def _normal(key, shape_a, shape_b):
   return a, jax.random.normal(keys[1], shape_b)
 
 
-def how_here() -> str:
-  """What can run here: on a CPU, jax before 0.11 has the reference alone."""
+def mode_here() -> str:
+  """The mode of this device; jax < 0.11 has only the reference on a CPU."""
   if jax.default_backend() == 'gpu':
     return 'gpu'
   return 'interpret' if compat.RELEASE >= (0, 11) else 'reference'
 
 
-def kernels(how: str, dry_run: bool, small: bool) -> list[Kernel]:
+def kernels(mode: str, dry_run: bool, small: bool) -> list[Kernel]:
   """All at all shapes, what matters most first; small: for checks."""
   dense, experts = cases.V3, grouped_cases.V3
   if dry_run:
@@ -159,8 +159,8 @@ def kernels(how: str, dry_run: bool, small: bool) -> list[Kernel]:
   elif small:
     dense, experts = cases.SMALL | dense, grouped_cases.SMALL | experts
   first = ('attention_out', 'gate_up')
-  found = [
-    Kernel(kind, name, case, how)
+  listed = [
+    Kernel(kind, name, case, mode)
     for kinds, table in (
       (('block', 'row', *(QUANTISERS if small else ())), dense),
       (('grouped', 'grouped_k'), experts),
@@ -168,19 +168,19 @@ def kernels(how: str, dry_run: bool, small: bool) -> list[Kernel]:
     for kind in kinds
     for name, case in table.items()
   ]
-  return sorted(found, key=lambda each: each.name not in first)
+  return sorted(listed, key=lambda kernel: kernel.name not in first)
 
 
-def checks(how: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
+def checks(mode: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
   """Each kernel against the reference, and again on poisoned outputs."""
   end = time.monotonic() + seconds
-  every = attention_checks.kernels(how, dry_run)
-  every += kernels(how, dry_run, small=True)
+  every = attention_checks.kernels(mode, dry_run)
+  every += kernels(mode, dry_run, small=True)
   for number, kernel in enumerate(every):
     if time.monotonic() > end:
       yield {'kernel': kernel.kind, 'case': kernel.name, 'note': 'no time'}
       continue
-    row = {'kernel': kernel.kind, 'case': kernel.name, 'how': kernel.how}
+    row = {'kernel': kernel.kind, 'case': kernel.name, 'how': kernel.mode}
     repeats = 2 if dry_run else 20
     try:
       yield row | _check(kernel, jax.random.key(number), repeats)
@@ -191,8 +191,8 @@ def checks(how: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
 def _check(
   kernel: Kernel | attention_checks.Kernel, key: jax.Array, repeats: int
 ) -> report.Row:
-  """Fresh operands thrice; of each the same bits `repeats` times."""
-  run = jax.jit(kernel.function(kernel.how))
+  """Three draws of operands; each must give the same bits `repeats` times."""
+  run = jax.jit(kernel.function(kernel.mode))
   want_of = jax.jit(kernel.function('reference'))
   error, other_bits, poisoned, finite = 0.0, 0, 0, True
   for at in range(3):
@@ -243,8 +243,8 @@ def _relative_error(got, want):
 
 @jax.jit
 def _finite(tree):
-  each = [jnp.all(jnp.isfinite(x.astype(F32))) for x in jax.tree.leaves(tree)]
-  return jnp.stack(each).all()
+  finite = [jnp.all(jnp.isfinite(x.astype(F32))) for x in jax.tree.leaves(tree)]
+  return jnp.stack(finite).all()
 
 
 @jax.jit
@@ -257,10 +257,10 @@ def _same_bits(x, y):
   return jnp.stack(jax.tree.leaves(jax.tree.map(one, x, y))).all()
 
 
-def sweep(how: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
+def sweep(mode: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
   """Times block sizes: columns and stages, then strips of the best."""
   end = time.monotonic() + seconds
-  for number, kernel in enumerate(kernels(how, dry_run, small=False)):
+  for number, kernel in enumerate(kernels(mode, dry_run, small=False)):
     if time.monotonic() > end:
       yield {'kernel': kernel.kind, 'case': kernel.name, 'note': 'no time'}
       continue
@@ -290,13 +290,13 @@ def _sweep_one(
 def block_sizes(kernel: Kernel) -> list[pallas_gpu.BlockSizes]:
   """Every number of columns with three, four and the most stages that fit."""
   row_scales = kernel.kind in ('row', 'grouped_k')
-  found = []
+  sizes = []
   for columns in (128, 64) if row_scales else (192, 128, 64):
     most = _most_stages(columns, row_scales, jnp.dtype(kernel.out_dtype))
     for stages in sorted({3, 4, most}, reverse=True):
       if stages <= most:
-        found.append(pallas_gpu.BlockSizes(columns=columns, stages=stages))
-  return found
+        sizes.append(pallas_gpu.BlockSizes(columns=columns, stages=stages))
+  return sizes
 
 
 def _most_stages(columns: int, row_scales: bool, out_dtype) -> int:
@@ -314,7 +314,7 @@ def _time_sizes(kernel: Kernel, sets, sizes, dry_run: bool):
   compiled, refused = {}, {}
 
   def build(blocks):
-    run = kernel.function(kernel.how, blocks)
+    run = kernel.function(kernel.mode, blocks)
     every = jax.jit(lambda sets: [run(*operands) for operands in sets])
     return every.lower(sets)
 
@@ -325,7 +325,9 @@ def _time_sizes(kernel: Kernel, sets, sizes, dry_run: bool):
     except _REFUSALS as error:
       refused[blocks] = _reason(error)
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    waiting = {b: pool.submit(each.compile) for b, each in lowered.items()}
+    waiting = {
+      b: pool.submit(program.compile) for b, program in lowered.items()
+    }
   runs, firsts = {}, {}
   for blocks, future in waiting.items():
     try:
@@ -339,8 +341,8 @@ def _time_sizes(kernel: Kernel, sets, sizes, dry_run: bool):
     for b, x in firsts.items()
   }
   firsts.clear()
-  how = clock.DRY if dry_run else clock.Clock(1.5, 0.01, (7, 30))
-  times = how.time(runs, dict.fromkeys(runs, len(sets))) if runs else {}
+  timer = clock.DRY if dry_run else clock.Clock(1.5, 0.01, (7, 30))
+  times = timer.time(runs, dict.fromkeys(runs, len(sets))) if runs else {}
   ranked = sorted((b for b in times if b), key=lambda b: times[b].median)
   for blocks in (None, *sizes):
     row = {'kernel': kernel.kind, 'case': kernel.name}

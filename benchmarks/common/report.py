@@ -1,8 +1,8 @@
-"""Flags, rows, tables and the place of a benchmark's results.
+"""Flags, rows, tables and results files of the benchmarks.
 
 A row is a dict of one measurement, its units in the keys; a table has a column
-for each key of any row. Rows can be written while they come, one JSON object a
-line, so that a run that is cut keeps what it had.
+for each key of any row. Rows can be written as they come, one JSON object a
+line, so that an interrupted run keeps its rows.
 """
 
 import argparse
@@ -25,7 +25,7 @@ RESULTS = ROOT / 'benchmarks' / 'results'
 
 
 class Parser(argparse.ArgumentParser):
-  """Says what is wrong in one line and exits with 2."""
+  """Reports errors in one line and exits with 2."""
 
   def error(self, message: str):
     self.exit(2, f'dsv3: {" ".join(message.split())}\n')
@@ -33,23 +33,23 @@ class Parser(argparse.ArgumentParser):
 
 def parser(name: str, about: str) -> Parser:
   """With `--json`, `--output` and `--rows`, which all have that use it."""
-  made = Parser(prog=f'dsv3 bench {name}', description=about.splitlines()[0])
-  made.add_argument(
+  flags = Parser(prog=f'dsv3 bench {name}', description=about.splitlines()[0])
+  flags.add_argument(
     '--json', action='store_true', help='one object a line, not a table'
   )
-  made.add_argument(
+  flags.add_argument(
     '--output',
     type=pathlib.Path,
     help=f'Markdown to append the table to ({RESULTS / name}_DEVICE.md)',
   )
-  made.add_argument(
+  flags.add_argument(
     '--rows', type=pathlib.Path, help='file to add each row to as it comes'
   )
-  return made
+  return flags
 
 
 class Rows(list):
-  """Rows that are also told as they come: on a line each, as JSON.
+  """Rows that are also written as they come: on a line each, as JSON.
 
   With `--json` they are printed; with `--rows` they are added to a file.
   """
@@ -70,7 +70,7 @@ class Rows(list):
 def publish(
   name: str, about: str, rows: Sequence[Row], args: argparse.Namespace
 ) -> None:
-  """Prints the table and appends it, with where it was made, to a file.
+  """Prints the table and appends it to a file, with hardware and versions.
 
   args: of `parser`; with `json`, the rows were printed as they came.
   """
@@ -104,7 +104,7 @@ def _cell(value) -> str:
 def where() -> Row:
   """Hardware, versions, commit and a hash of the kernels' source."""
   device = jax.devices()[0]
-  told = {
+  facts = {
     'device': _cpu() if device.platform == 'cpu' else device.device_kind,
     'python': platform.python_version(),
     'jax': jax.__version__,
@@ -114,10 +114,10 @@ def where() -> Row:
   }
   if device.platform == 'gpu':
     query = 'driver_version,clocks.max.sm,clocks.max.mem,power.limit'
-    told[f'nvidia_smi({query})'] = _output(
+    facts[f'nvidia_smi({query})'] = _output(
       'nvidia-smi', f'--query-gpu={query}', '--format=csv,noheader'
     )
-  return told
+  return facts
 
 
 def where_line() -> str:
@@ -160,7 +160,7 @@ def _output(*command: str) -> str:
 
 
 def read_rows(lines: Iterable[str]) -> list[Row]:
-  """Rows as `Rows` wrote them; the last may have been cut off."""
+  """Rows as `Rows` wrote them; the last may be incomplete."""
   rows = []
   for line in lines:
     try:

@@ -1,4 +1,4 @@
-"""Hardware that is not here, for compilation ahead of time."""
+"""Topologies of absent hardware, for compilation ahead of time."""
 
 import jax
 from jax.experimental import topologies
@@ -21,14 +21,14 @@ runtime_version {{ major: 13 }} device_description_str: "{H100}"
 
 
 def h100(nodes: int, gpus: int) -> list[jax.Device]:
-  """H100s of so many nodes; needs the wheels of jax[cuda13], no driver.
+  """H100s on some nodes; needs the wheels of jax[cuda13], no driver.
 
   JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 must be set before JAX is imported.
   """
-  found = topologies.get_topology_desc(
+  topology = topologies.get_topology_desc(
     platform='cuda', target_config=_H100, topology=f'1x{nodes}x{gpus}'
   )
-  return list(found.devices)
+  return list(topology.devices)
 
 
 def v5p(shape: str) -> list[jax.Device]:
@@ -36,7 +36,7 @@ def v5p(shape: str) -> list[jax.Device]:
 
   TPU_SKIP_MDS_QUERY=1 must be set before JAX is imported.
   """
-  found = topologies.get_topology_desc(
+  topology = topologies.get_topology_desc(
     platform='tpu', topology_name=f'v5p:{shape}'
   )
-  return list(found.devices)
+  return list(topology.devices)

@@ -7,8 +7,8 @@ sides see the same state of the device:
   rivals.time(m, n, k, block)      rows: name, samples in seconds, difference
   rivals.attend(shape, x, u)       rows: name, pass, samples in seconds
 
-`rivals.absent` says why there are none. A recipe that this PyTorch or cuBLASLt
-refuses is a row with the reason.
+`rivals.absent` is the reason if PyTorch cannot run. A recipe that this PyTorch
+or cuBLASLt refuses gives a row with the reason.
 """
 
 import functools
@@ -53,9 +53,9 @@ class Rivals:
     if self.absent:
       return []
     print(json.dumps(ask), file=self._child.stdin, flush=True)
-    told = self._read()
-    self.absent = told.get('absent', '')
-    return told.get('rows', [])
+    answer = self._read()
+    self.absent = answer.get('absent', '')
+    return answer.get('rows', [])
 
   def close(self) -> None:
     self._child.stdin.close()
@@ -87,8 +87,8 @@ def serve() -> int:
   return 0
 
 
-def _answer(told: dict[str, Any]) -> int:
-  print(json.dumps(told), flush=True)
+def _answer(message: dict[str, Any]) -> int:
+  print(json.dumps(message), flush=True)
   return 0
 
 

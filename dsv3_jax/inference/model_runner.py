@@ -23,7 +23,7 @@ from jaxtyping import Array, Int
 from dsv3_jax import config, errors
 from dsv3_jax.inference import block_pool, redundant_experts, sampling
 from dsv3_jax.inference import mesh as inference_mesh
-from dsv3_jax.nn import attention, model
+from dsv3_jax.nn import latent_cache, model
 from pallas_kernels.mla_decode import api as mla_decode
 
 
@@ -98,7 +98,7 @@ class ModelRunner:
       self.balancer = redundant_experts.ExpertRebalancer(
         cfg, self.layout, plan, params
       )
-      self._plain, specs['copies'] = {}, inference_mesh.WHOLE
+      self._plain, specs['redundant_slots'] = {}, inference_mesh.WHOLE
     naive, absorbed = model.build(cfg), model.build(cfg, absorbed=True)
     first = _Forward(naive, absorbed, num_drafts)
     later = _Forward(absorbed, absorbed, num_drafts)
@@ -209,7 +209,7 @@ def empty_caches(
   fp8: bool,
 ) -> model.Caches:
   """Caches of all stacks: `count` pages of `size` tokens."""
-  make = functools.partial(attention.empty_cache, cfg, fp8=fp8)
+  make = functools.partial(latent_cache.empty_cache, cfg, fp8=fp8)
   return model.Caches(
     make(cfg.num_dense_layers, count, size, dtype),
     make(cfg.num_moe_layers, count, size, dtype),

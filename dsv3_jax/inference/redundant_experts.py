@@ -133,7 +133,7 @@ class ExpertRebalancer:
       }
     return {
       'params': params | {'moe_layers': stack},
-      'copies': {'moe_layers': copies},
+      'redundant_slots': {'moe_layers': copies},
     }
 
   def _balancedness(self, load_LE, phy2log) -> float:

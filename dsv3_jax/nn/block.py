@@ -19,12 +19,12 @@ from dsv3_jax.nn import attention, layers, moe
 from dsv3_jax.ops import linear
 
 # 'report' (TR 3.2.3): RMSNorm, the MLA up-projections and the SwiGLU product
-# are made again in the backward pass from the values named here.
-_KEPT = (
+# are recomputed in the backward pass from the values named here.
+_SAVED = (
   'q_latent',
   'kv_latent',
   'attention',
-  'exchange',
+  'all_to_all',
   'swiglu_in',
   'residual',
 )
@@ -42,11 +42,11 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self,
-    carry: tuple[Array, attention.Cache | None],
+    carry: tuple[Array, attention.LatentCache | None],
     bias_E: Float[Array, 'E'],
     layer: Array,
-    context: attention.Context,
-  ) -> tuple[tuple[Array, attention.Cache | None], moe.MoeStats | None]:
+    context: attention.AttentionContext,
+  ) -> tuple[tuple[Array, attention.LatentCache | None], moe.MoeStats | None]:
     """(hidden, cache) -> the same after the block, and the MoE's statistics."""
     cfg, (x_BTD, cache) = self.cfg, carry
     attend = attention.LatentAttention(
@@ -83,19 +83,19 @@ class Stack(nn.Module):
   def __call__(
     self,
     x_BTD: Float[Array, 'B T D'],
-    cache: attention.Cache | None,
+    cache: attention.LatentCache | None,
     bias_LE: Float[Array, 'L E'],
-    context: attention.Context,
-  ) -> tuple[Array, attention.Cache | None, moe.MoeStats | None]:
+    context: attention.AttentionContext,
+  ) -> tuple[Array, attention.LatentCache | None, moe.MoeStats | None]:
     """Runs all blocks; statistics come stacked over the layers."""
     fields = (self.cfg, self.balance, self.policy, self.is_moe, self.absorbed)
     index_L = jnp.arange(self.length)
-    block = rematerialised(self.cfg, scanned=self.cfg.scan_layers)
+    block = with_remat(self.cfg, scanned=self.cfg.scan_layers)
     carry = (x_BTD, cache)
     if self.cfg.scan_layers:
       scanned = nn.scan(
         block,
-        variable_axes={'params': 0, 'quantized': 0, 'copies': 0},
+        variable_axes={'params': 0, 'quantized': 0, 'redundant_slots': 0},
         split_rngs={'params': True},
         in_axes=(0, 0, nn.broadcast),
         length=self.length,
@@ -103,20 +103,20 @@ class Stack(nn.Module):
       )(*fields, name='layers')
       carry, stats = scanned(carry, bias_LE, index_L, context)
       return *carry, stats
-    each = []
+    layer_stats = []
     for i in range(self.length):
       layer = block(*fields, name=f'layer_{i}')
       carry, stats = layer(carry, bias_LE[i], index_L[i], context)
-      each.append(stats)
-    return *carry, jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+      layer_stats.append(stats)
+    return *carry, jax.tree.map(lambda *xs: jnp.stack(xs), *layer_stats)
 
 
-def rematerialised(cfg: config.ModelConfig, *, scanned: bool) -> Any:
+def with_remat(cfg: config.ModelConfig, *, scanned: bool) -> Any:
   """`Block` under the policy named by `model.remat`."""
   if cfg.remat == 'none':
     return Block
   policies = jax.checkpoint_policies
-  kept = policies.save_only_these_names(*_KEPT)
-  policy = policies.nothing_saveable if cfg.remat == 'full' else kept
+  named = policies.save_only_these_names(*_SAVED)
+  policy = policies.nothing_saveable if cfg.remat == 'full' else named
   # Inside a scan, JAX cannot merge the second forward pass with the first.
   return nn.remat(Block, prevent_cse=not scanned, policy=policy)

@@ -1,4 +1,4 @@
-"""How every parameter is declared, and the shells that hold just one."""
+"""Declares parameters; modules that hold a single one."""
 
 import flax.linen as nn
 import jax
@@ -21,19 +21,19 @@ def weight(
   """Declares an f32 matrix, normal with `std` (TR 4.2); axes are logical.
 
   Args:
-    shape: of the whole; what is given and returned is this device's part, and
-      what it has of others' by `ShardingRules.fsdp` is gathered.
+    shape: of the whole matrix. The parameter and the result are this device's
+      shard; what `ShardingRules.fsdp` shards further is gathered.
   """
-  cut = sharding.storage_spec(
+  stored = sharding.storage_spec(
     shape, axes, sharding.rules(), collectives.axis_sizes()
   )
-  shape = collectives.local_shape(shape, cut.spec)
+  shape = collectives.local_shape(shape, stored.spec)
   init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
   w = module.param(name, init, shape, jnp.float32)
-  if not cut.axes:
+  if not stored.axes:
     return w
   with jax.named_scope('gather_weights'):
-    return jax.lax.all_gather(w, cut.axes, axis=cut.dim, tiled=True)
+    return jax.lax.all_gather(w, stored.axes, axis=stored.dim, tiled=True)
 
 
 def matrix(
@@ -45,10 +45,10 @@ def matrix(
 ) -> linear.Weight:
   """Declares a weight of a linear, with its FP8 forms if the policy says so.
 
-  Outside FP8 it stays as it is stored: products cast it, so that their weight
-  gradient is f32. The FP8 forms come from outside, in the collection
-  'quantized': they are made once a step, and not once a micro-batch; of what
-  `ShardingRules.fsdp` cuts they are made when it is gathered.
+  Outside FP8 the weight stays f32: products cast it, so that their weight
+  gradient is f32. The FP8 forms are an input, the collection 'quantized', made
+  once a step and not once a micro-batch. Under `ShardingRules.fsdp` they are
+  made from the gathered weight.
 
   Raises:
     ValueError: the variables lack the FP8 forms.

@@ -5,7 +5,7 @@ Methods, for `Model.apply(..., method=...)`:
   loss         training losses of one micro-batch, and expert loads
   token_losses cross-entropy of each main target
   cached       logits of some tokens, through a latent cache
-  drafted      logits of the first MTP module behind them, likewise
+  drafted      logits of the first MTP module for the next tokens, likewise
 The router's biases are an input, `{'moe': [layers, E], 'mtp': [depth, E]}`;
 each is there only if there are such layers.
 """
@@ -34,9 +34,9 @@ class Batch(NamedTuple):
 
   tokens_BT, targets_BT int32; positions_BT int32 rotary positions; segments_BT
   int32, the sample of each token, 0 on padding; weights_BT f32, 1 where the
-  target counts. Every device on `context` has the whole rows and works on its
-  own part (`sharding.own_tokens`): what a token needs of its neighbours, as
-  MTP's targets, is at hand.
+  target counts. Every device on `context` has the whole rows, as MTP needs the
+  targets of later positions, and computes its own tokens only
+  (`collectives.shard_sequence`).
   """
 
   tokens_BT: Array
@@ -47,11 +47,11 @@ class Batch(NamedTuple):
 
 
 class Caches(NamedTuple):
-  """Latent caches of both stacks and, where it drafts, of the MTP module."""
+  """Latent caches of both stacks and, for drafting, of the MTP module."""
 
-  dense: attention.Cache
-  moe: attention.Cache
-  mtp: attention.Cache | None = None
+  dense: attention.LatentCache
+  moe: attention.LatentCache
+  mtp: attention.LatentCache | None = None
 
 
 class Model(nn.Module):
@@ -162,13 +162,13 @@ class Model(nn.Module):
     router: Router,
     caches: Caches,
   ) -> tuple[Float[Array, 'B 1 V'], Float[Array, 'B 1 D'], Caches]:
-    """Logits of what follows `next_BT`, the tokens after those of `cached`.
+    """Logits of the tokens after `next_BT`, which follow those of `cached`.
 
     By the first MTP module (TR 2.2), whose own cache it fills.
 
     Args:
       previous_BTD: hidden states of `cached`, or of this for one token more.
-      at_B1: which of the tokens logits and hidden states are returned of.
+      at_B1: the tokens whose logits and hidden states are returned.
     """
     context = _cached_context(self.cfg, index_BT, table_Bb)
     args = (self.embed(next_BT), router['mtp'][0], context, caches.mtp)
@@ -180,7 +180,7 @@ class Model(nn.Module):
 
   @property
   def _takes_normed(self) -> bool:
-    """Whether an MTP module takes what is normed for the head."""
+    """Whether MTP modules take the hidden state that the head takes."""
     return self.cfg.mtp.hidden == 'post_norm'
 
   def _main(self, batch: Batch, router: Router):
@@ -216,15 +216,15 @@ class Model(nn.Module):
 
 def make_context(
   cfg: config.ModelConfig, batch: Batch, isolated: bool
-) -> attention.Context:
+) -> attention.AttentionContext:
   """What all layers share for a batch."""
   valid_BT = (batch.segments_BT > 0).astype(jnp.float32)
   segments_BT = batch.segments_BT if isolated else None
   return attention.make_context(cfg, batch.positions_BT, valid_BT, segments_BT)
 
 
-def _cached_context(cfg, index_BT, table_Bb) -> attention.Context:
-  """Likewise, where rows go on in a cache; tokens of no row do not count."""
+def _cached_context(cfg, index_BT, table_Bb) -> attention.AttentionContext:
+  """The context of rows with a cache; tokens of no row do not count."""
   valid_BT = (index_BT >= 0).astype(jnp.float32)
   args = (index_BT, valid_BT, None, index_BT, table_Bb)
   return attention.make_context(cfg, *args)
@@ -292,14 +292,14 @@ def quantize(policy: precision.Policy, params: dict) -> dict:
     return {}
 
   def subtree(node):
-    made = {}
+    forms = {}
     for name, leaf in node.items():
       if isinstance(leaf, dict):
-        made[name] = subtree(leaf)
+        forms[name] = subtree(leaf)
       elif policy.of(name) == 'fp8':
         flat = fp8_linear.flat(leaf, precision.FP8_MATRICES[name])
-        made[name] = formats.quantize_weight(flat)
-    return {name: found for name, found in made.items() if found}
+        forms[name] = formats.quantize_weight(flat)
+    return {name: form for name, form in forms.items() if form}
 
   with jax.named_scope('quantize_weights'):
     return {'quantized': subtree(params)}

@@ -1,7 +1,7 @@
 """DeepSeekMoE as a module: router, shared expert, routed experts (TR 2.1.2).
 
-In inference experts can have copies (TR 3.4): the collection 'copies' then says
-in which slots each is, and the weights of experts are those of slots.
+Inference can hold redundant experts (TR 3.4): the collection 'redundant_slots'
+then holds the slots of each, and the weights of experts are those of slots.
 """
 
 from typing import NamedTuple
@@ -15,11 +15,11 @@ from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.nn import layers
 from dsv3_jax.ops import balance_loss as balance_losses
 from dsv3_jax.ops import experts as expert_ops
-from dsv3_jax.ops import fp8_experts, linear, redundant_experts, routing
+from dsv3_jax.ops import linear, redundant_experts, routing
 
 
 class MoeStats(NamedTuple):
-  """What a MoE layer tells: f32 load_E [tokens] and its balance loss."""
+  """Of a MoE layer: f32 load_E [tokens] and its balance loss."""
 
   load_E: Array
   balance: Array
@@ -48,15 +48,16 @@ class DeepSeekMoE(nn.Module):
     unflat = lambda x: x.reshape(batch, length, -1)
     ids_BTK, gates_BTK, scores_BTE = map(unflat, routing_M)
 
-    copies = None
-    if self.has_variable('copies', 'slots'):
-      names = ('slots', 'count')
-      found = (self.get_variable('copies', name) for name in names)
-      copies = redundant_experts.Copies(*found)
-    slots = count if copies is None else copies.num_slots
+    redundant, num_slots = None, count
+    if self.has_variable('redundant_slots', 'slots'):
+      redundant = redundant_experts.RedundantSlots(
+        self.get_variable('redundant_slots', 'slots'),
+        self.get_variable('redundant_slots', 'count'),
+      )
+      num_slots = redundant.num_slots
 
     def experts_weight(name, rows, columns, *axes):
-      full = (slots, rows, columns)
+      full = (num_slots, rows, columns)
       return layers.matrix(self, name, full, ('experts', *axes), std)
 
     experts = expert_ops.Experts(
@@ -64,8 +65,12 @@ class DeepSeekMoE(nn.Module):
       experts_weight('w_up', cfg.d_model, moe.d_ff, 'embed', 'ffn'),
       experts_weight('w_down', moe.d_ff, cfg.d_model, 'ffn', 'embed'),
     )
-    tokens = (x_BTD, ids_BTK, gates_BTK, valid_BT)
-    y_BTD = _routed(tokens, experts, copies, moe, self.policy)
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    y_MD = expert_ops.expert_ffn(
+      *(flat(x_BTD), flat(ids_BTK), flat(gates_BTK), experts),
+      *(self._options(), redundant, valid_BT.reshape(-1)),
+    )
+    y_BTD = y_MD.reshape(x_BTD.shape)
     if moe.num_shared_experts:
       width = moe.num_shared_experts * moe.d_ff
       shared = layers.SwiGLU(cfg, width, self.policy, name='shared')()
@@ -82,21 +87,12 @@ class DeepSeekMoE(nn.Module):
     )
     return y_BTD, stats
 
-
-def _routed(tokens, experts, copies, moe, policy):
-  """The routed product of this device's tokens, wherever the experts are."""
-  x_BTD, ids_BTK, gates_BTK, valid_BT = tokens
-  flat = lambda x: x.reshape(-1, x.shape[-1])
-  routed = (flat(x_BTD), flat(ids_BTK), flat(gates_BTK))
-  # A hop over nodes, then one within the node (TR 3.2.2).
-  spread = sharding.axes_of(sharding.rules().experts)
-  axes = tuple(axis for axis in spread if collectives.axis_size(axis) > 1)
-  how = (moe.product, moe.block_size, axes)
-  if copies is not None:
-    valid_M = valid_BT.reshape(-1)
-    y_MD = redundant_experts.expert_ffn(*routed, valid_M, experts, copies, *how)
-  elif policy.fp8:
-    y_MD = fp8_experts.expert_ffn(*routed, experts, policy, axes)
-  else:
-    y_MD = expert_ops.expert_ffn(*routed, experts, *how)
-  return y_MD.reshape(x_BTD.shape)
+  def _options(self) -> expert_ops.ExpertOptions:
+    # A hop over nodes, then one within the node (TR 3.2.2).
+    sharded = sharding.axes_of(sharding.rules().experts)
+    return expert_ops.ExpertOptions(
+      product=self.cfg.moe.product,
+      block_size=self.cfg.moe.block_size,
+      axes=tuple(axis for axis in sharded if collectives.axis_size(axis) > 1),
+      policy=self.policy,
+    )

@@ -34,9 +34,9 @@ class MtpModule(nn.Module):
     h_BTD: Float[Array, 'B T D'],
     embedded_BTD: Float[Array, 'B T D'],
     bias_E: Float[Array, 'E'],
-    context: attention.Context,
-    cache: attention.Cache | None = None,
-  ) -> tuple[Array, Array, moe.MoeStats, attention.Cache | None]:
+    context: attention.AttentionContext,
+    cache: attention.LatentCache | None = None,
+  ) -> tuple[Array, Array, moe.MoeStats, attention.LatentCache | None]:
     """Returns the block's output, its normed form, statistics and the cache.
 
     Args:
@@ -51,10 +51,10 @@ class MtpModule(nn.Module):
       shape, axes = (2 * cfg.d_model, cfg.d_model), (None, 'embed')
       w_proj = layers.matrix(self, 'w_proj', shape, axes, cfg.init_std)
       merged = jnp.concatenate(pair, axis=-1)
-      merged_MJ = merged.reshape(-1, 2 * cfg.d_model)
-      x_MD = linear.project(merged_MJ, w_proj, self.policy)
+      merged_M2D = merged.reshape(-1, 2 * cfg.d_model)
+      x_MD = linear.project(merged_M2D, w_proj, self.policy)
       x_BTD = x_MD.reshape(h_BTD.shape)
-      body = block.rematerialised(cfg, scanned=False)(
+      body = block.with_remat(cfg, scanned=False)(
         cfg, self.balance, self.policy, True, self.absorbed, name='block'
       )
       carry, stats = body((x_BTD, cache), bias_E, jnp.array(0), context)
@@ -70,7 +70,7 @@ def chain(
   raw_BTD: Float[Array, 'B T D'],
   ahead: Sequence[Float[Array, 'B T D']],
   router: dict[str, Array],
-  context: attention.Context,
+  context: attention.AttentionContext,
 ) -> tuple[list[Array], moe.MoeStats]:
   """Normed hidden states of each depth, and their MoE statistics.
 
@@ -79,7 +79,7 @@ def chain(
     ahead: Emb(t_{i+k}) for each depth k.
   """
   post = cfg.mtp.hidden == 'post_norm'
-  previous, normed, each = h_BTD if post else raw_BTD, [], []
+  previous, normed, module_stats = h_BTD if post else raw_BTD, [], []
   pairs = zip(modules, ahead, strict=True)
   for k, (module, embedded_BTD) in enumerate(pairs, start=1):
     # The last k positions have no target: they are no part of L_k or f_i.
@@ -89,8 +89,8 @@ def chain(
     raw, h, stats, _ = module(previous, *args)
     previous = h if post else raw
     normed.append(h)
-    each.append(stats)
-  if not each:
+    module_stats.append(stats)
+  if not module_stats:
     empty = jnp.zeros((0, cfg.moe.num_experts))
     return [], moe.MoeStats(empty, jnp.zeros(0))
-  return normed, jax.tree.map(lambda *xs: jnp.stack(xs), *each)
+  return normed, jax.tree.map(lambda *xs: jnp.stack(xs), *module_stats)

@@ -42,7 +42,7 @@ class PipelineStage(nn.Module):
     """
     cfg, common = self.cfg, (self.cfg, self.balance, self.policy)
     context = model.make_context(cfg, batch, self.isolated)
-    make = block.rematerialised(cfg, scanned=False)
+    make = block.with_remat(cfg, scanned=False)
     no_bias, at = jnp.zeros(0, jnp.float32), jnp.array(0)
     carry, loads, balances = (x_BTD, None), [], []
     for i in range(self.num_dense):

@@ -1,4 +1,4 @@
-"""Tokens to their experts' devices and back, dropless (TR 3.2.2).
+"""All-to-all: tokens to their experts' devices and back (TR 3.2.2).
 
 For the body of a shard_map over the mesh axes of the experts: each device has M
 tokens, ids of experts of the whole model, and num_local experts of its own; the
@@ -6,16 +6,17 @@ device with index w of the axes has those from w * num_local on.
 
   plan = make_plan(ids_MK, num_local, axes)
   x_ID = dispatch(x_MD, plan)     to each device of its experts, once
-  y_ID = f(x_ID, plan.ids_IK)     what this device's experts make of it
+  y_ID = f(x_ID, plan.ids_IK)     outputs of this device's experts
   y_MD = combine(y_ID, plan)      their sum, on the token's own device
 
-Each of the two is the other's gradient, along the same plan: the backward pass
-re-uses the forward's layout. `axes` are hops, one after the other:
+`dispatch` and `combine` are each other's gradient, along the same plan: the
+backward pass reuses the layout of the forward pass. `axes` are hops, one after
+the other:
 
   (('node', 'expert'),)   one hop: to each device that has one of its experts
-  ('node', 'expert')      two: to each node that has one, there to the device
-                          of the same index, and from it on within the node
-  ()                      none: all experts are here, and nothing is moved
+  ('node', 'expert')      two: to each node that has one, to the device of the
+                          same index there, and then within the node
+  ()                      none: all experts are on this device
 
 With node-limited routing a token crosses nodes at most top_groups times in two
 hops, but up to K times in one.
@@ -24,19 +25,22 @@ Order of sums: f32, by the index of the device that a part comes from, rounded
 to the dtype of y after each hop. So a repeated run gives the same bits; one and
 two hops differ by rounding.
 
-Memory. Shapes are static, and no imbalance may drop a token: a hop over W
-devices has room for I = W * M rows, as many as there are tokens on all of them;
-two hops of W1 and W2 for W1 * M on the way and W1 * W2 * M at the end. Rows
-that nobody sent lie between; they are 0 and their ids nobody's. Sent are
+Dropless: shapes are static, and no imbalance may drop a token. So a hop over W
+devices has room for I = W * M rows, the tokens of all of them; two hops over W1
+and W2 devices have room for W1 * M rows after the first and W1 * W2 * M after
+the second. Rows that no device sent are 0, and their ids are those of no
+expert. Transports:
 
-  'padded'   W * M rows over `all_to_all`, most of them empty: exact anywhere
-  'ragged'   what there is, of at most M * min(K, W), over `ragged_all_to_all`,
-             which XLA does not have on CPU
+  'padded'   sends W * M rows over `all_to_all`, most of them empty; runs on any
+             device
+  'ragged'   sends the rows in use, at most M * min(K, W), over
+             `ragged_all_to_all`, which XLA lacks on CPU
 
-and both put every row in the same place. 'auto' is 'padded' on CPU.
+Both put every row in the same place. 'auto' is 'padded' on CPU and 'ragged'
+elsewhere.
 
-Letters: W devices of a hop; O rows going out of one, I rows coming in; N =
-min(K, W), the most of them that one token has.
+Letters: W devices of a hop; O rows in the send buffer, I rows received; n =
+min(K, W), the most devices of one token.
 """
 
 import dataclasses
@@ -55,17 +59,18 @@ TRANSPORTS = ('auto', 'padded', 'ragged')
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Hop:
-  """Which row of the send buffer holds which token, and how it is moved.
+  """One all-to-all: the layout of its send buffer, and its transport.
 
-  token_O: M where there is none. back_MN: of each token by device, O where
-  there is none. start_W, count_W: the rows to each device. peers: start and
-  count of the rows that each device has for this one, in its own send buffer;
-  None if padded. axes, transport: static.
+  token_O: the token in each row of the send buffer, M in empty rows. back_Mn:
+  the rows of each token, by device, padded with O. start_W, count_W: the rows
+  to each device. peers: start and count of the rows that each device sends to
+  this one, in that device's send buffer; None if padded. axes, transport:
+  static.
   """
 
   # Any: a tree of this form also holds shapes or shardings.
   token_O: Any
-  back_MN: Any
+  back_Mn: Any
   start_W: Any
   count_W: Any
   peers: Any
@@ -74,9 +79,9 @@ class Hop:
 
 
 class ExchangePlan(NamedTuple):
-  """The hops of an exchange, and whom the received rows are for.
+  """The hops of an all-to-all, and the experts of the received rows.
 
-  ids_IK: this device's experts by their index here; num_local for others'.
+  ids_IK: indices of experts on this device; num_local for all others.
   """
 
   hops: tuple[Hop, ...]
@@ -84,7 +89,7 @@ class ExchangePlan(NamedTuple):
 
 
 def live(axes: Axes) -> tuple[tuple[str, ...], ...]:
-  """The hops that lead somewhere: over more than one device."""
+  """The hops over more than one device."""
   hops = ((hop,) if isinstance(hop, str) else tuple(hop) for hop in axes)
   return tuple(hop for hop in hops if jax.lax.axis_size(hop) > 1)
 
@@ -95,7 +100,7 @@ def make_plan(
   axes: Axes,
   transport: str = 'auto',
 ) -> ExchangePlan:
-  """Where each token goes; made once, for both directions and both passes.
+  """Where each token goes, for both directions and both passes.
 
   Args:
     ids_MK: of the whole model's experts, distinct in a row; an id past the
@@ -115,7 +120,7 @@ def make_plan(
     axes = live(axes)
     sizes = [jax.lax.axis_size(hop) for hop in axes]
     for at, over in enumerate(axes):
-      # Ids count from the first expert of the devices still in question;
+      # Ids count from the first expert of the devices that remain;
       # `span` of them belong to each device, or node, of this hop.
       span = num_local * math.prod(sizes[at + 1 :])
       hop = _make_hop(ids // span, over, transport)
@@ -141,18 +146,20 @@ def _make_hop(goal_MK, axes, transport) -> Hop:
   else:
     rows = most * tokens
     start_W = jnp.cumsum(count_W) - count_W
-    told_2W = jnp.stack([start_W, count_W])
-    peers = tuple(jax.lax.all_to_all(told_2W, axes, 1, 1, tiled=True))
+    start_and_count_2W = jnp.stack([start_W, count_W])
+    peers = tuple(
+      jax.lax.all_to_all(start_and_count_2W, axes, 1, 1, tiled=True)
+    )
   row_MW = jnp.where(goes_MW, start_W + rank_MW, rows)
   token_M = jnp.arange(tokens, dtype=jnp.int32)
   token_O = jnp.full(rows, tokens, jnp.int32)
   token_O = token_O.at[row_MW].set(token_M[:, None], mode='drop')
-  back_MN = jnp.sort(row_MW, axis=1)[:, :most]
-  return Hop(token_O, back_MN, start_W, count_W, peers, axes, transport)
+  back_Mn = jnp.sort(row_MW, axis=1)[:, :most]
+  return Hop(token_O, back_Mn, start_W, count_W, peers, axes, transport)
 
 
 def rows_sent(plan: ExchangePlan) -> tuple[Int[Array, 'W'], ...]:
-  """Rows from this device to each of every hop; those to itself stay here."""
+  """Rows from this device to each device of every hop, itself included."""
   return tuple(hop.count_W for hop in plan.hops)
 
 
@@ -160,8 +167,8 @@ def dispatch(tree: Any, plan: ExchangePlan) -> Any:
   """Rows of tokens, [M, ...] -> [I, ...], to the devices of their experts.
 
   Args:
-    tree: of arrays of any dtype; integers get no gradient. FP8 is moved best as
-      the bytes it is.
+    tree: of arrays of any dtype; integers get no gradient. FP8 is best moved
+      as bytes.
   """
   if not plan.hops:
     return tree
@@ -172,7 +179,7 @@ def dispatch(tree: Any, plan: ExchangePlan) -> Any:
 def combine(
   y_I: Shaped[Array, 'I *rest'], plan: ExchangePlan
 ) -> Shaped[Array, 'M *rest']:
-  """Sums what the devices of a token made of it, where the token is."""
+  """Sums the outputs of a token's devices, on the token's own device."""
   if not plan.hops:
     return y_I
   with jax.named_scope('combine'):
@@ -211,14 +218,14 @@ _combine.defvjp(lambda y_I, plan: (_combine(y_I, plan), plan), _combine_bwd)
 
 
 def _send(x_M, hop, fill=0):
-  """Rows of one hop to their devices; `fill` where none came."""
+  """Sends rows over one hop; received rows that no device sent are `fill`."""
   tokens, *rest = x_M.shape
   x_O = jnp.take(x_M, hop.token_O, axis=0, mode='fill', fill_value=fill)
   if hop.transport == 'padded':
     return jax.lax.all_to_all(x_O, hop.axes, 0, 0, tiled=True)
   devices = jax.lax.axis_size(hop.axes)
   x_I = jnp.full((devices * tokens, *rest), fill, x_M.dtype)
-  # On every receiver, what this device sends starts at the same row.
+  # The rows of this device start at the same row on every receiver.
   own = jax.lax.axis_index(hop.axes).astype(jnp.int32)
   there_W = jnp.broadcast_to(own * tokens, devices)
   sent = (hop.start_W, hop.count_W, there_W, hop.peers[1])
@@ -226,17 +233,17 @@ def _send(x_M, hop, fill=0):
 
 
 def _collect(y_I, hop):
-  """Rows of one hop back, and the sum of those of each token."""
+  """Returns rows over one hop and sums those of each token."""
   y_O = _give_back(y_I, hop)
   sum_M = 0.0
-  for row_M in hop.back_MN.T:
+  for row_M in hop.back_Mn.T:
     part_M = jnp.take(y_O, row_M, axis=0, mode='fill', fill_value=0)
     sum_M += part_M.astype(jnp.float32)
   return sum_M.astype(y_I.dtype)
 
 
 def _give_back(y_I, hop):
-  """Each row to where it lay in the send buffer of the device it came from."""
+  """Returns each row to its place in the send buffer of its sender."""
   if hop.transport == 'padded':
     return jax.lax.all_to_all(y_I, hop.axes, 0, 0, tiled=True)
   devices = jax.lax.axis_size(hop.axes)
@@ -248,5 +255,5 @@ def _give_back(y_I, hop):
 
 
 def _named(tree):
-  """For rematerialisation: what was received need not be sent again."""
-  return jax.tree.map(lambda x: checkpoint_name(x, 'exchange'), tree)
+  """Names what was received, so that remat can save it from being resent."""
+  return jax.tree.map(lambda x: checkpoint_name(x, 'all_to_all'), tree)

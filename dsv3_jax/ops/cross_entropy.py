@@ -12,7 +12,7 @@ from dsv3_jax.distributed import collectives
 
 # Ranks of a pipeline share the vocabulary of the head.
 _VOCAB_AXIS = 'pipe'
-_TOKENS_AT_ONCE = 2048  # logits of so many tokens exist at a time
+_TOKENS_AT_ONCE = 2048  # at most so many tokens have logits at a time
 
 
 def token_losses(
@@ -33,10 +33,11 @@ def head_loss(
 ) -> Float[Array, '']:
   """Weighted sum of the cross-entropies of softmax(h W_head), f32 [nats].
 
-  The head is multiplied in the dtype of h; where a pipeline cuts the vocabulary
-  over its ranks, each has its columns and all have the same h. Logits exist for
-  a few tokens at a time. Since the result is one number, the gradients are made
-  in the forward pass, while the logits are there, and scaled in the backward.
+  The head is multiplied in the dtype of h; where a pipeline shards the
+  vocabulary over its ranks, each has its columns and all have the same h.
+  Logits exist for a few tokens at a time. Since the result is one number, the
+  gradients are computed in the forward pass, while the logits exist, and scaled
+  in the backward pass.
   """
   return _scan_head(h_BTD, head_DV, targets_BT, weights_BT, False)[0]
 
@@ -47,7 +48,7 @@ def head_loss_and_grads(
   targets_BT: Int[Array, 'B T'],
   weights_BT: Float[Array, 'B T'],
 ) -> tuple[Array, tuple[Array, Array]]:
-  """`head_loss` and its gradients of h and head, for who splits a backward."""
+  """`head_loss` and its gradients of h and head, for a split backward pass."""
   return _scan_head(h_BTD, head_DV, targets_BT, weights_BT, True)
 
 
@@ -88,7 +89,7 @@ head_loss.defvjp(_head_loss_fwd, _head_loss_bwd)
 
 
 def _scan_head(h_BTD, head_DV, targets_BT, weights_BT, with_grads):
-  """The loss and, if asked, its gradients, over chunks of the sequence."""
+  """The loss, and its gradients on request, in chunks of the sequence."""
   cast_DV = head_DV.astype(h_BTD.dtype)
 
   def body(carry, piece):

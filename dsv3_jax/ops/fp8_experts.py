@@ -2,12 +2,13 @@
 
   y_m = sum_k expert_{ids_mk}(x_m), the gate multiplied in before W_down
 
-As `dispatch`, but a block always has 128 rows, so that a scale of 128 tokens x
-1 channel belongs to one expert. What is sent to the experts is FP8 with scales
-that are powers of two: tokens before gate and up projection, and the output's
-gradient before W_down's Dgrad (TR 3.3.3); what comes back, outputs and the
-tokens' gradients, is BF16. Kept for the backward pass: the FP8 tokens as they
-were received, gate and up projections in FP8, the layouts.
+As `expert_products`, but a block always has 128 rows, so that a scale of 128
+tokens x 1 channel belongs to one expert. Dispatch and combine are within the
+derivative. What is sent to the experts is FP8 with scales that are powers of
+two: tokens before gate and up projection, and the output's gradient before
+W_down's Dgrad (TR 3.3.3). What comes back, outputs and the tokens' gradients,
+is BF16. Saved for the backward pass: the FP8 tokens as they were received, gate
+and up projections in FP8, plan and blocks.
 
 Letters: I rows received from all devices (of one device: M), J padded rows of
 all blocks, j blocks; others as in the alphabet.
@@ -18,52 +19,46 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dsv3_jax import precision
-from dsv3_jax.ops import all_to_all, fp8_linear
-from dsv3_jax.ops import experts as expert_ops
+from dsv3_jax.ops import (
+  all_to_all,
+  expert_blocks,
+  expert_products,
+  fp8_linear,
+)
 from pallas_kernels import quantized
 from pallas_kernels.fp8_matmul import quantizers
 from pallas_kernels.grouped_matmul import api
 
 Quantized = quantized.Quantized
 Policy = precision.Policy
-
-
-def expert_ffn(
-  x_MD: Float[Array, 'M D'],
-  ids_MK: Int[Array, 'M K'],
-  gates_MK: Float[Array, 'M K'],
-  experts: expert_ops.Experts,
-  policy: Policy,
-  axes: all_to_all.Axes = (),
-  transport: str = 'auto',
-) -> Float[Array, 'M D']:
-  """Sum of each token's chosen experts, weighted by its gates (TR eq. 12).
-
-  Args:
-    ids_MK: distinct in a row; of all experts, also where some are elsewhere.
-    experts: `fp8_linear.Weight`s with a leading expert dim; this device's part,
-      if they are spread over `axes`; so are their gradients.
-    axes, transport: as in `exchange`; for the body of a shard_map.
-  """
-  num_local = experts.w_up_EDF.fprop.shape[0]
-  plan = all_to_all.make_plan(ids_MK, num_local, axes, transport)
-  with jax.named_scope('experts'):
-    return _experts(x_MD, gates_MK, experts, plan, policy)
+ExpertBlocks = expert_blocks.ExpertBlocks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _experts(x_MD, gates_MK, experts, plan, policy):
-  return _experts_fwd(x_MD, gates_MK, experts, plan, policy)[0]
+def multiply(
+  x_MD: Float[Array, 'M D'],
+  gates_MK: Float[Array, 'M K'],
+  experts: expert_products.Experts,
+  plan: all_to_all.ExchangePlan,
+  policy: Policy,
+) -> Float[Array, 'M D']:
+  """Dispatch, product and combine (TR eq. 12).
+
+  Args:
+    experts: `fp8_linear.Weight`s with a leading expert dim; this device's part,
+      as are their gradients.
+  """
+  return _multiply_fwd(x_MD, gates_MK, experts, plan, policy)[0]
 
 
-def _experts_fwd(x_MD, gates_MK, experts, plan, policy):
+def _multiply_fwd(x_MD, gates_MK, experts, plan, policy):
   top_k = gates_MK.shape[1]
   num_experts = experts.w_up_EDF.fprop.shape[0]
-  layout = expert_ops.block_layout(plan.ids_IK, num_experts, api.ROWS)
-  products = _grouped(layout, num_experts, policy)
+  blocks = expert_blocks.make_blocks(plan.ids_IK, num_experts, api.ROWS)
+  products = _grouped(blocks, num_experts, policy)
   sent = quantizers.rows(
     x_MD,
     pow2=True,
@@ -72,31 +67,31 @@ def _experts_fwd(x_MD, gates_MK, experts, plan, policy):
   )
   received = send(sent, plan)
   gates_IK = all_to_all.dispatch(gates_MK, plan)
-  rows = permute(received, layout, top_k)
+  rows = permute(received, blocks, top_k)
   with jax.named_scope('fprop'):
     gate_JF = products.forward(rows, experts.w_gate_EDF.fprop)
     up_JF = products.forward(rows, experts.w_up_EDF.fprop)
-  gates_J = expert_ops.rows_of(gates_IK, layout)
+  gates_J = expert_blocks.rows_of(gates_IK, blocks)
   down = experts.w_down_EFD
-  y_JD, kept = fp8_linear.swiglu_forward(
+  y_JD, saved = fp8_linear.swiglu_forward(
     gate_JF, up_JF, gates_J, down.fprop, products, policy
   )
-  y_ID = expert_ops.unpermute(y_JD, layout, top_k, num_experts)
+  y_ID = expert_blocks.unpermute(y_JD, blocks, top_k, num_experts)
   y_MD = all_to_all.combine(y_ID.astype(x_MD.dtype), plan)
   transposes = [w.dgrad for w in experts]
-  return y_MD, (received, gates_IK, kept, layout, plan, transposes)
+  return y_MD, (received, gates_IK, saved, blocks, plan, transposes)
 
 
-def _experts_bwd(policy, residuals, dy_MD):
-  received, gates_IK, kept, layout, plan, (gate, up, down) = residuals
+def _multiply_bwd(policy, residuals, dy_MD):
+  received, gates_IK, saved, blocks, plan, (gate, up, down) = residuals
   num_experts, top_k, dtype = gate.shape[0], gates_IK.shape[1], dy_MD.dtype
-  products = _grouped(layout, num_experts, policy)
-  dy = _received_gradient(dy_MD, plan, layout, top_k, policy)
-  gates_J = expert_ops.rows_of(gates_IK, layout)
+  products = _grouped(blocks, num_experts, policy)
+  dy = _received_gradient(dy_MD, plan, blocks, top_k, policy)
+  gates_J = expert_blocks.rows_of(gates_IK, blocks)
   dgate_JF, dup_JF, dgates_J, dw_down_EFD = fp8_linear.swiglu_backward(
-    kept, gates_J, down, dy, products, policy, dtype
+    saved, gates_J, down, dy, products, policy, dtype
   )
-  rows = permute(received, layout, top_k)
+  rows = permute(received, blocks, top_k)
   x = fp8_linear.transposed(rows, policy, pow2=True)
   dgate = fp8_linear.quantize_gradient(dgate_JF, policy)
   dup = fp8_linear.quantize_gradient(dup_JF, policy)
@@ -105,18 +100,20 @@ def _experts_bwd(policy, residuals, dy_MD):
   with jax.named_scope('wgrad'):
     dw_gate_EDF = products.weight(x, dgate[1])
     dw_up_EDF = products.weight(x, dup[1])
-  dx_ID = expert_ops.unpermute(dx_JD, layout, top_k, num_experts).astype(dtype)
-  dgates_IK = expert_ops.gates_of(dgates_J, layout).reshape(gates_IK.shape)
+  dx_ID = expert_blocks.unpermute(dx_JD, blocks, top_k, num_experts).astype(
+    dtype
+  )
+  dgates_IK = expert_blocks.gates_of(dgates_J, blocks).reshape(gates_IK.shape)
   dgates_IK = dgates_IK.astype(gates_IK.dtype)
   dx_MD, dgates_MK = (all_to_all.combine(d, plan) for d in (dx_ID, dgates_IK))
   grads = (dw_gate_EDF, dw_up_EDF, dw_down_EFD)
-  grads = expert_ops.Experts(
+  grads = expert_products.Experts(
     *(fp8_linear.Weight(dw, None, None) for dw in grads)
   )
   return dx_MD, dgates_MK, grads, None
 
 
-_experts.defvjp(_experts_fwd, _experts_bwd)
+multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 
 def send(q: Quantized, plan: all_to_all.ExchangePlan) -> Quantized:
@@ -124,9 +121,9 @@ def send(q: Quantized, plan: all_to_all.ExchangePlan) -> Quantized:
   return _move(q, lambda x: all_to_all.dispatch(x, plan))
 
 
-def permute(q: Quantized, layout: expert_ops.Layout, top_k: int) -> Quantized:
+def permute(q: Quantized, blocks: ExpertBlocks, top_k: int) -> Quantized:
   """Copies each token's values and scales to the rows of its assignments."""
-  return _move(q, lambda x: expert_ops.permute(x, layout, top_k))
+  return _move(q, lambda x: expert_blocks.permute(x, blocks, top_k))
 
 
 def _move(q, move):
@@ -136,25 +133,25 @@ def _move(q, move):
   return Quantized(values, move(q.scales), q.tile)
 
 
-def _received_gradient(dy_MD, plan, layout, top_k, policy):
+def _received_gradient(dy_MD, plan, blocks, top_k, policy):
   """Rows and columns of the output's gradient, as they reach the experts."""
   chosen = policy.implementation
   sent = quantizers.rows(dy_MD, pow2=True, implementation=chosen)
-  # Two copies in place of one: Wgrad may wait, and K times less waits with it.
+  # Permuted twice: a deferred Wgrad then holds what was received, K times less.
   received = send(sent, plan)
-  rows, later = (permute(received, layout, top_k) for _ in range(2))
+  rows, later = (permute(received, blocks, top_k) for _ in range(2))
   columns = quantizers.transposed(later, pow2=True, implementation=chosen)
   if policy.block_dgrad:
     dy_ID = all_to_all.dispatch(dy_MD, plan)
-    rows = fp8_linear.blockwise(expert_ops.permute(dy_ID, layout, top_k))
+    rows = fp8_linear.blockwise(expert_blocks.permute(dy_ID, blocks, top_k))
   return rows, columns
 
 
 def _grouped(
-  layout: expert_ops.Layout, num_experts: int, policy: Policy
+  blocks: ExpertBlocks, num_experts: int, policy: Policy
 ) -> fp8_linear.Products:
   """Products of each block with its own expert's matrix."""
-  where = (layout.expert_j, layout.num_blocks)
+  where = (blocks.expert_j, blocks.num_blocks)
   chosen = policy.implementation
   dtype = jnp.dtype(policy.compute)
   forward: Callable = lambda a, b: api.grouped(a, b, *where, dtype, chosen)

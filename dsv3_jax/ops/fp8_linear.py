@@ -4,18 +4,17 @@
   Dgrad  dx = q(dy) Q(W)^T                  dy: the same
   Wgrad  dW = qT(x)^T qT(dy)                tiles of 128 tokens x 1 channel
 
-Q are 128 x 128 blocks. For Wgrad the kept FP8 x is dequantised, transposed and
+Q are 128 x 128 blocks. For Wgrad the saved FP8 x is dequantised, transposed and
 quantised anew; dy is quantised both ways at once. Outputs are BF16, dW is f32.
 
-What the backward pass keeps is FP8: x, or E5M6 for the input of attention's
-output projection; of SwiGLU its two inputs, from which its output is made
-again (TR 3.3.3). `w` and `x` come with a second form that is quantised already,
-so that nothing is quantised twice: once a step for weights, once for all
-products of one input. The gradient goes to the unquantised form, which no
-product reads.
+Saved for the backward pass are x in FP8 (in E5M6 if it is the input of
+attention's output projection), and SwiGLU's two inputs in FP8, from which its
+output is recomputed (TR 3.3.3). Nothing is quantised twice: `w` and `x` carry
+their FP8 forms, made once a step for weights and once for all products of one
+input. The gradient goes to the unquantised form, which no product reads.
 
-Letters: J rows (tokens, or assignments sorted by expert), j blocks of 128 rows;
-I inputs, O outputs of a matrix; others as in the alphabet.
+Letters: M rows (tokens, or assignments sorted by expert); D inputs and F
+outputs of any matrix; others as in the alphabet.
 """
 
 import functools
@@ -40,8 +39,8 @@ Policy = precision.Policy
 class Weight(NamedTuple):
   """A matrix of parameters and its FP8 forms, made once a step.
 
-  master: f32 [..., I, O]; gets the gradient, and no product reads it. fprop:
-  [..., O, I]. dgrad: [..., I, O]. Tiles 128 x 128. Both orientations, as FP8
+  master: f32 [..., D, F]; gets the gradient, and no product reads it. fprop:
+  [..., F, D]. dgrad: [..., D, F]. Tiles 128 x 128. Both orientations, as FP8
   products contract last dims.
   """
 
@@ -49,17 +48,21 @@ class Weight(NamedTuple):
   fprop: Quantized
   dgrad: Quantized
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.dgrad.shape
+
 
 class Operand(NamedTuple):
   """An input of linears and its FP8 form.
 
-  value: [J, I]; gets the gradient. rows: its 1 x 128 tiles. kept: what the
+  value: [M, D]; gets the gradient. rows: its 1 x 128 tiles. saved: what the
   backward pass has instead, `Quantized` or `Packed`.
   """
 
   value: Array
   rows: Quantized
-  kept: Any
+  saved: Any
 
 
 class Products(NamedTuple):
@@ -71,7 +74,7 @@ class Products(NamedTuple):
 
 def flat(
   w: Float[Array, '...'], matrix: precision.Matrix
-) -> Float[Array, '*lead I O']:
+) -> Float[Array, '*lead D F']:
   """A parameter as matrices; leading dims are layers and experts."""
   lead = w.shape[: w.ndim - matrix.inputs - matrix.outputs]
   inputs = w.shape[len(lead) : len(lead) + matrix.inputs]
@@ -79,18 +82,18 @@ def flat(
 
 
 def operand(
-  x_JI: Float[Array, 'J I'], policy: Policy, *, pow2: bool = False
+  x_MD: Float[Array, 'M D'], policy: Policy, *, pow2: bool = False
 ) -> Operand:
   """Quantises an input for all linears that share it."""
-  x = jax.lax.stop_gradient(x_JI)
-  how = {'pow2': pow2, 'floor': precision.ACTIVATION_FLOOR}
-  rows = quantizers.rows(x, **how, implementation=policy.implementation)
-  return Operand(x_JI, rows, rows)
+  x = jax.lax.stop_gradient(x_MD)
+  options = {'pow2': pow2, 'floor': precision.ACTIVATION_FLOOR}
+  rows = quantizers.rows(x, **options, implementation=policy.implementation)
+  return Operand(x_MD, rows, rows)
 
 
 def linear(
   x: Operand, w: Weight, policy: Policy, *, pow2: bool = False
-) -> Float[Array, 'J O']:
+) -> Float[Array, 'M F']:
   """x W in FP8, forward and backward, BF16 (TR 3.3.1).
 
   Args:
@@ -107,123 +110,123 @@ def _linear(x, w, policy, pow2):
 def _linear_fwd(x, w, policy, pow2):
   del pow2
   with jax.named_scope('fprop'):
-    y_JO = dense(policy).forward(x.rows, w.fprop)
-  return y_JO.astype(x.value.dtype), (x.kept, w.dgrad)
+    y_MF = dense(policy).forward(x.rows, w.fprop)
+  return y_MF.astype(x.value.dtype), (x.saved, w.dgrad)
 
 
-def _linear_bwd(policy, pow2, residuals, dy_JO):
-  kept, dgrad = residuals
-  rows, columns = quantize_gradient(dy_JO, policy)
+def _linear_bwd(policy, pow2, residuals, dy_MF):
+  saved, dgrad = residuals
+  rows, columns = quantize_gradient(dy_MF, policy)
   products = dense(policy)
   with jax.named_scope('dgrad'):
-    dx_JI = products.forward(rows, dgrad).astype(dy_JO.dtype)
+    dx_MD = products.forward(rows, dgrad).astype(dy_MF.dtype)
   with jax.named_scope('wgrad'):
-    dw_IO = products.weight(transposed(kept, policy, pow2=pow2), columns)
-  return Operand(dx_JI, None, None), Weight(dw_IO, None, None)
+    dw_DF = products.weight(transposed(saved, policy, pow2=pow2), columns)
+  return Operand(dx_MD, None, None), Weight(dw_DF, None, None)
 
 
 _linear.defvjp(_linear_fwd, _linear_bwd)
 
 
 def swiglu_linear(
-  gate_JF: Float[Array, 'J F'],
-  up_JF: Float[Array, 'J F'],
+  gate_MF: Float[Array, 'M F'],
+  up_MF: Float[Array, 'M F'],
   w: Weight,
   policy: Policy,
-) -> Float[Array, 'J D']:
-  """W_down (silu(gate) up) in FP8; keeps gate and up in FP8 (TR 3.3.3)."""
-  return _swiglu_linear(gate_JF, up_JF, w, policy)
+) -> Float[Array, 'M D']:
+  """W_down (silu(gate) up) in FP8; saves gate and up in FP8 (TR 3.3.3)."""
+  return _swiglu_linear(gate_MF, up_MF, w, policy)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _swiglu_linear(gate_JF, up_JF, w, policy):
-  return _swiglu_linear_fwd(gate_JF, up_JF, w, policy)[0]
+def _swiglu_linear(gate_MF, up_MF, w, policy):
+  return _swiglu_linear_fwd(gate_MF, up_MF, w, policy)[0]
 
 
-def _swiglu_linear_fwd(gate_JF, up_JF, w, policy):
-  y_JD, kept = swiglu_forward(
-    gate_JF, up_JF, None, w.fprop, dense(policy), policy
+def _swiglu_linear_fwd(gate_MF, up_MF, w, policy):
+  y_MD, saved = swiglu_forward(
+    gate_MF, up_MF, None, w.fprop, dense(policy), policy
   )
-  return y_JD.astype(gate_JF.dtype), (kept, w.dgrad)
+  return y_MD.astype(gate_MF.dtype), (saved, w.dgrad)
 
 
-def _swiglu_linear_bwd(policy, residuals, dy_JD):
-  kept, dgrad = residuals
-  dy = quantize_gradient(dy_JD, policy)
-  dgate_JF, dup_JF, _, dw_FD = swiglu_backward(
-    kept, None, dgrad, dy, dense(policy), policy, dy_JD.dtype
+def _swiglu_linear_bwd(policy, residuals, dy_MD):
+  saved, dgrad = residuals
+  dy = quantize_gradient(dy_MD, policy)
+  dgate_MF, dup_MF, _, dw_FD = swiglu_backward(
+    saved, None, dgrad, dy, dense(policy), policy, dy_MD.dtype
   )
-  return dgate_JF, dup_JF, Weight(dw_FD, None, None)
+  return dgate_MF, dup_MF, Weight(dw_FD, None, None)
 
 
 _swiglu_linear.defvjp(_swiglu_linear_fwd, _swiglu_linear_bwd)
 
 
-class SwigluKept(NamedTuple):
+class SwigluSaved(NamedTuple):
   """Both inputs of SwiGLU in FP8."""
 
   gate: Quantized
   up: Quantized
 
 
-def swiglu_forward(gate_JF, up_JF, scale_J, down: Quantized, products, policy):
-  """(silu(gate) up scale) W_down, and what the backward pass keeps.
+def swiglu_forward(gate_MF, up_MF, scale_M, down: Quantized, products, policy):
+  """(silu(gate) up scale) W_down, and what is saved for the backward pass.
 
   Args:
-    scale_J: a factor a row (the routing gate), or None.
+    scale_M: a factor a row (the routing gate), or None.
   """
-  hidden_JF, _ = _swiglu(gate_JF, up_JF, scale_J)
-  how = {
+  hidden_MF, _ = _swiglu(gate_MF, up_MF, scale_M)
+  options = {
     'floor': precision.ACTIVATION_FLOOR,
     'implementation': policy.implementation,
   }
   # From f32, as a fused kernel would: BF16 in between would round twice.
-  rows = quantizers.rows(hidden_JF, **how)
-  kept = SwigluKept(
-    named(quantizers.rows(gate_JF, **how), 'swiglu_in'),
-    named(quantizers.rows(up_JF, **how), 'swiglu_in'),
+  rows = quantizers.rows(hidden_MF, **options)
+  saved = SwigluSaved(
+    named(quantizers.rows(gate_MF, **options), 'swiglu_in'),
+    named(quantizers.rows(up_MF, **options), 'swiglu_in'),
   )
   with jax.named_scope('fprop'):
-    return products.forward(rows, down), kept
+    return products.forward(rows, down), saved
 
 
-def swiglu_backward(kept, scale_J, dgrad, dy, products, policy, dtype):
+def swiglu_backward(saved, scale_M, dgrad, dy, products, policy, dtype):
   """Gradients of gate, up, scale (None without) and W_down.
 
   Args:
     dy: rows and columns of the output's gradient, quantised.
   """
   with jax.named_scope('dgrad'):
-    dhidden_JF = products.forward(dy[0], dgrad).astype(jnp.float32)
+    dhidden_MF = products.forward(dy[0], dgrad).astype(jnp.float32)
   with jax.named_scope('swiglu'):
-    gate_JF, up_JF = (formats.dequantize(q) for q in kept)
-    hidden_JF, silu_JF = _swiglu(gate_JF, up_JF, scale_J)
-    dscale_J = None
-    if scale_J is not None:
-      dscale_J = jnp.sum(dhidden_JF * silu_JF * up_JF, axis=-1)
-      dhidden_JF *= scale_J[:, None]
-    sigmoid_JF = jax.nn.sigmoid(gate_JF)
-    dup_JF = dhidden_JF * silu_JF
-    dgate_JF = dhidden_JF * up_JF
-    dgate_JF *= sigmoid_JF * (1.0 + gate_JF * (1.0 - sigmoid_JF))
+    gate_MF, up_MF = (formats.dequantize(q) for q in saved)
+    hidden_MF, silu_MF = _swiglu(gate_MF, up_MF, scale_M)
+    dscale_M = None
+    if scale_M is not None:
+      dscale_M = jnp.sum(dhidden_MF * silu_MF * up_MF, axis=-1)
+      dhidden_MF *= scale_M[:, None]
+    sigmoid_MF = jax.nn.sigmoid(gate_MF)
+    dup_MF = dhidden_MF * silu_MF
+    dgate_MF = dhidden_MF * up_MF
+    dgate_MF *= sigmoid_MF * (1.0 + gate_MF * (1.0 - sigmoid_MF))
   columns = quantizers.columns(
-    hidden_JF,
+    hidden_MF,
     floor=precision.ACTIVATION_FLOOR,
     implementation=policy.implementation,
   )
   with jax.named_scope('wgrad'):
     dw = products.weight(columns, dy[1])
-  return dgate_JF.astype(dtype), dup_JF.astype(dtype), dscale_J, dw
+  return dgate_MF.astype(dtype), dup_MF.astype(dtype), dscale_M, dw
 
 
-def _swiglu(gate_JF, up_JF, scale_J):
+def _swiglu(gate_MF, up_MF, scale_M):
   """silu(gate) up (scale), and silu(gate), in f32."""
-  gate_JF, up_JF = gate_JF.astype(jnp.float32), up_JF.astype(jnp.float32)
-  silu_JF = jax.nn.silu(gate_JF)
-  hidden_JF = silu_JF * up_JF
-  if scale_J is not None:
-    hidden_JF *= scale_J.astype(jnp.float32)[:, None]
-  return hidden_JF, silu_JF
+  gate_MF, up_MF = gate_MF.astype(jnp.float32), up_MF.astype(jnp.float32)
+  silu_MF = jax.nn.silu(gate_MF)
+  hidden_MF = silu_MF * up_MF
+  if scale_M is not None:
+    hidden_MF *= scale_M.astype(jnp.float32)[:, None]
+  return hidden_MF, silu_MF
 
 
 def dense(policy: Policy) -> Products:
@@ -236,36 +239,36 @@ def dense(policy: Policy) -> Products:
 
 
 def quantize_gradient(
-  dy_JO: Float[Array, 'J O'], policy: Policy
+  dy_MF: Float[Array, 'M F'], policy: Policy
 ) -> tuple[Quantized, Quantized]:
   """Rows (for Dgrad) and columns (for Wgrad) of an output's gradient."""
   chosen = policy.implementation
   if policy.block_dgrad:
-    return blockwise(dy_JO), quantizers.columns(dy_JO, implementation=chosen)
-  return quantizers.both(dy_JO, implementation=chosen)
+    return blockwise(dy_MF), quantizers.columns(dy_MF, implementation=chosen)
+  return quantizers.both(dy_MF, implementation=chosen)
 
 
-def blockwise(dy_JO: Float[Array, 'J O']) -> Quantized:
+def blockwise(dy_MF: Float[Array, 'M F']) -> Quantized:
   """Rows whose scales are those of 128 x 128 blocks: the negative ablation."""
-  blocks = formats.quantize(dy_JO, quantized.BLOCK)
+  blocks = formats.quantize(dy_MF, quantized.BLOCK)
   return Quantized(blocks.values, formats.row_scales(blocks), quantized.ROW)
 
 
 def transposed(
-  kept: Quantized | quantized.Packed, policy: Policy, *, pow2: bool
+  saved: Quantized | quantized.Packed, policy: Policy, *, pow2: bool
 ) -> Quantized:
-  """Tiles of 128 tokens x 1 channel of a kept input, [I, J]."""
-  how = {
+  """Tiles of 128 tokens x 1 channel of a saved input, [D, M]."""
+  options = {
     'pow2': pow2,
     'floor': precision.ACTIVATION_FLOOR,
     'implementation': policy.implementation,
   }
-  if isinstance(kept, quantized.Packed):
-    x_JI = e5m6.unpack(kept).astype(jnp.bfloat16)  # exact: 7 digits of 8
-    return quantizers.columns(x_JI, **how)
-  return quantizers.transposed(kept, **how)
+  if isinstance(saved, quantized.Packed):
+    x_MD = e5m6.unpack(saved).astype(jnp.bfloat16)  # exact: 7 digits of 8
+    return quantizers.columns(x_MD, **options)
+  return quantizers.transposed(saved, **options)
 
 
-def named(kept: Any, name: str) -> Any:
-  """Gives a checkpoint name to every array of what is kept."""
-  return jax.tree.map(lambda x: checkpoint_name(x, name), kept)
+def named(saved: Any, name: str) -> Any:
+  """Gives a checkpoint name to every saved array."""
+  return jax.tree.map(lambda x: checkpoint_name(x, name), saved)

@@ -2,7 +2,7 @@
 
 A weight is an array of any float dtype or, under an FP8 policy, an
 `fp8_linear.Weight`. Arrays are cast to the dtype of the input. Rows are tokens;
-sums are f32, and weight gradients are rounded to nothing less than the weight.
+sums are f32, and weight gradients have the dtype of the weight.
 """
 
 import jax
@@ -18,15 +18,15 @@ Weight = Array | fp8_linear.Weight
 Operand = Array | fp8_linear.Operand
 
 
-def operand(x_MI: Float[Array, 'M I'], policy: Policy) -> Operand:
+def operand(x_MD: Float[Array, 'M D'], policy: Policy) -> Operand:
   """An input that several linears share: quantised once, under FP8."""
-  return fp8_linear.operand(x_MI, policy) if policy.fp8 else x_MI
+  return fp8_linear.operand(x_MD, policy) if policy.fp8 else x_MD
 
 
 def project(
   x: Operand, w: Weight, policy: Policy, *, pow2: bool = False
-) -> Float[Array, 'M O']:
-  """x W. Output dims of an array w [I, ...] come flattened.
+) -> Float[Array, 'M F']:
+  """x W. Output dims of an array w [D, ...] come flattened.
 
   Args:
     pow2: FP8 only, as in `fp8_linear.linear`.
@@ -56,20 +56,20 @@ def swiglu(
 
 
 @jax.custom_vjp
-def _product(x_MI, w_IO):
+def _product(x_MD, w_DF):
   """x W with f32 sums, rounded once."""
-  return _sums('mi,io->mo', x_MI, w_IO.astype(x_MI.dtype)).astype(x_MI.dtype)
+  return _sums('md,df->mf', x_MD, w_DF.astype(x_MD.dtype)).astype(x_MD.dtype)
 
 
-def _product_fwd(x_MI, w_IO):
-  return _product(x_MI, w_IO), (x_MI, w_IO)
+def _product_fwd(x_MD, w_DF):
+  return _product(x_MD, w_DF), (x_MD, w_DF)
 
 
-def _product_bwd(residuals, dy_MO):
-  x_MI, w_IO = residuals
-  dx_MI = _sums('mo,io->mi', dy_MO, w_IO.astype(dy_MO.dtype))
-  dw_IO = _sums('mi,mo->io', x_MI, dy_MO)
-  return dx_MI.astype(x_MI.dtype), dw_IO.astype(w_IO.dtype)
+def _product_bwd(residuals, dy_MF):
+  x_MD, w_DF = residuals
+  dx_MD = _sums('mf,df->md', dy_MF, w_DF.astype(dy_MF.dtype))
+  dw_DF = _sums('md,mf->df', x_MD, dy_MF)
+  return dx_MD.astype(x_MD.dtype), dw_DF.astype(w_DF.dtype)
 
 
 _product.defvjp(_product_fwd, _product_bwd)

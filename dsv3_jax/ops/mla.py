@@ -64,8 +64,8 @@ def split_query(
 def attend_absorbed(
   q_nope_BTNH: Float[Array, 'B T N H'],
   q_rope_BTNR: Float[Array, 'B T N R'],
-  cache: mla_decode.Cache,
-  table_Bj: Int[Array, 'B j'],
+  cache: mla_decode.LatentPages,
+  table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   w_uk_CNH: Float[Array, 'C N H'],
   w_uv_CNU: Float[Array, 'C N U'],
@@ -75,13 +75,13 @@ def attend_absorbed(
   """Attention of rows' last T tokens in the latent space (TR 2.1.1).
 
   Args:
-    cache, table_Bj, lengths_B, implementation: as in `mla_decode.decode`.
+    cache, table_Bb, lengths_B, implementation: as in `mla_decode.decode`.
   """
   with jax.named_scope('attention_absorbed'):
     dtype = q_nope_BTNH.dtype
     w_uk_CNH, w_uv_CNU = w_uk_CNH.astype(dtype), w_uv_CNU.astype(dtype)
     q_abs_BTNC = jnp.einsum('btnh,cnh->btnc', q_nope_BTNH, w_uk_CNH)
     q_BTNY = jnp.concatenate([q_abs_BTNC, q_rope_BTNR], axis=-1)
-    args = (q_BTNY, cache, table_Bj, lengths_B, scale, implementation)
+    args = (q_BTNY, cache, table_Bb, lengths_B, scale, implementation)
     o_BTNC, _ = mla_decode.decode(*args)
     return jnp.einsum('btnc,cnu->btnu', o_BTNC, w_uv_CNU)

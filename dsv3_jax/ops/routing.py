@@ -73,8 +73,8 @@ def _limit_groups(
   )
   best = 2 if cfg.score_func == 'sigmoid' else 1
   group_scores_MG = jnp.sum(jax.lax.top_k(groups_MGE, best)[0], axis=-1)
-  _, chosen_MJ = jax.lax.top_k(group_scores_MG, cfg.top_groups)
-  kept_MG = jnp.any(chosen_MJ[:, :, None] == jnp.arange(cfg.num_groups), axis=1)
+  _, chosen_Mi = jax.lax.top_k(group_scores_MG, cfg.top_groups)
+  kept_MG = jnp.any(chosen_Mi[:, :, None] == jnp.arange(cfg.num_groups), axis=1)
   limited = jnp.where(kept_MG[:, :, None], groups_MGE, -jnp.inf)
   return limited.reshape(biased_ME.shape)
 

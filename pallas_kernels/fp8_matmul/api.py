@@ -33,7 +33,11 @@ def matmul(
     NotImplementedError: legal, but not by this implementation.
   """
   _check(a, b)
-  chosen = dispatch.resolve(implementation)
+
+  def unsupported(kernel: str) -> str | None:
+    return pallas_gpu.unsupported(a, b) if kernel == 'pallas_gpu' else None
+
+  chosen = dispatch.resolve(implementation, 'fp8_matmul', unsupported)
   if chosen == 'reference':
     return reference.matmul(a, b, out_dtype)
   if chosen == 'pallas_gpu':

@@ -1,7 +1,7 @@
 """Named shapes of the FP8 product, for tests and for the benchmark.
 
 The 671B's (N, K) are those of its linears: q and kv down, q up, kv up, output,
-and the experts' (gate and up together, down); M is cut in tests.
+and the experts' (gate and up together, down); tests have a smaller M.
 """
 
 from typing import NamedTuple

@@ -1,16 +1,15 @@
-"""E5M6: activations kept in 12 bits, two numbers in three bytes (TR 3.3.3).
+"""E5M6: activations saved in 12 bits, two numbers in three bytes (TR 3.3.3).
 
   sign, 5 exponent bits with bias 15, 6 mantissa bits; subnormals have the step
   2^-20, and the top exponent is taken as in IEEE formats: the largest is 65024
 
   x ~ value * scale,  scale: the power of two that e4m3 tiles of x would get
 
-The report gives the format and that scales are powers of two. Ours: they are
-those of e4m3 without a floor; the bits of two codes lie in three bytes in
-order, the lower ones first; f32 denormals, of x or of value * scale, may count
-as zeros.
+The report gives the format and that scales are powers of two. The rest is ours:
+scales are those of e4m3 without a floor; two codes are packed into three bytes,
+low bits first; f32 denormals of x or of value * scale may be flushed to zero.
 
-Letters: I rows, J columns, j their tiles of 128.
+Letters: M rows, D columns, d their tiles of 128.
 """
 
 import jax
@@ -25,7 +24,7 @@ NAN = (31 << 6) | 32
 _REBIAS = (127 - 15) << 6
 
 
-def quantize(x: Float[Array, '*lead I J']) -> quantized.Packed:
+def quantize(x: Float[Array, '*lead M D']) -> quantized.Packed:
   """x in 12 bits under e4m3's power-of-two scales of its 1 x 128 tiles.
 
   Rounds once, from f32 to nearest even. Infinities and NaN become NaN; the
@@ -35,7 +34,7 @@ def quantize(x: Float[Array, '*lead I J']) -> quantized.Packed:
 
 
 def pack(
-  x: Float[Array, '*lead I J'], scales: Float[Array, '*lead I j']
+  x: Float[Array, '*lead M D'], scales: Float[Array, '*lead M d']
 ) -> quantized.Packed:
   """x in 12 bits under given scales, powers of two; too large: the largest."""
   with jax.named_scope('e5m6_pack'):
@@ -50,7 +49,7 @@ def pack(
     return quantized.Packed(packed, scales, x.shape[-1])
 
 
-def unpack(p: quantized.Packed) -> Float[Array, '*lead I J']:
+def unpack(p: quantized.Packed) -> Float[Array, '*lead M D']:
   """value * scale, in f32: exact."""
   with jax.named_scope('e5m6_unpack'):
     lead = p.codes.shape[:-1]
@@ -61,11 +60,11 @@ def unpack(p: quantized.Packed) -> Float[Array, '*lead I J']:
     return decode(codes) * reference.spread(p.scales, quantized.ROW, p.shape)
 
 
-def encode(x: Float[Array, '*lead I J']):
+def encode(x: Float[Array, '*lead M D']):
   """12-bit codes, uint16, of f32 numbers: nearest even, saturating."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
   size = bits & 0x7FFFFFFF
-  # A carry out of the mantissa moves on into the exponent, as it should.
+  # A carry out of the mantissa increments the exponent, as it should.
   odd = (size >> 17) & 1
   normal = ((size + 0xFFFF + odd) >> 17) - _REBIAS
   magnitude = jax.lax.bitcast_convert_type(size, jnp.float32)
@@ -76,7 +75,7 @@ def encode(x: Float[Array, '*lead I J']):
   return (code | (bits >> 31) << 11).astype(jnp.uint16)
 
 
-def decode(codes) -> Float[Array, '*lead I J']:
+def decode(codes) -> Float[Array, '*lead M D']:
   """Numbers, f32, of 12-bit codes; a top exponent is NaN."""
   codes = codes.astype(jnp.uint32)
   size = codes & 0x7FF

@@ -2,17 +2,17 @@
 
   one instruction takes 32 products and the running register; all are aligned
   to the largest exponent among them, of each the highest 14 bits from there on
-  are kept and the rest is cut off (towards zero); they are added exactly, and
+  are kept and the rest is truncated (towards zero); they are added exactly, and
   of the sum again the highest 14 bits are the new register.
 
 Every N_C = 128 products the register is added, times the scales, to an f32
-number and starts at zero ("promotion"), or never: then it is the register that
-loses what is small against the sum. The report gives the rule in words; ours
-are: the exponent is that of the value, the 14 bits count the leading one, and
-the register is cut like the products. A reference for study and tests:
+number and reset to zero ("promotion"). Without promotion the register loses
+what is small against the sum. The report gives the rule in words. We take the
+exponent to be that of the value, count the leading one among the 14 bits, and
+truncate the register like the products. A reference for study and tests:
 training uses `reference.matmul`.
 
-Letters: M, N, K of a product; W products of one instruction.
+Letters: M, N, K of a product; i products of one instruction.
 """
 
 import functools
@@ -34,15 +34,15 @@ def matmul_limited(
   chunk: int = 32,
   promote_every: int = 128,
 ) -> Float[Array, 'M N']:
-  """a b^T in f32, by registers of so many bits.
+  """a b^T in f32, by registers of `bits` bits.
 
   Args:
     a: [M, K]. b: [N, K]. A tile's columns are a multiple of `promote_every`.
-    bits: that are kept; with `chunk` products no more than f32 adds exactly.
+    bits: of a register; sums of `chunk` products must be exact in f32.
     promote_every: a multiple of `chunk`; 0 for never, which needs tiles that
       span K.
   Raises:
-    ValueError: something of this does not hold.
+    ValueError: an argument violates these conditions.
   """
   _check(a, b, bits, chunk, promote_every)
   (rows, depth), columns = a.shape, b.shape[0]
@@ -59,16 +59,16 @@ def matmul_limited(
     return rows_ij[:, jnp.arange(parts) * every // q.tile[1]].T
 
   def instruction(register_MN, operands):
-    a_WM, b_WN = operands
-    # One by one: XLA makes of them one loop without [W, M, N] in memory.
-    pairs = zip(a_WM, b_WN, strict=True)
+    a_iM, b_iN = operands
+    # One by one: XLA makes of them one loop without [i, M, N] in memory.
+    pairs = zip(a_iM, b_iN, strict=True)
     products = [a_M[:, None] * b_N for a_M, b_N in pairs]
     return _add(register_MN, products, bits), None
 
   def part(sum_MN, operands):
-    a_kWM, b_kWN, scale_M, scale_N = operands
+    a_kiM, b_kiN, scale_M, scale_N = operands
     zeros_MN = jnp.zeros((rows, columns), jnp.float32)
-    register_MN, _ = jax.lax.scan(instruction, zeros_MN, (a_kWM, b_kWN))
+    register_MN, _ = jax.lax.scan(instruction, zeros_MN, (a_kiM, b_kiN))
     return sum_MN + register_MN * (scale_M[:, None] * scale_N), None
 
   zeros_MN = jnp.zeros((rows, columns), jnp.float32)

@@ -1,9 +1,9 @@
 """The FP8 product on Hopper: e4m3 wgmma, sums promoted every 128 of K (Mosaic).
 
 A persistent program takes one output tile after another. Its third warpgroup
-loads: tiles of a and b and their scales come by TMA into a ring of stages that
-goes on over the ends of tiles. Two consumers take 64 rows each: per 128 of K
-four wgmmas into a fresh accumulator, then
+loads: tiles of a and b and their scales come by TMA into a ring of stages,
+across the borders of output tiles. Two consumers take 64 rows each: per 128 of
+K four wgmmas into a fresh accumulator, then
 
   sum_mn += product_mn * (scale_m * scale_n)      in f32 registers (TR 3.3.2)
 
@@ -28,7 +28,7 @@ M and N may end inside a tile: TMA fills what lies outside with zeros and drops
 stores there. Padded are M and N to 8, K to 128 and the output's columns to 128
 bytes, of which swizzled memory consists, and the scales' M and N to 4.
 
-Letters: M rows, N columns, K contracted dim, E matrices of b, X of the output;
+Letters: M rows, N columns, K contracted dim, E matrices of b, i of the output;
 lower case: tiles of 128.
 """
 
@@ -60,7 +60,7 @@ LOADER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # of 512 for the three
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-  """Columns of an output tile of 128 rows, and how tiles are worked off.
+  """Columns of an output tile of 128 rows, and the order of tiles.
 
   columns: 64, 128 or 192 (not with scales for rows of b). stages: tiles of a
   and b in flight. programs: at most this many, one for each multiprocessor.
@@ -77,8 +77,8 @@ class BlockSizes:
       raise ValueError(f'columns={self.columns} must be 64, 128 or 192')
 
 
-class Plan(NamedTuple):
-  """What is known before the launch. tiles: matrices, rows, columns.
+class MatmulPlan(NamedTuple):
+  """Constants of a launch. tiles: matrices, rows, columns.
 
   table_by: which of the tile's indices chooses the column of the table, 'row'
   or 'matrix'; None without a table.
@@ -126,33 +126,40 @@ def matmul(
   return launch(a, b_ENK, out_dtype, blocks=blocks, interpret=interpret)[0]
 
 
+def unsupported(a: Quantized, b: Quantized) -> str | None:
+  """Why the kernel does not take such operands, if it does not."""
+  for name, q in (('a', a), ('b', b)):
+    if q.values.dtype != quantized.E4M3:
+      return f'{name} is {q.values.dtype}, not e4m3'
+  return None
+
+
 def launch(
   a: Quantized,
   b: Quantized,
   out_dtype: jax.typing.DTypeLike,
   *,
   matrices: int = 1,
-  table: Int[Array, '3 X'] | None = None,
+  table: Int[Array, '3 i'] | None = None,
   table_by: str | None = None,
   blocks: BlockSizes | None = None,
   interpret: bool = False,
-) -> Float[Array, 'X M N']:
+) -> Float[Array, 'i M N']:
   """`matrices` products of rows of a and a matrix of b, over parts of K.
 
   Args:
     a: [M, K]. b: [E, N, K]. table: int32 [3, number of rows of tiles or of
       matrices]: the matrix of b, the first block of K, and past the last.
   """
-  for name, q in (('a', a), ('b', b)):
-    if q.values.dtype != quantized.E4M3:
-      raise NotImplementedError(f'{name} is {q.values.dtype}, not e4m3')
+  if reason := unsupported(a, b):
+    raise NotImplementedError(reason)
   (rows, depth), columns = a.shape, b.shape[1]
   row_scales = b.tile == quantized.ROW
   blocks = blocks or choose(matrices, rows, columns, row_scales)
   if row_scales and blocks.columns == 192:
     raise ValueError('columns=192 must be at most 128 with scales of rows of b')
   tiles = (matrices, pl.cdiv(rows, TILE_ROWS), pl.cdiv(columns, blocks.columns))
-  plan = Plan(tiles, pl.cdiv(depth, DEPTH), row_scales, table_by, blocks)
+  plan = MatmulPlan(tiles, pl.cdiv(depth, DEPTH), row_scales, table_by, blocks)
   line = LINE // jnp.dtype(out_dtype).itemsize
   padded = (matrices, up(rows, GROUP), up(columns, line))
   kernel = plgpu.kernel(
@@ -175,8 +182,8 @@ def launch(
     pad(b.values, GROUP, DEPTH),
     pad(b.scales[0].T, 1, 4) if row_scales else b.scales,
   )
-  out_XMN = kernel(*operands, *(() if table is None else (table,)))
-  return out_XMN[:, :rows, :columns]
+  out_iMN = kernel(*operands, *(() if table is None else (table,)))
+  return out_iMN[:, :rows, :columns]
 
 
 def choose(
@@ -210,7 +217,7 @@ def swizzled(shape, dtype, line: int = LINE):
   return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
 
-def _scratch(plan: Plan, out_dtype) -> dict:
+def _scratch(plan: MatmulPlan, out_dtype) -> dict:
   blocks = plan.blocks
   ring = lambda *shape: (blocks.stages, *shape)
   scratch = {
@@ -227,9 +234,11 @@ def _scratch(plan: Plan, out_dtype) -> dict:
   return {'scratch': scratch}
 
 
-def _kernel(a_MK, scale_kM, b_ENK, scale_b, *rest, plan: Plan, scratch: dict):
+def _kernel(
+  a_MK, scale_kM, b_ENK, scale_b, *rest, plan: MatmulPlan, scratch: dict
+):
   """Of every warpgroup. rest: the table if there is one, and the output."""
-  *table, out_XMN = rest
+  *table, out_iMN = rest
   warpgroup = lax.axis_index('warpgroup')
   each_tile = functools.partial(
     plgpu.nd_loop, (math.prod(plan.tiles),), collective_axes='program'
@@ -245,7 +254,7 @@ def _kernel(a_MK, scale_kM, b_ENK, scale_b, *rest, plan: Plan, scratch: dict):
       body = functools.partial(_load, tile, sources, scratch, plan)
       return lax.fori_loop(tile.first, tile.end, body, carry)
 
-    # The last use of every stage, so that no barrier is left half way.
+    # Waits for the last use of every stage: barriers must end in phase.
     @pl.loop(lax.max(steps - plan.blocks.stages, 0), steps)
     def _(step):
       plgpu.barrier_wait(scratch['empty'].at[_slot(step, plan)])
@@ -266,7 +275,7 @@ def _kernel(a_MK, scale_kM, b_ENK, scale_b, *rest, plan: Plan, scratch: dict):
         for _ in range(plan.blocks.columns // plan.group)
       )
       step, sums = lax.fori_loop(tile.first, tile.end, body, (carry, zeros))
-      _store(sums, tile, out_XMN, scratch['out'].at[warpgroup], plan, warpgroup)
+      _store(sums, tile, out_iMN, scratch['out'].at[warpgroup], plan, warpgroup)
       return step
 
     plgpu.wait_smem_to_gmem(0)
@@ -274,11 +283,11 @@ def _kernel(a_MK, scale_kM, b_ENK, scale_b, *rest, plan: Plan, scratch: dict):
   lax.cond(warpgroup == CONSUMERS, load, consume)
 
 
-def _slot(step, plan: Plan):
+def _slot(step, plan: MatmulPlan):
   return lax.rem(step, jnp.int32(plan.blocks.stages))
 
 
-def _tile(index, table: list, plan: Plan) -> Tile:
+def _tile(index, table: list, plan: MatmulPlan) -> Tile:
   """Of a matrix, strips of columns; of a strip, rows back and forth."""
   _, rows, columns = plan.tiles
   matrix = lax.div(index, jnp.int32(rows * columns))
@@ -293,7 +302,7 @@ def _tile(index, table: list, plan: Plan) -> Tile:
   return Tile(matrix, row, column, *(table[0][at, by] for at in range(3)))
 
 
-def _load(tile: Tile, sources, scratch, plan: Plan, k, step):
+def _load(tile: Tile, sources, scratch, plan: MatmulPlan, k, step):
   """Fills the stage of `step` with block k of K."""
   a_MK, scale_kM, b_ENK, scale_b = sources
   slot = _slot(step, plan)
@@ -318,7 +327,9 @@ def _load(tile: Tile, sources, scratch, plan: Plan, k, step):
   return step + 1
 
 
-def _multiply(tile: Tile, scale_b, scratch, plan: Plan, warpgroup, k, carry):
+def _multiply(
+  tile: Tile, scale_b, scratch, plan: MatmulPlan, warpgroup, k, carry
+):
   """Adds block k of K, in the stage of `step`, to the sums of 64 rows."""
   step, sums = carry
   slot = _slot(step, plan)
@@ -362,22 +373,22 @@ def _multiply(tile: Tile, scale_b, scratch, plan: Plan, warpgroup, k, carry):
   return step + 1, tuple(promoted)
 
 
-def _block(tile: Tile, group: int, plan: Plan, scale_b):
+def _block(tile: Tile, group: int, plan: MatmulPlan, scale_b):
   """The 128 x 128 blocks of a group of columns; the last for those outside."""
   column = tile.column * plan.blocks.columns + group * plan.group
   return lax.min(lax.div(column, jnp.int32(128)), scale_b.shape[1] - 1)
 
 
-def _store(sums, tile: Tile, out_XMN, out_smem, plan: Plan, warpgroup):
-  """Sends 64 rows off, a piece of 64 columns at a time."""
+def _store(sums, tile: Tile, out_iMN, out_smem, plan: MatmulPlan, warpgroup):
+  """Stores 64 rows, 64 columns at a time."""
   rows = pl.ds(tile.row * TILE_ROWS + warpgroup * ROWS, ROWS)
   for piece in range(plan.blocks.columns // PIECE):
     group, at = divmod(piece * PIECE, plan.group)
     smem = out_smem.at[piece % OUT_SLOTS]
     plgpu.wait_smem_to_gmem(OUT_SLOTS - 1 if piece else 0, wait_read_only=True)
-    smem[...] = sums[group][:, at : at + PIECE].astype(out_XMN.dtype)
+    smem[...] = sums[group][:, at : at + PIECE].astype(out_iMN.dtype)
     plgpu.commit_smem()
     column = tile.column * plan.blocks.columns + piece * PIECE
     plgpu.copy_smem_to_gmem(
-      smem, out_XMN.at[tile.matrix, rows, pl.ds(column, PIECE)]
+      smem, out_iMN.at[tile.matrix, rows, pl.ds(column, PIECE)]
     )

@@ -8,9 +8,9 @@ that the cast in the kernel changes no number.
 Layout of scales. A TPU register is 8 x 128, and 8 tiles of K are 1,024 of it: a
 block's scales come as [groups, 8, rows], the dim that is long in the lanes. So
 they cost 1/32 of the values' traffic, where [rows, K / 128] padded to 128 lanes
-could cost as much as the values. b's are rows as they are; a's are turned into
-columns in registers, eight at once. A 128 x 128 tile's scale is repeated for
-its rows, so that one body serves both tiles of b.
+could cost as much as the values. Those of b are rows already; those of a are
+transposed into columns in registers, eight at once. A 128 x 128 tile's scale is
+repeated for its rows, so that one body serves both tiles of b.
 
 Letters: as in reference.py; g groups of eight tiles of K.
 """

@@ -3,9 +3,9 @@
 A program has one tile of 128 x 128 in shared memory, brought by TMA, and two
 warpgroups. `quantize_both`: one takes rows, the other, through loads that
 transpose, columns. `requantize_transposed`: e4m3 becomes BF16, which holds it
-and can be loaded transposed; then each takes half of the columns. Both end
-alike: the largest magnitude of each of 64 rows of 128, its scale, the rounding,
-and stores of the 64 x 128 values and of the 64 scales.
+and can be loaded transposed; then each takes half of the columns. Both then
+compute the largest magnitude of each of 64 rows of 128 and its scale, round,
+and store the 64 x 128 values and the 64 scales.
 
 The bits are those of the reference, also where a device's quotient is an ulp
 off. Scales lie [D / 128, M] and [M / 128, D], as the product reads them: the
@@ -53,22 +53,28 @@ def quantize_both(
   Raises:
     NotImplementedError: x is not BF16; jax before 0.11.
   """
-  if x_MD.dtype != jnp.bfloat16:
-    raise NotImplementedError(f'x_MD is {x_MD.dtype}, not bfloat16')
+  if reason := unsupported(x_MD):
+    raise NotImplementedError(reason)
   scratch = {
     'x_smem': pallas_gpu.swizzled((TILE, TILE), jnp.bfloat16),
     'values_smem': pallas_gpu.swizzled((2, 2, ROWS, TILE), quantized.E4M3),
     'scales_smem': plgpu.SMEM((2, 2, ROWS), jnp.float32),
     'full': plgpu.Barrier(),
   }
-  how = {'pow2': pow2, 'floor': floor}
+  options = {'pow2': pow2, 'floor': floor}
   outputs = (*_outputs(*x_MD.shape), *_outputs(*x_MD.shape[::-1]))
-  kernel = _kernel(_both, x_MD.shape, outputs, scratch, how, interpret)
+  kernel = _kernel(_both, x_MD.shape, outputs, scratch, options, interpret)
   *of_rows, values_DM, scale_mD = kernel(pallas_gpu.pad(x_MD, GROUP, 64))
   return (
     _result(*of_rows, x_MD.shape),
     _result(values_DM, scale_mD, x_MD.shape[::-1]),
   )
+
+
+def unsupported(x_MD) -> str | None:
+  """Why `quantize_both` does not take x, if it does not."""
+  is_bf16 = x_MD.dtype == jnp.bfloat16
+  return None if is_bf16 else f'x_MD is {x_MD.dtype}, not bfloat16'
 
 
 def requantize_transposed(
@@ -96,9 +102,9 @@ def requantize_transposed(
     'full': plgpu.Barrier(num_arrivals=2),
     'ready': plgpu.Barrier(num_arrivals=2),
   }
-  how = {'pow2': pow2, 'floor': floor}
+  options = {'pow2': pow2, 'floor': floor}
   outputs = _outputs(*q.shape[::-1])
-  kernel = _kernel(_requantize, q.shape, outputs, scratch, how, interpret)
+  kernel = _kernel(_requantize, q.shape, outputs, scratch, options, interpret)
   values_DM, scale_mD = kernel(
     pallas_gpu.pad(q.values, GROUP, TILE), pallas_gpu.pad(q.scales.T, 1, 4)
   )
@@ -119,10 +125,10 @@ def _result(values, scales, shape: tuple[int, int]) -> Quantized:
   return Quantized(values[:rows, :columns], scales[:, :rows].T, quantized.ROW)
 
 
-def _kernel(body, shape, outputs, scratch, how, interpret: bool):
+def _kernel(body, shape, outputs, scratch, options, interpret: bool):
   compat.require((0, 11), 'a load that transposes')
   return plgpu.kernel(
-    functools.partial(body, **how),
+    functools.partial(body, **options),
     out_type=outputs,
     scratch_types=scratch,
     grid=tuple(pl.cdiv(size, TILE) for size in shape),
@@ -148,7 +154,7 @@ def _both(
   values_smem,
   scales_smem,
   full,
-  **how,
+  **options,
 ):
   """Rows of a tile of x, and rows of its transpose."""
   row, column = lax.axis_index(ROW), lax.axis_index(COLUMN)
@@ -165,7 +171,9 @@ def _both(
     for half in range(2):
       rows = pl.ds(half * ROWS, ROWS)
       smem = (values_smem.at[warpgroup, half], scales_smem.at[warpgroup, half])
-      _round(_load(x.at[rows, :]), smem, outputs, 2 * row + half, column, **how)
+      _round(
+        _load(x.at[rows, :]), smem, outputs, 2 * row + half, column, **options
+      )
 
   @pl.when(warpgroup == 0)
   def _():
@@ -191,7 +199,7 @@ def _requantize(
   scales_smem,
   full,
   ready,
-  **how,
+  **options,
 ):
   """Half of the columns of a tile for each warpgroup."""
   row, column = lax.axis_index(ROW), lax.axis_index(COLUMN)
@@ -213,7 +221,7 @@ def _requantize(
   scale = plgpu.layout_cast(scale_smem[...], plgpu.Layout.WGMMA.reduce(0))
   x = x * lax.broadcast_in_dim(scale, x.shape, (1,))
   smem = (values_smem.at[warpgroup], scales_smem.at[warpgroup])
-  _round(x, smem, (values_DM, scale_mD), 2 * column + warpgroup, row, **how)
+  _round(x, smem, (values_DM, scale_mD), 2 * column + warpgroup, row, **options)
   plgpu.wait_smem_to_gmem(0)
 
 

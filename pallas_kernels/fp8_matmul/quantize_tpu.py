@@ -1,8 +1,8 @@
 """Both quantised copies of an activation in one pass over it, on TPUs.
 
-A Linear wants x with 1 x 128 tiles for Fprop and x^T with 1 x 128 tiles for
-Wgrad (TR 3.3.2). Read apart, x crosses the memory twice, and its transpose
-once more. Here a block is read once and turned in registers. The largest
+A Linear takes x with 1 x 128 tiles for Fprop and x^T with 1 x 128 tiles for
+Wgrad (TR 3.3.2). Separate passes would read x twice and its transpose once
+more. Here a block is read once and transposed in registers. The largest
 magnitudes of either copy's tiles are then maxima over sublanes of the other
 form, which are plain vector operations, and come out with the long dim in the
 lanes, as they are stored.
@@ -87,18 +87,18 @@ def quantize_both(
 
 def _kernel(x_MD, of_x_MD, of_xT_DM, scale_dM, scale_mD, *, pow2, floor):
   """One block in both forms."""
-  how = {'pow2': pow2, 'floor': floor, 'dtype': quantized.E4M3}
+  options = {'pow2': pow2, 'floor': floor, 'dtype': quantized.E4M3}
   block_MD = x_MD[...].astype(jnp.float32)
   block_DM = block_MD.T
-  _quantize(block_MD, block_DM, of_x_MD, scale_dM, how)
-  _quantize(block_DM, block_MD, of_xT_DM, scale_mD, how)
+  _quantize(block_MD, block_DM, of_x_MD, scale_dM, options)
+  _quantize(block_DM, block_MD, of_xT_DM, scale_mD, options)
 
 
-def _quantize(x_IJ, x_JI, values_IJ, scale_jI, how):
+def _quantize(x_IJ, x_JI, values_IJ, scale_jI, options):
   """Writes the values and scales of 1 x 128 tiles of x_IJ."""
   columns, rows = x_JI.shape
   tiles = jnp.abs(x_JI).reshape(columns // TILE, TILE, rows)
-  scales = reference.scale_of(jnp.max(tiles, axis=1), **how)
+  scales = reference.scale_of(jnp.max(tiles, axis=1), **options)
   scale_jI[...] = scales
   inverse_Ij = (1.0 / scales).T
   for t in range(columns // TILE):

@@ -1,13 +1,13 @@
 """Quantisers of activations and gradients for every implementation.
 
 `rows` are 1 x 128 tiles of [M, D]; `columns` those of its transpose [D, M];
-`both` makes the two in one pass over x; `transposed` makes columns of what is
-FP8 already, by dequantising, transposing and quantising anew (TR 3.3.2). All
+`both` gives the two in one pass over x; `transposed` gives columns of an FP8
+tensor, which is dequantised, transposed and quantised again (TR 3.3.2). All
 take `pow2` and `floor` as `reference.quantize` does.
 
-Kernels exist where one pass of XLA does not do: for `both`, and on Hopper for
-`transposed`. The rest is element by element and a maximum of 128, which XLA
-fuses with what makes x.
+Kernels exist where XLA needs more than one pass: for `both`, and on Hopper for
+`transposed`. The rest is elementwise with a maximum over 128, which XLA fuses
+with the producer of x.
 """
 
 from jaxtyping import Array, Float
@@ -25,8 +25,8 @@ def rows(
   floor: float = 0.0,
   implementation: str = 'auto',
 ) -> Quantized:
-  """Tiles 1 x 128 of x: XLA makes one pass of it on every device."""
-  dispatch.resolve(implementation)
+  """Tiles 1 x 128 of x: one pass of XLA on every device."""
+  dispatch.resolve(implementation, 'fp8 rows')
   return reference.quantize(x_MD, pow2=pow2, floor=floor)
 
 
@@ -51,15 +51,21 @@ def both(
   """`rows` and `columns` of x, read once.
 
   Raises:
-    NotImplementedError: Hopper's kernel is for BF16.
+    NotImplementedError: 'pallas' on Hopper, whose kernel is for BF16.
   """
-  chosen, how = dispatch.resolve(implementation), {'pow2': pow2, 'floor': floor}
+
+  def unsupported(kernel: str) -> str | None:
+    is_gpu = kernel == 'pallas_gpu'
+    return quantize_gpu.unsupported(x_MD) if is_gpu else None
+
+  chosen = dispatch.resolve(implementation, 'fp8 rows and columns', unsupported)
+  options = {'pow2': pow2, 'floor': floor}
   if chosen == 'reference':
-    return reference.quantize_both(x_MD, **how)
+    return reference.quantize_both(x_MD, **options)
   if chosen == 'pallas_gpu':
-    return quantize_gpu.quantize_both(x_MD, **how)
+    return quantize_gpu.quantize_both(x_MD, **options)
   interpret = chosen == 'pallas_interpret'
-  return quantize_tpu.quantize_both(x_MD, **how, interpret=interpret)
+  return quantize_tpu.quantize_both(x_MD, **options, interpret=interpret)
 
 
 def transposed(
@@ -70,7 +76,8 @@ def transposed(
   implementation: str = 'auto',
 ) -> Quantized:
   """`columns` of the tensor that q stands for."""
-  how = {'pow2': pow2, 'floor': floor}
-  if dispatch.resolve(implementation) == 'pallas_gpu':
-    return quantize_gpu.requantize_transposed(q, **how)
-  return reference.requantize_transposed(q, **how)
+  options = {'pow2': pow2, 'floor': floor}
+  chosen = dispatch.resolve(implementation, 'fp8 transpose')
+  if chosen == 'pallas_gpu':
+    return quantize_gpu.requantize_transposed(q, **options)
+  return reference.requantize_transposed(q, **options)

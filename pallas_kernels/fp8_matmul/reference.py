@@ -1,4 +1,4 @@
-"""What the FP8 product means, in plain jnp (TR 3.3.2).
+"""The FP8 product in plain jnp (TR 3.3.2).
 
   scale = amax / 448 of the tile            value = e4m3(x * (1 / scale))
   y_mn = sum_k scale_mk scale_nk (sum over the 128 of block k: a * b)
@@ -8,10 +8,11 @@ in order ("promotion"). A scale is amax / largest or, with `pow2`, the least
 power of two that is no smaller (UE8M0, rounded up). A tile without a normal f32
 number is zero (scale 1), and other scales are at least 2^-116: there a denormal
 is at most a tie with zero, so that a device may flush denormals or not, and no
-value * scale is one either. `floor` holds amax up, as released code does with
+value * scale is one either. `floor` is a lower bound of amax, in released code
 1e-4; gradients of a mean over many tokens are smaller than that, so they get 0.
 
-Letters: I rows, J columns; M, N, K of a product (lower case: tiles of 128).
+Letters: M rows, D columns; M, N, K of a product as in BLAS (lower case: tiles
+of 128).
 """
 
 import jax
@@ -29,7 +30,7 @@ _UNROLLED = 16  # blocks of K up to which the loop is written out
 
 
 def quantize(
-  x: Float[Array, '*lead I J'],
+  x: Float[Array, '*lead M D'],
   tile: tuple[int, int] = quantized.ROW,
   *,
   pow2: bool = False,
@@ -54,17 +55,17 @@ def quantize(
 
 
 def quantize_both(
-  x_MD: Float[Array, 'M D'], **how
+  x_MD: Float[Array, 'M D'], **options
 ) -> tuple[Quantized, Quantized]:
   """Rows of x and rows of its transpose: tiles 1 x 128 of [M, D] and [D, M]."""
-  return quantize(x_MD, **how), quantize(x_MD.T, **how)
+  return quantize(x_MD, **options), quantize(x_MD.T, **options)
 
 
 def quantize_weight(
-  w: Float[Array, '*lead D F'], **how
+  w: Float[Array, '*lead D F'], **options
 ) -> tuple[Quantized, Quantized]:
   """Blocks of w in both orientations: [..., F, D] (Fprop) and [..., D, F]."""
-  q = quantize(w, quantized.BLOCK, **how)
+  q = quantize(w, quantized.BLOCK, **options)
   return transpose(q), q
 
 
@@ -76,14 +77,14 @@ def transpose(q: Quantized) -> Quantized:
   return Quantized(swap(q.values), swap(q.scales), q.tile)
 
 
-def requantize_transposed(q: Quantized, **how) -> Quantized:
+def requantize_transposed(q: Quantized, **options) -> Quantized:
   """1 x 128 tiles of [M, D] -> of [D, M]: dequantise, transpose, quantise."""
-  return quantize(dequantize(q).T, **how)
+  return quantize(dequantize(q).T, **options)
 
 
 def dequantize(
   q: Quantized, dtype: jax.typing.DTypeLike = jnp.float32
-) -> Float[Array, '*lead I J']:
+) -> Float[Array, '*lead M D']:
   """value * scale in f32, then cast to `dtype`."""
   with jax.named_scope('dequantize'):
     scales = spread(q.scales, q.tile, q.shape)
@@ -101,8 +102,8 @@ def matmul(
   (rows, depth), columns = a.shape, b.shape[0]
   blocks = a.scales.shape[1]
   # Every FP8 number is a BF16 number: the products are the same, and faster.
-  # But XLA's CPU backend cannot multiply BF16 by its transpose, which is what
-  # it makes of a single block.
+  # But XLA's CPU backend cannot multiply BF16 by its transpose, to which it
+  # rewrites a single block.
   dtype = jnp.bfloat16 if blocks > 1 else jnp.float32
   split = lambda q: _pad_columns(q.values.astype(dtype), depth).reshape(
     q.shape[0], blocks, 128
@@ -129,7 +130,7 @@ def matmul(
   return sum_MN.astype(out_dtype)
 
 
-def row_scales(q: Quantized) -> Float[Array, '*lead I j']:
+def row_scales(q: Quantized) -> Float[Array, '*lead M d']:
   """The scales of every row."""
   return jnp.repeat(q.scales, q.tile[0], axis=-2)[..., : q.shape[-2], :]
 

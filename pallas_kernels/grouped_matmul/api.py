@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch, quantized
+from pallas_kernels.fp8_matmul import pallas_gpu as fp8_gpu
 from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, reference
 
 Quantized = quantized.Quantized
@@ -40,7 +41,7 @@ def grouped(
   _check('a', a, quantized.ROW, (rows, depth))
   _check('b', b, quantized.BLOCK, (*b.shape[:2], depth))
   _check_blocks(rows, expert_j)
-  chosen = dispatch.resolve(implementation)
+  chosen = _choose(implementation, a, b)
   args = (a, b, expert_j, num_blocks, out_dtype)
   if chosen == 'reference':
     return reference.grouped(*args)
@@ -69,13 +70,20 @@ def grouped_k(
   _check('a', a, quantized.ROW, (a.shape[0], rows))
   _check('b', b, quantized.ROW, (b.shape[0], rows))
   _check_blocks(rows, expert_j)
-  chosen = dispatch.resolve(implementation)
+  chosen = _choose(implementation, a, b)
   args = (a, b, expert_j, num_blocks, num_experts)
   if chosen == 'reference':
     return reference.grouped_k(*args)
   if chosen == 'pallas_gpu':
     return pallas_gpu.grouped_k(*args)
   return pallas_tpu.grouped_k(*args, interpret=chosen == 'pallas_interpret')
+
+
+def _choose(implementation: str, a: Quantized, b: Quantized) -> str:
+  def unsupported(kernel: str) -> str | None:
+    return fp8_gpu.unsupported(a, b) if kernel == 'pallas_gpu' else None
+
+  return dispatch.resolve(implementation, 'grouped_matmul', unsupported)
 
 
 def _check(name: str, q: Quantized, tile, shape: tuple[int, ...]) -> None:

@@ -38,7 +38,7 @@ def grouped(
   depth = a.scales.shape[1]
   end_j = jnp.where(_used(expert_j, num_blocks), depth, 0)
   table = jnp.stack([expert_j, jnp.zeros_like(expert_j), end_j])
-  out_XJN = pallas_gpu.launch(
+  out_iJN = pallas_gpu.launch(
     a,
     b,
     out_dtype,
@@ -47,7 +47,7 @@ def grouped(
     blocks=blocks,
     interpret=interpret,
   )
-  return out_XJN[0]
+  return out_iJN[0]
 
 
 def grouped_k(

@@ -4,16 +4,16 @@ Which expert a block of 128 rows belongs to is known on the device only, so it
 comes as a prefetched scalar, before the pipeline chooses what to copy.
 
   grouped    a grid over N, the blocks of rows, K: the expert chooses the block
-             of b. As a rule one step takes the whole of K, so that the rows of
-             an expert, one after the other, find its weights in VMEM, cast
-             for the matrix unit: 128 rows are too few to cast them for.
+             of b. Usually one step takes the whole of K, so that consecutive
+             blocks of an expert share its weights in VMEM, cast for the matrix
+             unit: casting for 128 rows only would cost too much.
   grouped_k  a grid over D, F and a list of steps: an expert's blocks one after
              the other, each added to the expert's output, which stays in VMEM
              for as long as they last. An expert without blocks has one step
              too, that writes zeros: an output block that no step visits would
              hold what was in memory before.
 
-Letters: as in reference.py; Z steps, one for each block and each expert, which
+Letters: as in reference.py; i steps, one for each block and each expert, which
 is the most there can be.
 """
 
@@ -46,7 +46,7 @@ def choose_grouped(n: int, k: int) -> BlockSizes:
 
 
 def choose_grouped_k(m: int, n: int) -> BlockSizes:
-  """Large outputs: a step has only 128 of K to be worth its 0.35 us."""
+  """Large outputs: a step takes 0.35 us, and has only 128 of K."""
   return BlockSizes(dense.even(m, 1024), dense.even(n, 2048), ROWS)
 
 
@@ -154,7 +154,7 @@ def _grouped_kernel(
   if cast_NK is None:
     cast_NK = b_NK
   else:
-    # Are the weights in VMEM other ones than a step ago?
+    # Have the weights in VMEM changed since the last step?
     changed = expert_j[block] != expert_j[jnp.maximum(block - 1, 0)]
     changed |= (block == 0) | (pl.num_programs(2) > 1)
     pl.when(changed)(lambda: _cast(b_NK, cast_NK))
@@ -216,7 +216,7 @@ def grouped_k(
   out_EDF = pl.pallas_call(
     kernel,
     out_shape=jax.ShapeDtypeStruct((num_experts, m, n), jnp.float32),
-    grid_spec=_grouped_k_grid(m, n, len(steps.expert_Z), blocks),
+    grid_spec=_grouped_k_grid(m, n, len(steps.expert_i), blocks),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary'),
       vmem_limit_bytes=tpu.VMEM_BYTES,
@@ -231,11 +231,11 @@ def grouped_k(
 
 
 class Steps(NamedTuple):
-  """What each step does: int32 [Z] each, read before the step begins."""
+  """The work of each step: int32 [i] each, read before the step begins."""
 
-  expert_Z: jax.Array
-  block_Z: jax.Array
-  bits_Z: jax.Array
+  expert_i: jax.Array
+  block_i: jax.Array
+  bits_i: jax.Array
 
 
 def _steps(expert_j, num_blocks, num_experts: int) -> Steps:
@@ -246,19 +246,19 @@ def _steps(expert_j, num_blocks, num_experts: int) -> Steps:
   blocks_E = jnp.sum((expert_j == expert_E) & used_j, 1)
   steps_E = jnp.maximum(blocks_E, 1)
   ends_E = jnp.cumsum(steps_E)
-  step_Z = jnp.arange(blocks + num_experts)
-  expert_Z = jnp.sum(ends_E[:, None] <= step_Z, 0)
-  expert_Z = jnp.minimum(expert_Z, num_experts - 1)
-  place_Z = step_Z - (ends_E - steps_E)[expert_Z]
-  work_Z = place_Z < blocks_E[expert_Z]
+  step_i = jnp.arange(blocks + num_experts)
+  expert_i = jnp.sum(ends_E[:, None] <= step_i, 0)
+  expert_i = jnp.minimum(expert_i, num_experts - 1)
+  place_i = step_i - (ends_E - steps_E)[expert_i]
+  work_i = place_i < blocks_E[expert_i]
   # An idle step names the block of the step before: nothing is copied.
   first_E = jnp.cumsum(blocks_E) - blocks_E
-  block_Z = first_E[expert_Z] + jnp.minimum(
-    place_Z, jnp.maximum(blocks_E[expert_Z] - 1, 0)
+  block_i = first_E[expert_i] + jnp.minimum(
+    place_i, jnp.maximum(blocks_E[expert_i] - 1, 0)
   )
-  block_Z = jnp.minimum(block_Z, blocks - 1)
-  bits_Z = FIRST * (place_Z == 0) + WORK * work_Z
-  return Steps(*(x.astype(jnp.int32) for x in (expert_Z, block_Z, bits_Z)))
+  block_i = jnp.minimum(block_i, blocks - 1)
+  bits_i = FIRST * (place_i == 0) + WORK * work_i
+  return Steps(*(x.astype(jnp.int32) for x in (expert_i, block_i, bits_i)))
 
 
 def _grouped_k_grid(m: int, n: int, steps: int, blocks: BlockSizes):
@@ -278,15 +278,15 @@ def _grouped_k_grid(m: int, n: int, steps: int, blocks: BlockSizes):
     in_specs=[a, b, scale_a, scale_b],
     out_specs=pl.BlockSpec(
       (None, blocks.m, blocks.n),
-      lambda d, f, z, expert_Z, *_: (expert_Z[z], d, f),
+      lambda d, f, z, expert_i, *_: (expert_i[z], d, f),
     ),
   )
 
 
 def _grouped_k_kernel(
-  expert_Z,
-  block_Z,
-  bits_Z,
+  expert_i,
+  block_i,
+  bits_i,
   a_DJ,
   b_FJ,
   scale_a_1D,
@@ -296,8 +296,8 @@ def _grouped_k_kernel(
   dtype,
 ):
   """Adds one block of K = 128 to the expert's output in VMEM."""
-  del expert_Z, block_Z
-  bits = bits_Z[pl.program_id(2)]
+  del expert_i, block_i
+  bits = bits_i[pl.program_id(2)]
 
   @pl.when(bits & FIRST != 0)
   def _():

@@ -1,14 +1,27 @@
-"""Attention of MLA: arguments checked once for all implementations."""
+"""Causal attention of MLA: one entry and one derivative for all passes.
+
+  s_ts = scale (q_t . k_s),  p = exp(s - lse),  o = p v
+  delta_t = o_t . do_t - dlse_t,  ds = p (do v^T - delta) scale    (TR eq. 10)
+
+Nothing of size T x T is saved for the backward pass: only queries, keys, values
+(which remat recomputes from the latents), the log-sum-exp, and the output; with
+`pack` the output in E5M6, shared with the projection behind it (TR 3.3.3).
+Output and log-sum-exp carry the checkpoint name 'attention'.
+
+Letters: X = H + R; others as in the alphabet.
+"""
 
 import functools
-import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, quantized
+from pallas_kernels.fp8_matmul import e5m6
 from pallas_kernels.mla_attention import (
   backward_gpu,
   backward_tpu,
@@ -16,7 +29,18 @@ from pallas_kernels.mla_attention import (
   pallas_gpu,
   pallas_tpu,
   reference,
+  xla,
 )
+
+
+class Passes(NamedTuple):
+  """Forward and backward, with the signatures of those in `reference`.
+
+  The output may be f32; `attend` rounds it, and the gradients, to q's type.
+  """
+
+  forward: Callable
+  backward: Callable
 
 
 def attention(
@@ -38,8 +62,8 @@ def attention(
     k_rope_BSR: shared by all heads. S = T >= 1.
     segments_BT: int32; tokens see their own segment only. None: one segment.
     scale: factor on the logits; softmax in f32.
-    implementation: see `dispatch`; 'auto' on a GPU is the reference where the
-      kernels do not take the arguments: f32, heads wider than 128 + 64 or 128.
+    implementation: see `dispatch`; 'auto' is 'xla' where the kernels do not
+      take the arguments: f32, heads wider than 128 + 64 or 128 on a GPU.
   Returns:
     The output, in q's type, and the log-sum-exp of the logits, f32.
   Raises:
@@ -47,71 +71,101 @@ def attention(
     NotImplementedError: legal, but not by this implementation.
   """
   operands = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU)
-  chosen = choose(implementation, *operands, segments_BT)
-  return _attention(*operands, segments_BT, scale, chosen)
+  passes = choose(implementation, *operands, segments_BT)
+  o_BTNU, lse_BNT, _ = attend(*operands, segments_BT, scale, passes, False)
+  return o_BTNU, lse_BNT
 
 
-def choose(implementation: str, q, k_nope, k_rope, v, segments) -> str:
-  """What `implementation` stands for with such arguments; see `ways`.
+def choose(implementation: str, q, k_nope, k_rope, v, segments) -> Passes:
+  """The passes that `implementation` stands for with such arguments.
 
   Raises: as `attention`.
   """
   _check(q, k_nope, k_rope, v, segments)
-  chosen = dispatch.resolve(implementation)
-  refused = chosen == 'pallas_gpu' and blocks_gpu.refusal(q, k_nope, k_rope, v)
-  return _without_kernel(refused, implementation) if refused else chosen
 
+  def unsupported(kernel: str) -> str | None:
+    is_gpu = kernel == 'pallas_gpu'
+    return blocks_gpu.unsupported(q, k_nope, k_rope, v) if is_gpu else None
 
-def ways(chosen: str) -> tuple[Callable, Callable]:
-  """Forward and backward passes of what `choose` gave, as in `reference`."""
-  if chosen == 'reference':
-    return reference.forward, reference.backward
+  chosen = dispatch.resolve(
+    implementation, 'mla_attention', unsupported, fallback='xla'
+  )
+  if chosen in ('reference', 'xla'):
+    module = {'reference': reference, 'xla': xla}[chosen]
+    return Passes(module.forward, module.backward)
   if chosen == 'pallas_gpu':
-    return pallas_gpu.forward, backward_gpu.backward
-  how = {'interpret': chosen == 'pallas_interpret'}
-  return (
-    functools.partial(pallas_tpu.forward, **how),
-    functools.partial(backward_tpu.backward, **how),
+    return Passes(pallas_gpu.forward, backward_gpu.backward)
+  options = {'interpret': chosen == 'pallas_interpret'}
+  return Passes(
+    functools.partial(pallas_tpu.forward, **options),
+    functools.partial(backward_tpu.backward, **options),
   )
 
 
-@functools.cache
-def _without_kernel(why: str, implementation: str) -> str:
-  if implementation != 'auto':
-    raise NotImplementedError(why)
-  logging.getLogger(__name__).info('mla_attention: reference, %s', why)
-  return 'reference'
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def attend(
+  q_BTNX: Float[Array, 'B T N X'],
+  k_nope_BSNH: Float[Array, 'B S N H'],
+  k_rope_BSR: Float[Array, 'B S R'],
+  v_BSNU: Float[Array, 'B S N U'],
+  segments_BS: Int[Array, 'B S'] | None,
+  scale: float,
+  passes: Passes,
+  pack: bool,
+) -> tuple[
+  Float[Array, 'B T N U'], Float[Array, 'B N T'], quantized.Packed | None
+]:
+  """Attention by given passes, unchecked; `attention` is the public form.
+
+  Args:
+    pack: save the output as E5M6, [B * T, N * U].
+  Returns:
+    Output, log-sum-exp, and with `pack` what is saved instead of the output;
+    no gradient goes through that.
+  """
+  args = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS)
+  return _attend_fwd(*args, scale, passes, pack)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(
-  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale, chosen
+def _attend_fwd(
+  q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS, scale, passes, pack
 ):
-  forward, _ = ways(chosen)
-  return forward(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BT, scale)
-
-
-def _forward(*args):
-  o_BTNU, lse_BNT = _attention(*args)
-  return (o_BTNU, lse_BNT), (args[:5], o_BTNU, lse_BNT)
-
-
-def _backward(scale, chosen, residuals, cotangents):
-  args, o_BTNU, lse_BNT = residuals
-  do_BTNU, dlse_BNT = cotangents
-  f32 = jnp.float32
-  delta_BNT = jnp.einsum(
-    'btnu,btnu->bnt',
-    o_BTNU.astype(f32),
-    do_BTNU.astype(f32),
-    precision=jax.lax.Precision.HIGHEST,
+  inputs = (q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, segments_BS)
+  with jax.named_scope('attention'):
+    o_BTNU, lse_BNT = passes.forward(*inputs, scale)
+    o_BTNU = o_BTNU.astype(v_BSNU.dtype)
+  saved = o_BTNU
+  if pack:
+    tokens = o_BTNU.shape[0] * o_BTNU.shape[1]
+    saved = e5m6.quantize(o_BTNU.reshape(tokens, -1))
+  saved, lse_BNT = jax.tree.map(
+    lambda x: checkpoint_name(x, 'attention'), (saved, lse_BNT)
   )
-  delta_BNT -= dlse_BNT
-  _, backward = ways(chosen)
-  return *backward(*args, scale, lse_BNT, delta_BNT, do_BTNU), None
+  residuals = (inputs, lse_BNT, saved)
+  if pack:
+    return (o_BTNU, lse_BNT, saved), residuals
+  # The caller goes on with the saved array: one more would be a second copy.
+  return (saved, lse_BNT, None), residuals
 
 
-_attention.defvjp(_forward, _backward)
+def _attend_bwd(scale, passes, pack, residuals, cotangents):
+  inputs, lse_BNT, saved = residuals
+  do_BTNU, dlse_BNT, _ = cotangents
+  dtype, f32 = inputs[0].dtype, jnp.float32
+  o_BTNU = e5m6.unpack(saved).reshape(do_BTNU.shape) if pack else saved
+  with jax.named_scope('attention'):
+    delta_BNT = jnp.einsum(
+      'btnu,btnu->bnt',
+      o_BTNU.astype(f32),
+      do_BTNU.astype(f32),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    delta_BNT -= dlse_BNT
+    grads = passes.backward(*inputs, scale, lse_BNT, delta_BNT, do_BTNU)
+    return *(x.astype(dtype) for x in grads), None
+
+
+attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _check(q, k_nope, k_rope, v, segments) -> None:

@@ -1,10 +1,9 @@
 """Gradients of MLA's attention on Hopper: TMA, wgmma (Mosaic).
 
-Two kernels, both from q, k, v and what a query keeps of the forward pass: its
-log-sum-exp and delta (reference.py). Scores are computed anew in each: seven
-products where one kernel would have five, but no atomics, so that the bits are
-the same each time. As in the forward kernel one warpgroup loads and two have 64
-rows each.
+Two kernels, both from q, k, v and two numbers a query: its log-sum-exp and
+delta (reference.py). Each recomputes the scores: seven products where one
+kernel would have five, but no atomics, so that the result is deterministic. As
+in the forward kernel one warpgroup loads and two have 64 rows each.
 
 - keys: 128 keys of a head, past which its queries come, 32 at a time. Scores
   stand with keys as rows: probabilities and their gradients are operands in
@@ -15,12 +14,12 @@ rows each.
 - queries: 128 queries of a head, past which its keys come, 64 at a time.
 
 Shared memory: 128 tokens 80 KB; three stages of 64 or six of 32 tokens 120 KB;
-with what tokens have one of, 203 of 227 KB.
+with the numbers of tokens, 203 of 227 KB.
 
 The rotary key is shared by all heads. Each head's part of its gradient goes to
 memory in f32, [B, N, T, R], and XLA adds them in one order: for 4,096 tokens
-and 128 heads 134 MB, 0.1 ms of an H100's memory to write and to read. A loop
-over heads in a program would need none of it, and leave 32 programs to 132
+and 128 heads these are 134 MB, written and read in 0.1 ms by an H100. A loop
+over heads in a program would avoid them, but leave 32 programs for 132
 multiprocessors.
 
 Letters: as in reference.py and blocks_gpu.py.
@@ -38,7 +37,7 @@ from pallas_kernels import compat, registers, softmax
 from pallas_kernels.mla_attention import blocks_gpu
 
 plgpu = compat.mosaic_gpu
-Plan, Ring = blocks_gpu.Plan, blocks_gpu.Ring
+AttentionPlan, Ring = blocks_gpu.AttentionPlan, blocks_gpu.Ring
 BLOCK, ROWS, ROTARY = blocks_gpu.BLOCK, blocks_gpu.ROWS, blocks_gpu.ROTARY
 
 KEYS, KEY_STAGES = 64, 3  # tokens of a stage, and stages
@@ -76,7 +75,7 @@ def backward(
     ),
   )
   dq_BTNX = _of_queries(operands, segments_BT, plan)
-  dk_nope_BSNW, dk_rope_BNSR, dv_BSNW = _of_keys(operands, segments_BT, plan)
+  dk_nope_BSNh, dk_rope_BNSR, dv_BSNh = _of_keys(operands, segments_BT, plan)
   nope, rope = k_nope_BSNH.shape[-1], k_rope_BSR.shape[-1]
   if nope < plan.width or rope < ROTARY:
     dq_nope, dq_rope = jnp.split(dq_BTNX, [plan.width], axis=-1)
@@ -85,21 +84,21 @@ def backward(
   dk_rope_BSR = jnp.sum(dk_rope_BNSR, axis=1).astype(k_rope_BSR.dtype)
   grads = (
     dq_BTNX,
-    dk_nope_BSNW[..., :nope],
+    dk_nope_BSNh[..., :nope],
     dk_rope_BSR[..., :rope],
-    dv_BSNW[..., : v_BSNU.shape[-1]],
+    dv_BSNh[..., : v_BSNU.shape[-1]],
   )
   return tuple(x[:, : plan.length] for x in grads)
 
 
-def _segments(segments_BT, plan: Plan, bounds) -> tuple:
+def _segments(segments_BT, plan: AttentionPlan, bounds) -> tuple:
   """Operands for them, if there are any."""
   if not plan.segments:
     return ()
   return blocks_gpu.of_tokens(segments_BT), bounds(segments_BT)
 
 
-def _of_queries(operands, segments_BT, plan: Plan):
+def _of_queries(operands, segments_BT, plan: AttentionPlan):
   """dq, with padded widths."""
   memory = blocks_gpu.memory
   step = {
@@ -113,7 +112,7 @@ def _of_queries(operands, segments_BT, plan: Plan):
     'q_nope': memory(BLOCK, plan.width),
     'q_rope': memory(BLOCK, ROTARY),
     'do': memory(BLOCK, plan.width),
-    'kept': memory(2, BLOCK, dtype=F32),
+    'numbers': memory(2, BLOCK, dtype=F32),
     'q_segments': memory(BLOCK, dtype=jnp.int32),
     **blocks_gpu.ring_scratch(KEY_STAGES, step),
     'q_full': plgpu.Barrier(num_arrivals=4 + plan.segments),
@@ -131,12 +130,12 @@ def _of_queries(operands, segments_BT, plan: Plan):
   )
 
 
-def _ring_of_keys(scratch, plan: Plan) -> Ring:
+def _ring_of_keys(scratch, plan: AttentionPlan) -> Ring:
   names = ('k_nope', 'k_rope', 'v') + ('segments',) * plan.segments
   return Ring(scratch, KEY_STAGES, names)
 
 
-def _work_of_queries(refs, place, plan: Plan):
+def _work_of_queries(refs, place, plan: AttentionPlan):
   """Block of queries; first step of keys and the end."""
   block = plan.blocks - 1 - place[2]  # the longest begin first
   first = refs[7][place[0], block] if plan.segments else jnp.int32(0)
@@ -144,15 +143,15 @@ def _work_of_queries(refs, place, plan: Plan):
   return block, first, lax.min((block + 1) * (BLOCK // KEYS), jnp.int32(most))
 
 
-def _load_keys(refs, place, scratch, plan: Plan):
+def _load_keys(refs, place, scratch, plan: AttentionPlan):
   """Brings the queries, then keys and values as buffers become free."""
-  q_BTNX, k_nope, k_rope, v, do, kept, *rest = refs
+  q_BTNX, k_nope, k_rope, v, do, numbers, *rest = refs
   b, n, _ = place
   block, first, end = _work_of_queries(refs, place, plan)
   queries = pl.ds(block * BLOCK, BLOCK)
   sources = _of_q(q_BTNX.at[b, queries, n], plan) | {
     'do': do.at[b, queries, n],
-    'kept': kept.at[b, n, :, queries],
+    'numbers': numbers.at[b, n, :, queries],
   }
   if plan.segments:
     sources['q_segments'] = rest[0].at[b, queries]
@@ -170,7 +169,7 @@ def _load_keys(refs, place, scratch, plan: Plan):
   ring.drain(end - first)
 
 
-def _of_q(q_TX, plan: Plan) -> dict:
+def _of_q(q_TX, plan: AttentionPlan) -> dict:
   """Both parts of queries in memory."""
   return {
     'q_nope': q_TX.at[:, pl.ds(0, plan.width)],
@@ -178,7 +177,7 @@ def _of_q(q_TX, plan: Plan) -> dict:
   }
 
 
-def _consume_keys(refs, place, index, scratch, plan: Plan):
+def _consume_keys(refs, place, index, scratch, plan: AttentionPlan):
   """dq of 64 queries."""
   dq_BTNX = refs[-1]
   b, n, _ = place
@@ -201,7 +200,7 @@ def _consume_keys(refs, place, index, scratch, plan: Plan):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _step_of_keys(scratch, plan: Plan, mine, first, apart, j, sums):
+def _step_of_keys(scratch, plan: AttentionPlan, mine, first, apart, j, sums):
   """Adds what 64 keys give to dq. apart: see `blocks_gpu.hide`, of j."""
   shape, turn = (ROWS, KEYS), j - first
   ring = _ring_of_keys(scratch, plan)
@@ -223,7 +222,7 @@ def _step_of_keys(scratch, plan: Plan, mine, first, apart, j, sums):
     segments = of_queries, registers.column(rest[0][...])
     plgpu.commit_smem()  # TMA, another proxy, may overwrite them only now
   lse, delta = (
-    registers.from_rows(registers.row(scratch['kept'][at, mine]), shape)
+    registers.from_rows(registers.row(scratch['numbers'][at, mine]), shape)
     for at in range(2)
   )
   p = jnp.exp2(scores * plan.base2 - lse)
@@ -236,20 +235,20 @@ def _step_of_keys(scratch, plan: Plan, mine, first, apart, j, sums):
 
 
 def _store(x, memory, out):
-  """In BF16, through memory that nobody else reads any more."""
+  """Stores BF16 through memory that no warpgroup reads any more."""
   memory[...] = registers.tile(x.astype(BF16))
   plgpu.commit_smem()
   plgpu.copy_smem_to_gmem(memory, out)
 
 
-def _of_keys(operands, segments_BT, plan: Plan):
+def _of_keys(operands, segments_BT, plan: AttentionPlan):
   """dk_nope, each head's dk_rope, and dv, with padded widths."""
   memory = functools.partial(blocks_gpu.memory, line=LINE)
   step = {
     'q_nope': ((QUERIES, plan.width), BF16),
     'q_rope': ((QUERIES, ROTARY), BF16),
     'do': ((QUERIES, plan.width), BF16),
-    'kept': ((2, QUERIES), F32),
+    'numbers': ((2, QUERIES), F32),
   }
   if plan.segments:
     step['segments'] = ((QUERIES,), jnp.int32)
@@ -279,12 +278,12 @@ def _of_keys(operands, segments_BT, plan: Plan):
   )
 
 
-def _ring_of_queries(scratch, plan: Plan) -> Ring:
-  names = ('q_nope', 'q_rope', 'do', 'kept')
+def _ring_of_queries(scratch, plan: AttentionPlan) -> Ring:
+  names = ('q_nope', 'q_rope', 'do', 'numbers')
   return Ring(scratch, QUERY_STAGES, names + ('segments',) * plan.segments)
 
 
-def _work_of_keys(refs, place, plan: Plan):
+def _work_of_keys(refs, place, plan: AttentionPlan):
   """Block of keys; first step of queries and the end."""
   block = place[2]
   end = jnp.int32(pl.cdiv(plan.length, QUERIES))
@@ -293,9 +292,9 @@ def _work_of_keys(refs, place, plan: Plan):
   return block, block * (BLOCK // QUERIES), end
 
 
-def _load_queries(refs, place, scratch, plan: Plan):
+def _load_queries(refs, place, scratch, plan: AttentionPlan):
   """Brings the keys and values, then queries as buffers become free."""
-  q_BTNX, k_nope, k_rope, v, do, kept, *rest = refs
+  q_BTNX, k_nope, k_rope, v, do, numbers, *rest = refs
   b, n, _ = place
   block, first, end = _work_of_keys(refs, place, plan)
   keys = pl.ds(block * BLOCK, BLOCK)
@@ -315,7 +314,7 @@ def _load_queries(refs, place, scratch, plan: Plan):
     of_step = [
       *_of_q(q_BTNX.at[b, queries, n], plan).values(),
       do.at[b, queries, n],
-      kept.at[b, n, :, queries],
+      numbers.at[b, n, :, queries],
     ]
     if plan.segments:
       of_step.append(rest[0].at[b, queries])
@@ -324,9 +323,9 @@ def _load_queries(refs, place, scratch, plan: Plan):
   ring.drain(end - first)
 
 
-def _consume_queries(refs, place, index, scratch, plan: Plan):
+def _consume_queries(refs, place, index, scratch, plan: AttentionPlan):
   """dk and dv of 64 keys."""
-  *_, dk_nope_BSNW, dk_rope_BNSR, dv_BSNW = refs
+  *_, dk_nope_BSNh, dk_rope_BNSR, dv_BSNh = refs
   b, n, _ = place
   block, first, end = _work_of_keys(refs, place, plan)
   mine = pl.ds(index * ROWS, ROWS)
@@ -341,17 +340,17 @@ def _consume_queries(refs, place, index, scratch, plan: Plan):
   sums = lax.fori_loop(below, end, functools.partial(body, None), sums)
   dv, dk_nope, dk_rope = sums
   keys = pl.ds(start, ROWS)
-  _store(dv, scratch['v'].at[mine], dv_BSNW.at[b, keys, n])
-  _store(dk_nope, scratch['k_nope'].at[mine], dk_nope_BSNW.at[b, keys, n])
+  _store(dv, scratch['v'].at[mine], dv_BSNh.at[b, keys, n])
+  _store(dk_nope, scratch['k_nope'].at[mine], dk_nope_BSNh.at[b, keys, n])
   dk_rope_BNSR[b, n, keys] = dk_rope
   plgpu.wait_smem_to_gmem(0)
 
 
-def _step_of_queries(scratch, plan: Plan, mine, first, apart, i, sums):
+def _step_of_queries(scratch, plan: AttentionPlan, mine, first, apart, i, sums):
   """Adds what 32 queries give to dv and dk. apart: as of `_step_of_keys`."""
   shape, turn = (ROWS, QUERIES), i - first
   ring = _ring_of_queries(scratch, plan)
-  q_nope, q_rope, do, kept, *rest = ring.take(turn)
+  q_nope, q_rope, do, numbers, *rest = ring.take(turn)
   k_nope, k_rope, v = (
     scratch[name].at[mine] for name in ('k_nope', 'k_rope', 'v')
   )
@@ -368,7 +367,8 @@ def _step_of_queries(scratch, plan: Plan, mine, first, apart, i, sums):
     of_keys = registers.row(scratch['k_segments'][mine])
     segments = of_keys, registers.column(rest[0][...])
   lse, delta = (
-    registers.from_columns(registers.column(kept[at]), shape) for at in range(2)
+    registers.from_columns(registers.column(numbers[at]), shape)
+    for at in range(2)
   )
   plgpu.commit_smem()  # TMA, another proxy, may overwrite them only now
   p = jnp.exp2(scores * plan.base2 - lse)

@@ -1,9 +1,9 @@
 """Gradients of MLA's attention on TPUs, through Pallas and Mosaic.
 
-Two kernels, both from q, k, v and what a query keeps of the forward pass: its
-log-sum-exp and delta (reference.py). Scores are computed anew, so that nothing
-as large as T x S is in memory, and each kernel adds up what it owns in VMEM: no
-atomics, the same bits each time.
+Two kernels, both from q, k, v and two numbers a query: its log-sum-exp and
+delta (reference.py). Both recompute the scores, so that nothing as large as
+T x S is in memory, and sum their gradients in VMEM: no atomics, so that the
+result is deterministic.
 
 - keys: a grid over sequences, blocks of keys, heads and blocks of queries. The
   scores stand with keys in sublanes, queries in lanes: products for dk and dv
@@ -60,9 +60,9 @@ def backward(
     in_lanes(lse_BNT * softmax.LOG2_E),
     in_lanes(delta_BNT),
   )
-  how = {'scale': scale, 'blocks': blocks, 'interpret': interpret}
-  dk_nope_BNSH, dk_rope_BSR, dv_BNSU = _of_keys(args, **how)
-  dq_BNTX = _of_queries(args, **how)
+  options = {'scale': scale, 'blocks': blocks, 'interpret': interpret}
+  dk_nope_BNSH, dk_rope_BSR, dv_BNSU = _of_keys(args, **options)
+  dq_BNTX = _of_queries(args, **options)
   return (
     forwards.tokens_first(dq_BNTX, length),
     forwards.tokens_first(dk_nope_BNSH, length),

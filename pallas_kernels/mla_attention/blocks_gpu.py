@@ -1,14 +1,14 @@
-"""What the Hopper kernels of MLA's attention share: operands and blocks.
+"""Operands and blocks of the Hopper kernels of MLA's attention.
 
 Widths are padded with zeros to what TMA and wgmma take: H and U to one of 64 or
 128, R to 64; none of V3's. T is padded to 8, and what has one number a token to
 128: TMA fills what lies behind with zeros, and drops stores there.
 
-Blocks of queries and of keys whose ranges of segments do not overlap cannot
-meet; a kernel begins or ends at the last of them. Samples that lie one after
-another are so left out but for blocks on their borders.
+Blocks of queries and of keys whose ranges of segments do not overlap have no
+visible pair; a kernel begins or ends at the last of them. So of consecutive
+samples only the blocks on their borders are loaded in vain.
 
-Letters: as in reference.py; W = H = U as padded.
+Letters: as in reference.py; h = H = U as padded.
 """
 
 import functools
@@ -31,13 +31,13 @@ WIDEST = 128
 LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # of 512 for the three
 
 
-class Plan(NamedTuple):
-  """What is known before the launch."""
+class AttentionPlan(NamedTuple):
+  """Constants of a launch."""
 
   batch: int
   length: int
   heads: int
-  width: int  # W
+  width: int  # h
   scale: float
   segments: bool
   interpret: bool
@@ -57,8 +57,8 @@ class Plan(NamedTuple):
     return dense.up(self.length, dense.GROUP)
 
 
-def refusal(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU) -> str:
-  """Why the kernels do not take such arguments, or ''."""
+def unsupported(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU) -> str | None:
+  """Why the kernels do not take such arguments, if they do not."""
   if q_BTNX.dtype != jnp.bfloat16:
     return f'q is {q_BTNX.dtype}, not bfloat16'
   wide = max(k_nope_BSNH.shape[-1], v_BSNU.shape[-1])
@@ -67,26 +67,28 @@ def refusal(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU) -> str:
       f'widths {k_nope_BSNH.shape[-1]} + {k_rope_BSR.shape[-1]} and '
       f'{v_BSNU.shape[-1]} must be at most {WIDEST} + {ROTARY} and {WIDEST}'
     )
-  return ''
+  return None
 
 
-def plan(args, scale: float, interpret: bool) -> Plan:
+def plan(args, scale: float, interpret: bool) -> AttentionPlan:
   """args: q, k_nope, k_rope, v, segments.
 
   Raises:
-    NotImplementedError: see `refusal`.
+    NotImplementedError: see `unsupported`.
   """
   *operands, segments_BT = args
-  if why := refusal(*operands):
-    raise NotImplementedError(why)
+  if reason := unsupported(*operands):
+    raise NotImplementedError(reason)
   batch, length, heads, _ = args[0].shape
   widths = operands[1].shape[-1], operands[3].shape[-1]
   width = dense.up(max(widths), ROTARY)
   has_segments = segments_BT is not None
-  return Plan(batch, length, heads, width, scale, has_segments, interpret)
+  return AttentionPlan(
+    batch, length, heads, width, scale, has_segments, interpret
+  )
 
 
-def operands(args, plan: Plan) -> tuple:
+def operands(args, plan: AttentionPlan) -> tuple:
   """q, k_nope, k_rope and v, padded."""
   q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, _ = args
   nope, rope = k_nope_BSNH.shape[-1], k_rope_BSR.shape[-1]
@@ -141,7 +143,9 @@ def _meet(segments_BT, queries: int, keys: int):
   return meet_Bij & (low_Bj[:, None] <= high_Bi[:, :, None])
 
 
-def launch(body, plan: Plan, name: str, outputs, scratch: dict, *operands):
+def launch(
+  body, plan: AttentionPlan, name: str, outputs, scratch: dict, *operands
+):
   """A program for each sequence, head and block; those of a head run together.
 
   body: `load` and `consume`, which get refs, place, scratch and plan; scratch
@@ -169,8 +173,8 @@ def launch(body, plan: Plan, name: str, outputs, scratch: dict, *operands):
   return kernel(*operands)
 
 
-def _roles(*refs, body, plan: Plan, scratch: dict):
-  """What each warpgroup does."""
+def _roles(*refs, body, plan: AttentionPlan, scratch: dict):
+  """The role of each warpgroup."""
   load, consume = body
   index = lax.axis_index('warpgroup')
   place = tuple(map(lax.axis_index, ('sequence', 'head', 'block')))
@@ -214,7 +218,7 @@ class Ring(NamedTuple):
       plgpu.copy_gmem_to_smem(source, self.scratch[name].at[slot], full)
 
   def drain(self, turns) -> None:
-    """Waits for the last use of each buffer: no barrier is left half way."""
+    """Waits for the last use of each buffer: barriers must end in phase."""
 
     @pl.loop(lax.max(turns - self.stages, 0), turns)
     def _(turn):
@@ -241,11 +245,11 @@ def ring_scratch(stages: int, buffers: dict, line: int = 128) -> dict:
   """Of a `Ring`: buffers of shape and type, and two barriers a stage."""
   name = next(iter(buffers))
   barrier = functools.partial(plgpu.Barrier, num_barriers=stages)
-  made = {
+  scratch = {
     key: memory(stages, *shape, dtype=dtype, line=line)
     for key, (shape, dtype) in buffers.items()
   }
-  return made | {
+  return scratch | {
     f'{name}_full': barrier(num_arrivals=len(buffers)),
     f'{name}_empty': barrier(num_arrivals=CONSUMERS),
   }
@@ -261,7 +265,7 @@ def memory(*shape, dtype=jnp.bfloat16, line: int = 128):
   return plgpu.SMEM(shape, dtype)
 
 
-def hide(x, value: float, plan: Plan, ahead, segments, keys: int = 1):
+def hide(x, value: float, plan: AttentionPlan, ahead, segments, keys: int = 1):
   """A tile x with `value` where a query and a key do not meet.
 
   ahead: how far the first query is ahead of the first key; None: far enough.
@@ -281,6 +285,6 @@ def hide(x, value: float, plan: Plan, ahead, segments, keys: int = 1):
 
 
 def load(sources: dict, scratch, barrier: str) -> None:
-  """Brings all to the memory of their names."""
+  """Copies each to the memory of its name."""
   for name, source in sources.items():
     plgpu.copy_gmem_to_smem(source, scratch[name], scratch[barrier])

@@ -4,7 +4,8 @@ A program has 128 queries of a head; its third warpgroup loads, by TMA: the
 queries, then blocks of 128 keys and values into two buffers each. The rotary
 key has no head: all programs load the same one. Two consumers have 64 queries
 each and keep scores, probabilities, largest scores, sums and output in
-registers. They take turns at the tensor cores, by a barrier on which both meet:
+registers. They alternate at the tensor cores, by a barrier on which both
+arrive:
 
   one     output += probabilities values,  scores = queries keys of the next
   other   softmax: largest scores, powers of two, sums
@@ -35,7 +36,7 @@ from pallas_kernels import compat, registers, softmax
 from pallas_kernels.mla_attention import blocks_gpu
 
 plgpu = compat.mosaic_gpu
-Plan = blocks_gpu.Plan
+AttentionPlan = blocks_gpu.AttentionPlan
 BLOCK, ROWS, ROTARY = blocks_gpu.BLOCK, blocks_gpu.ROWS, blocks_gpu.ROTARY
 
 STAGES = 2
@@ -73,7 +74,7 @@ def forward(
     tail = (blocks_gpu.of_tokens(segments_BT), first_Bi)
   shape = (plan.batch, plan.padded, plan.heads, plan.width)
   lse_shape = (plan.batch, plan.heads, plan.blocks * BLOCK)
-  o_BTNW, lse_BNT = blocks_gpu.launch(
+  o_BTNh, lse_BNT = blocks_gpu.launch(
     (_load, _consume),
     plan,
     'mla_attention',
@@ -85,11 +86,11 @@ def forward(
     *blocks_gpu.operands(args, plan),
     *tail,
   )
-  o_BTNU = o_BTNW[:, : plan.length, :, : v_BSNU.shape[-1]]
+  o_BTNU = o_BTNh[:, : plan.length, :, : v_BSNU.shape[-1]]
   return o_BTNU, lse_BNT[..., : plan.length]
 
 
-def _scratch(plan: Plan) -> dict:
+def _scratch(plan: AttentionPlan) -> dict:
   bf16, memory = jnp.bfloat16, blocks_gpu.memory
   keys = {
     'k_nope': ((BLOCK, plan.width), bf16),
@@ -109,21 +110,21 @@ def _scratch(plan: Plan) -> dict:
   }
 
 
-def _rings(scratch, plan: Plan):
+def _rings(scratch, plan: AttentionPlan):
   """Of keys and of values, which are free at other times."""
   names = ('k_nope', 'k_rope') + ('segments',) * plan.segments
   ring = functools.partial(blocks_gpu.Ring, scratch, STAGES)
   return ring(names), ring(('v',))
 
 
-def _work(refs, place, plan: Plan):
+def _work(refs, place, plan: AttentionPlan):
   """Block of queries, and the first of keys."""
   block = plan.blocks - 1 - place[2]
   first = refs[5][place[0], block] if plan.segments else jnp.int32(0)
   return block, first
 
 
-def _load(refs, place, scratch, plan: Plan):
+def _load(refs, place, scratch, plan: AttentionPlan):
   """Brings the queries, then keys and values as buffers become free."""
   q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU, *rest = refs
   b, n, _ = place
@@ -152,9 +153,9 @@ def _load(refs, place, scratch, plan: Plan):
   of_values.drain(block + 1 - first)
 
 
-def _consume(refs, place, index, scratch, plan: Plan):
+def _consume(refs, place, index, scratch, plan: AttentionPlan):
   """64 queries: all blocks of keys, then the output."""
-  *_, o_BTNW, lse_BNT = refs
+  *_, o_BTNh, lse_BNT = refs
   b, n, _ = place
   block, first = _work(refs, place, plan)
   mine = pl.ds(index * ROWS, ROWS)
@@ -172,10 +173,10 @@ def _consume(refs, place, index, scratch, plan: Plan):
   pl.when(index == 0)(meet)
   most, total, sums = carry
   inverse = registers.from_rows(registers.row(1.0 / total), sums.shape)
-  out = scratch['q_nope'].at[mine]  # which nobody reads any more
-  out[...] = registers.tile((sums * inverse).astype(o_BTNW.dtype))
+  out = scratch['q_nope'].at[mine]  # which no warpgroup reads any more
+  out[...] = registers.tile((sums * inverse).astype(o_BTNh.dtype))
   plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(out, o_BTNW.at[b, queries, n])
+  plgpu.copy_smem_to_gmem(out, o_BTNh.at[b, queries, n])
   lse_BNT[b, n, queries] = registers.row(most / softmax.LOG2_E + jnp.log(total))
   plgpu.wait_smem_to_gmem(0)
 

@@ -2,14 +2,14 @@
 
 A grid over sequences, heads, blocks of queries and blocks of keys. Largest
 score, sum and output of a block of queries stay in VMEM, in f32, while keys
-pass; exponentials are powers of two. A block beyond the diagonal names the last
-one before it, that nothing is copied, and does nothing.
+pass; exponentials are powers of two. A block beyond the diagonal does nothing,
+and names the last one before it, so that nothing is copied.
 
 A block's last two dims must be multiples of the tile (8, 128) or whole: a block
-of one head of [B, T, N, D] is not. Arrays come heads first, which XLA makes the
-layout of the product before. What is one number a query (segments, log-sum-exp)
-lies along the lanes, [1, T]: [T, 1] would pad to 128 times its size. A kernel
-that needs a column turns it once for a block.
+of one head of [B, T, N, D] is not. So arrays have heads first, a layout that
+XLA gives to the product before. Numbers of queries (segments, log-sum-exp) lie
+along the lanes, [1, T]: [T, 1] would be padded to 128 times its size. A kernel
+that needs a column transposes it once for a block.
 
 Any length: padding is behind all keys that a query sees.
 
@@ -58,7 +58,7 @@ class BlockSizes:
 
 
 def choose_blocks(length: int) -> BlockSizes:
-  """At most 512, all alike, so that little is padded.
+  """At most 512, all equal, so that little is padded.
 
   512 x 512 scores take 1 MiB of VMEM. Larger blocks waste more on the diagonal
   (an eighth of the work at 4,096 tokens); a step of smaller ones is as short as
@@ -239,12 +239,12 @@ def tokens_first(x_BNTD, length: int):
 
 
 def column(x_1T):
-  """[T, 1]; whole tiles are turned."""
+  """[T, 1]; whole tiles are transposed."""
   return jnp.broadcast_to(x_1T, (tpu.LANES, x_1T.shape[1])).T[:, :1]
 
 
 def row(x_T1):
-  """[1, T]; whole tiles are turned."""
+  """[1, T]; whole tiles are transposed."""
   return jnp.broadcast_to(x_T1, (x_T1.shape[0], tpu.LANES)).T[:1]
 
 

@@ -5,7 +5,6 @@ before W_UV: one latent serves all heads as key and as value (TR 2.1.1).
 """
 
 import functools
-import logging
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +14,11 @@ from pallas_kernels import dispatch, quantized
 from pallas_kernels.mla_decode import cache as caches
 from pallas_kernels.mla_decode import pallas_gpu, pallas_tpu, reference
 
-# Of one kernel call: masks are made query by query, and sums of all are held.
-# More come as slices, as when a prompt goes on behind what a cache has of it.
+# Of one kernel call, which computes masks query by query and holds the sums of
+# all queries. More queries (a prompt behind a cached prefix) come in slices.
 MOST_QUERIES = 16
 
-Cache = caches.Cache
+LatentPages = caches.LatentPages
 PAGE = caches.PAGE
 bits = caches.bits
 dequantize = caches.dequantize
@@ -29,8 +28,8 @@ quantize = caches.quantize
 
 def decode(
   q_BTNY: Float[Array, 'B T N Y'],
-  cache: Cache,
-  table_Bj: Int[Array, 'B j'],
+  cache: LatentPages,
+  table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   scale: float,
   implementation: str = 'auto',
@@ -43,13 +42,13 @@ def decode(
     cache: of the queries' dtype, or with latents in e4m3. Pages that no row
       owns, and places of a row's last page beyond its length, may hold
       anything.
-    table_Bj: int32; a row's pages in order. Entries beyond its length may be
+    table_Bb: int32; a row's pages in order. Entries beyond its length may be
       anything; those within must be pages.
     lengths_B: int32 tokens in the cache, the T queries' own included, at most
-      64 j; the queries are causal among themselves. 0: an empty row.
+      64 b; the queries are causal among themselves. 0: an empty row.
     scale: of the scores before the softmax, a Python number.
-    splits: parts that a row is cut into (see `parts.py`); None: enough to keep
-      the device busy. Changes results by rounding only.
+    splits: parts of a row (see `parts.py`); None: enough to keep the device
+      busy. Changes results by rounding only.
   Returns:
     o_BTNC in the queries' dtype; lse_BNT f32, natural logarithm. Zero and -inf
     for a query that sees no token. No gradient is defined.
@@ -58,14 +57,15 @@ def decode(
     NotImplementedError: legal, but not by this implementation; 'auto' takes
       the reference instead.
   """
-  _check(q_BTNY, cache, table_Bj, lengths_B)
+  _check(q_BTNY, cache, table_Bb, lengths_B)
   if splits is not None and splits < 1:
     raise ValueError(f'splits={splits} must be at least 1')
-  chosen = dispatch.resolve(implementation)
-  args = (q_BTNY, cache, table_Bj, lengths_B, scale)
-  is_auto = implementation == 'auto' and chosen == 'pallas_gpu'
-  if is_auto and (reason := pallas_gpu.why_not(cache)):
-    chosen = _reference(reason)
+
+  def unsupported(kernel: str) -> str | None:
+    return pallas_gpu.unsupported(cache) if kernel == 'pallas_gpu' else None
+
+  chosen = dispatch.resolve(implementation, 'mla_decode', unsupported)
+  args = (q_BTNY, cache, table_Bb, lengths_B, scale)
   if chosen == 'reference':
     return reference.decode(*args, splits=splits or 1)
   kernel = functools.partial(
@@ -74,7 +74,7 @@ def decode(
   if chosen == 'pallas_gpu':
     kernel = pallas_gpu.decode
   run = lambda q_BTNY, lengths_B: kernel(
-    q_BTNY, cache, table_Bj, lengths_B, scale, splits=splits
+    q_BTNY, cache, table_Bb, lengths_B, scale, splits=splits
   )
   few = q_BTNY.shape[1] <= MOST_QUERIES
   return (run if few else functools.partial(_in_slices, run))(q_BTNY, lengths_B)
@@ -84,7 +84,7 @@ def _in_slices(run, q_BTNY, lengths_B):
   """`run` on a few queries at a time, each slice ending where its last does."""
   batch, queries = q_BTNY.shape[:2]
   count = -(-queries // MOST_QUERIES)
-  before = count * MOST_QUERIES - queries  # queries of nothing, in front
+  before = count * MOST_QUERIES - queries  # padding queries, in front
   q_BTNY = jnp.pad(q_BTNY, ((0, 0), (before, 0), (0, 0), (0, 0)))
   shape = (batch, count, MOST_QUERIES, *q_BTNY.shape[2:])
   later_n1 = MOST_QUERIES * jnp.arange(count, dtype=jnp.int32)[::-1, None]
@@ -97,64 +97,58 @@ def _in_slices(run, q_BTNY, lengths_B):
   return o_BTNC[:, before:], lse_BNT[:, :, before:]
 
 
-@functools.cache
-def _reference(reason: str) -> str:
-  logging.getLogger(__name__).info('mla_decode: reference, as %s', reason)
-  return 'reference'
-
-
-def _check(q_BTNY, cache: Cache, table_Bj, lengths_B) -> None:
+def _check(q_BTNY, cache: LatentPages, table_Bb, lengths_B) -> None:
   if q_BTNY.ndim != 4 or not q_BTNY.size:
     raise ValueError(f'q.shape={q_BTNY.shape} must be [B, T, N, C + R], none 0')
   if q_BTNY.dtype not in (jnp.bfloat16, jnp.float32):
     raise ValueError(f'q.dtype={q_BTNY.dtype} must be bfloat16 or float32')
   _check_cache(cache, q_BTNY.shape[-1], q_BTNY.dtype)
   rows = q_BTNY.shape[0]
-  if table_Bj.ndim != 2 or table_Bj.shape[0] != rows or not table_Bj.size:
+  if table_Bb.ndim != 2 or table_Bb.shape[0] != rows or not table_Bb.size:
     raise ValueError(
-      f'table.shape={table_Bj.shape} must be [{rows}, blocks of a row]'
+      f'table.shape={table_Bb.shape} must be [{rows}, blocks of a row]'
     )
   if lengths_B.shape != (rows,):
     raise ValueError(f'lengths.shape={lengths_B.shape} must be {(rows,)}')
-  for name, x in (('table', table_Bj), ('lengths', lengths_B)):
+  for name, x in (('table', table_Bb), ('lengths', lengths_B)):
     if x.dtype != jnp.int32:
       raise ValueError(f'{name}.dtype={x.dtype} must be int32')
 
 
-def _check_cache(cache: Cache, width: int, dtype) -> None:
-  c_JIC, k_rope_JIR = cache.c_JIC, cache.k_rope_JIR
-  for name, x in (('c', c_JIC), ('k_rope', k_rope_JIR)):
+def _check_cache(cache: LatentPages, width: int, dtype) -> None:
+  c_psC, k_rope_psR = cache.c_psC, cache.k_rope_psR
+  for name, x in (('c', c_psC), ('k_rope', k_rope_psR)):
     if len(x.shape) != 3 or x.shape[1] != PAGE or not x.shape[0]:
       raise ValueError(
         f'cache.{name}.shape={x.shape} must be [pages, {PAGE}, width]'
       )
-  if c_JIC.shape[0] != k_rope_JIR.shape[0]:
+  if c_psC.shape[0] != k_rope_psR.shape[0]:
     raise ValueError(
-      f'cache.c.shape={c_JIC.shape} and cache.k_rope.shape={k_rope_JIR.shape} '
+      f'cache.c.shape={c_psC.shape} and cache.k_rope.shape={k_rope_psR.shape} '
       f'must have as many pages'
     )
-  if c_JIC.shape[2] + k_rope_JIR.shape[2] != width:
+  if c_psC.shape[2] + k_rope_psR.shape[2] != width:
     raise ValueError(
-      f'q.shape[-1]={width} must be {c_JIC.shape[2]} + {k_rope_JIR.shape[2]}, '
+      f'q.shape[-1]={width} must be {c_psC.shape[2]} + {k_rope_psR.shape[2]}, '
       f'the widths of cache.c and cache.k_rope'
     )
-  of_dtype = {'cache.k_rope': k_rope_JIR}
+  of_dtype = {'cache.k_rope': k_rope_psR}
   if cache.is_quantized:
-    _check_quantized(c_JIC)
+    _check_quantized(c_psC)
   else:
-    of_dtype['cache.c'] = c_JIC
+    of_dtype['cache.c'] = c_psC
   for name, x in of_dtype.items():
     if x.dtype != dtype:
       raise ValueError(f'{name}.dtype={x.dtype} must be {dtype}, as of q')
 
 
-def _check_quantized(c_JIC: quantized.Quantized) -> None:
-  if c_JIC.values.dtype != quantized.E4M3:
-    raise ValueError(f'cache.c.dtype={c_JIC.values.dtype} must be e4m3')
-  if c_JIC.tile != quantized.ROW:
-    raise ValueError(f'cache.c.tile={c_JIC.tile} must be {quantized.ROW}')
-  want = (*c_JIC.shape[:2], -(-c_JIC.shape[2] // 128))
-  if c_JIC.scales.shape != want:
+def _check_quantized(c_psC: quantized.Quantized) -> None:
+  if c_psC.values.dtype != quantized.E4M3:
+    raise ValueError(f'cache.c.dtype={c_psC.values.dtype} must be e4m3')
+  if c_psC.tile != quantized.ROW:
+    raise ValueError(f'cache.c.tile={c_psC.tile} must be {quantized.ROW}')
+  want = (*c_psC.shape[:2], -(-c_psC.shape[2] // 128))
+  if c_psC.scales.shape != want:
     raise ValueError(
-      f'cache.c.scales.shape={c_JIC.scales.shape} must be {want}'
+      f'cache.c.scales.shape={c_psC.scales.shape} must be {want}'
     )

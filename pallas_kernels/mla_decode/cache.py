@@ -1,11 +1,11 @@
 """The paged latent cache: two arrays of pages of 64 tokens (TR 2.1.1).
 
-A token has a normed latent of C values and a rotated key of R. They lie apart,
-as a TPU pads rows of 576 to 640. In FP8 a token of DeepSeek-V3 has 656 bytes:
-512 values in e4m3, an f32 scale for each 128 of them, and 64 rotary values that
-stay in BF16, since rounding them moves the scores most.
+A token has a normed latent of C values and a rotated key of R. They are two
+arrays, as a TPU pads rows of 576 to 640. In FP8 a token of DeepSeek-V3 has 656
+bytes: 512 values in e4m3, an f32 scale for each 128 of them, and 64 rotary
+values that stay in BF16, since rounding them moves the scores most.
 
-Letters: J pages, I tokens of a page, C latent, R rotary.
+Letters: p pages, s tokens of a page; others as in the alphabet.
 """
 
 import dataclasses
@@ -22,47 +22,47 @@ PAGE = 64  # tokens
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
-  """Pages of latents and of rotary keys; which are whose, a block table says.
+class LatentPages:
+  """Pages of latents and of rotary keys; block tables give the pages of rows.
 
-  c_JIC: BF16 or f32 [pages, 64, C], or `Quantized` e4m3 of that shape with
-  tiles 1 x 128. k_rope_JIR: BF16 or f32 [pages, 64, R].
+  c_psC: BF16 or f32 [pages, 64, C], or `Quantized` e4m3 of that shape with
+  tiles 1 x 128. k_rope_psR: BF16 or f32 [pages, 64, R].
   """
 
   # Any: a tree of this form also holds shapes or shardings.
-  c_JIC: Any
-  k_rope_JIR: Any
+  c_psC: Any
+  k_rope_psR: Any
 
   @property
   def is_quantized(self) -> bool:
-    return isinstance(self.c_JIC, quantized.Quantized)
+    return isinstance(self.c_psC, quantized.Quantized)
 
   @property
   def pages(self) -> int:
-    return self.k_rope_JIR.shape[0]
+    return self.k_rope_psR.shape[0]
 
 
-def quantize(cache: Cache) -> Cache:
+def quantize(cache: LatentPages) -> LatentPages:
   """Latents in e4m3, 128 of a token under one scale; rotary keys as they are.
 
-  It serves new tokens as well as whole pages: a token's scales are its own.
+  Also for new tokens instead of pages, as every token has scales of its own.
   """
-  return dataclasses.replace(cache, c_JIC=formats.quantize(cache.c_JIC))
+  return dataclasses.replace(cache, c_psC=formats.quantize(cache.c_psC))
 
 
-def dequantize(cache: Cache, dtype: jax.typing.DTypeLike) -> Cache:
+def dequantize(cache: LatentPages, dtype: jax.typing.DTypeLike) -> LatentPages:
   """Latents as value * scale in f32, rounded to `dtype` if that is less."""
   if not cache.is_quantized:
     return cache
-  c_JIC = formats.dequantize(cache.c_JIC, dtype)
-  return dataclasses.replace(cache, c_JIC=c_JIC)
+  c_psC = formats.dequantize(cache.c_psC, dtype)
+  return dataclasses.replace(cache, c_psC=c_psC)
 
 
 def bits(x: jax.Array) -> jax.Array:
-  """On a CPU, numbers of less than 32 bits as integers, to be moved unread.
+  """On CPU, numbers of less than 32 bits as integers; elsewhere x itself.
 
-  XLA:CPU knows no arithmetic on them, and to read or write a few places of a
-  cache it would widen all of it. Elsewhere they stay: there, this is a copy.
+  XLA:CPU has no arithmetic on these types: to gather or scatter a few tokens of
+  a cache it would widen all of it. On other devices this would be a copy.
   """
   unsigned = {1: jnp.uint8, 2: jnp.uint16}
   if jax.default_backend() != 'cpu' or x.dtype.itemsize not in unsigned:
@@ -71,13 +71,13 @@ def bits(x: jax.Array) -> jax.Array:
 
 
 def from_bits(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-  """Numbers again of what `bits` made of some of this dtype."""
+  """The inverse of `bits`."""
   same = x.dtype == dtype  # a bitcast would have no gradient
   return x if same else jax.lax.bitcast_convert_type(x, dtype)
 
 
-def bytes_per_token(cache: Cache) -> int:
-  """What one token takes, scales included."""
+def bytes_per_token(cache: LatentPages) -> int:
+  """Bytes of one token, scales included."""
   leaves = jax.tree.leaves(cache)
   size = sum(x.size * jnp.dtype(x.dtype).itemsize for x in leaves)
   return size // (cache.pages * PAGE)

@@ -1,8 +1,8 @@
 """Named shapes of decoding, for tests and for the benchmark.
 
 V3 has latents of 512 and rotary keys of 64; 128 heads are those of one device
-without tensor parallelism, 16 those of one of eight. Two queries a row are what
-one speculated token asks for (TR 5.4.3).
+without tensor parallelism, 16 those of one of eight. Two queries a row verify
+one speculative token (TR 5.4.3).
 """
 
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What the two consumers of a program of `pallas_gpu` do, turn by turn.
+"""The two consumers of a program of `pallas_gpu`, turn by turn.
 
 Letters: as there.
 """
@@ -24,8 +24,8 @@ PIECE = 64  # columns of swizzled memory
 TILE = 128  # of FP8 latents that share a scale
 
 
-class Plan(NamedTuple):
-  """What is known before the launch. scale: of scores in powers of two."""
+class DecodePlan(NamedTuple):
+  """Constants of a launch. scale: of scores in powers of two."""
 
   heads: int
   queries: int
@@ -58,10 +58,10 @@ def slot_of(turn):
   return lax.rem(turn, jnp.int32(STAGES))
 
 
-def consume(outputs, work: Work, warpgroup, scratch, plan: Plan):
+def consume(outputs, work: Work, warpgroup, scratch, plan: DecodePlan):
   """Takes all turns, and stores its columns of the output.
 
-  outputs: o [Z, B, X, C] and lse [Z, B, X], f32.
+  outputs: o [i, B, t, C] and lse [i, B, t], f32.
   """
   turns = work.bounds.end - work.bounds.first
   plgpu.barrier_wait(scratch['q_full'])
@@ -81,17 +81,17 @@ def consume(outputs, work: Work, warpgroup, scratch, plan: Plan):
   _store(outputs, (most, total, sums), work, warpgroup, plan)
 
 
-def _widen(page, slot, warpgroup, scratch, plan: Plan):
+def _widen(page, slot, warpgroup, scratch, plan: DecodePlan):
   """An FP8 page in BF16, half of its columns by each; then both have all."""
   for tile in range(plan.half // TILE):
     k = warpgroup * (plan.half // TILE) + tile
     columns = pl.ds(k * TILE, TILE)
-    x_IC = registers.tile(scratch['loaded'][slot, :, columns])
-    scale_I = registers.row(scratch['scales'][k])
-    x_IC = registers.tile(
-      x_IC.astype(jnp.float32) * registers.from_rows(scale_I, x_IC.shape)
+    x_sC = registers.tile(scratch['loaded'][slot, :, columns])
+    scale_s = registers.row(scratch['scales'][k])
+    x_sC = registers.tile(
+      x_sC.astype(jnp.float32) * registers.from_rows(scale_s, x_sC.shape)
     )
-    page[:, columns] = registers.tile(x_IC.astype(jnp.bfloat16))
+    page[:, columns] = registers.tile(x_sC.astype(jnp.bfloat16))
   plgpu.commit_smem()
   plgpu.barrier_arrive(scratch['widened'])
   plgpu.barrier_wait(scratch['widened'])
@@ -110,7 +110,7 @@ def _score(page, k_rope, scratch):
   )
 
 
-def _turn(work: Work, warpgroup, scratch, plan: Plan, turn, carry):
+def _turn(work: Work, warpgroup, scratch, plan: DecodePlan, turn, carry):
   """Scores of a page, by one of the two, and its part of the output."""
   most, total, sums = carry
   slot = slot_of(turn)
@@ -159,24 +159,24 @@ def _wait_until_used(turn, scratch):
     plgpu.barrier_wait(scratch['used'])
 
 
-def _soften(scores, most, work: Work, turn, scratch, plan: Plan):
+def _soften(scores, most, work: Work, turn, scratch, plan: DecodePlan):
   """Probabilities and largest scores to shared memory; sums of the former."""
-  seen_XS = _seen(work, turn, plan)
+  seen_tS = _seen(work, turn, plan)
   scores = registers.tile(
-    jnp.where(seen_XS, scores * plan.scale, softmax.HIDDEN)
+    jnp.where(seen_tS, scores * plan.scale, softmax.HIDDEN)
   )
   most = registers.row(jnp.maximum(most, jnp.max(scores, axis=1)))
-  p_XS = registers.tile(
+  p_tS = registers.tile(
     jnp.exp2(scores - registers.from_rows(most, scores.shape))
   )
   _wait_until_used(turn, scratch)
-  scratch['p'][...] = registers.tile(p_XS.astype(jnp.bfloat16))
+  scratch['p'][...] = registers.tile(p_tS.astype(jnp.bfloat16))
   scratch['of_rows'][0] = most
   plgpu.commit_smem()
-  return registers.row(jnp.sum(p_XS, axis=1))
+  return registers.row(jnp.sum(p_tS, axis=1))
 
 
-def _seen(work: Work, turn, plan: Plan):
+def _seen(work: Work, turn, plan: DecodePlan):
   """Which tokens of a page each query sees; padded queries see the last's."""
   iota = lambda dim: plgpu.broadcasted_iota(
     jnp.int32, (ROWS, PAGE), dim, layout=plgpu.Layout.WGMMA
@@ -185,14 +185,14 @@ def _seen(work: Work, turn, plan: Plan):
   until = work.length - (work.bounds.first + turn) * PAGE - plan.queries + 1
   if plan.queries == 1:
     return iota(1) < until
-  later_XS = sum(
+  later_tS = sum(
     (work.first_query + iota(0) >= t * plan.heads).astype(jnp.int32)
     for t in range(1, plan.queries)
   )
-  return iota(1) - later_XS < until
+  return iota(1) - later_tS < until
 
 
-def _clear(page_SC, tokens, plan: Plan):
+def _clear(page_SC, tokens, plan: DecodePlan):
   """Zeros from the place `tokens` on."""
   layout = plgpu.Layout.WGMMA
   s_SC = plgpu.broadcasted_iota(jnp.int32, (PAGE, PIECE), 0, layout=layout)
@@ -205,22 +205,22 @@ def _clear(page_SC, tokens, plan: Plan):
   plgpu.commit_smem()
 
 
-def _add(sums, p_XS, page_SC, plan: Plan):
+def _add(sums, p_tS, page_SC, plan: DecodePlan):
   """sums + p page."""
   if plan.interpret:
 
     def product(acc):
-      plgpu.wgmma(acc, p_XS, page_SC)
+      plgpu.wgmma(acc, p_tS, page_SC)
       return acc[...]
 
     return sums + pl.run_scoped(product, plgpu.ACC(sums.shape, jnp.float32))
-  add = lambda acc: plgpu.wgmma(acc, p_XS, page_SC)
+  add = lambda acc: plgpu.wgmma(acc, p_tS, page_SC)
   return registers.tile(pl.run_state(add)(plgpu.ACC.init(sums)))
 
 
-def _store(outputs, carry, work: Work, warpgroup, plan: Plan):
+def _store(outputs, carry, work: Work, warpgroup, plan: DecodePlan):
   """Output and log-sum-exp of a part, from registers."""
-  o_ZBXC, lse_ZBX = outputs
+  o_iBtC, lse_iBt = outputs
   most, total, sums = carry
   none = total == 0
   total = registers.row(jnp.where(none, 1.0, total))
@@ -228,11 +228,11 @@ def _store(outputs, carry, work: Work, warpgroup, plan: Plan):
     sums * registers.from_rows(registers.row(1.0 / total), sums.shape)
   )
   columns = pl.ds(warpgroup * plan.half, plan.half)
-  o_ZBXC[work.part, work.row, work.rows, columns] = sums
+  o_iBtC[work.part, work.row, work.rows, columns] = sums
   lse = registers.row(
     jnp.where(none, -jnp.inf, most / softmax.LOG2_E + jnp.log(total))
   )
 
   @pl.when(warpgroup == 0)
   def _():
-    lse_ZBX[work.part, work.row, work.rows] = lse
+    lse_iBt[work.part, work.row, work.rows] = lse

@@ -2,8 +2,8 @@
 
 A program takes 64 of a row's T * N queries over one part of the row. Its third
 warpgroup loads: one page of 64 tokens after the other comes by TMA, found
-through the block table, into one of two buffers. A page is key and value in
-one: 64 x 576 for the scores, its first 512 columns for the output.
+through the block table, into one of two buffers. A page is key and value at
+once: 64 x 576 for the scores, its first 512 columns for the output.
 
 The output, 64 x 512 in f32, would fill the registers of one warpgroup, so that
 two consumers have half of its columns each. They take turns at the scores,
@@ -16,8 +16,8 @@ which both need. In turn j,
 and page j + 1 is loaded meanwhile. (Scores of page j + 1 beside the softmax of
 page j would keep both buffers busy, and the loads waiting for them.)
 
-Largest scores go the same way as the probabilities; each consumer has the sum
-of the probabilities that it made. Places beyond a row's length are overwritten
+Largest scores are passed on with the probabilities; each consumer holds the sum
+of those that it computed. Places beyond a row's length are overwritten
 with zeros before they are multiplied: NaN times zero would be NaN.
 
 Budget for 512 + 64: two pages 147,456 bytes, queries 73,728, probabilities
@@ -28,16 +28,15 @@ scores, and spills none (ptxas, sm_90a).
 Of an FP8 cache two pages are loaded as they are, and a third buffer has the
 page of the turn in BF16: each consumer widens half of its columns. That saves
 43 % of the bytes and no product. The scales of a page, [4, 64], have one
-buffer, loaded anew when both have read it; XLA gathers those of the rows and
-turns them before the kernel. Shared memory: 1 KB more than with BF16.
+buffer, reloaded when both have read it; XLA gathers those of the rows and
+transposes them before the kernel. Shared memory: 1 KB more than with BF16.
 
-The interpreter knows no accumulator that begins with a value: there a product
-is added to the output, which on a device would take registers that are not
-there.
+The interpreter has no accumulators with an initial value: there a product is
+added to the output, for which a device lacks the registers.
 
-Letters: B rows, T queries of a row, N heads, X = T * N padded to 64, C latent,
-R rotary, Y = C + R, Z parts, S 64 tokens; J pages, I tokens of a page, j blocks
-of a row.
+Letters: t = T * N padded to 64, Y = C + R, i parts, S 64 tokens; p pages, s
+tokens of a page, b blocks of a row, c tiles of 128 of C; others as in the
+alphabet.
 """
 
 import functools
@@ -55,7 +54,7 @@ from pallas_kernels.mla_decode import consume_gpu, parts
 from pallas_kernels.mla_decode.cache import PAGE
 
 plgpu = compat.mosaic_gpu
-Plan, Work = consume_gpu.Plan, consume_gpu.Work
+DecodePlan, Work = consume_gpu.DecodePlan, consume_gpu.Work
 ROWS, CONSUMERS = consume_gpu.ROWS, consume_gpu.CONSUMERS
 STAGES, PIECE = consume_gpu.STAGES, consume_gpu.PIECE
 TILE = consume_gpu.TILE
@@ -66,8 +65,8 @@ LOADER_REGISTERS, CONSUMER_REGISTERS = 24, 240  # of 512 for the three
 
 def decode(
   q_BTNY: Float[Array, 'B T N Y'],
-  cache: caches.Cache,
-  table_Bj: Int[Array, 'B j'],
+  cache: caches.LatentPages,
+  table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   scale: float,
   *,
@@ -83,14 +82,16 @@ def decode(
       in FP8), 256 or 512 latent and 64 rotary; interpreted before jax 0.11.
   """
   rows, queries, heads, _ = q_BTNY.shape
-  latent, rotary = cache.c_JIC.shape[-1], cache.k_rope_JIR.shape[-1]
-  if reason := why_not(cache):
+  latent, rotary = cache.c_psC.shape[-1], cache.k_rope_psR.shape[-1]
+  if reason := unsupported(cache):
     raise NotImplementedError(reason)
-  blocks_X = pl.cdiv(queries * heads, ROWS)
-  splits = splits or choose_splits(rows * blocks_X, table_Bj.shape[1])
+  blocks_t = pl.cdiv(queries * heads, ROWS)
+  splits = splits or choose_splits(rows * blocks_t, table_Bb.shape[1])
   widths = (heads, queries, latent, rotary, splits)
-  plan = Plan(*widths, scale * softmax.LOG2_E, cache.is_quantized, interpret)
-  x = blocks_X * ROWS
+  plan = DecodePlan(
+    *widths, scale * softmax.LOG2_E, cache.is_quantized, interpret
+  )
+  x = blocks_t * ROWS
   kernel = plgpu.kernel(
     functools.partial(_kernel, plan=plan),
     out_type=(
@@ -98,7 +99,7 @@ def decode(
       jax.ShapeDtypeStruct((splits, rows, x), jnp.float32),
     ),
     scratch_types={'scratch': _scratch(plan)},
-    grid=(rows, splits, blocks_X),
+    grid=(rows, splits, blocks_t),
     grid_names=('row', 'part', 'queries'),
     num_threads=CONSUMERS + 1,
     thread_name='warpgroup',
@@ -110,46 +111,46 @@ def decode(
     ),
     interpret=compat.gpu_interpreter(interpret),
   )
-  owned_Bj = parts.owned(table_Bj, lengths_B, cache.pages)
-  o_ZBXC, lse_ZBX = kernel(
+  owned_Bb = parts.owned(table_Bb, lengths_B, cache.pages)
+  o_iBtC, lse_iBt = kernel(
     dense.pad(q_BTNY.reshape(rows, queries * heads, -1), ROWS, 1),
-    *_inputs(cache, owned_Bj),
-    owned_Bj,
+    *_inputs(cache, owned_Bb),
+    owned_Bb,
     lengths_B,
   )
   shape = (splits, rows, queries, heads)
   cut = slice(0, queries * heads)
-  o_ZBTNC = o_ZBXC[:, :, cut].reshape(*shape, latent)
-  lse_ZBNT = jnp.swapaxes(lse_ZBX[:, :, cut].reshape(shape), -1, -2)
-  return parts.combine(o_ZBTNC, lse_ZBNT, q_BTNY.dtype)
+  o_iBTNC = o_iBtC[:, :, cut].reshape(*shape, latent)
+  lse_iBNT = jnp.swapaxes(lse_iBt[:, :, cut].reshape(shape), -1, -2)
+  return parts.combine(o_iBTNC, lse_iBNT, q_BTNY.dtype)
 
 
-def why_not(cache: caches.Cache) -> str | None:
+def unsupported(cache: caches.LatentPages) -> str | None:
   """Why there is no kernel for such a cache, if there is none."""
-  dtype = cache.k_rope_JIR.dtype
+  dtype = cache.k_rope_psR.dtype
   if dtype != jnp.bfloat16:
     return f'the cache is {dtype}, not bfloat16'
-  latent, rotary = cache.c_JIC.shape[-1], cache.k_rope_JIR.shape[-1]
+  latent, rotary = cache.c_psC.shape[-1], cache.k_rope_psR.shape[-1]
   widths = (256, 512) if cache.is_quantized else (128, 256, 512)
   if latent not in widths or rotary != PIECE:
     return f'widths {latent} + {rotary} must be one of {widths} + {PIECE}'
   return None
 
 
-def _inputs(cache: caches.Cache, owned_Bj) -> tuple:
+def _inputs(cache: caches.LatentPages, owned_Bb) -> tuple:
   """Latents, scales of the rows' pages or None, rotary keys."""
   if not cache.is_quantized:
-    return cache.c_JIC, None, cache.k_rope_JIR
-  scale_BjkI = parts.scales(cache.c_JIC, owned_Bj)
-  return cache.c_JIC.values, scale_BjkI, cache.k_rope_JIR
+    return cache.c_psC, None, cache.k_rope_psR
+  scale_Bbcs = parts.scales(cache.c_psC, owned_Bb)
+  return cache.c_psC.values, scale_Bbcs, cache.k_rope_psR
 
 
 def choose_splits(programs: int, table_blocks: int) -> int:
-  """As many parts as find a multiprocessor at once, none without a block."""
+  """As many parts as run at once, each with at least one block."""
   return max(1, min(PROGRAMS // programs, table_blocks))
 
 
-def _scratch(plan: Plan) -> dict:
+def _scratch(plan: DecodePlan) -> dict:
   bf16 = functools.partial(dense.swizzled, dtype=jnp.bfloat16)
   pages = (STAGES, PAGE, plan.latent)
   if plan.fp8:
@@ -178,9 +179,9 @@ def _scratch(plan: Plan) -> dict:
   }
 
 
-def _kernel(q_BXY, c_JIC, *rest, plan, scratch):
+def _kernel(q_BtY, c_psC, *rest, plan, scratch):
   """Of every warpgroup. rest: scales if there are any, and all others."""
-  *scale_BjkI, k_rope_JIR, table_Bj, lengths_B, o, lse = rest
+  *scale_Bbcs, k_rope_psR, table_Bb, lengths_B, o, lse = rest
   row, part = lax.axis_index('row'), lax.axis_index('part')
   warpgroup = lax.axis_index('warpgroup')
   first_query = lax.axis_index('queries') * ROWS
@@ -191,7 +192,7 @@ def _kernel(q_BXY, c_JIC, *rest, plan, scratch):
 
   def load():
     plgpu.set_max_registers(LOADER_REGISTERS, action='decrease')
-    sources = (q_BXY, c_JIC, scale_BjkI, k_rope_JIR, table_Bj)
+    sources = (q_BtY, c_psC, scale_Bbcs, k_rope_psR, table_Bb)
     _load(sources, work, scratch, plan)
 
   def consume():
@@ -201,15 +202,15 @@ def _kernel(q_BXY, c_JIC, *rest, plan, scratch):
   lax.cond(warpgroup == CONSUMERS, load, consume)
 
 
-def _load(sources, work: Work, scratch, plan: Plan):
+def _load(sources, work: Work, scratch, plan: DecodePlan):
   """Brings the queries, then page after page as buffers become free."""
-  q_BXY, c_JIC, scale_BjkI, k_rope_JIR, table_Bj = sources
+  q_BtY, c_psC, scale_Bbcs, k_rope_psR, table_Bb = sources
   first, end = work.bounds
   for name, start, width in (
     ('q_c', 0, plan.latent),
     ('q_r', plan.latent, plan.rotary),
   ):
-    part = q_BXY.at[work.row, work.rows, pl.ds(start, width)]
+    part = q_BtY.at[work.row, work.rows, pl.ds(start, width)]
     plgpu.copy_gmem_to_smem(part, scratch[name], scratch['q_full'])
 
   @pl.loop(0, end - first)
@@ -221,22 +222,22 @@ def _load(sources, work: Work, scratch, plan: Plan):
       plgpu.barrier_wait(scratch['empty'].at[slot])
 
     block, full = first + turn, scratch['full'].at[slot]
-    page = table_Bj[work.row, block]
+    page = table_Bb[work.row, block]
     latents = scratch['loaded' if plan.fp8 else 'c'].at[slot]
-    plgpu.copy_gmem_to_smem(c_JIC.at[page], latents, full)
+    plgpu.copy_gmem_to_smem(c_psC.at[page], latents, full)
     plgpu.copy_gmem_to_smem(
-      k_rope_JIR.at[page], scratch['k_rope'].at[slot], full
+      k_rope_psR.at[page], scratch['k_rope'].at[slot], full
     )
     if plan.fp8:
       _wait_until_widened(turn, scratch)
       plgpu.copy_gmem_to_smem(
-        scale_BjkI[0].at[work.row, block], scratch['scales'], full
+        scale_Bbcs[0].at[work.row, block], scratch['scales'], full
       )
 
   if plan.fp8:
     _wait_until_widened(end - first, scratch)
 
-  # The last use of every buffer, so that no barrier is left half way.
+  # Waits for the last use of every buffer: barriers must end in phase.
   @pl.loop(lax.max(end - first - STAGES, 0), end - first)
   def _(turn):
     plgpu.barrier_wait(scratch['empty'].at[consume_gpu.slot_of(turn)])

@@ -1,22 +1,22 @@
 """Decoding over a paged latent cache on TPUs, through Pallas and Mosaic.
 
-A grid over rows, parts of a row and steps of `pages` pages. The block table
-comes as a prefetched scalar; a step names the same array of pages several
-times, each time with a page of its own, so that the pipeline copies them side
-by side while the step before is worked off. All queries and heads of a row
-share what is loaded. The softmax is online: largest score, sum and output stay
-in VMEM, in f32; exponentials are powers of two.
+A grid over rows, parts of a row and steps of `pages` pages. The block table is
+a prefetched scalar. A step takes the array of pages as several operands, each
+with another page, so that the pipeline copies them in parallel during the step
+before. All queries and heads of a row share what is loaded. The softmax is
+online: largest score, sum and output stay in VMEM, in f32; exponentials are
+powers of two.
 
-A step beyond a part's end names the pages of the last step within, that none is
-copied again, and does nothing. Places beyond a row's length are zeros before
-they are multiplied: NaN times a zero probability would be NaN.
+A step beyond a part's end does nothing, and names the pages of the last step
+within, so that none is copied again. Places beyond a row's length are zeros
+before they are multiplied: NaN times a zero probability would be NaN.
 
 An FP8 page is dequantised to BF16 in VMEM. Scales come as [4, 64], long in the
-lanes: [64, 4] padded to 128 lanes would be as much as the values; XLA turns
-them before the kernel.
+lanes: [64, 4] padded to 128 lanes would be as large as the values; XLA
+transposes them before the kernel.
 
-Letters: B rows, T queries of a row, N heads, X = T * N, C latent, R rotary, S
-tokens of a step, Z parts; J pages, I tokens of a page, k tiles of 128 of C.
+Letters: t = T * N, S tokens of a step, i parts; p pages, s tokens of a page, b
+blocks of a row, c tiles of 128 of C; others as in the alphabet.
 """
 
 import dataclasses
@@ -56,8 +56,8 @@ def choose_blocks(table_blocks: int, queries: int) -> BlockSizes:
 
 def decode(
   q_BTNY: Float[Array, 'B T N Y'],
-  cache: caches.Cache,
-  table_Bj: Int[Array, 'B j'],
+  cache: caches.LatentPages,
+  table_Bb: Int[Array, 'B b'],
   lengths_B: Int[Array, 'B'],
   scale: float,
   *,
@@ -74,13 +74,13 @@ def decode(
   """
   rows, queries, heads, _ = q_BTNY.shape
   splits = splits or 1
-  blocks = blocks or choose_blocks(table_Bj.shape[1], queries * heads)
-  latent_dim = cache.c_JIC.shape[-1]
-  q_BXC, q_BXR = jnp.split(
+  blocks = blocks or choose_blocks(table_Bb.shape[1], queries * heads)
+  latent_dim = cache.c_psC.shape[-1]
+  q_BtC, q_BtR = jnp.split(
     q_BTNY.reshape(rows, queries * heads, -1), [latent_dim], axis=-1
   )
-  owned_Bj = parts.owned(table_Bj, lengths_B, cache.pages)
-  inputs = _inputs(cache, owned_Bj)
+  owned_Bb = parts.owned(table_Bb, lengths_B, cache.pages)
+  inputs = _inputs(cache, owned_Bb)
   out = pl.pallas_call(
     functools.partial(
       _kernel,
@@ -91,43 +91,43 @@ def decode(
       scale=scale * softmax.LOG2_E,
     ),
     out_shape=(
-      jax.ShapeDtypeStruct((rows, splits, *q_BXC.shape[1:]), jnp.float32),
-      jax.ShapeDtypeStruct((rows, splits, q_BXC.shape[1], 1), jnp.float32),
+      jax.ShapeDtypeStruct((rows, splits, *q_BtC.shape[1:]), jnp.float32),
+      jax.ShapeDtypeStruct((rows, splits, q_BtC.shape[1], 1), jnp.float32),
     ),
-    grid_spec=_grid(q_BXC, q_BXR, inputs, table_Bj, splits, blocks.pages),
+    grid_spec=_grid(q_BtC, q_BtR, inputs, table_Bb, splits, blocks.pages),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'parallel', 'arbitrary'),
       vmem_limit_bytes=tpu.VMEM_BYTES,
     ),
-    cost_estimate=_cost(q_BTNY, cache, table_Bj),
+    cost_estimate=_cost(q_BTNY, cache, table_Bb),
     interpret=interpret,
     name='mla_decode',
   )(
-    owned_Bj,
+    owned_Bb,
     lengths_B,
-    q_BXC,
-    q_BXR,
+    q_BtC,
+    q_BtR,
     *(x for x in inputs for _ in range(blocks.pages)),
   )
-  o_ZBXC, lse_ZBX1 = (jnp.swapaxes(x, 0, 1) for x in out)
+  o_iBtC, lse_iBt1 = (jnp.swapaxes(x, 0, 1) for x in out)
   shape = (splits, rows, queries, heads)
-  lse_ZBNT = jnp.swapaxes(lse_ZBX1.reshape(shape), -1, -2)
-  o_ZBTNC = o_ZBXC.reshape(*shape, latent_dim)
-  return parts.combine(o_ZBTNC, lse_ZBNT, q_BTNY.dtype)
+  lse_iBNT = jnp.swapaxes(lse_iBt1.reshape(shape), -1, -2)
+  o_iBTNC = o_iBtC.reshape(*shape, latent_dim)
+  return parts.combine(o_iBTNC, lse_iBNT, q_BTNY.dtype)
 
 
-def _inputs(cache: caches.Cache, owned_Bj) -> tuple:
+def _inputs(cache: caches.LatentPages, owned_Bb) -> tuple:
   """What is copied of a page: latents, rotary keys and, of FP8, scales."""
   if not cache.is_quantized:
-    return cache.c_JIC, cache.k_rope_JIR
-  scale_BjkI = parts.scales(cache.c_JIC, owned_Bj)
-  return cache.c_JIC.values, cache.k_rope_JIR, scale_BjkI
+    return cache.c_psC, cache.k_rope_psR
+  scale_Bbcs = parts.scales(cache.c_psC, owned_Bb)
+  return cache.c_psC.values, cache.k_rope_psR, scale_Bbcs
 
 
-def _grid(q_BXC, q_BXR, inputs, table_Bj, splits: int, pages: int):
+def _grid(q_BtC, q_BtR, inputs, table_Bb, splits: int, pages: int):
   """Rows, parts and steps, and which pages each step holds."""
-  rows, queries, latent_dim = q_BXC.shape
-  share = pl.cdiv(table_Bj.shape[1], splits)
+  rows, queries, latent_dim = q_BtC.shape
+  share = pl.cdiv(table_Bb.shape[1], splits)
 
   def block(at, b, z, step, lengths):
     first, end = parts.bounds(lengths[b], z, splits)
@@ -155,8 +155,8 @@ def _grid(q_BXC, q_BXR, inputs, table_Bj, splits: int, pages: int):
     num_scalar_prefetch=2,
     grid=(rows, splits, pl.cdiv(share, pages)),
     in_specs=[
-      pl.BlockSpec((None, queries, q_BXC.shape[-1]), of_row),
-      pl.BlockSpec((None, queries, q_BXR.shape[-1]), of_row),
+      pl.BlockSpec((None, queries, q_BtC.shape[-1]), of_row),
+      pl.BlockSpec((None, queries, q_BtR.shape[-1]), of_row),
       *(spec(x, at) for x in inputs for at in range(pages)),
     ],
     out_specs=(
@@ -168,51 +168,51 @@ def _grid(q_BXC, q_BXR, inputs, table_Bj, splits: int, pages: int):
 
 
 def _kernel(
-  table, lengths, q_XC, q_XR, *refs, heads, queries, splits, pages, scale
+  table, lengths, q_tC, q_tR, *refs, heads, queries, splits, pages, scale
 ):
   """One step of a part; refs: the pages of each input, outputs, scratch."""
-  *inputs, o_XC, lse_X1, most_X1, total_X1, sum_XC = refs
+  *inputs, o_tC, lse_t1, most_t1, total_t1, sum_tC = refs
   row, step = pl.program_id(0), pl.program_id(2)
   length = lengths[row]
   first, end = parts.bounds(length, pl.program_id(1), splits)
 
   @pl.when(step == 0)
   def _():
-    most_X1[...] = jnp.full_like(most_X1, softmax.LEAST)
-    total_X1[...] = jnp.zeros_like(total_X1)
-    sum_XC[...] = jnp.zeros_like(sum_XC)
+    most_t1[...] = jnp.full_like(most_t1, softmax.LEAST)
+    total_t1[...] = jnp.zeros_like(total_t1)
+    sum_tC[...] = jnp.zeros_like(sum_tC)
 
   @pl.when(first + step * pages < end)
   def _():
     start = (first + step * pages) * PAGE
     until = jnp.minimum(length, end * PAGE)  # the next part has what is beyond
-    c_SC, k_rope_SR = _load(inputs, pages, start, until, q_XC.dtype)
-    scores_XS = _dot(q_XC[...], c_SC, tpu.NT) + _dot(
-      q_XR[...], k_rope_SR, tpu.NT
+    c_SC, k_rope_SR = _load(inputs, pages, start, until, q_tC.dtype)
+    scores_tS = _dot(q_tC[...], c_SC, tpu.NT) + _dot(
+      q_tR[...], k_rope_SR, tpu.NT
     )
-    shape = scores_XS.shape
-    s_XS = start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    x_XS = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-    t_XS = sum((x_XS >= t * heads).astype(jnp.int32) for t in range(1, queries))
-    seen_XS = s_XS < jnp.minimum(until, length - queries + 1 + t_XS)
-    scores_XS = jnp.where(seen_XS, scores_XS * scale, softmax.HIDDEN)
-    before_X1 = most_X1[...]
-    most = jnp.maximum(before_X1, jnp.max(scores_XS, axis=1, keepdims=True))
-    p_XS = jnp.exp2(scores_XS - most)
-    decay_X1 = jnp.exp2(before_X1 - most)
-    most_X1[...] = most
-    total_X1[...] = total_X1[...] * decay_X1 + jnp.sum(p_XS, 1, keepdims=True)
-    part_XC = _dot(p_XS.astype(c_SC.dtype), c_SC, tpu.NN)
-    sum_XC[...] = sum_XC[...] * decay_X1 + part_XC
+    shape = scores_tS.shape
+    s_tS = start + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    x_tS = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    t_tS = sum((x_tS >= t * heads).astype(jnp.int32) for t in range(1, queries))
+    seen_tS = s_tS < jnp.minimum(until, length - queries + 1 + t_tS)
+    scores_tS = jnp.where(seen_tS, scores_tS * scale, softmax.HIDDEN)
+    before_t1 = most_t1[...]
+    most = jnp.maximum(before_t1, jnp.max(scores_tS, axis=1, keepdims=True))
+    p_tS = jnp.exp2(scores_tS - most)
+    decay_t1 = jnp.exp2(before_t1 - most)
+    most_t1[...] = most
+    total_t1[...] = total_t1[...] * decay_t1 + jnp.sum(p_tS, 1, keepdims=True)
+    part_tC = _dot(p_tS.astype(c_SC.dtype), c_SC, tpu.NN)
+    sum_tC[...] = sum_tC[...] * decay_t1 + part_tC
 
   @pl.when(step == pl.num_programs(2) - 1)
   def _():
-    total = total_X1[...]
+    total = total_t1[...]
     none = total == 0
     total = jnp.where(none, 1.0, total)
-    o_XC[...] = sum_XC[...] / total
-    lse = most_X1[...] / softmax.LOG2_E + jnp.log(total)
-    lse_X1[...] = jnp.where(none, -jnp.inf, lse)
+    o_tC[...] = sum_tC[...] / total
+    lse = most_t1[...] / softmax.LOG2_E + jnp.log(total)
+    lse_t1[...] = jnp.where(none, -jnp.inf, lse)
 
 
 def _load(refs, pages: int, start, until, dtype):
@@ -221,7 +221,7 @@ def _load(refs, pages: int, start, until, dtype):
   c_SC = [ref[...] for ref in of_input[0]]
   if len(of_input) == 3:
     scaled = zip(c_SC, of_input[2], strict=True)
-    c_SC = [_dequantize(c_IC, ref[...], dtype) for c_IC, ref in scaled]
+    c_SC = [_dequantize(c_sC, ref[...], dtype) for c_sC, ref in scaled]
   k_rope_SR = [ref[...] for ref in of_input[1]]
 
   def tokens(loaded):
@@ -232,13 +232,13 @@ def _load(refs, pages: int, start, until, dtype):
   return tokens(c_SC), tokens(k_rope_SR)
 
 
-def _dequantize(values_IC, scale_kI, dtype):
+def _dequantize(values_sC, scale_cs, dtype):
   """value * scale in f32, rounded; 128 columns to a scale."""
-  scale_Ik = scale_kI.T
+  scale_sc = scale_cs.T
   tiles = [
-    values_IC[:, k * tpu.LANES : (k + 1) * tpu.LANES].astype(jnp.float32)
-    * scale_Ik[:, k : k + 1]
-    for k in range(scale_Ik.shape[1])
+    values_sC[:, k * tpu.LANES : (k + 1) * tpu.LANES].astype(jnp.float32)
+    * scale_sc[:, k : k + 1]
+    for k in range(scale_sc.shape[1])
   ]
   return jnp.concatenate(tiles, axis=1).astype(dtype)
 
@@ -251,10 +251,10 @@ def _dot(x, y, dims):
   )
 
 
-def _cost(q_BTNY, cache: caches.Cache, table_Bj) -> pl.CostEstimate:
+def _cost(q_BTNY, cache: caches.LatentPages, table_Bb) -> pl.CostEstimate:
   """Of rows as long as the table: more is not known before the run."""
-  tokens = table_Bj.size * PAGE
-  latent_dim = cache.c_JIC.shape[-1]
+  tokens = table_Bb.size * PAGE
+  latent_dim = cache.c_psC.shape[-1]
   pairs = tokens * q_BTNY.shape[1] * q_BTNY.shape[2]
   written = q_BTNY.size // q_BTNY.shape[-1] * latent_dim * 4
   return pl.CostEstimate(

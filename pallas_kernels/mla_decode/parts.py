@@ -1,15 +1,15 @@
-"""Rows cut into parts, and how the parts' results become one.
+"""Parts of rows (split-KV), and the sum of their results.
 
-Few long rows would leave a device idle, so that a row's blocks of 64 tokens are
-dealt to `splits` parts, each with its own softmax (split-KV). With o_z the
-output of part z and lse_z = log sum_s exp(score_s) over its tokens:
+Few long rows would leave a device idle. So a row's blocks of 64 tokens are
+divided among `splits` parts, each with its own softmax. With o_i the
+output of part i and lse_i = log sum_s exp(score_s) over its tokens:
 
-  lse = log sum_z exp(lse_z)        o = sum_z exp(lse_z - lse) o_z
+  lse = log sum_i exp(lse_i)        o = sum_i exp(lse_i - lse) o_i
 
-A part without tokens has o_z = 0 and lse_z = -inf, which counts for nothing.
+A part without tokens has o_i = 0 and lse_i = -inf, so it adds nothing.
 
-Letters: B rows, T queries of a row, N heads, C latent, Z parts, j blocks of a
-row, J pages, I tokens of a page, k scales of a token.
+Letters: i parts; b blocks of a row, p pages, s tokens of a page, c scales of a
+token; others as in the alphabet.
 """
 
 from typing import NamedTuple
@@ -43,41 +43,40 @@ def div_up(size, by: int):
 
 
 def owned(
-  table_Bj: Int[Array, 'B j'], lengths_B: Int[Array, 'B'], pages: int
-) -> Int[Array, 'B j']:
+  table_Bb: Int[Array, 'B b'], lengths_B: Int[Array, 'B'], pages: int
+) -> Int[Array, 'B b']:
   """The table with page 0 beyond a row's length: safe to load from."""
-  at_j = jnp.arange(table_Bj.shape[1], dtype=jnp.int32)
-  used_Bj = at_j < div_up(lengths_B, PAGE)[:, None]
-  return jnp.where(used_Bj, jnp.clip(table_Bj, 0, pages - 1), 0)
+  at_b = jnp.arange(table_Bb.shape[1], dtype=jnp.int32)
+  used_Bb = at_b < div_up(lengths_B, PAGE)[:, None]
+  return jnp.where(used_Bb, jnp.clip(table_Bb, 0, pages - 1), 0)
 
 
 def scales(
-  c_JIC: quantized.Quantized, owned_Bj: Int[Array, 'B j']
-) -> Float[Array, 'B j k I']:
-  """Scales of the rows' pages, in their order and turned.
+  c_psC: quantized.Quantized, owned_Bb: Int[Array, 'B b']
+) -> Float[Array, 'B b c s']:
+  """Scales of the rows' pages, in their order and transposed.
 
-  Of these pages only: the cache may have many more, and a step is to cost what
-  its rows have.
+  Of these pages only: a step's cost must not grow with the size of the cache.
   """
-  return jnp.swapaxes(c_JIC.scales[owned_Bj], -1, -2)
+  return jnp.swapaxes(c_psC.scales[owned_Bb], -1, -2)
 
 
 def combine(
-  o_ZBTNC: Float[Array, 'Z B T N C'],
-  lse_ZBNT: Float[Array, 'Z B N T'],
+  o_iBTNC: Float[Array, 'i B T N C'],
+  lse_iBNT: Float[Array, 'i B N T'],
   dtype: jax.typing.DTypeLike,
 ) -> tuple[Float[Array, 'B T N C'], Float[Array, 'B N T']]:
   """One softmax out of those of the parts; zero and -inf where all are empty.
 
   Args:
-    o_ZBTNC, lse_ZBNT: f32. dtype: of the output; the sum is f32.
+    o_iBTNC, lse_iBNT: f32. dtype: of the output; the sum is f32.
   """
   with jax.named_scope('combine'):
-    most_BNT = jnp.max(lse_ZBNT, axis=0)
+    most_BNT = jnp.max(lse_iBNT, axis=0)
     most_BNT = jnp.where(jnp.isneginf(most_BNT), 0.0, most_BNT)
-    weight_ZBNT = jnp.exp(lse_ZBNT - most_BNT)
-    total_BNT = jnp.sum(weight_ZBNT, axis=0)
-    share_ZBNT = weight_ZBNT / jnp.where(total_BNT == 0, 1.0, total_BNT)
-    share_ZBTN = jnp.swapaxes(share_ZBNT, -1, -2)
-    o_BTNC = jnp.sum(o_ZBTNC * share_ZBTN[..., None], axis=0)
+    weight_iBNT = jnp.exp(lse_iBNT - most_BNT)
+    total_BNT = jnp.sum(weight_iBNT, axis=0)
+    share_iBNT = weight_iBNT / jnp.where(total_BNT == 0, 1.0, total_BNT)
+    share_iBTN = jnp.swapaxes(share_iBNT, -1, -2)
+    o_BTNC = jnp.sum(o_iBTNC * share_iBTN[..., None], axis=0)
     return o_BTNC.astype(dtype), most_BNT + jnp.log(total_BNT)

@@ -43,7 +43,7 @@ class Passes:
     self.cfg, self.place = cfg, inference_mesh.InferenceMesh(cfg, mesh)
     specs, rows = {'params': self.place.params}, inference_mesh.ROWS
     if has_copies:
-      specs['copies'] = inference_mesh.WHOLE
+      specs['redundant_slots'] = inference_mesh.WHOLE
     taken = (specs, inference_mesh.WHOLE, rows, rows, inference_mesh.PAGES)
     self.run = self.place.jit(self._run, taken, (rows, rows))
 

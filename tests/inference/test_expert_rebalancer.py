@@ -51,7 +51,7 @@ def test_no_bit_depends_on_where_experts_are(axes):
     got_BTV, got_RLE = passes(made.variables, made.router)
     np.testing.assert_array_equal(got_BTV, want_BTV)
     np.testing.assert_array_equal(got_RLE, load_RLE)
-    copies = jax.tree.leaves(made.variables['copies'])
+    copies = jax.tree.leaves(made.variables['redundant_slots'])
     placements.add(b''.join(np.asarray(x).tobytes() for x in copies))
     made.balancer.took_step(load)
     made.balancer.rebalance()
@@ -129,7 +129,7 @@ def test_each_slot_has_the_weights_of_its_expert(scanned):
   rng = np.random.default_rng(0)
   for _ in range(3):
     stack = made.variables['params']['moe_layers']
-    told = made.variables['copies']['moe_layers']
+    told = made.variables['redundant_slots']['moe_layers']
     for name in stack:
       check_slots(stack[name], told[name], params['moe_layers'][name])
     load_RLE = rng.integers(0, 99, made.load_RLE.shape)

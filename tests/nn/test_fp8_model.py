@@ -108,11 +108,11 @@ def test_gradients_are_those_of_f32_within_fp8():
   assert total == pytest.approx(exact_total, rel=2e-3)
   assert total != exact_total
   np.testing.assert_allclose(parts['load'], exact_parts['load'], atol=16)
-  told = differences(grads, exact)
-  assert np.median(list(told.values())) < ROUNDING, told
-  assert max(told.values()) < ROUTES, told
+  errors = differences(grads, exact)
+  assert np.median(list(errors.values())) < ROUNDING, errors
+  assert max(errors.values()) < ROUTES, errors
   # Products in FP8 leave a trace in every leaf.
-  assert min(told.values()) > 1e-9, told
+  assert min(errors.values()) > 1e-9, errors
 
 
 @pytest.mark.slow
@@ -128,9 +128,9 @@ def test_blockwise_dgrad_is_another_gradient_of_the_same_loss():
   total, _, grads = run()
   got_total, _, got = run(precision='fp8_block_dgrad')
   assert got_total == total
-  told = differences(got, grads)
+  errors = differences(got, grads)
   np.testing.assert_array_equal(got['head']['w'], grads['head']['w'])
-  assert max(told.values()) > FLIPS
+  assert max(errors.values()) > FLIPS
 
 
 def test_weights_are_quantised_once_a_step():
@@ -175,13 +175,13 @@ def test_training_reads_the_weights_that_an_export_holds():
   """The blocks of a step are those of the checkpoint's FP8 layout."""
   cfg = settings.small(**FP8)
   params, _ = map(models.f32, models.random_params(cfg))
-  made = model.quantize(precision.POLICIES['fp8'], params)['quantized']
-  found = 0
+  forms = model.quantize(precision.POLICIES['fp8'], params)['quantized']
+  count = 0
   for tensor in hf_names.table(cfg.model):
     if len(tensor.leaves) > 1 or not tensor.num_in or tensor.copy:
       continue
     leaf = tensor.leaves[0]
-    w, ours = params, made
+    w, ours = params, forms
     for key in leaf.path[1:]:
       w, ours = w[key], ours.get(key, {})
     if not ours:
@@ -199,8 +199,8 @@ def test_training_reads_the_weights_that_an_export_holds():
     )
     same(fprop.values[leaf.index], values)
     same(fprop.scales[leaf.index], scales)
-    found += 1
-  assert found > 20
+    count += 1
+  assert count > 20
 
 
 def test_training_without_quantized_weights_says_what_is_missing():
@@ -209,8 +209,10 @@ def test_training_without_quantized_weights_says_what_is_missing():
   batch, _ = models.make_batch(cfg, ([129],))
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
   net = model.build(cfg, training=True)
-  said = r"variables\['quantized'\] lacks dense_layers/layer_0/.*model.quantize"
-  with pytest.raises(ValueError, match=said):
+  message = (
+    r"variables\['quantized'\] lacks dense_layers/layer_0/.*model.quantize"
+  )
+  with pytest.raises(ValueError, match=message):
     jax.eval_shape(
       lambda p: net.apply({'params': p}, batch, router, scales, method='loss'),
       params,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import config
-from dsv3_jax.nn import attention, model
+from dsv3_jax.nn import latent_cache, model
 from experiments import v3_671b
 from pallas_kernels.mla_decode import api as mla_decode
 from tests import reference, settings, tolerances
@@ -43,7 +43,7 @@ def setup(name, **changes):
 def empty(cfg, fp8=False):
   def stack(count):
     args = (cfg.model, count, 6, SIZE, model.compute_dtype(cfg))
-    return attention.empty_cache(*args, fp8=fp8)
+    return latent_cache.empty_cache(*args, fp8=fp8)
 
   counts = (cfg.model.num_dense_layers, cfg.model.num_moe_layers)
   return model.Caches(*map(stack, counts))
@@ -52,13 +52,13 @@ def empty(cfg, fp8=False):
 @functools.cache
 def step(cfg, absorbed, implementation='auto'):
   net = model.build(cfg, absorbed=absorbed)
-  how = {'implementation': implementation}
-  net = net.clone(policy=dataclasses.replace(net.policy, **how))
+  fields = {'implementation': implementation}
+  net = net.clone(policy=dataclasses.replace(net.policy, **fields))
 
   def run(params, tokens_BT, index_BT, last_B, *args):
     args = (tokens_BT, index_BT, last_B[:, None], *args)
-    made = net.apply({'params': params}, *args, method='cached')
-    return made[0][:, 0], made[2]
+    outputs = net.apply({'params': params}, *args, method='cached')
+    return outputs[0][:, 0], outputs[2]
 
   return jax.jit(run)
 
@@ -146,7 +146,7 @@ def test_an_fp8_token_of_v3_has_656_bytes():
   cfg = config.from_config_dict(v3_671b.get_config())
   layers, args = 61, (3, SIZE, jnp.bfloat16)
   shapes = jax.eval_shape(
-    lambda: attention.empty_cache(cfg.model, layers, *args, fp8=True)
+    lambda: latent_cache.empty_cache(cfg.model, layers, *args, fp8=True)
   )
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
   assert size == 656 * layers * 3 * SIZE

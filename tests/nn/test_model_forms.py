@@ -1,4 +1,4 @@
-"""One model in many forms: scanned, rematerialised, micro-batched, in bf16."""
+"""One model in many forms: scanned, recomputed, micro-batched, in bf16."""
 
 import dataclasses
 from unittest import mock
@@ -42,7 +42,7 @@ def assert_same(got, want):
 
 
 def test_the_attention_kernel_trains_the_same():
-  """Interpreted; samples share rows, and layers are made again."""
+  """Interpreted; samples share rows, and layers are recomputed."""
   cfg = settings.small(**BASE, model__remat='full')
   kernel = dataclasses.replace(
     precision.POLICIES[cfg.precision], implementation='pallas_interpret'

@@ -12,7 +12,7 @@ import pytest
 
 from dsv3_jax import config
 from dsv3_jax.distributed import sharding
-from dsv3_jax.nn import attention, model
+from dsv3_jax.nn import latent_cache, model
 from experiments import v3_16b, v3_671b
 from tests import gradients, settings
 from tests.nn import models
@@ -177,11 +177,11 @@ def test_the_paper_s_steps_are_named_scopes():
   batch, _ = models.make_batch(cfg, [[13]])
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
   args = (params, router, batch, scales)
-  found = scopes(models.forward_and_loss(cfg).lower(*args))
+  names = scopes(models.forward_and_loss(cfg).lower(*args))
   wanted = {'embed', 'q_proj', 'kv_down', 'kv_up', 'attention', 'rope'}
   wanted |= {'attention_out', 'rms_norm', 'gate', 'experts', 'swiglu', 'mtp'}
   wanted |= {'shared_experts', 'balance_loss', 'head'}
-  assert not wanted - found
+  assert not wanted - names
 
 
 def test_the_absorbed_form_is_a_named_scope():
@@ -189,7 +189,7 @@ def test_the_absorbed_form_is_a_named_scope():
   net = model.build(cfg, absorbed=True)
   params, router = map(models.f32, models.random_params(cfg))
   args = (1, 64, jnp.float32)
-  make = lambda n: attention.empty_cache(cfg.model, n, *args, fp8=False)
+  make = lambda n: latent_cache.empty_cache(cfg.model, n, *args, fp8=False)
   caches = model.Caches(make(1), make(2))
   zeros = jnp.zeros((1, 1), jnp.int32)
   run = lambda p: net.apply(
@@ -197,6 +197,6 @@ def test_the_absorbed_form_is_a_named_scope():
     *(zeros, zeros, zeros, zeros, router, caches),
     method='cached',
   )
-  found = scopes(jax.jit(run).lower(params))
-  assert {'attention_absorbed', 'q_proj', 'kv_down'} <= found
-  assert 'kv_up' not in found
+  names = scopes(jax.jit(run).lower(params))
+  assert {'attention_absorbed', 'q_proj', 'kv_down'} <= names
+  assert 'kv_up' not in names

@@ -34,15 +34,15 @@ def mesh(shape, data=1):
   """The first devices as data x node x expert."""
   sizes = dict.fromkeys(sharding.AXES, 1)
   sizes |= dict(zip(AXES, shape, strict=True), data=data)
-  how = {'schedule': 'dualpipe', 'fsdp': (), 'deterministic': False}
-  return sharding.make_mesh(config.ParallelConfig(**sizes, **how))
+  options = {'schedule': 'dualpipe', 'fsdp': (), 'deterministic': False}
+  return sharding.make_mesh(config.ParallelConfig(**sizes, **options))
 
 
 def on(mesh, body):
   """As `over`, on a mesh that is there, or that is only talked about."""
   cut = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
-  how = {'in_specs': cut, 'out_specs': cut, 'check_vma': False}
-  return jax.jit(jax.shard_map(body, mesh=mesh, **how))
+  specs = {'in_specs': cut, 'out_specs': cut, 'check_vma': False}
+  return jax.jit(jax.shard_map(body, mesh=mesh, **specs))
 
 
 def value_and_grads(apply):
@@ -73,10 +73,10 @@ def draw(seed=0):
 
 def step(product='blocks', axes=(), transport='auto'):
   """Output and gradients of the routed product."""
-  how = (product, BLOCK, axes, transport)
+  options = expert_ops.ExpertOptions(product, BLOCK, axes, transport)
   return value_and_grads(
     lambda v, ids_MK: expert_ops.expert_ffn(
-      v['x_MD'], ids_MK, v['gates_MK'], v['experts'], *how
+      v['x_MD'], ids_MK, v['gates_MK'], v['experts'], options
     )
   )
 

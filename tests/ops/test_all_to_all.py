@@ -126,19 +126,19 @@ def test_small_case_by_hand():
     plan = all_to_all.make_plan(ids_MK, 2, spread.ONE_HOP)
     sums_MD = all_to_all.combine(y_ID, plan)
     (hop,) = plan.hops
-    at = hop.token_O, hop.back_MN, *all_to_all.rows_sent(plan)
+    at = hop.token_O, hop.back_Mn, *all_to_all.rows_sent(plan)
     return plan.ids_IK, all_to_all.dispatch(x_MD, plan), sums_MD, at
 
   got = spread.over((1, 2), body)(ids_MK, x_MD, y_ID)
   listed = jax.tree.map(lambda x: np.array(x).tolist(), got)
-  ids_IK, x_ID, sums_MD, (token_O, back_MN, count_W) = listed
+  ids_IK, x_ID, sums_MD, (token_O, back_Mn, count_W) = listed
   here, none = [[0, 2], [1, 0], [1, 2], [2, 2]], [2, 2]
   assert ids_IK == here + [[2, 1], none, [0, 1], [2, 0]]
   assert x_ID == [[10], [11], [13], [0], [10], [0], [12], [13]]
   assert sums_MD == [[1 + 10], [2], [20], [3 + 30]]
   # Rows to device 0, then to device 1; 2 is no token, 4 is no row.
   assert token_O == [0, 1, 0, 2] + [1, 2, 0, 1]
-  assert back_MN == [[0, 2], [1, 4]] + [[2, 4], [0, 3]]
+  assert back_Mn == [[0, 2], [1, 4]] + [[2, 4], [0, 3]]
   assert count_W == [2, 1] + [1, 2]
 
 
@@ -177,25 +177,25 @@ def test_tokens_cross_nodes_once_each_and_no_more_than_the_groups(top_groups):
 
 
 @pytest.mark.parametrize('remat', [False, True])
-@pytest.mark.parametrize(('hops', 'each'), [('one_hop', 1), ('two_hops', 2)])
-def test_backward_goes_along_the_layout_of_forward(hops, each, remat):
+@pytest.mark.parametrize(('hops', 'per_hop'), [('one_hop', 1), ('two_hops', 2)])
+def test_backward_goes_along_the_layout_of_forward(hops, per_hop, remat):
   """Ids travel once; tokens and gates there, outputs back; then gradients."""
   values, dy_MD = draw()
   ids_MK = spread.draw_ids('random', *spread.SIZES)
 
   def apply(values, ids_MK):
-    v, how = values, ('blocks', 4, HOPS[hops])
+    v, options = values, expert_ops.ExpertOptions('blocks', 4, HOPS[hops])
     args = v['x_MD'], ids_MK, v['gates_MK'], v['experts']
-    return expert_ops.expert_ffn(*args, *how)
+    return expert_ops.expert_ffn(*args, options)
 
   if remat:
     keep = jax.checkpoint_policies.save_only_these_names
-    apply = jax.checkpoint(apply, policy=keep('exchange', 'swiglu_in'))
+    apply = jax.checkpoint(apply, policy=keep('all_to_all', 'swiglu_in'))
   run = spread.over((2, 4), spread.value_and_grads(apply))
   program = spread.equations(jax.make_jaxpr(run)(values, ids_MK, dy_MD))
   names = [eqn.primitive.name for eqn in program]
   moved = {'ids': 1, 'x, gates': 2, 'y': 1, 'dy': 1, 'dx, dgates': 2}
-  assert names.count('all_to_all') == each * sum(moved.values())
+  assert names.count('all_to_all') == per_hop * sum(moved.values())
 
 
 def test_axes_of_one_device_change_nothing():

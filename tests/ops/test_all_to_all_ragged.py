@@ -14,7 +14,7 @@ import pytest
 
 from dsv3_jax import precision
 from dsv3_jax.distributed import sharding
-from dsv3_jax.ops import all_to_all, fp8_experts, fp8_linear
+from dsv3_jax.ops import all_to_all, fp8_linear
 from dsv3_jax.ops import experts as expert_ops
 from pallas_kernels.fp8_matmul import reference
 from tests.ops import spread
@@ -26,9 +26,9 @@ each_hops = pytest.mark.parametrize(
 
 def stand_in(operand, output, from_W, size_W, to_W, taken_W, *, axis_name):
   """Slice w of a device goes to device w, to the rows from to_W[w] on."""
-  told = (operand, from_W, size_W, to_W, taken_W)
+  sent = (operand, from_W, size_W, to_W, taken_W)
   sent, from_WW, size_WW, to_WW, taken_WW = (
-    jax.lax.all_gather(x, axis_name) for x in told
+    jax.lax.all_gather(x, axis_name) for x in sent
   )
   own, row = jax.lax.axis_index(axis_name), jnp.arange(len(output))
   fits = (from_WW + size_WW <= len(operand)) & (to_WW + size_WW <= len(output))
@@ -115,7 +115,10 @@ def fp8_step(axes, transport):
     )
     experts, policy = expert_ops.Experts(*weights), precision.POLICIES['fp8']
     tokens = v['x_MD'], ids_MK, v['gates_MK']
-    return fp8_experts.expert_ffn(*tokens, experts, policy, axes, transport)
+    options = expert_ops.ExpertOptions(
+      axes=axes, transport=transport, policy=policy
+    )
+    return expert_ops.expert_ffn(*tokens, experts, options)
 
   return spread.value_and_grads(apply)
 

@@ -25,8 +25,8 @@ def over(parts, body):
       **sizes, schedule='dualpipe', fsdp=(), deterministic=False
     )
   )
-  how = {'in_specs': Spec(), 'out_specs': Spec()}
-  return jax.jit(sharding.shard_map_step(body, mesh, **how))
+  specs = {'in_specs': Spec(), 'out_specs': Spec()}
+  return jax.jit(sharding.shard_map_step(body, mesh, **specs))
 
 
 def layer(x_BTD, w, positions_BS, segments_BS):
@@ -102,24 +102,24 @@ def test_every_device_makes_its_causal_products_once(monkeypatch, parts):
   """2 C + 1 of 4 C products of pieces, the query's own piece last."""
   monkeypatch.setattr(context_attention, '_QUERY_BLOCK', 2)
   monkeypatch.setattr(collectives, 'axis_size', lambda axes: parts)
-  piece, found = 4, []
+  piece, pairs = 4, []
   for device in range(parts):
     monkeypatch.setattr(
       collectives, 'axis_index', lambda axis, here=device: here
     )
-    loop = context_attention.Loop(2 * piece)
-    assert loop.turns == (2 * parts + 1) * loop.blocks
-    turns = [loop.turn(jnp.int32(n)) for n in range(loop.turns)]
+    tiles = context_attention.CausalTiles(2 * piece)
+    assert tiles.count == (2 * parts + 1) * tiles.blocks
+    computed = [tiles.tile(jnp.int32(n)) for n in range(tiles.count)]
     own = {0: device, 1: 2 * parts - 1 - device}
-    for turn in turns:
-      index = own[int(turn.query) // piece] * piece + int(turn.query) % piece
-      assert int(turn.index) == index
-    found += [(int(turn.index), int(turn.key) // piece) for turn in turns]
-    late = [key for index, key in found if index == own[1] * piece]
+    for tile in computed:
+      index = own[int(tile.query) // piece] * piece + int(tile.query) % piece
+      assert int(tile.index) == index
+    pairs += [(int(tile.index), int(tile.key) // piece) for tile in computed]
+    late = [key for index, key in pairs if index == own[1] * piece]
     assert late[-1] == own[1]
   starts = range(0, 2 * parts * piece, 2)
-  pairs = itertools.product(starts, range(2 * parts))
-  assert sorted(found) == [(i, key) for i, key in pairs if key <= i // piece]
+  every = itertools.product(starts, range(2 * parts))
+  assert sorted(pairs) == [(i, key) for i, key in every if key <= i // piece]
 
 
 def test_half_of_the_products_are_never_made():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.ops import expert_blocks
 from dsv3_jax.ops import experts as expert_ops
 from tests import gradients, tolerances
 from tests.oracles import moe as oracle
@@ -41,8 +42,7 @@ def apply(values, ids_MK, product, block_size):
     ids_MK,
     values['gates_MK'],
     expert_ops.Experts(**values['experts']),
-    product,
-    block_size,
+    expert_ops.ExpertOptions(product, block_size),
   )
 
 
@@ -129,15 +129,15 @@ def test_all_tokens_on_one_expert(block_size, expert):
   ids=st.lists(st.integers(0, 5), min_size=10, max_size=10),
   rows=st.sampled_from([1, 2, 3, 4, 8]),
 )
-def test_layout_places_every_assignment_once(ids, rows):
-  layout = _layout(jnp.array(ids, jnp.int32).reshape(5, 2), rows)
-  source_J = np.asarray(layout.source_J)
-  row_A, expert_j = np.asarray(layout.row_A), np.asarray(layout.expert_j)
+def test_blocks_place_every_assignment_once(ids, rows):
+  blocks = _blocks(jnp.array(ids, jnp.int32).reshape(5, 2), rows)
+  source_J = np.asarray(blocks.source_J)
+  row_A, expert_j = np.asarray(blocks.row_A), np.asarray(blocks.expert_j)
   np.testing.assert_array_equal(source_J[row_A], np.arange(10))
   assert np.sum(source_J < 10) == 10  # all the others are padding
   np.testing.assert_array_equal(expert_j[row_A // rows], ids)
   used = {row // rows for row in row_A}
-  assert used == set(range(int(layout.num_blocks)))  # blocks without gaps
+  assert used == set(range(int(blocks.num_blocks)))  # blocks without gaps
 
 
 @hypothesis.settings(deadline=None, max_examples=40, derandomize=True)
@@ -145,18 +145,18 @@ def test_layout_places_every_assignment_once(ids, rows):
   sets=st.lists(st.permutations(range(9)), min_size=5, max_size=5),
   rows=st.sampled_from([1, 2, 3, 8]),
 )
-def test_layout_leaves_out_assignments_to_no_expert(sets, rows):
+def test_blocks_leave_out_assignments_to_no_expert(sets, rows):
   """Ids past the last expert: no row, no block, and no room kept for them."""
   ids_A = np.minimum(np.array(sets)[:, :8], 6).reshape(-1)
-  layout = _layout(jnp.array(ids_A, jnp.int32).reshape(5, 8), rows)
-  source_J, row_A = np.asarray(layout.source_J), np.asarray(layout.row_A)
+  blocks = _blocks(jnp.array(ids_A, jnp.int32).reshape(5, 8), rows)
+  source_J, row_A = np.asarray(blocks.source_J), np.asarray(blocks.row_A)
   (used_A,) = np.nonzero(ids_A < 6)
   np.testing.assert_array_equal(np.sort(source_J)[: len(used_A)], used_A)
   assert np.sum(source_J < 40) == len(used_A)
   np.testing.assert_array_equal(source_J[row_A[used_A]], used_A)
   assert np.all(row_A[ids_A == 6] >= len(source_J))
   blocks_E = -(-np.bincount(ids_A, minlength=7)[:6] // rows)
-  assert layout.num_blocks == blocks_E.sum()
+  assert blocks.num_blocks == blocks_E.sum()
   assert len(source_J) == (5 * 6 // rows + 6) * rows
 
 
@@ -186,19 +186,19 @@ def test_assignments_to_no_expert_take_part_in_nothing(product, top_k, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _layout(ids_MK, rows):
-  return expert_ops.block_layout(ids_MK, 6, rows)
+def _blocks(ids_MK, rows):
+  return expert_blocks.make_blocks(ids_MK, 6, rows)
 
 
 @pytest.mark.parametrize('rows', [1, 3, 16])
 def test_unpermute_undoes_permute_up_to_the_sum_over_experts(rows):
   values, ids_MK = draw(4, tokens=11, top_k=3, experts=6)
   x_MD = jnp.round(8 * f32(values['x_MD']))  # sums of integers are exact
-  layout = _layout(jnp.asarray(ids_MK), rows)
-  there_JD = expert_ops.permute(x_MD, layout, 3)
-  padding = np.asarray(layout.source_J) == 33
+  blocks = _blocks(jnp.asarray(ids_MK), rows)
+  there_JD = expert_blocks.permute(x_MD, blocks, 3)
+  padding = np.asarray(blocks.source_J) == 33
   assert not np.any(np.asarray(there_JD)[padding])
-  back_MD = expert_ops.unpermute(there_JD, layout, 3, 6)
+  back_MD = expert_blocks.unpermute(there_JD, blocks, 3, 6)
   np.testing.assert_array_equal(back_MD, 3 * x_MD)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from dsv3_jax import precision
 from dsv3_jax.ops import experts as expert_ops
-from dsv3_jax.ops import fp8_experts, fp8_linear
+from dsv3_jax.ops import fp8_linear
 from pallas_kernels.fp8_matmul import reference
 from tests.ops import spread
 
@@ -39,7 +39,8 @@ def step(axes=(), policy=POLICY, wrap=lambda f: f):
       )
     )
     tokens = values['x_MD'], ids_MK, values['gates_MK']
-    return fp8_experts.expert_ffn(*tokens, experts, policy, axes)
+    options = expert_ops.ExpertOptions(axes=axes, policy=policy)
+    return expert_ops.expert_ffn(*tokens, experts, options)
 
   return spread.value_and_grads(wrap(apply))
 
@@ -118,22 +119,22 @@ def test_runs_again_bit_by_bit():
 
 def moved(run):
   """How many arrays of which dtype and width travel."""
-  found = collections.Counter()
+  counts = collections.Counter()
   for eqn in spread.equations(jax.make_jaxpr(run)(*draw('random'))):
     if eqn.primitive.name == 'all_to_all':
       (x,) = eqn.invars
-      found[x.aval.dtype.name, x.aval.shape[-1]] += 1
-  return found
+      counts[x.aval.dtype.name, x.aval.shape[-1]] += 1
+  return counts
 
 
 @pytest.mark.parametrize('remat', [False, True])
 def test_dispatch_is_fp8_and_combine_is_bf16_both_ways(remat):
-  """TR 3.3.3; nothing is sent twice, also where the rest is made again."""
+  """TR 3.3.3; nothing is sent twice, also under remat."""
   names = jax.checkpoint_policies.save_only_these_names
-  kept = names('exchange', 'swiglu_in')
+  kept = names('all_to_all', 'swiglu_in')
   again = functools.partial(jax.checkpoint, policy=kept)
-  how = {'wrap': again} if remat else {}
-  assert moved(spread.over((2, 4), step(spread.ONE_HOP, **how))) == {
+  options = {'wrap': again} if remat else {}
+  assert moved(spread.over((2, 4), step(spread.ONE_HOP, **options))) == {
     ('int32', TOP_K): 1,
     ('uint8', DIM): 2,  # tokens, the output's gradient
     ('float32', -(-DIM // 128)): 2,  # their scales

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import precision
-from dsv3_jax.ops import attention, fp8_experts, fp8_linear, linear
+from dsv3_jax.ops import attention, fp8_linear, linear
 from dsv3_jax.ops import experts as expert_ops
 from pallas_kernels.fp8_matmul import e5m6, reference
 from tests import tolerances
@@ -35,6 +35,12 @@ BF16 = 2.0**-8
 def bf16(x):
   """The nearest BF16 numbers, in float64."""
   return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(float)
+
+
+def multiply(x, ids, gates, experts, policy):
+  """The routed product in FP8."""
+  options = expert_ops.ExpertOptions(policy=policy)
+  return expert_ops.expert_ffn(x, jnp.int32(ids), gates, experts, options)
 
 
 def make_weight(w):
@@ -101,12 +107,12 @@ def test_the_weights_gradient_reads_the_12_bit_copy():
   def loss(w):
     x = jnp.float32(x_MD)
     packed = e5m6.quantize(x)
-    x = fp8_linear.operand(x, POLICY, pow2=True)._replace(kept=packed)
+    x = fp8_linear.operand(x, POLICY, pow2=True)._replace(saved=packed)
     y_MF = fp8_linear.linear(x, make_weight(w), POLICY, pow2=True)
     return jnp.sum(y_MF * jnp.float32(dy_MF))
 
   got_DF = jax.jit(jax.grad(loss))(jnp.float32(w_DF))
-  columns = lambda x, how: formats.fake(x.T, formats.ROW, how).T
+  columns = lambda x, rule: formats.fake(x.T, formats.ROW, rule).T
   dy_MF = columns(dy_MF, formats.PLAIN)
   want_DF = columns(formats.e5m6_copy(x_MD), POW2_FLOOR).T @ dy_MF
   close(got_DF, want_DF, 1e-5)
@@ -159,7 +165,7 @@ def swiglu_oracle(gate, up, w_down, dy, gates=None):
   again, dgate, dup, _ = fp8_layers.swiglu_cached(
     gate, up, dhidden, gates, FLOOR
   )
-  columns = lambda x, how: formats.fake(x.T, formats.ROW, how).T
+  columns = lambda x, rule: formats.fake(x.T, formats.ROW, rule).T
   dw = columns(again, FLOOR).T @ columns(dy, formats.PLAIN)
   return y, dgate, dup, dw
 
@@ -191,7 +197,7 @@ def experts_oracle(x, ids, gates, weights, dy):
   dsent = formats.fake(dy, formats.ROW, POW2)
   y, dx = np.zeros_like(x), np.zeros_like(x)
   grads = [np.zeros_like(w) for w in weights]
-  columns = lambda x, how: formats.fake(x.T, formats.ROW, how).T
+  columns = lambda x, rule: formats.fake(x.T, formats.ROW, rule).T
   ends = np.cumsum(counts)
   for e, end in enumerate(ends):
     mine = slice(end - counts[e], end)
@@ -229,7 +235,7 @@ def check_experts(ids, seed=0, dim=130, width=72, experts=5):
 
   def loss(x, gates, weights):
     wrapped = expert_ops.Experts(*map(make_weight, weights))
-    y = fp8_experts.expert_ffn(x, jnp.int32(ids), gates, wrapped, POLICY)
+    y = multiply(x, ids, gates, wrapped, POLICY)
     return jnp.sum(y.astype(jnp.float32) * jnp.float32(dy)), y
 
   grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
@@ -261,14 +267,17 @@ def test_gates_get_the_plain_gradient_within_fp8():
 
   def plain(gates):
     f32 = expert_ops.Experts(*(jnp.float32(w) for w in weights))
-    args = (jnp.float32(x), jnp.int32(ids), gates, f32, 'dense', 4)
+    options = expert_ops.ExpertOptions('dense')
+    args = (jnp.float32(x), jnp.int32(ids), gates, f32, options)
     return jnp.sum(expert_ops.expert_ffn(*args) * jnp.float32(dy))
 
   want = jax.grad(plain)(jnp.float32(gates))
   assert fp8_gemm.difference(np.asarray(dgates), np.asarray(want)) < 5e-3
 
 
-@pytest.mark.parametrize('implementation', ['reference', 'pallas_interpret'])
+@pytest.mark.parametrize(
+  'implementation', ['reference', 'xla', 'pallas_interpret']
+)
 @pytest.mark.parametrize('length', [6, 130])
 def test_attention_differentiates_through_its_12_bit_output(
   length, implementation
@@ -314,7 +323,7 @@ def test_blockwise_dgrad_of_experts_leaves_the_last_matrix_alone():
   def grads(policy):
     def loss(x, weights):
       experts = expert_ops.Experts(*map(make_weight, weights))
-      y = fp8_experts.expert_ffn(x, jnp.int32(ids), gates, experts, policy)
+      y = multiply(x, ids, gates, experts, policy)
       return jnp.sum(y * jnp.float32(dy))
 
     return jax.jit(jax.grad(loss, argnums=(0, 1)))(jnp.float32(x), weights)
@@ -359,8 +368,7 @@ def test_kernels_give_the_gradients_of_the_reference():
 
     def loss(x, weights):
       experts = expert_ops.Experts(*map(make_weight, weights))
-      args = (x, jnp.int32(ids), gates, experts, policy)
-      y = fp8_experts.expert_ffn(*args)
+      y = multiply(x, ids, gates, experts, policy)
       shared = fp8_linear.operand(y, policy, pow2=True)
       w = make_weight(weights[0][0])
       y = fp8_linear.linear(shared, w, policy, pow2=True)

@@ -48,15 +48,16 @@ def test_gradients_of_head_and_experts_keep_more_digits_than_bf16():
   gates_MK = jnp.ones((TOKENS, 1), jnp.float32)
 
   def experts_loss(experts):
-    y_MD = expert_ops.expert_ffn(x_MD, ids_MK, gates_MK, experts, 'blocks', 64)
+    options = expert_ops.ExpertOptions('blocks')
+    y_MD = expert_ops.expert_ffn(x_MD, ids_MK, gates_MK, experts, options)
     return jnp.sum(y_MD * dy_MD, dtype=jnp.float32)
 
   def head_loss(head_DV):
     targets, counts = ids_MK.T, gates_MK.T
     return cross_entropy.head_loss(x_MD[None], head_DV, targets, counts)
 
-  found = [*jax.grad(experts_loss)(expert_ops.Experts(*weights))]
-  found.append(jax.grad(head_loss)(head_DV))
-  for grad in found:
+  grads = [*jax.grad(experts_loss)(expert_ops.Experts(*weights))]
+  grads.append(jax.grad(head_loss)(head_DV))
+  for grad in grads:
     assert grad.dtype == jnp.float32
     assert not is_bf16(grad)

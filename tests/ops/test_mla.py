@@ -50,13 +50,13 @@ def forward(x_BTD, weights, positions_BT, segments_BT=None, form='naive'):
 
 
 def pages_of(latents):
-  """Rows' latents as pages, and the table that tells which."""
+  """Rows' latents as pages, and their block table."""
   batch, length = latents.c_BSC.shape[:2]
   count = -(-length // mla_decode.PAGE)
   pad = ((0, 0), (0, count * mla_decode.PAGE - length), (0, 0))
   cut = lambda x: jnp.pad(x, pad).reshape(-1, mla_decode.PAGE, x.shape[-1])
-  table_Bj = jnp.arange(batch * count, dtype=jnp.int32).reshape(batch, count)
-  return mla_decode.Cache(*map(cut, latents)), table_Bj
+  table_Bb = jnp.arange(batch * count, dtype=jnp.int32).reshape(batch, count)
+  return mla_decode.LatentPages(*map(cut, latents)), table_Bb
 
 
 def oracle_forward(x_BTD, weights, positions_BT, segments_BT=None):

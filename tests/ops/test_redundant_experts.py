@@ -1,4 +1,4 @@
-"""Copies of experts change who computes, and no bit of what is computed."""
+"""Redundant experts change who computes, and no bit of what is computed."""
 
 import functools
 import math
@@ -29,14 +29,14 @@ def draw(seed=0):
   return normal(TOKENS, DIM), gates_MK, experts
 
 
-def copies_of(expert_Z):
+def slots_of(expert_Z):
   """The slots of each expert, of a list that says what is in each."""
   slots_Er = np.full((EXPERTS, len(expert_Z) - EXPERTS + 1), -1, np.int32)
   count_E = np.zeros(EXPERTS, np.int32)
   for slot, expert in enumerate(expert_Z):
     slots_Er[expert, count_E[expert]] = slot
     count_E[expert] += 1
-  return redundant_experts.Copies(slots_Er, count_E)
+  return redundant_experts.RedundantSlots(slots_Er, count_E)
 
 
 @functools.cache
@@ -44,22 +44,22 @@ def over(shape, dtype='float32'):
   """(expert_Z, x_MD, ids_MK, gates_MK, valid_M, experts) -> y_MD."""
   axes = tuple(a for a, n in zip(spread.AXES, shape, strict=True) if n > 1)
   whole, cut = sharding.Spec(), sharding.Spec(spread.AXES)
+  options = expert_ops.ExpertOptions('blocks', BLOCK, axes)
 
-  def body(copies, x_MD, *rest):
-    *tokens, experts = rest
-    args = (x_MD.astype(dtype), *tokens, experts, copies)
-    return redundant_experts.expert_ffn(*args, 'blocks', BLOCK, axes)
+  def body(redundant, x_MD, ids_MK, gates_MK, valid_M, experts):
+    args = (x_MD.astype(dtype), ids_MK, gates_MK, experts)
+    return expert_ops.expert_ffn(*args, options, redundant, valid_M)
 
   if math.prod(shape) > 1:
-    how = {'in_specs': (whole, *[cut] * 5), 'out_specs': cut}
+    specs = {'in_specs': (whole, *[cut] * 5), 'out_specs': cut}
     mesh = spread.mesh(shape)
-    body = jax.shard_map(body, mesh=mesh, check_vma=False, **how)
+    body = jax.shard_map(body, mesh=mesh, check_vma=False, **specs)
   step = jax.jit(body)
 
   def run(expert_Z, x_MD, ids_MK, gates_MK, valid_M, experts):
     slots = expert_ops.Experts(*(w[np.array(expert_Z)] for w in experts))
     args = (x_MD, ids_MK, gates_MK, np.float32(valid_M), slots)
-    return np.asarray(step(copies_of(expert_Z), *args))
+    return np.asarray(step(slots_of(expert_Z), *args))
 
   run.step = step
   return run
@@ -68,9 +68,10 @@ def over(shape, dtype='float32'):
 @functools.cache
 def alone(dtype='float32'):
   """(x_MD, ids_MK, gates_MK, experts) -> y_MD, without any of this."""
+  options = expert_ops.ExpertOptions('blocks', BLOCK)
   return jax.jit(
     lambda x_MD, *rest: expert_ops.expert_ffn(
-      x_MD.astype(dtype), *rest, 'blocks', BLOCK
+      x_MD.astype(dtype), *rest, options
     )
   )
 
@@ -85,7 +86,7 @@ def placements(draw, spare=8):
 @pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('routing', spread.ROUTINGS)
 @pytest.mark.parametrize('shape', SHAPES, ids=str)
-def test_the_bits_of_one_device_without_copies(shape, routing):
+def test_the_bits_of_one_device_without_redundancy(shape, routing):
   x_MD, gates_MK, experts = draw()
   ids_MK = spread.draw_ids(routing, TOKENS, TOP_K, EXPERTS)
   want = alone()(x_MD, ids_MK, gates_MK, experts)
@@ -111,7 +112,7 @@ def test_any_placement_gives_the_same_bits(expert_Z, seed):
 
 @pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('valid', [0, 1])
-def test_one_row_alone_has_the_bits_that_it_has_without_copies(valid):
+def test_one_row_alone_has_the_bits_that_it_has_without_redundancy(valid):
   x_MD, gates_MK, experts = draw(4)
   ids_MK = spread.draw_ids('random', TOKENS, TOP_K, EXPERTS)
   for m in range(8):
@@ -148,13 +149,13 @@ def test_void_tokens_go_nowhere_and_change_nothing():
 
 
 @hypothesis.given(expert_Z=placements(), seed=st.integers(0, 99))
-def test_copies_are_taken_in_turn(expert_Z, seed):
-  """A slot holds the expert that was chosen; n copies of it serve 1/n each."""
-  copies, slots_in = copies_of(expert_Z), np.array(expert_Z)
+def test_slots_are_taken_in_turn(expert_Z, seed):
+  """A slot holds the expert that was chosen; n slots of it serve 1/n each."""
+  redundant, slots_in = slots_of(expert_Z), np.array(expert_Z)
   ids_MK = spread.draw_ids('uneven', TOKENS, TOP_K, EXPERTS, seed)
   valid_M = np.float32(np.random.default_rng(seed).integers(0, 2, TOKENS))
-  slots_MK = np.asarray(_choose(ids_MK, valid_M, copies))
-  assert copies.num_slots == len(expert_Z)
+  slots_MK = np.asarray(_choose(ids_MK, valid_M, redundant))
+  assert redundant.num_slots == len(expert_Z)
   assert np.all(slots_MK[valid_M == 0] == len(expert_Z))
   slots = slots_MK[valid_M > 0]
   np.testing.assert_array_equal(slots_in[slots], ids_MK[valid_M > 0])
@@ -167,14 +168,16 @@ def test_copies_are_taken_in_turn(expert_Z, seed):
 _choose = jax.jit(redundant_experts.choose)
 
 
-def test_devices_begin_with_different_copies():
+def test_devices_begin_with_different_slots():
   """Of decode steps, where each has a row or two."""
   expert_Z = [*range(EXPERTS), *[5] * 8]
-  copies = redundant_experts.Copies(*map(jnp.asarray, copies_of(expert_Z)))
+  redundant = redundant_experts.RedundantSlots(
+    *map(jnp.asarray, slots_of(expert_Z))
+  )
   mesh = spread.mesh((2, 4))
   cut = sharding.Spec(sharding.BATCH_AXES)
   mapped = sharding.shard_map_step(
-    lambda ids_MK: redundant_experts.choose(ids_MK, jnp.ones(1), copies),
+    lambda ids_MK: redundant_experts.choose(ids_MK, jnp.ones(1), redundant),
     mesh,
     in_specs=cut,
     out_specs=cut,

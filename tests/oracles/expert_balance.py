@@ -8,12 +8,12 @@ def packed(loads, packs):
   """Balanced packing, item by item: which items each pack has, in order."""
   if len(loads) == packs:
     return [[item] for item in range(packs)]
-  found = [[] for _ in range(packs)]
-  total = lambda pack: sum(loads[item] for item in found[pack])
+  contents = [[] for _ in range(packs)]
+  total = lambda pack: sum(loads[item] for item in contents[pack])
   for item in sorted(range(len(loads)), key=lambda item: (-loads[item], item)):
-    room = [p for p in range(packs) if len(found[p]) < len(loads) // packs]
-    found[min(room, key=lambda pack: (total(pack), pack))].append(item)
-  return found
+    room = [p for p in range(packs) if len(contents[p]) < len(loads) // packs]
+    contents[min(room, key=lambda pack: (total(pack), pack))].append(item)
+  return contents
 
 
 def placed(loads, replicas, groups, nodes, gpus):
@@ -27,12 +27,12 @@ def placed(loads, replicas, groups, nodes, gpus):
   for node in packed(sums, nodes):
     experts = [e for group in node for e in members[group]]
     copies, count = [(e, 0) for e in experts], dict.fromkeys(experts, 1)
-    each = lambda e, count=count: fractions.Fraction(loads[e], count[e])
+    share = lambda e, count=count: fractions.Fraction(loads[e], count[e])
     while len(copies) < replicas // nodes:
-      busy = max(experts, key=each)  # the first of equals
+      busy = max(experts, key=share)  # the first of equals
       copies.append((busy, count[busy]))
       count[busy] += 1
-    for gpu in packed([each(e) for e, _ in copies], gpus // nodes):
+    for gpu in packed([share(e) for e, _ in copies], gpus // nodes):
       slots += [copies[item] for item in gpu]
   return slots
 

@@ -4,7 +4,7 @@
   Dgrad  dx = dy W^T   dy in tiles 1 x 128 along F    W in blocks 128 x 128
   Wgrad  dW = x^T dy   both in tiles of 128 tokens x 1 channel: x is what the
                        forward tiles hold, dequantised and quantised again;
-                       dy is quantised anew from its own values
+                       dy is quantised again from its own values
 
 Every operand is e4m3. `Dgrad` with dy in blocks of 128 x 128 is the published
 negative ablation. Of grouped experts each has its own rows, in order, each
@@ -91,7 +91,7 @@ def grouped_dgrad(
 
 
 def grouped_wgrad(x_AD, dy_AF, counts_E, x_scaling=PLAIN, dy_scaling=PLAIN):
-  """dW_EDF: tiles of tokens begin anew with every expert; no rows, no dW."""
+  """dW_EDF: tiles of tokens start at every expert; no rows, no dW."""
   dw_EDF = np.zeros((len(counts_E), x_AD.shape[1], dy_AF.shape[1]))
   for e, rows in _groups(counts_E):
     if counts_E[e]:

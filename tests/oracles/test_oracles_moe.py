@@ -128,13 +128,13 @@ def test_bias_rule_balances_a_skewed_router():
   x_MD = rng.normal(size=(128, 6)) + 1.0
   w_DE = rng.normal(size=(6, 8))
   bias_E = np.zeros(8)
-  found = []
+  violations = []
   for rate in [0.01] * 60 + [0.001] * 40:
     _, _, load_E = moe.route(x_MD, w_DE, bias_E, 1, 1, 2, 'sigmoid', True, 1.0)
-    found.append(moe.max_violation(load_E))
+    violations.append(moe.max_violation(load_E))
     bias_E = moe.bias_update(bias_E, load_E, rate)
-  assert found[0] > 0.5
-  assert np.mean(found[-10:]) < 0.1
+  assert violations[0] > 0.5
+  assert np.mean(violations[-10:]) < 0.1
 
 
 def rotated_scores(num_experts, top_k):
@@ -187,9 +187,9 @@ def test_batch_wise_loss_forgives_what_sequence_wise_does_not():
   scores_BTE[0, :, :2] = 1.0
   scores_BTE[1, :, 2:] = 1.0
   whole = balance.batch_balance_loss(scores_BTE, 2, 1.0)
-  each = balance.mean_sequence_balance_loss(scores_BTE, 2, 1.0)
+  loss = balance.mean_sequence_balance_loss(scores_BTE, 2, 1.0)
   assert whole == pytest.approx(1.0, rel=1e-10)
-  assert each == pytest.approx(2.0, rel=1e-10)
+  assert loss == pytest.approx(2.0, rel=1e-10)
 
 
 def test_v2_losses_of_a_balanced_router_are_their_alphas():

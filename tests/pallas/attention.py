@@ -13,13 +13,17 @@ NAMES = ('o', 'lse', 'dq', 'dk_nope', 'dk_rope', 'dv')
 BOUND = {jnp.bfloat16: 1e-5, jnp.float32: 1e-10}
 
 
-@functools.partial(jax.jit, static_argnames=('scale', 'how', 'remat'))
-def run(args, scale, how='reference', remat=False):
+@functools.partial(
+  jax.jit, static_argnames=('scale', 'implementation', 'remat')
+)
+def run(args, scale, implementation='reference', remat=False):
   """o, lse and every gradient."""
   *operands, segments, do, dlse = args
 
   def call(*operands):
-    return api.attention(*operands, segments, scale=scale, implementation=how)
+    return api.attention(
+      *operands, segments, scale=scale, implementation=implementation
+    )
 
   call = jax.checkpoint(call) if remat else call
   out, pull = jax.vjp(call, *operands)

@@ -1,4 +1,4 @@
-"""Operands of paged decoding, poisoned where nobody may look."""
+"""Operands of paged decoding, NaN where no kernel may read."""
 
 from typing import NamedTuple
 
@@ -22,8 +22,8 @@ class Operands(NamedTuple):
   """The arguments of `api.decode`."""
 
   q_BTNY: jax.Array
-  cache: api.Cache
-  table_Bj: jax.Array
+  cache: api.LatentPages
+  table_Bb: jax.Array
   lengths_B: jax.Array
   scale: float = SCALE
 
@@ -39,20 +39,20 @@ def draw(case, dtype='bfloat16', seed=0, fp8=False, poison=True) -> Operands:
     np.full((pages, api.PAGE, width), np.nan if poison else 0.0, np.float32)
     for width in (case.latent, case.rotary)
   )
-  table_Bj = rng.choice(WILD, (rows, case.blocks)).astype(np.int32)
+  table_Bb = rng.choice(WILD, (rows, case.blocks)).astype(np.int32)
   for b, length in enumerate(case.lengths):
     for j in range(used[b]):
       page, tokens = free.pop(), min(length - j * api.PAGE, api.PAGE)
       latents[page, :tokens] = rng.normal(size=(tokens, case.latent))
       keys[page, :tokens] = rng.normal(size=(tokens, case.rotary))
-      table_Bj[b, j] = page
+      table_Bb[b, j] = page
   width = case.latent + case.rotary
   q_BTNY = rng.normal(size=(rows, case.queries, case.heads, width)) / 4
-  cache = api.Cache(jnp.asarray(latents, dtype), jnp.asarray(keys, dtype))
+  cache = api.LatentPages(jnp.asarray(latents, dtype), jnp.asarray(keys, dtype))
   return Operands(
     jnp.asarray(q_BTNY, dtype),
     api.quantize(cache) if fp8 else cache,
-    jnp.asarray(table_Bj),
+    jnp.asarray(table_Bb),
     jnp.asarray(case.lengths, jnp.int32),
   )
 
@@ -62,9 +62,9 @@ def naive(args: Operands):
   cache = api.dequantize(args.cache, args.q_BTNY.dtype)
   return oracle.decode(
     np.asarray(args.q_BTNY, np.float64),
-    np.asarray(cache.c_JIC, np.float64),
-    np.asarray(cache.k_rope_JIR, np.float64),
-    np.asarray(args.table_Bj),
+    np.asarray(cache.c_psC, np.float64),
+    np.asarray(cache.k_rope_psR, np.float64),
+    np.asarray(args.table_Bb),
     np.asarray(args.lengths_B),
     args.scale,
   )
@@ -74,11 +74,11 @@ def permuted(args: Operands, seed=1) -> Operands:
   """The same rows with their pages elsewhere."""
   order = np.random.default_rng(seed).permutation(args.cache.pages)
   back = jnp.asarray(np.argsort(order), jnp.int32)
-  table_Bj = args.table_Bj
-  known = (table_Bj >= 0) & (table_Bj < args.cache.pages)
-  table_Bj = jnp.where(known, back[jnp.where(known, table_Bj, 0)], table_Bj)
+  table_Bb = args.table_Bb
+  known = (table_Bb >= 0) & (table_Bb < args.cache.pages)
+  table_Bb = jnp.where(known, back[jnp.where(known, table_Bb, 0)], table_Bb)
   cache = jax.tree.map(lambda x: x[order], args.cache)
-  return args._replace(cache=cache, table_Bj=table_Bj)
+  return args._replace(cache=cache, table_Bb=table_Bb)
 
 
 def assert_close(got, want, dtype):
@@ -89,8 +89,8 @@ def assert_close(got, want, dtype):
   o, lse = np.asarray(o, np.float64), np.asarray(lse, np.float64)
   want_o, want_lse = (np.asarray(x, np.float64) for x in (want_o, want_lse))
   for b in range(len(o)):  # a small row must not hide behind the others
-    told = numerics.difference(o[b], want_o[b])
-    assert told < DIFFERENCE[str(jnp.dtype(dtype))], (b, told)
+    error = numerics.difference(o[b], want_o[b])
+    assert error < DIFFERENCE[str(jnp.dtype(dtype))], (b, error)
   empty = np.isneginf(want_lse)
   np.testing.assert_array_equal(np.isneginf(lse), empty)
   assert not np.any(o[empty.swapaxes(1, 2)])

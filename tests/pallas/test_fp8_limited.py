@@ -66,7 +66,7 @@ def test_scales_of_tiles_are_applied_at_the_promotion():
 
 
 def test_instructions_of_other_lengths():
-  """16 products: cut twice as often, promoted where told."""
+  """16 products: truncated twice as often, and never promoted."""
   a, b = whole(normal(0, 3, 256)), whole(normal(1, 4, 256))
   scale = np.float32(a.scales.item()) * np.float32(b.scales.item())
   got_MN = matmul_limited(a, b, chunk=16, promote_every=0)
@@ -104,9 +104,9 @@ def test_with_promotion_it_is_near_the_product_of_training():
 def test_what_does_not_fit_is_named():
   tiles, row = quantize(normal(0, 4, 256)), whole(normal(0, 4, 256))
 
-  def check(said, *args, **how):
-    with pytest.raises(ValueError, match=said):
-      limited.matmul_limited(*args, **how)
+  def check(message, *args, **options):
+    with pytest.raises(ValueError, match=message):
+      limited.matmul_limited(*args, **options)
 
   check('share K', row, whole(normal(0, 4, 128)))
   check(r'a\.tile=\(1, 128\) must span K=256', tiles, row, promote_every=0)

@@ -320,9 +320,9 @@ def test_a_weight_gradient_of_one_block_of_tokens():
 def test_api_names_what_does_not_fit():
   a, b = quantize(normal(0, 4, 256)), quantize(normal(1, 8, 256))
 
-  def check(a, b, said, **how):
-    with pytest.raises(ValueError, match=said):
-      api.matmul(a, b, **how)
+  def check(a, b, message, **options):
+    with pytest.raises(ValueError, match=message):
+      api.matmul(a, b, **options)
 
   check(a, quantize(normal(1, 8, 255)), r'a.shape=.* share K')
   check(quantize(normal(0, 4, 256), quantized.BLOCK), b, r'a\.tile=')

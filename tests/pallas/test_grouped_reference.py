@@ -162,9 +162,9 @@ def test_api_names_what_does_not_fit():
   a = quantize(ones(256, 128))
   b = quantize(ones(3, 64, 128), quantized.BLOCK)
 
-  def check(said, *args, function=api.grouped, **how):
-    with pytest.raises(ValueError, match=said):
-      function(*args, **how)
+  def check(message, *args, function=api.grouped, **options):
+    with pytest.raises(ValueError, match=message):
+      function(*args, **options)
 
   check(r'b\.tile=', a, quantize(ones(3, 64, 128)), expert_j, num_blocks)
   wide = quantize(ones(3, 64, 256), quantized.BLOCK)

@@ -149,15 +149,15 @@ def test_steps_visit_every_expert_once_and_in_order():
   steps = jax.jit(pallas_tpu._steps, static_argnums=2)(expert_j, num_blocks, 6)
   first, work = pallas_tpu.FIRST, pallas_tpu.WORK
   np.testing.assert_array_equal(
-    steps.expert_Z, [0, 1, 1, 1, 2, 3, 4, 5, 5, 5, 5, 5]
+    steps.expert_i, [0, 1, 1, 1, 2, 3, 4, 5, 5, 5, 5, 5]
   )
   np.testing.assert_array_equal(
-    steps.bits_Z,
+    steps.bits_i,
     [first, first + work, work, work, first, first, first + work, first]
     + [0] * 4,
   )
   np.testing.assert_array_equal(
-    np.asarray(steps.block_Z)[[1, 2, 3, 6]], [0, 1, 2, 3]
+    np.asarray(steps.block_i)[[1, 2, 3, 6]], [0, 1, 2, 3]
   )
 
 

@@ -19,7 +19,7 @@ from pallas_kernels.mla_attention import (
   blocks_gpu,
   cases,
   pallas_gpu,
-  reference,
+  xla,
 )
 from tests.pallas import attention, gpu, products
 
@@ -30,22 +30,20 @@ SHAPES = {
   'ragged': cases.SMALL['ragged'],
   'one': cases.SMALL['one'],
 }
-run = functools.partial(attention.run, how='pallas')
+run = functools.partial(attention.run, implementation='pallas')
 
 
 @pytest.fixture
 def interpreted(monkeypatch):
   """`api` as on a GPU, with interpreted kernels."""
-  monkeypatch.setattr(dispatch, 'resolve', resolve)
+  on_hopper(monkeypatch)
   for module, name in ((pallas_gpu, 'forward'), (backward_gpu, 'backward')):
     kernel = functools.partial(getattr(module, name), interpret=True)
     monkeypatch.setattr(module, name, kernel)
 
 
-def resolve(implementation):
-  return {'auto': 'pallas_gpu', 'pallas': 'pallas_gpu'}.get(
-    implementation, implementation
-  )
+def on_hopper(monkeypatch):
+  monkeypatch.setattr(dispatch, 'backend_kernel', lambda: 'pallas_gpu')
 
 
 def unlike():
@@ -170,11 +168,11 @@ def test_vmap_is_a_loop(interpreted):
   case = Case(1, 20, 1, 16, 8, 16)
   args, scale = attention.inputs(case), attention.scale(case)
   args = (*args[:4], *args[5:])  # without segments
-  each = lambda *args: run((*args[:4], None, *args[4:]), scale)
+  call = lambda *args: run((*args[:4], None, *args[4:]), scale)
   pair = [jnp.stack([x, -x]) for x in args]
-  got = jax.jit(jax.vmap(each))(*pair)
+  got = jax.jit(jax.vmap(call))(*pair)
   for at in range(2):
-    others = each(*(x[at] for x in pair))
+    others = call(*(x[at] for x in pair))
     for x, y in zip(got, others, strict=True):
       assert numerics.difference(x[at], y) < BOUND
 
@@ -219,9 +217,9 @@ def test_all_shapes_are_lowered_to_wgmma(name):
     'dq': {kind(64), kind(width)},
     'dkv': {kind(32), kind(width), kind(64)},
   }
-  for each, (kernel, args) in kernels(SHAPES[name]).items():
-    found = gpu.multiplications(gpu.lower(kernel, *args))
-    assert found == want[each], each
+  for title, (kernel, args) in kernels(SHAPES[name]).items():
+    kinds = gpu.multiplications(gpu.lower(kernel, *args))
+    assert kinds == want[title], title
 
 
 @gpu.compiled
@@ -239,7 +237,7 @@ def test_registers_suffice(kernel, products_of, name, monkeypatch, tmp_path):
   run, args = kernels(cases.V3[name])[kernel]
   machine = gpu.compile_kernel(monkeypatch, tmp_path, run, *args)
   # Three registers, stored and loaded for each of dq's last two blocks, where
-  # positions and segments are compared; ptxas tells it twice.
+  # positions and segments are compared; ptxas reports it twice.
   assert machine.spilled <= (48 if (kernel, name) == ('dq', 'packed') else 0)
   for shape, count in products_of.items():
     assert machine.count(rf'HGMMA\.{shape}\.F32\.BF16') == 2 * count
@@ -252,7 +250,7 @@ def test_gradient_lowers_without_an_array_of_all_pairs(
   wrap, count, monkeypatch
 ):
   """Through `api`; the interpreter knows no remat."""
-  monkeypatch.setattr(dispatch, 'resolve', resolve)
+  on_hopper(monkeypatch)
   case = cases.V3['pretrain']._replace(heads=16)
   operands = structs(case)[:4]
 
@@ -281,13 +279,14 @@ def test_what_the_kernels_do_not_take(
   case, dtype, message, monkeypatch, caplog
 ):
   args, scale = attention.inputs(case, dtype)[:4], attention.scale(case)
-  monkeypatch.setattr(dispatch, 'resolve', resolve)
-  api._without_kernel.cache_clear()
+  on_hopper(monkeypatch)
+  dispatch.log_choice.cache_clear()
   with pytest.raises(NotImplementedError, match=message):
     api.attention(*args, scale=scale, implementation='pallas')
-  want = reference.forward(*args, None, scale)
-  with caplog.at_level('INFO', logger=api.__name__):
+  o_BTNU, lse_BNT = xla.forward(*args, None, scale)
+  want = (o_BTNU.astype(dtype), lse_BNT)
+  with caplog.at_level('INFO', logger=dispatch.__name__):
     for _ in range(2):
       products.assert_bitwise(api.attention(*args, scale=scale), want)
-  (told,) = caplog.messages
-  assert told.startswith('mla_attention: reference, ')
+  (message,) = caplog.messages
+  assert message.startswith('mla_attention: xla, as ')

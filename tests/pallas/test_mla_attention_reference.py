@@ -1,4 +1,4 @@
-"""MLA's attention in plain jnp against a float64 oracle."""
+"""MLA's attention without kernels against a float64 oracle."""
 
 import functools
 
@@ -15,26 +15,28 @@ NAMES = ('o', 'lse', 'dq', 'dk_nope', 'dk_rope', 'dv')
 BOUND = {jnp.bfloat16: 1e-5, jnp.float32: 1e-10}
 
 
-def _run(case, args, wrap=lambda f: f):
+def _run(case, args, wrap=lambda f: f, implementation='reference'):
   """o, lse and every gradient."""
   *operands, segments, do, dlse = args
   call = functools.partial(
     api.attention,
     segments_BT=segments,
     scale=attention.scale(case),
-    implementation='reference',
+    implementation=implementation,
   )
   out, pull = jax.vjp(wrap(lambda *x: call(*x)), *operands)
   return *out, *pull((do, dlse))
 
 
+@pytest.mark.parametrize('implementation', ['reference', 'xla'])
 @pytest.mark.parametrize('dtype', BOUND)
 @pytest.mark.parametrize('name', cases.SMALL)
-def test_matches_the_oracle(name, dtype):
+def test_matches_the_oracle(name, dtype, implementation):
   case = cases.SMALL[name]
   args = attention.inputs(case, dtype)
   want = attention.oracle(*args, attention.scale(case))
-  for what, x, y in zip(NAMES, _run(case, args), want, strict=True):
+  outputs = _run(case, args, implementation=implementation)
+  for what, x, y in zip(NAMES, outputs, want, strict=True):
     assert np.isfinite(np.asarray(x, np.float32)).all(), what
     assert numerics.difference(x, y) < BOUND[dtype], what
     assert x.dtype == (jnp.float32 if what == 'lse' else dtype), what

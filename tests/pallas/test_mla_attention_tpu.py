@@ -23,7 +23,7 @@ BOUND = attention.BOUND
 V3 = [n for n in without_tpu.programs() if n.startswith('attention')]
 
 
-run = functools.partial(attention.run, how='pallas_interpret')
+run = functools.partial(attention.run, implementation='pallas_interpret')
 assert_close = attention.assert_close
 
 
@@ -48,11 +48,11 @@ def test_is_the_reference_and_the_oracle(name, dtype):
 def with_blocks(args, scale, blocks, interpret=True):
   """o, lse and every gradient, of blocks of that size."""
   *operands, do, dlse = args
-  how = {'blocks': blocks, 'interpret': interpret}
-  o, lse = pallas_tpu.forward(*operands, scale, **how)
+  options = {'blocks': blocks, 'interpret': interpret}
+  o, lse = pallas_tpu.forward(*operands, scale, **options)
   f32 = lambda x: x.astype(jnp.float32)
   delta = jnp.sum(f32(o) * f32(do), -1).swapaxes(1, 2) - dlse
-  grads = backward_tpu.backward(*operands, scale, lse, delta, do, **how)
+  grads = backward_tpu.backward(*operands, scale, lse, delta, do, **options)
   return o, lse, *grads
 
 
@@ -188,7 +188,7 @@ def test_blocks():
 
 
 def test_gradient_by_api_lowers_for_a_tpu(monkeypatch):
-  monkeypatch.setattr(dispatch, 'resolve', lambda name: 'pallas_tpu')
+  monkeypatch.setattr(dispatch, 'backend_kernel', lambda: 'pallas_tpu')
   forward = without_tpu.programs()['attention fprop bfloat16 packed']
 
   def loss(*args):

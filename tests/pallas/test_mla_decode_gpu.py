@@ -31,7 +31,7 @@ def structs(case, fp8=False):
     (rows * case.blocks, api.PAGE, width), jnp.bfloat16
   )
   width = case.latent + case.rotary
-  cache = api.Cache(page(case.latent), page(case.rotary))
+  cache = api.LatentPages(page(case.latent), page(case.rotary))
   return (
     jax.ShapeDtypeStruct((rows, case.queries, case.heads, width), jnp.bfloat16),
     jax.eval_shape(api.quantize, cache) if fp8 else cache,
@@ -162,7 +162,7 @@ def test_parts_fill_the_multiprocessors_once(programs, blocks, want):
 
 
 @pytest.mark.parametrize(
-  ('case', 'how', 'message'),
+  ('case', 'options', 'message'),
   [
     (cases.SMALL['tiny'], {'dtype': 'float32'}, 'cache is float32, not bfloat'),
     (cases.SMALL['tiny'], {'fp8': True}, r'128 \+ 64 must be one of \(256'),
@@ -170,6 +170,6 @@ def test_parts_fill_the_multiprocessors_once(programs, blocks, want):
     (cases.Case((3,), 2, rotary=32), {}, r'widths 512 \+ 32 must be'),
   ],
 )
-def test_what_the_kernel_does_not_do_is_named(case, how, message):
+def test_what_the_kernel_does_not_do_is_named(case, options, message):
   with pytest.raises(NotImplementedError, match=message):
-    pallas_gpu.decode(*decoding.draw(case, **how))
+    pallas_gpu.decode(*decoding.draw(case, **options))

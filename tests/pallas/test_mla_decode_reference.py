@@ -19,9 +19,9 @@ FORMS += [(name, 'float32') for name in ('ragged', 'four_queries')]
 
 
 @functools.partial(jax.jit, static_argnames=('scale', 'splits'))
-def reference(q_BTNY, cache, table_Bj, lengths_B, scale, splits=None):
+def reference(q_BTNY, cache, table_Bb, lengths_B, scale, splits=None):
   return api.decode(
-    q_BTNY, cache, table_Bj, lengths_B, scale, 'reference', splits
+    q_BTNY, cache, table_Bb, lengths_B, scale, 'reference', splits
   )
 
 
@@ -60,7 +60,7 @@ def test_poison_changes_no_bit():
   clean, poisoned = (
     decoding.draw(case, poison=poison) for poison in (False, True)
   )
-  assert np.isnan(np.asarray(poisoned.cache.c_JIC, np.float32)).any()
+  assert np.isnan(np.asarray(poisoned.cache.c_psC, np.float32)).any()
   products.assert_bitwise(reference(*poisoned), reference(*clean))
 
 
@@ -96,8 +96,8 @@ def test_log_sum_exp_is_that_of_the_scores():
   o_BTNC, lse_BNT = reference(*args)
   want = np.log(np.asarray(args.lengths_B, np.float32))
   np.testing.assert_allclose(lse_BNT[:, 0, 0], want, rtol=1e-6)
-  page = args.table_Bj[1, 0]
-  mean = np.mean(np.asarray(args.cache.c_JIC[page, :5]), axis=0)
+  page = args.table_Bb[1, 0]
+  mean = np.mean(np.asarray(args.cache.c_psC[page, :5]), axis=0)
   np.testing.assert_allclose(o_BTNC[1, 0, 0], mean, rtol=1e-5, atol=1e-6)
 
 
@@ -110,19 +110,19 @@ def test_large_scores_stay_finite():
 
 def test_vmap_is_a_loop():
   args = decoding.draw(cases.SMALL['tiny'], 'float32')
-  q_ZBTNY = jnp.stack([args.q_BTNY, -args.q_BTNY])
+  q_2BTNY = jnp.stack([args.q_BTNY, -args.q_BTNY])
   run = lambda q_BTNY: reference(q_BTNY, *args[1:])
-  got = jax.vmap(run)(q_ZBTNY)
-  for at, q_BTNY in enumerate(q_ZBTNY):
+  got = jax.vmap(run)(q_2BTNY)
+  for at, q_BTNY in enumerate(q_2BTNY):
     one = jax.tree.map(lambda x, at=at: x[at], got)
     decoding.assert_close(one, run(q_BTNY), 'float32')
 
 
 def test_combine_weighs_parts_by_their_tokens():
   """Two parts of equal scores, 3 and 1 tokens, and one without any."""
-  o_ZBTNC = jnp.asarray([1.0, 5.0, 0.0]).reshape(3, 1, 1, 1, 1)
-  lse_ZBNT = jnp.log(jnp.asarray([3.0, 1.0, 0.0])).reshape(3, 1, 1, 1)
-  o_BTNC, lse_BNT = parts.combine(o_ZBTNC, lse_ZBNT, jnp.float32)
+  o_iBTNC = jnp.asarray([1.0, 5.0, 0.0]).reshape(3, 1, 1, 1, 1)
+  lse_iBNT = jnp.log(jnp.asarray([3.0, 1.0, 0.0])).reshape(3, 1, 1, 1)
+  o_BTNC, lse_BNT = parts.combine(o_iBTNC, lse_iBNT, jnp.float32)
   np.testing.assert_allclose(o_BTNC.item(), 2.0, rtol=1e-6)
   np.testing.assert_allclose(lse_BNT.item(), np.log(4.0), rtol=1e-6)
 
@@ -158,16 +158,16 @@ def test_a_token_of_v3_in_fp8_has_656_bytes():
 def test_fp8_round_trip_has_the_rounding_of_e4m3():
   rng = np.random.default_rng(0)
   wide = np.exp2(rng.integers(-20, 20, (3, 64, 4))).repeat(128, -1)
-  c_JIC = jnp.asarray(rng.normal(size=(3, 64, 512)) * wide, jnp.float32)
-  k_rope_JIR = jnp.asarray(rng.normal(size=(3, 64, 64)), jnp.bfloat16)
-  cache = api.quantize(api.Cache(c_JIC, k_rope_JIR))
-  assert cache.c_JIC.scales.shape == (3, 64, 4)
+  c_psC = jnp.asarray(rng.normal(size=(3, 64, 512)) * wide, jnp.float32)
+  k_rope_psR = jnp.asarray(rng.normal(size=(3, 64, 64)), jnp.bfloat16)
+  cache = api.quantize(api.LatentPages(c_psC, k_rope_psR))
+  assert cache.c_psC.scales.shape == (3, 64, 4)
   back = api.dequantize(cache, jnp.float32)
-  products.assert_bitwise(back.k_rope_JIR, k_rope_JIR)
-  tokens = np.asarray(c_JIC, np.float64).reshape(192, 512)
+  products.assert_bitwise(back.k_rope_psR, k_rope_psR)
+  tokens = np.asarray(c_psC, np.float64).reshape(192, 512)
   values, scales = fp8_oracle.quantize_blocks(tokens, (1, 128))
   want = fp8_oracle.dequantize_blocks(values, scales, (1, 128))
-  got = np.asarray(back.c_JIC, np.float64).reshape(192, 512)
+  got = np.asarray(back.c_psC, np.float64).reshape(192, 512)
   # A value at a tie may go either way: the scale is f32 here.
   close = np.abs(got - want) <= 1e-6 * np.abs(want)
   assert np.mean(close) > 0.999
@@ -178,10 +178,10 @@ def test_fp8_round_trip_has_the_rounding_of_e4m3():
 def test_a_token_is_quantised_by_itself():
   """Appending to a page rounds no other token again."""
   args = decoding.draw(cases.SMALL['v3_heads_16'], poison=False)
-  whole = api.quantize(args.cache).c_JIC
+  whole = api.quantize(args.cache).c_psC
   one = api.quantize(
-    api.Cache(args.cache.c_JIC[:, 3:4], args.cache.k_rope_JIR[:, 3:4])
-  ).c_JIC
+    api.LatentPages(args.cache.c_psC[:, 3:4], args.cache.k_rope_psR[:, 3:4])
+  ).c_psC
   products.assert_bitwise(one.values, whole.values[:, 3:4])
   products.assert_bitwise(one.scales, whole.scales[:, 3:4])
 
@@ -191,15 +191,15 @@ def test_fp8_error_of_the_output_is_that_of_the_format():
   exact = decoding.draw(cases.SMALL['v3_heads_16'])
   rounded = exact._replace(cache=api.quantize(exact.cache))
   got, want = reference(*rounded)[0], decoding.naive(exact)[0]
-  told = numerics.difference(got, want)
-  assert 1e-6 < told < numerics.FP8_DIFFERENCE
+  error = numerics.difference(got, want)
+  assert 1e-6 < error < numerics.FP8_DIFFERENCE
 
 
 def _replaced(args, **changes):
   return args._replace(
-    cache=api.Cache(
-      changes.pop('c', args.cache.c_JIC),
-      changes.pop('k_rope', args.cache.k_rope_JIR),
+    cache=api.LatentPages(
+      changes.pop('c', args.cache.c_psC),
+      changes.pop('k_rope', args.cache.k_rope_psR),
     ),
     **changes,
   )
@@ -216,8 +216,8 @@ def _replaced(args, **changes):
     ({'c': jnp.ones((5, 32, 128), jnp.bfloat16)}, r'c.shape=.* \[pages, 64'),
     ({'c': jnp.ones((7, 64, 128), jnp.bfloat16)}, 'must have as many pages'),
     ({'c': jnp.ones((5, 64, 128))}, 'cache.c.dtype=float32 must be bfloat16'),
-    ({'table_Bj': jnp.zeros((3, 2), jnp.int32)}, r'table.shape=\(3, 2\)'),
-    ({'table_Bj': jnp.zeros((2, 2))}, 'table.dtype=float32 must be int32'),
+    ({'table_Bb': jnp.zeros((3, 2), jnp.int32)}, r'table.shape=\(3, 2\)'),
+    ({'table_Bb': jnp.zeros((2, 2))}, 'table.dtype=float32 must be int32'),
     ({'lengths_B': jnp.zeros((3,), jnp.int32)}, r'lengths.shape=\(3,\)'),
   ],
 )
@@ -238,9 +238,9 @@ def test_wrong_arguments_are_named(changes, message):
 def test_wrong_fp8_caches_are_named(changes, message):
   args = decoding.draw(cases.SMALL['tiny'], fp8=True)
   assert args.cache.pages == 5
-  c_JIC = quantized.Quantized(**vars(args.cache.c_JIC) | changes)
+  c_psC = quantized.Quantized(**vars(args.cache.c_psC) | changes)
   with pytest.raises(ValueError, match=message):
-    api.decode(*_replaced(args, c=c_JIC), 'reference')
+    api.decode(*_replaced(args, c=c_psC), 'reference')
 
 
 def test_other_wrong_arguments():

@@ -23,12 +23,12 @@ V3 = [n for n in without_tpu.programs() if n.startswith('decode')]
 
 
 @functools.partial(jax.jit, static_argnames=('scale', 'splits', 'pages'))
-def decode(q_BTNY, cache, table_Bj, lengths_B, scale, splits=None, pages=None):
-  args = (q_BTNY, cache, table_Bj, lengths_B, scale)
+def decode(q_BTNY, cache, table_Bb, lengths_B, scale, splits=None, pages=None):
+  args = (q_BTNY, cache, table_Bb, lengths_B, scale)
   if pages is None:
     return api.decode(*args, 'pallas_interpret', splits)
-  how = {'blocks': BlockSizes(pages), 'interpret': True}
-  return pallas_tpu.decode(*args, splits=splits, **how)
+  options = {'blocks': BlockSizes(pages), 'interpret': True}
+  return pallas_tpu.decode(*args, splits=splits, **options)
 
 
 reference_decode = jax.jit(reference.decode, static_argnames='scale')
@@ -133,14 +133,14 @@ def test_lowers_for_a_tpu(name, chip):
 def test_nothing_is_made_of_the_whole_cache(kernel):
   """A call costs what its rows have, however many pages there are."""
   shape = lambda *dims, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(dims, dtype)
-  cache = api.Cache(shape(5000, 64, 512), shape(5000, 64, 64))
+  cache = api.LatentPages(shape(5000, 64, 512), shape(5000, 64, 64))
   table = shape(2, 3, dtype=jnp.int32), shape(2, dtype=jnp.int32)
   for kept in (cache, jax.eval_shape(api.quantize, cache)):
     traced = jax.make_jaxpr(lambda *args: kernel(*args, 0.1, splits=1))(
       shape(2, 1, 16, 576), kept, *table
     )
-    made = [x.aval.shape for e in traced.eqns for x in e.outvars]
-    assert made and not [dims for dims in made if dims[:1] == (5000,)]
+    shapes = [x.aval.shape for e in traced.eqns for x in e.outvars]
+    assert shapes and not [dims for dims in shapes if dims[:1] == (5000,)]
 
 
 def test_blocks_have_pages():

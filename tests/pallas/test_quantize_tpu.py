@@ -27,8 +27,8 @@ reference_both = jax.jit(reference.quantize_both, static_argnames=HOW)
 
 
 @functools.partial(jax.jit, static_argnames=(*HOW, 'blocks'))
-def both(x_MD, **how):
-  return quantize_tpu.quantize_both(x_MD, interpret=True, **how)
+def both(x_MD, **options):
+  return quantize_tpu.quantize_both(x_MD, interpret=True, **options)
 
 
 def wide(seed, *shape, dtype=jnp.float32):
@@ -41,12 +41,12 @@ def wide(seed, *shape, dtype=jnp.float32):
   return jnp.asarray(x, jnp.float32).astype(dtype)
 
 
-@pytest.mark.parametrize(('shape', 'how'), WAYS, ids=str)
-def test_is_the_reference_bit_for_bit(shape, how):
+@pytest.mark.parametrize(('shape', 'options'), WAYS, ids=str)
+def test_is_the_reference_bit_for_bit(shape, options):
   x_MD = wide(0, *shape)
-  got = both(x_MD, **how)
-  products.assert_bitwise(got, reference_both(x_MD, **how))
-  products.assert_bitwise(both(x_MD, **how), got)
+  got = both(x_MD, **options)
+  products.assert_bitwise(got, reference_both(x_MD, **options))
+  products.assert_bitwise(both(x_MD, **options), got)
   of_x, of_xT = got
   assert of_x.tile == of_xT.tile == (1, 128)
   assert of_x.shape == shape and of_xT.shape == shape[::-1]

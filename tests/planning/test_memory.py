@@ -35,7 +35,7 @@ def residuals(cfg, policy, is_moe):
 
   params = jax.eval_shape(init)
   quantized = jax.eval_shape(lambda p: model.quantize(policy, p), params)
-  layer = block.rematerialised(m, scanned=True)(*fields, policy, is_moe, False)
+  layer = block.with_remat(m, scanned=True)(*fields, policy, is_moe, False)
   # Shared by all layers, and thus no residual of one: an argument.
   shared = jax.eval_shape(context)
 

@@ -31,7 +31,7 @@ def block_stage(*, is_moe=False, ahead=False, **changes):
   cfg = settings.small(**changes)
   policy, dims = precision.POLICIES[cfg.precision], cfg.model.d_model
   common = (cfg.model, cfg.balance, policy)
-  build = block.rematerialised(cfg.model, scanned=False)
+  build = block.with_remat(cfg.model, scanned=False)
   net = mtp.MtpModule(*common) if ahead else build(*common, is_moe, False)
 
   def stage(variables, x, consts):

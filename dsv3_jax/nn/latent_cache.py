@@ -1,0 +1,113 @@
+"""The latent cache of a stack of layers: what MLA keeps a token (TR 2.1.1)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from dsv3_jax import config
+from dsv3_jax.ops import mla
+from pallas_kernels import quantized
+from pallas_kernels.mla_decode import api as mla_decode
+
+
+class LatentCache(NamedTuple):
+  """Latents of all layers of one stack, in p pages of s tokens.
+
+  Key i of row r is in page table_Bb[r, i // s], at place i % s. Latents are in
+  the rotary keys' dtype, or `Quantized` with a scale for each 128 of a token.
+  """
+
+  c_LpsC: Array | quantized.Quantized
+  k_rope_LpsR: Array
+
+
+def empty_cache(
+  cfg: config.ModelConfig,
+  num_layers: int,
+  pages: int,
+  size: int,
+  dtype,
+  *,
+  fp8: bool,
+) -> LatentCache:
+  """A cache of zeros: pages of `size` tokens."""
+
+  def shapes():
+    zeros = lambda width: jnp.zeros((num_layers, pages, size, width), dtype)
+    widths = (cfg.mla.kv_lora_rank, cfg.mla.qk_rope_head_dim)
+    return _stored(mla_decode.LatentPages(*map(zeros, widths)), fp8)
+
+  zeros = lambda like: jnp.zeros(like.shape, like.dtype)
+  return jax.tree.map(zeros, jax.eval_shape(shapes))
+
+
+def write(
+  cache: LatentCache,
+  latents: mla.Latents,
+  index_BT: Int[Array, 'B T'],
+  table_Bb: Int[Array, 'B b'],
+  layer: Int[Array, ''],
+) -> LatentCache:
+  """Writes latents of a layer at their indices.
+
+  Those of no row (index_BT < 0) or past a row's pages are dropped.
+  """
+  _, pages, size, _ = cache.c_LpsC.shape
+  page_BT = jnp.take_along_axis(
+    table_Bb, index_BT // size, axis=1, mode='fill', fill_value=pages
+  )
+  page_BT = jnp.where(index_BT < 0, pages, page_BT)
+  at = (layer, page_BT, index_BT % size)
+
+  def put(old, new):
+    bits = mla_decode.bits
+    new = bits(new.astype(old.dtype))
+    written = bits(old).at[at].set(new, mode='drop')
+    return mla_decode.from_bits(written, old.dtype)
+
+  new = _stored(mla_decode.LatentPages(*latents), is_fp8(cache))
+  return jax.tree.map(put, cache, new)
+
+
+def is_fp8(cache: LatentCache | None) -> bool:
+  return cache is not None and isinstance(cache.c_LpsC, quantized.Quantized)
+
+
+def rounded(latents: mla.Latents) -> mla.Latents:
+  """Latents as they are read from an FP8 cache."""
+  stored = mla_decode.quantize(mla_decode.LatentPages(*latents))
+  read = mla_decode.dequantize(stored, latents.c_BSC.dtype)
+  return mla.Latents(read.c_psC, read.k_rope_psR)
+
+
+def layer_pages(
+  cache: LatentCache,
+  index_BT: Int[Array, 'B T'],
+  table_Bb: Int[Array, 'B b'],
+  layer: Int[Array, ''],
+) -> tuple[mla_decode.LatentPages, Int[Array, 'B b'], Int[Array, 'B']]:
+  """The pages of all layers without a copy, a layer's table, and lengths.
+
+  A row's tokens are consecutive from index_BT[:, 0], which gives its length.
+  Padding behind them belongs to no row; what it attends to does not matter.
+  """
+  _, count, size, _ = cache.c_LpsC.shape
+  flat = lambda x: x.reshape(-1, *x.shape[2:])
+  # Where a row has no page, one of its own stands: another's may not be finite.
+  own_B1 = jnp.minimum(table_Bb[:, :1], count - 1)
+  table_Bb = jnp.where(table_Bb < count, table_Bb, own_B1)
+  table_Bb += layer * count
+  first_B, length = index_BT[:, 0], index_BT.shape[1]
+  lengths_B = jnp.where(first_B < 0, 0, first_B + length)
+  # Speculative tokens may pass the end of the table.
+  lengths_B = jnp.minimum(lengths_B, table_Bb.shape[1] * size)
+  pages = mla_decode.LatentPages(*jax.tree.map(flat, cache))
+  return pages, table_Bb, lengths_B
+
+
+def _stored(latents: mla_decode.LatentPages, fp8: bool) -> LatentCache:
+  """Latents and rotary keys in the formats of the cache."""
+  stored = mla_decode.quantize(latents) if fp8 else latents
+  return LatentCache(stored.c_psC, stored.k_rope_psR)
