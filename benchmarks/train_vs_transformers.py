@@ -35,7 +35,7 @@ import transformers
 from benchmarks.common import hf_tensors, shared_model
 from dsv3_jax import config
 from dsv3_jax.checkpoint.hf import config as hf_config
-from dsv3_jax.inference import generate
+from dsv3_jax.inference import generate, model_runner
 from dsv3_jax.nn import model
 from dsv3_jax.planning import flops
 from dsv3_jax.training import step as steps
@@ -64,7 +64,8 @@ class Ours:
     self._logits = jax.jit(lambda *args: model.build(cfg).apply(*args)[0])
     # Copies: training gives its buffers away.
     kept = jax.tree.map(jnp.copy, self.state)
-    self.engine = generate.Generator(cfg, kept['params'], kept['router'])
+    args = (cfg, kept['params'], kept['router'])
+    self.runner = model_runner.ModelRunner(*args)
 
   def weights(self) -> dict[str, np.ndarray]:
     state = self.state
@@ -86,12 +87,12 @@ class Ours:
 
   def prefill(self, tokens_BT: np.ndarray) -> float:
     """Seconds until the first token, latents cached."""
-    return self.engine.generate(tokens_BT.tolist(), 1).prefill_seconds
+    return generate.generate(self.runner, tokens_BT.tolist(), 1).prefill_seconds
 
   def decode(self, tokens_BT: np.ndarray) -> tuple[float, np.ndarray]:
     """Seconds of NEW cached steps, and the greedy tokens [B, NEW + 1]."""
     # The engine's clock leaves the first step out, as that one may compile.
-    made = self.engine.generate(tokens_BT.tolist(), NEW + 2)
+    made = generate.generate(self.runner, tokens_BT.tolist(), NEW + 2)
     assert made.decoded == NEW * len(tokens_BT)
     return made.decode_seconds, np.array(made.tokens)[:, : NEW + 1]
 

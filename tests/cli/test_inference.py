@@ -86,7 +86,7 @@ def test_bad_input_is_one_line(capsys, args, said):
     ('[' * 100_000, 'in.jsonl:1 is no JSON'),
     ('\n\n', 'in.jsonl has no prompt'),
     ('{"prompt": "a", "seed": 3}', '1 has "seed": --seed sets it for all'),
-    ('{"prompt": "a", "text": "b"}', '1 has "text": what is made has that'),
+    ('{"prompt": "a", "text": "b"}', '1 has "text": the output has this'),
   ],
 )
 def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, said):
@@ -115,11 +115,33 @@ def test_prompts_of_a_file(trained, tmp_path, capsys):
   one = ['generate', '--prompt=def f(', '--json', *args]
   assert cli.main(one) == 0
   assert json.loads(capsys.readouterr().out)['text'] == rows[1]['text']
-  assert cli.main([*one, '--num_drafts=2']) == 0
+  assert cli.main([*one, '--num_speculative_tokens=2']) == 0
   out, err = capsys.readouterr()
   assert json.loads(out)['text'] == rows[1]['text']
   drafted = json.loads(err.splitlines()[-1])
   assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
+
+
+def test_old_flags_work_and_warn_in_one_line(trained, capsys):
+  args = ['generate', f'--checkpoint={trained}', '--max_new_tokens=4', '--json']
+  for old, new, name in (
+    ('--num_drafts=1', '--num_speculative_tokens=1', 'num_drafts'),
+    ('--invariant', '--batch_invariant', 'invariant'),
+  ):
+    assert cli.main([*args, new]) == 0
+    wanted = capsys.readouterr()
+    assert 'deprecated' not in wanted.err
+    assert cli.main([*args, old]) == 0
+    out, err = capsys.readouterr()
+    use = new.removesuffix('=1')
+    warning, *rest = err.splitlines()
+    assert warning == f'dsv3: --{name} is deprecated: use {use}'
+    assert len(rest) == wanted.err.count('\n')
+    assert out == wanted.out
+    speeds = [json.loads(text.splitlines()[-1]) for text in (wanted.err, err)]
+    assert speeds[0].keys() == speeds[1].keys()
+    assert cli.main([*args, old, new]) == 2
+    assert f'--{name} is the old name of {use}' in capsys.readouterr().err
 
 
 def test_the_engine_is_as_the_flags_say(trained, monkeypatch, capsys):
@@ -129,7 +151,7 @@ def test_the_engine_is_as_the_flags_say(trained, monkeypatch, capsys):
   args = ['generate', f'--checkpoint={trained}', '--max_new_tokens=2']
   for more in ([], ['--fp8_cache']):
     assert cli.main([*args, *more]) == 0
-  kept = [loaded.engine.steps.empty_caches(1, 64).moe for loaded in made]
+  kept = [loaded.runner.empty_caches(1, 64).moe for loaded in made]
   is_fp8 = [isinstance(c.c_LpsC, quantized.Quantized) for c in kept]
   assert is_fp8 == [False, True]
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from dsv3_jax.inference import engine, model_runner
 from dsv3_jax.inference import mesh as inference_mesh
+from dsv3_jax.inference import request as requests
 from dsv3_jax.nn import model
 from tests import settings
 from tests.nn import models
@@ -43,8 +44,14 @@ class Passes:
     self.cfg, self.place = cfg, inference_mesh.InferenceMesh(cfg, mesh)
     specs, rows = {'params': self.place.params}, inference_mesh.ROWS
     if has_copies:
-      specs['copies'] = inference_mesh.WHOLE
-    taken = (specs, inference_mesh.WHOLE, rows, rows, inference_mesh.PAGES)
+      specs['copies'] = inference_mesh.REPLICATED
+    taken = (
+      specs,
+      inference_mesh.REPLICATED,
+      rows,
+      rows,
+      inference_mesh.BLOCKS,
+    )
     self.run = self.place.jit(self._run, taken, (rows, rows))
 
   def _run(self, variables, router, tokens_BT, table_Bb, caches):
@@ -66,13 +73,13 @@ class Passes:
     vocab = self.cfg.model.vocab_size
     tokens_BT = rng.integers(0, vocab, (ROWS, LENGTH + 1)).astype(np.int32)
     table_Bb = np.tile(np.arange(ROWS // ranks)[:, None], (ranks, 1))
-    args = (self.cfg.model, ROWS, engine.PAGE, jnp.float32)
+    args = (self.cfg.model, ROWS, engine.BLOCK_SIZE, jnp.float32)
     how = {'drafting': False, 'fp8': False}
     make = functools.partial(model_runner.empty_caches, *args, **how)
-    caches = self.place.zeros(make, inference_mesh.PAGES)
+    caches = self.place.zeros(make, inference_mesh.BLOCKS)
     tokens = (tokens_BT, table_Bb.astype(np.int32))
-    made_BTV, load_RLE = self.run(variables, router, *tokens, caches)
-    return np.asarray(made_BTV), load_RLE
+    made_BTV, load_PLE = self.run(variables, router, *tokens, caches)
+    return np.asarray(made_BTV), load_PLE
 
 
 def prompt(seed, size):
@@ -81,45 +88,45 @@ def prompt(seed, size):
 
 
 def _draw(seed):
-  return engine.Draw(temperature=1.0, top_p=0.9, seed=seed)
+  return requests.SamplingParams(temperature=1.0, top_p=0.9, seed=seed)
 
 
 # A prompt; how many tokens; how they are drawn.
 REQUESTS = [
-  (prompt(1, 5), 20, engine.Draw()),
+  (prompt(1, 5), 20, requests.GREEDY),
   (prompt(2, 130), 9, _draw(3)),
   (prompt(3, 1), 30, _draw(4)),
-  (prompt(4, 64), 5, engine.Draw()),
-  (prompt(2, 130)[:100] + [1, 2], 4, engine.Draw()),
+  (prompt(4, 64), 5, requests.GREEDY),
+  (prompt(2, 130)[:100] + [1, 2], 4, requests.GREEDY),
   (prompt(5, 62), 70, _draw(5)),
-  (prompt(6, 30), 40, engine.Draw()),
-  (prompt(4, 64), 5, engine.Draw()),
+  (prompt(6, 30), 40, requests.GREEDY),
+  (prompt(4, 64), 5, requests.GREEDY),
 ]
 
 
 def traffic(made, **how):
   """They come at different times; the session, and what each was told."""
-  how = {'num_pages': 7, 'max_rows': 2, 'least_rows': 2} | how
+  how = {'num_blocks': 7, 'max_rows': 2, 'min_rows': 2} | how
   # One size of a prefill and of block tables: fewer programs to compile.
-  session = engine.Engine(made, **how, chunk=64, least_pages=4)
-  requests = []
+  session = engine.Engine(made, **how, chunk=64, min_blocks=4)
+  submitted = []
   for case in REQUESTS:
-    requests.append(session.submit(*case))
+    submitted.append(session.submit(*case))
     session.step()
   for _ in range(1000):
     if session.is_idle:
       break
     session.step()
-  assert all(request.done for request in requests)
-  assert all(one.pool.in_use == 0 for one in session.scheduler.each)
-  return session, [request.tokens for request in requests]
+  assert all(request.done for request in submitted)
+  assert session.stats().blocks_in_use == 0
+  return session, [request.tokens for request in submitted]
 
 
 @functools.cache
 def expected():
   """Of one device, as many rows and pages as two ranks have."""
   made = model_runner.ModelRunner(CONFIG, *weights())
-  return traffic(made, num_pages=14, max_rows=4, least_rows=4)[1]
+  return traffic(made, num_blocks=14, max_rows=4, min_rows=4)[1]
 
 
 def compiled(made):

@@ -41,20 +41,20 @@ def test_no_bit_depends_on_where_experts_are(axes):
   made = made_with(axes, redundant=8)
   if axes:
     plain = made_with(axes, redundant=0)
-    want_BTV, load_RLE = passes(plain.variables, plain.router)
+    want_BTV, load_PLE = passes(plain.variables, plain.router)
   else:
     params, _ = meshes.weights()
     alone = meshes.Passes(None)
-    want_BTV, load_RLE = alone({'params': params}, made.router)
+    want_BTV, load_PLE = alone({'params': params}, made.router)
   placements = set()
-  for load in (load_RLE, load_RLE[:, :, ::-1], 8 * load_RLE):
+  for load in (load_PLE, load_PLE[:, :, ::-1], 8 * load_PLE):
     got_BTV, got_RLE = passes(made.variables, made.router)
     np.testing.assert_array_equal(got_BTV, want_BTV)
-    np.testing.assert_array_equal(got_RLE, load_RLE)
+    np.testing.assert_array_equal(got_RLE, load_PLE)
     copies = jax.tree.leaves(made.variables['copies'])
     placements.add(b''.join(np.asarray(x).tobytes() for x in copies))
-    made.balancer.took_step(load)
-    made.balancer.rebalance()
+    made.rebalancer.record_step(load)
+    made.rebalancer.rebalance()
   assert len(placements) == 3
   assert passes.run._cache_size() == (2 if axes else 1)  # 0 and 8 spare slots
 
@@ -63,17 +63,17 @@ def test_the_load_is_spread_better_than_before():
   axes = {'expert': 4}
   passes = meshes.Passes(mesh_of(axes), has_copies=True)
   made = made_with(axes, redundant=8)
-  assert made.balancer.balancedness is None
+  assert made.rebalancer.balancedness is None
   told = []
   for _ in range(2):
-    _, load_RLE = passes(made.variables, made.router)
-    made.balancer.took_step(load_RLE)
-    made.balancer.rebalance()
-    told.append(made.balancer.balancedness)
+    _, load_PLE = passes(made.variables, made.router)
+    made.rebalancer.record_step(load_PLE)
+    made.rebalancer.rebalance()
+    told.append(made.rebalancer.balancedness)
   (before, hoped), (after, _) = told
   assert before + 0.1 < hoped
   assert after == hoped  # the same load, placed for
-  assert made.balancer.rebalanced == 2
+  assert made.rebalancer.rebalances == 2
 
 
 @pytest.mark.slow
@@ -84,17 +84,17 @@ def test_requests_get_the_same_tokens_while_experts_move():
     plan=redundant_experts.RedundancyConfig(redundant=4, every=5),
   )
   assert meshes.traffic(made)[1] == meshes.expected()
-  known, often = meshes.compiled(made), made.balancer.rebalanced
+  known, often = meshes.compiled(made), made.rebalancer.rebalances
   assert often > 5
   session, tokens = meshes.traffic(made)
   assert tokens == meshes.expected()
-  assert made.balancer.rebalanced > often
+  assert made.rebalancer.rebalances > often
   assert meshes.compiled(made) == known
-  model = engine_thread.Worker(session, 1)
+  model = engine_thread.EngineThread(session, 1)
   told = metrics.Telemetry(model).text().decode()
   model.close()
   lines = dict(line.split() for line in told.splitlines() if line[0] != '#')
-  assert float(lines['dsv3_rebalanced_total']) == made.balancer.rebalanced
+  assert float(lines['dsv3_rebalanced_total']) == made.rebalancer.rebalances
   assert 0.25 < float(lines['dsv3_expert_balancedness']) <= 1
   assert float(lines['dsv3_pages']) == 28
 
@@ -132,8 +132,8 @@ def test_each_slot_has_the_weights_of_its_expert(scanned):
     told = made.variables['copies']['moe_layers']
     for name in stack:
       check_slots(stack[name], told[name], params['moe_layers'][name])
-    load_RLE = rng.integers(0, 99, made.load_RLE.shape)
-    made.took_step(jnp.float32(load_RLE))
+    load_PLE = rng.integers(0, 99, made.load_PLE.shape)
+    made.record_step(jnp.float32(load_PLE))
     made.rebalance()
   np.testing.assert_array_equal(  # the model's own are as they were
     on_mesh['embed']['w'], params['embed']['w']

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import errors
-from dsv3_jax.inference import engine, generate
+from dsv3_jax.inference import engine, generate, model_runner
 from dsv3_jax.nn import model
 from tests import settings
 from tests.nn import models
@@ -27,7 +27,7 @@ def weights():
 
 @pytest.fixture(scope='module')
 def net(weights):
-  return generate.Generator(_CONFIG, *weights)
+  return model_runner.ModelRunner(_CONFIG, *weights)
 
 
 def next_tokens(weights, sequence):
@@ -41,7 +41,7 @@ def next_tokens(weights, sequence):
 
 
 def test_greedy_is_the_full_forwards_argmax(net, weights):
-  made = net.generate(_PROMPTS, 20)
+  made = generate.generate(net, _PROMPTS, 20)
   for prompt, row in zip(_PROMPTS, made.tokens, strict=True):
     assert len(row) == 20
     want = next_tokens(weights, prompt + row)
@@ -52,28 +52,36 @@ def test_greedy_is_the_full_forwards_argmax(net, weights):
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_a_row_does_not_depend_on_the_others(net, temperature):
   how = {'temperature': temperature, 'top_p': 0.9, 'seed': 5}
-  together = net.generate(_PROMPTS, 12, **how).tokens
-  first = net.generate(_PROMPTS[:1], 12, **how).tokens
-  swapped = net.generate([_PROMPTS[0], [8, 8, 8, 8]], 12, **how).tokens
+  together = generate.generate(net, _PROMPTS, 12, **how).tokens
+  first = generate.generate(net, _PROMPTS[:1], 12, **how).tokens
+  swapped = generate.generate(
+    net, [_PROMPTS[0], [8, 8, 8, 8]], 12, **how
+  ).tokens
   assert together[0] == first[0] == swapped[0]
 
 
 def test_more_prompts_than_rows_join_as_others_end(net, monkeypatch):
   prompts = [prompt[:cut] for prompt in _PROMPTS for cut in (1, 2, 3)]
-  together = net.generate(prompts, 9)
-  monkeypatch.setattr(generate, 'MOST_ROWS', 2)
-  made = net.generate(prompts, 9)
+  together = generate.generate(net, prompts, 9)
+  monkeypatch.setattr(generate, 'MAX_ROWS', 2)
+  made = generate.generate(net, prompts, 9)
   assert made.tokens == together.tokens
-  assert made.counts.rows == together.counts.rows == len(prompts) * 8
-  assert made.counts.steps >= len(prompts) * 8 / 2 > together.counts.steps
+  assert (
+    made.stats.decoded_rows == together.stats.decoded_rows == len(prompts) * 8
+  )
+  assert (
+    made.stats.decode_steps
+    >= len(prompts) * 8 / 2
+    > together.stats.decode_steps
+  )
 
 
 def test_who_waits_hears_of_each_as_it_ends_in_order(net, monkeypatch):
   how = {'temperature': 2.0, 'seed': 3}
-  first, second, third = net.generate(_PROMPTS, 12, **how).tokens
+  first, second, third = generate.generate(net, _PROMPTS, 12, **how).tokens
   # The second ends by itself, before the first.
   stop_id = next(t for t in second[3:9] if t not in first + third)
-  monkeypatch.setattr(generate, 'MOST_ROWS', 2)
+  monkeypatch.setattr(generate, 'MAX_ROWS', 2)
   heard, running = [], []
   step = engine.Engine.step
 
@@ -82,11 +90,12 @@ def test_who_waits_hears_of_each_as_it_ends_in_order(net, monkeypatch):
     return step(session)
 
   monkeypatch.setattr(engine.Engine, 'step', watched)
-  made = net.generate(
+  made = generate.generate(
+    net,
     _PROMPTS,
     12,
     stop_id=stop_id,
-    tell=lambda *each: heard.append(each),
+    on_finished=lambda *args: heard.append(args),
     **how,
   )
   assert heard == list(enumerate(made.tokens))
@@ -96,19 +105,26 @@ def test_who_waits_hears_of_each_as_it_ends_in_order(net, monkeypatch):
 
 def test_seeds_repeat_and_differ(net):
   how = {'temperature': 2.0}
-  runs = [net.generate(_PROMPTS, 12, seed=s, **how).tokens for s in (1, 1, 2)]
+  runs = [
+    generate.generate(net, _PROMPTS, 12, seed=s, **how).tokens
+    for s in (1, 1, 2)
+  ]
   assert runs[0] == runs[1] != runs[2]
 
 
 def test_decode_compiles_once(weights):
-  fresh = generate.Generator(_CONFIG, *weights)
+  fresh = model_runner.ModelRunner(_CONFIG, *weights)
   for count in (9, 17, 30):
-    made = fresh.generate(_PROMPTS, count, temperature=count / 10, seed=count)
+    made = generate.generate(
+      fresh, _PROMPTS, count, temperature=count / 10, seed=count
+    )
     assert made.decoded == 3 * (count - 2)
     assert made.tokens_per_second > 0
-  fresh.generate([*_PROMPTS, [5]], 9)  # three rows have the size of four
-  assert fresh.steps._decode._cache_size() == 1
-  assert fresh.steps._prefill._cache_size() == 1
+  generate.generate(
+    fresh, [*_PROMPTS, [5]], 9
+  )  # three rows have the size of four
+  assert fresh._decode._cache_size() == 1
+  assert fresh._prefill._cache_size() == 1
 
 
 @pytest.mark.parametrize(
@@ -125,4 +141,4 @@ def test_decode_compiles_once(weights):
 )
 def test_bad_requests(net, prompts, count, said):
   with pytest.raises(errors.InputError, match=said):
-    net.generate(prompts, count)
+    generate.generate(net, prompts, count)

@@ -119,27 +119,41 @@ def test_text_is_what_the_logits_prefer(trained):
     assert text == tokenizer.decode(ids[-7:])
 
 
-def test_text_is_asked_of_the_engine_until_eos(trained):
+def test_text_is_asked_of_the_engine_until_eos(trained, monkeypatch):
   calls = []
 
-  class Spy:
-    def generate(self, prompts, max_new_tokens, **how):
-      calls.append((prompts, max_new_tokens, how))
-      rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decoded': 1}
-      rest['counts'] = engine.Decoded()
-      return generate.Generation(tokens=[[40, 41]], **rest)
+  def spy(runner, prompts, max_new_tokens, **options):
+    assert runner is asked.runner
+    calls.append((prompts, max_new_tokens, options))
+    rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decoded': 1}
+    names = {field.name for field in dataclasses.fields(engine.EngineStats)}
+    rest['stats'] = engine.EngineStats(**dict.fromkeys(names, 0))
+    return generate.Generation(tokens=[[40, 41]], **rest)
 
   tokenizer = trained.tokenizer
   args = (trained.config, trained.params, trained.router, tokenizer)
   asked = llm.LLM(*args)
-  asked.engine = Spy()
+  monkeypatch.setattr(generate, 'generate', spy)
   assert asked.generate(['def'], 9) == [tokenizer.decode([40, 41])]
   asked.generate(['def'], 9, stop_id=7, temperature=0.5, seed=3)
   ids = [tokenizer.encode('def', add_bos=True).tolist()]
   assert ids[0][0] == tokenizer.bos_id
-  how = {'stop_id': 7, 'temperature': 0.5, 'seed': 3}
+  options = {'stop_id': 7, 'temperature': 0.5, 'seed': 3}
   eos = {'stop_id': tokenizer.eos_id}
-  assert calls == [(ids, 9, eos), (ids, 9, how)]
+  assert calls == [(ids, 9, eos), (ids, 9, options)]
+
+
+def test_old_keywords_are_accepted_with_a_warning(run, trained, monkeypatch):
+  match = 'num_drafts is deprecated: use num_speculative_tokens'
+  with pytest.warns(DeprecationWarning, match=match) as caught:
+    loaded = dsv3_jax.load(run[1], num_drafts=1)
+  assert [warning.filename for warning in caught] == [__file__]
+  assert loaded.runner.num_speculative_tokens == 1
+  with pytest.warns(DeprecationWarning, match='invariant is deprecated'):
+    old = trained.generate(['def'], 3, invariant=True)
+  assert old == trained.generate(['def'], 3, batch_invariant=True)
+  with pytest.raises(TypeError, match=r"unexpected arguments: \['num_draft'\]"):
+    dsv3_jax.load(run[1], num_draft=1)
 
 
 def test_bfloat16_computes_in_bfloat16(run, trained):

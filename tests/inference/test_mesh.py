@@ -35,10 +35,10 @@ def test_logits_are_those_of_one_device(one_device, axes):
   passes = meshes.Passes(inference_mesh.make_mesh(**axes))
   params, router = meshes.weights()
   params = passes.place.place(params, passes.place.params)
-  got_BTV, load_RLE = passes({'params': params}, router)
+  got_BTV, load_PLE = passes({'params': params}, router)
   limit = F32 * np.max(np.abs(want_BTV))
   np.testing.assert_allclose(got_BTV, want_BTV, rtol=0, atol=limit)
-  load_LE = np.sum(np.asarray(load_RLE), axis=0)
+  load_LE = np.sum(np.asarray(load_PLE), axis=0)
   np.testing.assert_array_equal(load_LE, want_1LE[0])
   tokens = meshes.ROWS * (meshes.LENGTH + 1)
   assert np.sum(load_LE) == tokens * meshes.CONFIG.model.moe.top_k
@@ -56,7 +56,7 @@ def test_requests_get_the_tokens_of_one_device(axes, drafts):
   )
   session, tokens = meshes.traffic(made)
   assert tokens == meshes.expected()
-  assert session.scheduler.num_pages == 7 * 4
+  assert session.stats().num_blocks == 7 * 4 and session.max_running == 2 * 4
   known = meshes.compiled(made)
   _, tokens = meshes.traffic(made)
   assert tokens == meshes.expected() and meshes.compiled(made) == known
@@ -67,7 +67,7 @@ def test_what_shares_a_step_changes_nothing_on_a_mesh():
   """All together, and one after the other on either rank."""
   mesh = inference_mesh.make_mesh(data=2)
   made = model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)
-  session, together = meshes.traffic(made, invariant=True)
+  session, together = meshes.traffic(made, batch_invariant=True)
   for case, want in list(zip(meshes.REQUESTS, together, strict=True))[::3]:
     request = session.submit(*case)
     while not session.is_idle:
@@ -80,9 +80,13 @@ def test_what_shares_a_step_changes_nothing_on_a_mesh():
 def test_a_rank_may_have_no_prompt():
   prompts = [meshes.prompt(i, 3 + i) for i in range(3)]
   cfg, weights = meshes.CONFIG, meshes.weights()
-  want = generate.Generator(cfg, *weights).generate(prompts, 6).tokens
-  net = generate.Generator(cfg, *weights, mesh=inference_mesh.make_mesh(data=4))
-  assert net.generate(prompts, 6).tokens == want
+  want = generate.generate(
+    model_runner.ModelRunner(cfg, *weights), prompts, 6
+  ).tokens
+  net = model_runner.ModelRunner(
+    cfg, *weights, mesh=inference_mesh.make_mesh(data=4)
+  )
+  assert generate.generate(net, prompts, 6).tokens == want
 
 
 def test_pages_are_copied_on_their_rank():
@@ -91,15 +95,15 @@ def test_pages_are_copied_on_their_rank():
     *meshes.weights(),
     mesh=inference_mesh.make_mesh(data=2, expert=2),
   )
-  caches = made.empty_caches(3, engine.PAGE)
+  caches = made.empty_caches(3, engine.BLOCK_SIZE)
   assert caches.moe.c_LpsC.shape[1] == 4 * 3
   number = lambda x: x + jnp.arange(12.0)[:, None, None]
   copies = [
-    block_pool.Copy(9, 11),
-    block_pool.Copy(1, 2),
-    block_pool.Copy(11, 10),
+    block_pool.BlockCopy(9, 11),
+    block_pool.BlockCopy(1, 2),
+    block_pool.BlockCopy(11, 10),
   ]
-  caches = made.copy(copies, jax.tree.map(number, caches))
+  caches = made.copy_blocks(copies, jax.tree.map(number, caches))
   want = np.array([0, 1, 1, 3, 4, 5, 6, 7, 8, 9, 9, 9])
   for leaf in jax.tree.leaves(caches):
     got = np.asarray(leaf)
@@ -115,7 +119,7 @@ def test_weights_lie_cut_and_latents_too():
   attention = made.params['moe_layers']['layers']['attention']
   assert shape(attention['w_o'])[1] == 1  # of two heads
   assert attention['w_dkv'].is_fully_replicated
-  caches = made.empty_caches(3, engine.PAGE)
+  caches = made.empty_caches(3, engine.BLOCK_SIZE)
   assert shape(caches.moe.c_LpsC)[1] == 3
 
 

@@ -12,7 +12,7 @@ from dsv3_jax.inference import sampling
 
 def draws(keys_B, temperature, top_p):
   each = lambda x: jnp.full(len(keys_B), x)
-  return sampling.Draws(
+  return sampling.SamplingArrays(
     jax.random.key_data(keys_B), each(temperature), each(0), each(top_p)
   )
 
@@ -120,7 +120,9 @@ def test_who_keeps_all_draws_alike_beside_one_who_does_not(beside):
   logits_BV = jax.random.normal(jax.random.key(0), (2, 50))
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(1), 2))
   top_k_B = jnp.array([0, beside[0]])
-  how = sampling.Draws(keys_B2, jnp.ones(2), top_k_B, jnp.array([1, beside[1]]))
+  how = sampling.SamplingArrays(
+    keys_B2, jnp.ones(2), top_k_B, jnp.array([1, beside[1]])
+  )
   drawn = jax.jit(sampling.sample)
   at = lambda count, i: jnp.full(count, i, jnp.int32)
   got = [int(drawn(logits_BV, how, at(2, i))[0]) for i in range(40)]

@@ -34,13 +34,13 @@ def serving(
   most_waiting=200,
   max_rows=16,
   warm=(),
-  steps=None,
+  runner=None,
   **how,
 ):
-  """(address, worker) of a server on a model that counts, or on `steps`."""
-  made = steps or counting.Steps(280, seconds, room=600)
-  session = engine.Engine(made, num_pages=100, max_rows=max_rows)
-  model = engine_thread.Worker(session, most_waiting, warm)
+  """(address, worker) of a server on a model that counts, or on `runner`."""
+  runner = runner or counting.Runner(280, seconds, room=600)
+  session = engine.Engine(runner, num_blocks=100, max_rows=max_rows)
+  model = engine_thread.EngineThread(session, most_waiting, warm)
   how = {'name': 'tiny', 'max_tokens': 500} | how
   app = server_app.Server(model, tokenizer, **how).app()
   with socket.socket() as bound:
@@ -181,7 +181,7 @@ def test_several_answers_compute_their_prompt_once(tokenizer):
     )
     want, _ = text_of(tokenizer, ids, 9)
     assert [choice.text for choice in made.choices] == [want] * 5
-    assert model.counts['found_tokens'] == 4 * 299
+    assert model.counts['cached_tokens'] == 4 * 299
     idle(model)
 
 
@@ -210,9 +210,9 @@ def test_a_long_text_holds_up_nobody(tokenizer):
 
 def test_it_is_unwell_until_it_is_warm(tokenizer, monkeypatch):
   may_end = threading.Event()
-  wait = lambda self, size: may_end.wait(30)
-  monkeypatch.setattr(engine.Engine, 'warm', wait)
-  warm = [engine.Size(1, 1, 1, 'decode')]
+  wait = lambda self, shape: may_end.wait(30)
+  monkeypatch.setattr(engine.Engine, 'warm_up', wait)
+  warm = [engine.StepShape(1, 1, 1, 'decode')]
   with serving(tokenizer, warm=warm) as (address, _), client(address) as ask:
     code, said, _ = fetch(f'{address}/health')
     assert code == 503 and 'the model warms up' in said
@@ -243,7 +243,7 @@ def idle(model):
   while model.running or model.waiting:
     assert time.monotonic() < end
     time.sleep(0.01)
-  assert model.session.pool.in_use == 0
+  assert model.engine.stats().blocks_in_use == 0
 
 
 def test_64_streams_at_once_get_their_own(served, tokenizer):
@@ -377,7 +377,7 @@ def test_wrong_bodies_are_one_line(served, path, body, said):
   assert code == 400
   assert said in error['message'] and '\n' not in error['message']
   assert error['type'] == 'invalid_request_error'
-  assert served[1].session.is_idle
+  assert served[1].engine.is_idle
 
 
 def test_a_body_that_is_too_long_is_not_read(served):
@@ -408,7 +408,7 @@ def test_a_model_that_fails_is_said(tokenizer, capfd):
         model='tiny', prompt=[5], max_tokens=400, stream=True
       )
       next(iter(parts))
-      model.session.steps.fails = True
+      model.engine.runner.fails = True
       with pytest.raises(openai.APIError, match='the model has ended'):
         list(parts)
       with pytest.raises(openai.InternalServerError) as caught:
@@ -421,7 +421,7 @@ def test_a_model_that_fails_is_said(tokenizer, capfd):
 def test_pages_of_other_sites_may_not_ask(served):
   other = {'sec-fetch-site': 'cross-site'}
   assert fetch(f'{served[0]}/v1/completions', b'{}', **other)[0] == 403
-  assert served[1].session.is_idle
+  assert served[1].engine.is_idle
 
 
 def test_a_body_that_breaks_off_is_no_fault(served, capfd):
