@@ -21,7 +21,7 @@ from dsv3_jax.inference import request as requests
 from pallas_kernels.mla_decode import api as mla_decode
 
 BLOCK_SIZE = mla_decode.PAGE  # tokens; also the smallest prefill
-# Of every batch invariant decode step, unless the caller asks for others.
+# Rows of a batch invariant decode step where no option sets them.
 BATCH_INVARIANT_ROWS = 16
 
 

@@ -57,15 +57,15 @@ class Passes:
   def _run(self, variables, router, tokens_BT, table_Bb, caches):
     naive = model.build(self.cfg)
     absorbed = model.build(self.cfg, absorbed=True)
-    made, load_LE = [], 0
+    runner, load_LE = [], 0
     for net, start, end in ((naive, 0, LENGTH), (absorbed, LENGTH, None)):
       part_BT = tokens_BT[:, start:end]
       at_Bt = jnp.zeros_like(part_BT) + jnp.arange(part_BT.shape[1])
       args = (part_BT, start + at_Bt, at_Bt, table_Bb, router, caches)
-      found = net.apply(variables, *args, method='cached')
-      made.append(found[0])
-      caches, load_LE = found[2], load_LE + found[3]
-    return jnp.concatenate(made, axis=1), load_LE[None]
+      outputs = net.apply(variables, *args, method='cached')
+      runner.append(outputs[0])
+      caches, load_LE = outputs[2], load_LE + outputs[3]
+    return jnp.concatenate(runner, axis=1), load_LE[None]
 
   def __call__(self, variables, router):
     """Logits, and how many tokens each expert got, by rank."""
@@ -74,12 +74,12 @@ class Passes:
     tokens_BT = rng.integers(0, vocab, (ROWS, LENGTH + 1)).astype(np.int32)
     table_Bb = np.tile(np.arange(ROWS // ranks)[:, None], (ranks, 1))
     args = (self.cfg.model, ROWS, engine.BLOCK_SIZE, jnp.float32)
-    how = {'drafting': False, 'fp8': False}
-    make = functools.partial(model_runner.empty_caches, *args, **how)
+    options = {'drafting': False, 'fp8': False}
+    make = functools.partial(model_runner.empty_caches, *args, **options)
     caches = self.place.zeros(make, inference_mesh.BLOCKS)
     tokens = (tokens_BT, table_Bb.astype(np.int32))
-    made_BTV, load_PLE = self.run(variables, router, *tokens, caches)
-    return np.asarray(made_BTV), load_PLE
+    logits_BTV, load_PLE = self.run(variables, router, *tokens, caches)
+    return np.asarray(logits_BTV), load_PLE
 
 
 def prompt(seed, size):
@@ -104,11 +104,11 @@ REQUESTS = [
 ]
 
 
-def traffic(made, **how):
+def traffic(runner, **options):
   """They come at different times; the session, and what each was told."""
-  how = {'num_blocks': 7, 'max_rows': 2, 'min_rows': 2} | how
+  options = {'num_blocks': 7, 'max_rows': 2, 'min_rows': 2} | options
   # One size of a prefill and of block tables: fewer programs to compile.
-  session = engine.Engine(made, **how, chunk=64, min_blocks=4)
+  session = engine.Engine(runner, **options, chunk=64, min_blocks=4)
   submitted = []
   for case in REQUESTS:
     submitted.append(session.submit(*case))
@@ -125,11 +125,11 @@ def traffic(made, **how):
 @functools.cache
 def expected():
   """Of one device, as many rows and pages as two ranks have."""
-  made = model_runner.ModelRunner(CONFIG, *weights())
-  return traffic(made, num_blocks=14, max_rows=4, min_rows=4)[1]
+  runner = model_runner.ModelRunner(CONFIG, *weights())
+  return traffic(runner, num_blocks=14, max_rows=4, min_rows=4)[1]
 
 
-def compiled(made):
+def compiled(runner):
   """How many programs each kind of step has become."""
-  each = (made._prefill, made._extend, made._decode, made._copy)
-  return [function._cache_size() for function in each]
+  functions = (runner._prefill, runner._extend, runner._decode, runner._copy)
+  return [function._cache_size() for function in functions]

@@ -26,9 +26,9 @@ def read(row, memory):
 
 def begun(pool, memory, tokens):
   row = pool.match_prefix(tokens)
-  found = row.length
+  num_cached = row.length
   write(pool, row, memory, tokens)
-  return row, found
+  return row, num_cached
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ def memory():
 
 def test_a_row_takes_as_many_blocks_as_it_needs(memory):
   pool = block_pool.BlockPool(COUNT, SIZE)
-  row, found = begun(pool, memory, [1, 2, 3, 4, 5])
-  assert found == 0 and len(row.blocks) == pool.in_use == 2
+  row, num_cached = begun(pool, memory, [1, 2, 3, 4, 5])
+  assert num_cached == 0 and len(row.blocks) == pool.in_use == 2
   assert pool.blocks_for(8) == 2 and pool.blocks_for(9) == 3
   write(pool, row, memory, [1, 2, 3, 4, 5, 6, 7, 8])
   assert pool.in_use == 2
@@ -51,15 +51,15 @@ def test_full_blocks_are_shared_also_after_their_row_has_gone(memory):
   pool = block_pool.BlockPool(COUNT, SIZE)
   prompt = list(range(10))
   first, _ = begun(pool, memory, prompt)
-  second, found = begun(pool, memory, [*prompt, 11])
-  assert found == 8 and second.blocks[:2] == first.blocks[:2]
+  second, num_cached = begun(pool, memory, [*prompt, 11])
+  assert num_cached == 8 and second.blocks[:2] == first.blocks[:2]
   assert pool.in_use == 4
   pool.release(first)
   pool.release(second)
-  third, found = begun(pool, memory, [*range(8), 99, 98])
-  assert found == 8 and read(third, memory) == [*range(8), 99, 98]
-  _, found = begun(pool, memory, [*range(1, 8)])
-  assert found == 0
+  third, num_cached = begun(pool, memory, [*range(8), 99, 98])
+  assert num_cached == 8 and read(third, memory) == [*range(8), 99, 98]
+  _, num_cached = begun(pool, memory, [*range(1, 8)])
+  assert num_cached == 0
 
 
 def test_the_block_of_the_last_token_is_never_taken(memory):

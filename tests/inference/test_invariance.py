@@ -45,14 +45,14 @@ MINE = (prompt(0, 100), 60, DRAW)
 
 
 @pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'drafts'])
-def made(request):
+def runner(request):
   params, router = map(models.f32, models.random_params(CONFIG))
   return model_runner.ModelRunner(CONFIG, params, router, request.param)
 
 
-def session(made, num_blocks=24):
-  how = {'num_blocks': num_blocks, 'max_rows': 4, 'chunk': 128}
-  return engine.Engine(made, **how, batch_invariant=True)
+def session(runner, num_blocks=24):
+  options = {'num_blocks': num_blocks, 'max_rows': 4, 'chunk': 128}
+  return engine.Engine(runner, **options, batch_invariant=True)
 
 
 def watched(session, request):
@@ -83,13 +83,13 @@ def assert_same_bits(got, want):
 
 
 @pytest.fixture(scope='module')
-def alone(made):
-  mine = session(made)
+def alone(runner):
+  mine = session(runner)
   return watched(mine, mine.submit(*MINE))
 
 
-def test_others_beside_it(made, alone):
-  mine = session(made)
+def test_others_beside_it(runner, alone):
+  mine = session(runner)
   for seed, size in ((1, 5), (2, 130), (3, 64)):
     mine.submit(
       prompt(seed, size), 40, requests.SamplingParams(temperature=1.0)
@@ -98,8 +98,8 @@ def test_others_beside_it(made, alone):
   assert_same_bits(watched(mine, mine.submit(*MINE)), alone)
 
 
-def test_a_beginning_that_others_left_in_the_cache(made, alone):
-  mine = session(made)
+def test_a_beginning_that_others_left_in_the_cache(runner, alone):
+  mine = session(runner)
   first = mine.submit(MINE[0][:80], 30)
   while not first.done:
     mine.step()
@@ -108,19 +108,19 @@ def test_a_beginning_that_others_left_in_the_cache(made, alone):
   assert request.num_cached_tokens == 64
 
 
-def test_giving_way_to_an_older_one(made, alone):
-  mine = session(made, num_blocks=4)
+def test_giving_way_to_an_older_one(runner, alone):
+  mine = session(runner, num_blocks=4)
   mine.submit(prompt(5, 60), 130)
   request = mine.submit(*MINE)
   assert_same_bits(watched(mine, request), alone)
   assert mine.stats().preempted > 0
 
 
-def test_any_traffic_has_the_same_sizes(made, alone):
+def test_any_traffic_has_the_same_sizes(runner, alone):
   counts = lambda: [
-    f._cache_size() for f in (made._prefill, made._extend, made._decode)
+    f._cache_size() for f in (runner._prefill, runner._extend, runner._decode)
   ]
-  known, mine = counts(), session(made)
+  known, mine = counts(), session(runner)
   for seed, size in ((1, 5), (2, 130), (3, 64), (4, 1), (5, 198)):
     mine.submit(
       prompt(seed, size), 1 + seed % 2, requests.SamplingParams(seed=seed)
@@ -132,8 +132,8 @@ def test_any_traffic_has_the_same_sizes(made, alone):
 
 
 def test_tokens_are_told_once_though_they_are_made_twice():
-  made = counting.Runner(num_speculative_tokens=1)
-  mine = engine.Engine(made, num_blocks=4, max_rows=2, batch_invariant=True)
+  runner = counting.Runner(num_speculative_tokens=1)
+  mine = engine.Engine(runner, num_blocks=4, max_rows=2, batch_invariant=True)
   submitted = [mine.submit([i] * 60, 130) for i in (3, 4)]
   reported = {request: [] for request in submitted}
   while not mine.is_idle:
@@ -148,8 +148,8 @@ def test_tokens_are_told_once_though_they_are_made_twice():
 
 
 def test_what_was_generated_is_not_found_by_others():
-  made = counting.Runner()
-  mine = engine.Engine(made, num_blocks=20, max_rows=2, batch_invariant=True)
+  runner = counting.Runner()
+  mine = engine.Engine(runner, num_blocks=20, max_rows=2, batch_invariant=True)
   first = mine.submit([5] * 100, 100)
   while not first.done:
     mine.step()

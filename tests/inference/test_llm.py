@@ -35,8 +35,8 @@ def run(tmp_path_factory):
   cfg = tiny_run.make(folder, checkpoint__every_steps=3, **changes)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(evaluate, 'heldout', spy)
-    told = loop.run(cfg, folder / 'run')
-  return cfg, folder / 'run', seen[-1], told
+    metrics = loop.run(cfg, folder / 'run')
+  return cfg, folder / 'run', seen[-1], metrics
 
 
 @pytest.fixture(scope='module')
@@ -98,18 +98,18 @@ def test_logits_are_the_oracle_s(run, trained):
 
 
 def test_its_score_is_the_figure_that_training_ended_with(run, trained):
-  _, _, last, told = run
+  _, _, last, metrics = run
   own = dataclasses.replace(last, params=trained.params, router=trained.router)
   again = evaluate.heldout(own)
-  assert again == {name: told[name] for name in again}
+  assert again == {name: metrics[name] for name in again}
   uniform = math.log(own.cfg.model.vocab_size)
-  assert told['loss_nats_per_token'] < uniform
+  assert metrics['loss_nats_per_token'] < uniform
 
 
 def test_text_is_what_the_logits_prefer(trained):
   tokenizer, prompts = trained.tokenizer, ['import sys\n', 'def']
-  made = trained.generate(prompts, 7, stop_id=-1)
-  for prompt, text in zip(prompts, made, strict=True):
+  output = trained.generate(prompts, 7, stop_id=-1)
+  for prompt, text in zip(prompts, output, strict=True):
     ids = tokenizer.encode(prompt, add_bos=True).tolist()
     assert ids[0] == tokenizer.bos_id
     for _ in range(7):
@@ -219,11 +219,11 @@ def test_the_average_of_the_weights_can_be_loaded(run, trained, copied):
 
 
 @pytest.mark.parametrize(
-  ('tokens', 'said'),
+  ('tokens', 'message'),
   [([[1, 512]], r'ids outside 0\.\.511'), ([[1] * 65], 'has 65')],
 )
-def test_logits_of_what_is_no_token_are_refused(trained, tokens, said):
-  with pytest.raises(errors.InputError, match=said):
+def test_logits_of_what_is_no_token_are_refused(trained, tokens, message):
+  with pytest.raises(errors.InputError, match=message):
     trained.logits(np.array(tokens, np.int32))
 
 

@@ -69,9 +69,9 @@ def test_counted_traffic_gets_the_same_tokens(
   assert all(request.tokens == want for request, want in wanted)
   assert session.stats().blocks_in_use == 0
   assert (session.stats().preempted > 0) == (num_blocks == 8)
-  told = session.stats()
-  assert 0.3 < told.acceptance < 0.8
-  assert 1.3 < told.tokens_per_step <= 1 + num_speculative_tokens
+  counts_seen = session.stats()
+  assert 0.3 < counts_seen.acceptance < 0.8
+  assert 1.3 < counts_seen.tokens_per_step <= 1 + num_speculative_tokens
 
 
 def test_drafts_make_steps_fewer():
@@ -100,9 +100,9 @@ def test_tokens_are_those_of_plain_decoding(num_speculative_tokens, hidden):
     cfg, params, router, num_speculative_tokens
   )
   prompts = [prompt(1, 5), prompt(2, 130), prompt(3, 1), prompt(4, 64)]
-  for how in ({}, {'temperature': 1.0, 'top_p': 0.9, 'seed': 3}):
-    want = generate.generate(plain, prompts, 40, **how)
-    made = generate.generate(drafting, prompts, 40, **how)
+  for options in ({}, {'temperature': 1.0, 'top_p': 0.9, 'seed': 3}):
+    want = generate.generate(plain, prompts, 40, **options)
+    made = generate.generate(drafting, prompts, 40, **options)
     assert made.tokens == want.tokens
     assert want.stats.tokens_per_step == 1
     assert made.stats.tokens_per_step > 1
@@ -113,11 +113,11 @@ def test_drafts_that_are_always_right_give_a_step_all_it_can_have():
   params, router = weights(CONFIG)
   flat = params | {'head': {'w': jnp.zeros_like(params['head']['w'])}}
   drafting = model_runner.ModelRunner(CONFIG, flat, router, 3)
-  how = {'temperature': 1.0, 'seed': 2}
-  made = generate.generate(drafting, [[1, 2], [3]], 41, **how)
+  options = {'temperature': 1.0, 'seed': 2}
+  made = generate.generate(drafting, [[1, 2], [3]], 41, **options)
   assert made.stats.acceptance == 1.0 and made.stats.tokens_per_step == 4.0
   runner = model_runner.ModelRunner(CONFIG, flat, router)
-  plain = generate.generate(runner, [[1, 2], [3]], 41, **how)
+  plain = generate.generate(runner, [[1, 2], [3]], 41, **options)
   assert made.tokens == plain.tokens
   assert len(set(made.tokens[0])) > 5
 
@@ -197,8 +197,8 @@ def triples(made, start, rows, seed):
     tokens_B2 = np.stack([last_B, draft_B], axis=1)
     arrays = (tokens_B2, index_B2, zeros_B, none_B, table_B1)
     rows = model_runner.StepInput(*(x.astype(np.int32) for x in arrays))
-    found, caches = made.decode(rows, caches, draws)
-    return *map(np.asarray, found), caches
+    output, caches = made.decode(rows, caches, draws)
+    return *map(np.asarray, output), caches
 
   start_B = np.full(rows, start)
   first_B2, _, draft_B1, caches = step(start_B, zeros_B, zeros_B, False, caches)

@@ -6,36 +6,38 @@ from dsv3_jax.inference import engine, warmup
 from tests.inference import counting
 
 
-def opened(room, max_rows=16, num_blocks=200, num_speculative_tokens=0, **how):
-  made = counting.Runner(
+def opened(
+  room, max_rows=16, num_blocks=200, num_speculative_tokens=0, **options
+):
+  runner = counting.Runner(
     room=room, num_speculative_tokens=num_speculative_tokens
   )
   return engine.Engine(
-    made,
+    runner,
     num_blocks=num_blocks,
     max_rows=max_rows,
     min_blocks=warmup.min_blocks(room),
-    **how,
+    **options,
   )
 
 
 def recorded(session, monkeypatch):
   """The sizes of steps from now on."""
-  found, made = set(), session.runner
+  seen, runner = set(), session.runner
 
   def record(kind):
-    run = getattr(made, kind)
+    run = getattr(runner, kind)
 
     def step(rows, *rest):
       sizes = (*rows.tokens_BT.shape, rows.table_Bb.shape[1])
-      found.add(engine.StepShape(*sizes, kind))
+      seen.add(engine.StepShape(*sizes, kind))
       return run(rows, *rest)
 
-    monkeypatch.setattr(made, kind, step)
+    monkeypatch.setattr(runner, kind, step)
 
   for kind in ('prefill', 'extend', 'decode'):
     record(kind)
-  return found
+  return seen
 
 
 @pytest.mark.parametrize(
@@ -48,12 +50,12 @@ def test_how_many(room, most_rows, count):
 
 def test_a_warm_up_runs_these_sizes_and_changes_nothing(monkeypatch):
   session = opened(256)
-  found = recorded(session, monkeypatch)
+  seen = recorded(session, monkeypatch)
   sizes = warmup.shapes(session, 256)
   before = session._caches.copy()
   for size in sizes:
     session.warm_up(size)
-  assert found == set(sizes)
+  assert seen == set(sizes)
   assert (session._caches == before).all() and session.is_idle
 
 
@@ -63,7 +65,7 @@ def test_one_request_at_a_time_meets_no_other_size(
   monkeypatch, room, num_speculative_tokens
 ):
   session = opened(room, num_speculative_tokens=num_speculative_tokens)
-  found = recorded(session, monkeypatch)
+  seen = recorded(session, monkeypatch)
   for length in range(1, room - 2, 37):
     asked = [session.submit([1, 2] * (length // 2) + [3], 2)]
     asked.append(
@@ -72,18 +74,18 @@ def test_one_request_at_a_time_meets_no_other_size(
     session.cancel(asked[1])
     while not session.is_idle:
       session.step()
-  assert found <= set(warmup.shapes(session, room))
+  assert seen <= set(warmup.shapes(session, room))
 
 
 def test_bursts_of_short_prompts_meet_no_other_size(monkeypatch):
   session = opened(256)
-  found = recorded(session, monkeypatch)
+  seen = recorded(session, monkeypatch)
   for count in (2, 5, 16):
     for i in range(count):
       session.submit([i, count] * 20, 100)
     while not session.is_idle:
       session.step()
-  assert found <= set(warmup.shapes(session, 256))
+  assert seen <= set(warmup.shapes(session, 256))
 
 
 @pytest.mark.parametrize('num_speculative_tokens', [0, 1])
@@ -93,10 +95,10 @@ def test_an_invariant_session_has_two_sizes(
   session = opened(
     256, num_speculative_tokens=num_speculative_tokens, batch_invariant=True
   )
-  found = recorded(session, monkeypatch)
+  seen = recorded(session, monkeypatch)
   for i, length in enumerate((1, 70, 200)):
     session.submit([i] * length, 9)
   while not session.is_idle:
     session.step()
   sizes = warmup.shapes(session, 256)
-  assert found == set(sizes) and len(sizes) == 2
+  assert seen == set(sizes) and len(sizes) == 2

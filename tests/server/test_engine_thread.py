@@ -16,17 +16,17 @@ from tests.inference import counting
 @pytest.fixture
 def start():
   """Makes workers that are closed in the end."""
-  made = []
+  threads_made = []
 
-  def begin(most_waiting=100, num_blocks=30, max_rows=4, **how):
+  def begin(most_waiting=100, num_blocks=30, max_rows=4, **options):
     session = engine.Engine(
-      counting.Runner(**how), num_blocks=num_blocks, max_rows=max_rows
+      counting.Runner(**options), num_blocks=num_blocks, max_rows=max_rows
     )
-    made.append(engine_thread.EngineThread(session, most_waiting))
-    return made[-1]
+    threads_made.append(engine_thread.EngineThread(session, most_waiting))
+    return threads_made[-1]
 
   yield begin
-  for one in made:
+  for one in threads_made:
     one.close()
 
 

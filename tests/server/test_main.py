@@ -46,11 +46,11 @@ main.run(
 """
 
 
-def begun(most, **how):
+def begun(most, **options):
   """The process, and a stream that has begun."""
-  how = {'host': '127.0.0.1', 'warm_up': False} | how
+  options = {'host': '127.0.0.1', 'warm_up': False} | options
   child = subprocess.Popen(
-    [sys.executable, '-c', _CODE.format(most=most, **how)],
+    [sys.executable, '-c', _CODE.format(most=most, **options)],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     cwd=_ROOT,
@@ -86,8 +86,8 @@ def test_an_address_of_ipv6_after_a_warm_up():
   assert child.returncode == 0
   lines = err.splitlines()
   count = len(lines)
-  said = f'of {count} sizes of steps'
-  assert lines == [f'compiled {i} {said}' for i in range(1, count + 1)]
+  message = f'of {count} sizes of steps'
+  assert lines == [f'compiled {i} {message}' for i in range(1, count + 1)]
 
 
 def test_a_port_that_is_taken_is_said():

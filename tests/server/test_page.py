@@ -37,9 +37,9 @@ class Runner(counting.Runner):
 
 @pytest.fixture(scope='module')
 def browser():
-  with sync_api.sync_playwright() as made:
-    how = {'executable_path': _CHROMIUM, 'args': ['--no-sandbox']}
-    browser = made.chromium.launch(**how)
+  with sync_api.sync_playwright() as playwright:
+    options = {'executable_path': _CHROMIUM, 'args': ['--no-sandbox']}
+    browser = playwright.chromium.launch(**options)
     sync_api.expect.set_options(timeout=20_000)
     yield browser
     browser.close()

@@ -16,10 +16,10 @@ def tokenizer():
 
 
 def test_what_is_not_given(tokenizer):
-  made = protocol.parse_completion({'prompt': 'Hello'}, tokenizer, LIMITS)
-  assert made.prompts == [tokenizer.encode('Hello', add_bos=True).tolist()]
-  assert (made.n, made.max_tokens, made.stream) == (1, 16, False)
-  assert (made.sampling.temperature, made.sampling.seed) == (1.0, 7)
+  parsed = protocol.parse_completion({'prompt': 'Hello'}, tokenizer, LIMITS)
+  assert parsed.prompts == [tokenizer.encode('Hello', add_bos=True).tolist()]
+  assert (parsed.n, parsed.max_tokens, parsed.stream) == (1, 16, False)
+  assert (parsed.sampling.temperature, parsed.sampling.seed) == (1.0, 7)
   assert (
     protocol.parse_chat({'messages': HELLO}, tokenizer, LIMITS).max_tokens
     is None
@@ -90,8 +90,8 @@ def test_texts_in_parts_and_developers(tokenizer):
     {'role': 'assistant', 'content': 'world'},
     {'role': 'user', 'content': ''},
   ]
-  made = protocol.parse_chat({'messages': messages}, tokenizer, LIMITS)
-  assert made.prompts == [tokenizer.encode_chat(same, True)[0].tolist()]
+  parsed = protocol.parse_chat({'messages': messages}, tokenizer, LIMITS)
+  assert parsed.prompts == [tokenizer.encode_chat(same, True)[0].tolist()]
 
 
 def test_another_model_is_not_there(tokenizer):
@@ -101,7 +101,7 @@ def test_another_model_is_not_there(tokenizer):
 
 
 @pytest.mark.parametrize(
-  ('wrong', 'said'),
+  ('wrong', 'message'),
   [
     ({'best_of': True}, 'best_of'),
     ({'frequency_penalty': False}, 'frequency_penalty=False is not supported'),
@@ -150,7 +150,7 @@ def test_another_model_is_not_there(tokenizer):
     ),
   ],
 )
-def test_wrong_chats_are_one_line(tokenizer, wrong, said):
-  with pytest.raises(errors.InputError, match=said) as caught:
+def test_wrong_chats_are_one_line(tokenizer, wrong, message):
+  with pytest.raises(errors.InputError, match=message) as caught:
     protocol.parse_chat({'messages': HELLO} | wrong, tokenizer, LIMITS)
   assert '\n' not in str(caught.value)
