@@ -53,7 +53,7 @@ def measure(cfg: config.Config, requests: int, rounds: int, longest: int):
   """A row for either way."""
   net = model.build(cfg)
   params = jax.jit(lambda: model.init_params(net, jax.random.key(0)))()
-  made = model_runner.ModelRunner(cfg, params, model.init_router(cfg.model))
+  runner = model_runner.ModelRunner(cfg, params, model.init_router(cfg.model))
   rng = np.random.default_rng(0)
   draw = lambda low, high: int(rng.integers(low, high + 1))
   cases = []
@@ -64,7 +64,7 @@ def measure(cfg: config.Config, requests: int, rounds: int, longest: int):
   best, tokens = {}, {}
   for turn in range(rounds + 1):  # the first compiles
     for most in (1, requests):
-      seconds, turns, tokens[most] = run(made, cases, most)
+      seconds, turns, tokens[most] = run(runner, cases, most)
       if turn:
         best[most] = min(best.get(most, (seconds, turns)), (seconds, turns))
   total = sum(count for _, count in cases)
@@ -82,17 +82,17 @@ def measure(cfg: config.Config, requests: int, rounds: int, longest: int):
 
 
 def run(
-  made: model_runner.ModelRunner, cases: list[Case], most: int
+  runner: model_runner.ModelRunner, cases: list[Case], max_rows: int
 ) -> tuple[float, int, list[list[int]]]:
   """Seconds and steps of all requests, at most so many at a time; tokens."""
   sizes = [len(prompt) + count for prompt, count in cases]
-  num_pages = sum(-(-size // engine.PAGE) for size in sizes)
-  session = engine.Engine(made, num_pages=num_pages, max_rows=most)
+  num_blocks = sum(-(-size // engine.BLOCK_SIZE) for size in sizes)
+  shared = engine.Engine(runner, num_blocks=num_blocks, max_rows=max_rows)
   start, turns, requests = time.perf_counter(), 0, []
-  while len(requests) < len(cases) or not session.is_idle:
+  while len(requests) < len(cases) or not shared.is_idle:
     if len(requests) < len(cases):
-      requests.append(session.submit(*cases[len(requests)]))
-    session.step()
+      requests.append(shared.submit(*cases[len(requests)]))
+    shared.step()
     turns += 1
   seconds = time.perf_counter() - start
   return seconds, turns, [request.tokens for request in requests]

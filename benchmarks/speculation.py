@@ -1,4 +1,4 @@
-"""What do MTP drafts gain on a trained model?
+"""What do speculative tokens gain on a trained model?
 
 Question: of the tokens that the MTP module drafts on held-out text, how many
 does the model then say, and how many more tokens a second is that?
@@ -6,13 +6,13 @@ does the model then say, and how many more tokens a second is that?
   dsv3 bench speculation --checkpoint=runs/quickstart [--rounds=3] [--json]
 
 Prompts are pieces of held-out documents, continued alone and several at a time,
-greedily and at temperature 1, with 0 to `--most` drafts a step. The ways take
-turns, a figure is the best of the rounds. Tokens of all ways are compared:
-`equal` is 1 but where a sum of another size rounds to another token. What is
-gained is tokens a step over how much `longer` a step takes; `full` is that
-gain while all rows run, of which the last ones, running alone, take a part.
-`read` is a floor of `longer` where memory bounds it: weights that a step needs,
-as a multiple of those that it needs without drafts.
+greedily and at temperature 1, with 0 to `--most` speculative tokens a step. The
+variants take turns; a figure is the best of the rounds. `equal` compares their
+tokens: it is below 1 only where a sum of another size rounds to another token.
+`longer` is how much longer a step takes. `full` is tokens a step over `longer`:
+the gain while all rows run, of which the last rows, running alone, lose a part.
+`read` is a lower bound of `longer` where memory bounds it: the weights that a
+step reads, as a multiple of those without speculative tokens.
 """
 
 import pathlib
@@ -25,7 +25,7 @@ import dsv3_jax
 from benchmarks.common import report
 from dsv3_jax import config
 from dsv3_jax.data import corpus as corpora
-from dsv3_jax.inference import generate, llm
+from dsv3_jax.inference import engine, generate, llm, model_runner
 from dsv3_jax.planning import flops
 
 TEMPERATURES = (0.0, 1.0)
@@ -63,53 +63,59 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(model: llm.LLM, args):
-  """A row for each temperature, rows at a time and number of drafts."""
+  """A row for each temperature, batch and number of speculative tokens."""
   prompts = held_out(model, args.prompts, args.prompt_tokens)
   weights = (model.config, model.params, model.router)
-  engines = [generate.Generator(*weights, k) for k in range(args.most + 1)]
+  runners = [
+    model_runner.ModelRunner(*weights, k) for k in range(args.most + 1)
+  ]
   for temperature in TEMPERATURES:
     for batch in sorted({min(batch, args.prompts) for batch in BATCHES}):
       groups = [
         prompts[at : at + batch] for at in range(0, args.prompts, batch)
       ]
-      cases = (engines, groups, args.new_tokens, temperature, args.rounds)
+      cases = (runners, groups, args.new_tokens, temperature, args.rounds)
       best, tokens = run(*cases)
       floor = weights_read(model.config.model, batch, 0)
-      for k, found in best.items():
-        longer = found.ms_per_step / best[0].ms_per_step
+      for k, total in best.items():
+        longer = total.ms_per_step / best[0].ms_per_step
         yield {
           'temperature': temperature,
           'batch': batch,
           'drafts': k,
-          'accepted': found.accepted if k else None,
-          'tokens_per_step': found.tokens_per_step,
-          'ms_per_step': found.ms_per_step,
+          'accepted': total.accepted if k else None,
+          'tokens_per_step': total.tokens_per_step,
+          'ms_per_step': total.ms_per_step,
           'longer': longer,
           'read': weights_read(model.config.model, batch, k) / floor,
-          'full': found.tokens_per_step / longer,
-          'tokens_per_s': found.speed,
-          'speed_ratio': found.speed / best[0].speed,
+          'full': total.tokens_per_step / longer,
+          'tokens_per_s': total.speed,
+          'speed_ratio': total.speed / best[0].speed,
           'equal': float(np.mean(np.equal(tokens[k], tokens[0]))),
         }
 
 
-def run(engines, groups, new_tokens: int, temperature: float, rounds: int):
-  """Of each engine the best `Total`, and the tokens of all prompts."""
+def run(runners, groups, new_tokens: int, temperature: float, rounds: int):
+  """Of each runner the best `Total`, and the tokens of all prompts."""
   best, tokens = {}, {}
   for turn in range(rounds + 1):  # the first compiles
-    for k, net in enumerate(engines):
-      made = [
-        net.generate(group, new_tokens, temperature=temperature, seed=b)
+    for k, runner in enumerate(runners):
+      outputs = [
+        generate.generate(
+          runner, group, new_tokens, temperature=temperature, seed=b
+        )
         for b, group in enumerate(groups)
       ]
-      tokens[k] = np.array([row for one in made for row in one.tokens])
-      found = _total(made)
-      if turn and (k not in best or found.seconds < best[k].seconds):
-        best[k] = found
+      tokens[k] = np.array([row for one in outputs for row in one.tokens])
+      total = _total(outputs)
+      if turn and (k not in best or total.seconds < best[k].seconds):
+        best[k] = total
   return best, tokens
 
 
-def weights_read(cfg: config.ModelConfig, batch: int, drafts: int) -> float:
+def weights_read(
+  cfg: config.ModelConfig, batch: int, num_speculative: int
+) -> float:
   """Parameters that a step must read, if tokens choose experts evenly."""
   moe = cfg.moe
 
@@ -121,17 +127,20 @@ def weights_read(cfg: config.ModelConfig, batch: int, drafts: int) -> float:
       if part.name != 'embedding'
     )
 
-  total = read(flops.main_parts(cfg), batch * (1 + drafts))
-  for draft in range(drafts):
-    # The first is given all tokens, a later one its own.
-    tokens = batch * (1 if draft else 1 + drafts)
+  total = read(flops.main_parts(cfg), batch * (1 + num_speculative))
+  for draft in range(num_speculative):
+    # The first pass of the module takes all tokens, a later one one a row.
+    tokens = batch * (1 if draft else 1 + num_speculative)
     total += read(flops.mtp_parts(cfg), tokens) / cfg.mtp.depth
     total += cfg.vocab_size * cfg.d_model  # the head, once more
   return total
 
 
 class Total(NamedTuple):
-  """Of the timed steps; but `accepted` (a share), `tokens`, `rows`: of all."""
+  """Seconds, steps and decoded tokens of the timed steps; the rest of all.
+
+  accepted: share of speculative tokens.
+  """
 
   seconds: float
   steps: int
@@ -153,33 +162,33 @@ class Total(NamedTuple):
     return self.decoded / self.seconds
 
 
-def _total(made: list[generate.Generation]) -> Total:
-  counts = [one.counts for one in made]
-  accepted = sum(c.accepted for c in counts)
+def _total(outputs: list[generate.Generation]) -> Total:
+  stats: list[engine.EngineStats] = [one.stats for one in outputs]
+  accepted = sum(s.accepted_tokens for s in stats)
   return Total(
-    seconds=sum(one.decode_seconds for one in made),
-    steps=sum(c.steps - 1 for c in counts),  # the first is not timed
-    decoded=sum(one.decoded for one in made),
-    tokens=sum(c.tokens for c in counts),
-    rows=sum(c.rows for c in counts),
-    accepted=accepted / max(sum(c.drafted for c in counts), 1),
+    seconds=sum(one.decode_seconds for one in outputs),
+    steps=sum(s.decode_steps - 1 for s in stats),  # the first is not timed
+    decoded=sum(one.decoded for one in outputs),
+    tokens=sum(s.decoded_tokens for s in stats),
+    rows=sum(s.decoded_rows for s in stats),
+    accepted=accepted / max(sum(s.speculative_tokens for s in stats), 1),
   )
 
 
 def held_out(model: llm.LLM, count: int, size: int) -> list[list[int]]:
-  """The first tokens of so many held-out documents, each from its middle."""
+  """`size` tokens from the middle of each of `count` held-out documents."""
   corpus = corpora.open_corpus(model.config.data)
-  found = []
+  prompts = []
   for record in corpus.valid:
     text = corpora.document_text(record)
     middle = text[len(text) // 2 :]
     ids = model.tokenizer.encode(middle[: 16 * size]).tolist()
     if len(ids) >= size:
-      found.append(ids[:size])
-    if len(found) == count:
-      return found
+      prompts.append(ids[:size])
+    if len(prompts) == count:
+      return prompts
   raise SystemExit(
-    f'dsv3: --prompts={count}: only {len(found)} held-out documents have '
+    f'dsv3: --prompts={count}: only {len(prompts)} held-out documents have '
     f'{size} tokens in their second half'
   )
 

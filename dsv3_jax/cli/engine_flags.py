@@ -1,5 +1,6 @@
-"""Flags of the commands that load a model, and what they say of it."""
+"""Flags of the commands that load a model, and options made from them."""
 
+import sys
 from typing import Any
 
 from absl import flags
@@ -8,63 +9,87 @@ from dsv3_jax import errors
 
 DEFAULT_TOKENS = 128
 _AXES = {  # of a mesh
-  'data': 'requests alone',
-  'node': 'requests and experts, by whole groups of experts',
+  'data': 'requests',
+  'node': 'requests and whole groups of experts',
   'expert': 'requests and experts',
-  'model': 'heads and the width of FFNs',
+  'model': 'attention heads and the width of FFNs',
+}
+# Old flags, accepted until the next release.
+_RENAMED = {
+  'num_drafts': 'num_speculative_tokens',
+  'invariant': 'batch_invariant',
 }
 
 
 def checkpoint_flags(values: flags.FlagValues) -> None:
-  """Which weights."""
+  """Flags that choose the weights."""
   add = {'flag_values': values}
   flags.DEFINE_string('checkpoint', None, 'Workdir of a training run.', **add)
   flags.DEFINE_integer('step', -1, 'Committed step; -1: the newest.', **add)
-  flags.DEFINE_boolean('ema', False, 'The average of the weights.', **add)
+  flags.DEFINE_boolean('ema', False, 'Load the average of the weights.', **add)
 
 
-def load(values: flags.FlagValues, dtype: str = 'float32', **how: Any) -> Any:
+def load(
+  values: flags.FlagValues, dtype: str = 'float32', **options: Any
+) -> Any:
   """The model that `checkpoint_flags` name; see `dsv3_jax.load`."""
   check_checkpoint(values)
   import dsv3_jax
 
-  how |= {'step': values.step, 'ema': values.ema}
-  return dsv3_jax.load(values.checkpoint, dtype, **how)
+  options |= {'step': values.step, 'ema': values.ema}
+  return dsv3_jax.load(values.checkpoint, dtype, **options)
 
 
 def engine_flags(values: flags.FlagValues) -> None:
   add = {'flag_values': values}
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], '', **add)
-  flags.DEFINE_integer(
-    'num_drafts', 0, 'Tokens that the MTP module drafts a step.', **add
-  )
-  about = 'Keep latents in FP8: less memory, other roundings.'
+  about = 'Tokens that the MTP module drafts a step.'
+  flags.DEFINE_integer('num_speculative_tokens', 0, about, **add)
+  about = 'Old name of --num_speculative_tokens.'
+  flags.DEFINE_integer('num_drafts', None, about, **add)
+  about = 'Store latents in FP8: less memory, other roundings.'
   flags.DEFINE_boolean('fp8_cache', False, about, **add)
-  for axis, cut in _AXES.items():
-    name, about = f'parallel.{axis}', f'Devices over which it cuts {cut}.'
-    flags.DEFINE_integer(name, 1, about, **add)
+  for axis, dims in _AXES.items():
+    about = f'Devices over which {dims} are sharded.'
+    flags.DEFINE_integer(f'parallel.{axis}', 1, about, **add)
   flags.DEFINE_integer(
-    'redundant_experts', 0, 'Slots for copies of busy experts.', **add
+    'redundant_experts', 0, 'Slots for copies of experts.', **add
   )
-  flags.DEFINE_integer(
-    'rebalance_every',
-    0,
-    'Steps until experts are placed anew; 0: never.',
-    **add,
-  )
+  about = 'Steps from one rebalance of experts to the next; 0: never.'
+  flags.DEFINE_integer('rebalance_every', 0, about, **add)
 
 
 def sharing_flags(values: flags.FlagValues) -> None:
+  add = {'flag_values': values}
   about = 'The same bits whatever requests share a step; slow.'
-  flags.DEFINE_boolean('invariant', False, about, flag_values=values)
+  flags.DEFINE_boolean('batch_invariant', False, about, **add)
+  about = 'Old name of --batch_invariant.'
+  flags.DEFINE_boolean('invariant', None, about, **add)
+
+
+def apply_old_flags(values: flags.FlagValues) -> None:
+  """Sets flags that were given by their old names; warns in one line each.
+
+  Raises:
+    InputError: a flag is given by both names.
+  """
+  for old, new in _RENAMED.items():
+    if old not in values or values[old].value is None:
+      continue
+    if values[new].present:
+      raise errors.InputError(f'--{old} is the old name of --{new}: give one')
+    print(f'dsv3: --{old} is deprecated: use --{new}', file=sys.stderr)
+    values[new].value = values[old].value
+    values[old].value = None
 
 
 def engine_options(values: flags.FlagValues) -> dict[str, Any]:
-  """What `load` takes for generation, of `engine_flags`.
+  """Options of `load` for generation, from `engine_flags`.
 
   Raises:
-    InputError: one is out of range, or more devices are asked for than are.
+    InputError: a flag is out of range, or there are too few devices.
   """
+  apply_old_flags(values)
   sizes = {axis: values[f'parallel.{axis}'].value for axis in _AXES}
   for axis, size in sizes.items():
     if size < 1:
@@ -81,22 +106,25 @@ def engine_options(values: flags.FlagValues) -> dict[str, Any]:
   from dsv3_jax.inference import mesh as inference_mesh
   from dsv3_jax.inference import redundant_experts
 
-  how: dict[str, Any] = {'num_drafts': values.num_drafts}
-  how |= {'dtype': values.dtype, 'fp8_cache': values.fp8_cache}
+  options: dict[str, Any] = {
+    'num_speculative_tokens': values.num_speculative_tokens,
+    'dtype': values.dtype,
+    'fp8_cache': values.fp8_cache,
+  }
   if any(size > 1 for size in sizes.values()):
-    how['mesh'] = inference_mesh.make_mesh(**sizes)
+    options['mesh'] = inference_mesh.make_mesh(**sizes)
   if redundant or every:
-    how['plan'] = redundant_experts.RedundancyConfig(
+    options['plan'] = redundant_experts.RedundancyConfig(
       redundant=redundant, every=every
     )
-  return how
+  return options
 
 
 def check_checkpoint(values: flags.FlagValues) -> None:
-  """What can be known of `checkpoint_flags` without a look at the disk.
+  """Checks `checkpoint_flags`, without reading from the disk.
 
   Raises:
-    InputError: one is missing or out of range.
+    InputError: a flag is missing or out of range.
   """
   if not values.checkpoint:
     raise errors.InputError('--checkpoint=DIR is missing')
@@ -104,8 +132,8 @@ def check_checkpoint(values: flags.FlagValues) -> None:
     raise errors.InputError(f'step={values.step} must be >= -1')
 
 
-def described(values: flags.FlagValues) -> tuple[Any, Any]:
-  """Config and tokenizer of the model; its weights are not read.
+def read_config(values: flags.FlagValues) -> tuple[Any, Any]:
+  """Config and tokenizer of the model; does not read its weights.
 
   Raises:
     InputError: there is no such model, or it has no tokenizer.
@@ -117,7 +145,8 @@ def described(values: flags.FlagValues) -> tuple[Any, Any]:
 
   settings = base.get_config().to_dict()
   cfg, tokenizer = source.describe(values.checkpoint, settings)
-  model_runner.check_drafts(cfg.model, values.num_drafts)
+  num_tokens = values.num_speculative_tokens
+  model_runner.check_num_speculative_tokens(cfg.model, num_tokens)
   if tokenizer is None:
     raise errors.InputError(
       f'there is no tokenizer.json in {values.checkpoint}'
@@ -125,20 +154,28 @@ def described(values: flags.FlagValues) -> tuple[Any, Any]:
   return cfg, tokenizer
 
 
-def draw_flags(values: flags.FlagValues) -> None:
+def sampling_flags(values: flags.FlagValues) -> None:
   add = {'flag_values': values}
   checkpoint_flags(values)
   about = f'Tokens to add at most; default: {DEFAULT_TOKENS}, if they fit.'
   flags.DEFINE_integer('max_new_tokens', None, about, **add)
   flags.DEFINE_float('temperature', 0.7, '0 is greedy.', **add)
-  flags.DEFINE_float('top_p', 0.95, 'Mass of the nucleus; 1 is all.', **add)
-  flags.DEFINE_integer('top_k', 0, 'Of the k likeliest; 0 is all.', **add)
-  flags.DEFINE_integer('seed', 0, 'Of the draws.', **add)
+  flags.DEFINE_float(
+    'top_p', 0.95, 'Probability mass of the nucleus; 1 is all.', **add
+  )
+  flags.DEFINE_integer(
+    'top_k', 0, 'Sample of the k likeliest; 0 is all.', **add
+  )
+  flags.DEFINE_integer('seed', 0, 'Of the random numbers.', **add)
   engine_flags(values)
 
 
-def draws(values: flags.FlagValues) -> dict[str, Any]:
-  """Checked fields of a `batching.Draw`."""
+def sampling_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Checked fields of a `request.SamplingParams`.
+
+  Raises:
+    InputError: a flag is out of range.
+  """
   if values.max_new_tokens is not None and values.max_new_tokens < 1:
     raise errors.InputError(
       f'max_new_tokens={values.max_new_tokens} must be >= 1'

@@ -1,4 +1,4 @@
-"""The commands that make text: generate, chat, serve."""
+"""The commands that generate text: generate, chat, serve."""
 
 import contextlib
 import json
@@ -13,15 +13,16 @@ from absl import flags
 from dsv3_jax import errors
 from dsv3_jax.cli import engine_flags
 
-_SAY_SECONDS = 10.0  # between two words of how far a long list is
-# What a line of a file of prompts may not have: it is one for all, or made.
-_OF_ALL = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'seed')
-_MADE = ('text', 'tokens')
+_PROGRESS_SECONDS = 10.0  # between two lines about the progress
+# Keys that a line of --prompts may not have: flags set them for all prompts, or
+# the output has them.
+_FLAG_KEYS = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'seed')
+_OUTPUT_KEYS = ('text', 'tokens')
 
 
 def define_generate(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
-  engine_flags.draw_flags(values)
+  engine_flags.sampling_flags(values)
   engine_flags.sharing_flags(values)
   add = {'flag_values': values}
   flags.DEFINE_multi_string('prompt', [], 'Text; may be repeated.', **add)
@@ -34,13 +35,13 @@ def define_generate(values: flags.FlagValues, argv: list[str]) -> None:
 
 def generate(values: flags.FlagValues) -> None:
   """Continues prompts with the latent cache; prints tokens per second."""
-  draws = engine_flags.draws(values)
+  sampling = engine_flags.sampling_options(values)
   rows = [{'prompt': prompt} for prompt in values.prompt]
   if values.prompts:
     rows += _read_prompts(pathlib.Path(values.prompts))
   rows = rows or [{'prompt': ''}]
   options = engine_flags.engine_options(values)
-  cfg, tokenizer = engine_flags.described(values)
+  cfg, tokenizer = engine_flags.read_config(values)
   encode = lambda row: tokenizer.encode(row['prompt'], add_bos=True).tolist()
   ids = list(map(encode, rows))
   from dsv3_jax.inference import generate
@@ -52,72 +53,73 @@ def generate(values: flags.FlagValues) -> None:
   generate.check_prompts(cfg.model, ids, count)
   loaded = engine_flags.load(values, **options)
   as_json = values.json or bool(values.prompts)
-  made = loaded.engine.generate(
+  output = generate.generate(
+    loaded.runner,
     ids,
     count,
     stop_id=loaded.tokenizer.eos_id,
-    invariant=values.invariant,
-    tell=_printer(rows, loaded.tokenizer, as_json),
-    **draws,
+    batch_invariant=values.batch_invariant,
+    on_finished=_printer(rows, loaded.tokenizer, as_json),
+    **sampling,
   )
-  speed = _speed(values, loaded, made)
+  speed = _speed(values, output)
   print(json.dumps(speed) if as_json else _in_words(speed), file=sys.stderr)
 
 
 def _printer(rows: list[dict], tokenizer, as_json: bool):
-  """Prints each continuation, and now and then how many there are."""
-  said = begun = time.monotonic()
+  """A function that prints each continuation, and now and then the progress."""
+  printed = start = time.monotonic()
 
-  def tell(number: int, tokens: list[int]) -> None:
-    nonlocal said
+  def on_finished(number: int, tokens: list[int]) -> None:
+    nonlocal printed
     text = tokenizer.decode(tokens, skip_special=True)
     if as_json:
-      made = rows[number] | {'text': text, 'tokens': len(tokens)}
-      print(json.dumps(made), flush=True)
+      row = rows[number] | {'text': text, 'tokens': len(tokens)}
+      print(json.dumps(row), flush=True)
     else:
       print(f'{rows[number]["prompt"]}{text}\n', flush=True)
     now, left = time.monotonic(), len(rows) - number - 1
-    if left and now - said > _SAY_SECONDS:
-      said = now
-      about = f'{number + 1} of {len(rows)} prompts in {now - begun:.0f} s'
+    if left and now - printed > _PROGRESS_SECONDS:
+      printed = now
+      about = f'{number + 1} of {len(rows)} prompts in {now - start:.0f} s'
       print(about, file=sys.stderr, flush=True)
 
-  return tell
+  return on_finished
 
 
-def _speed(values: flags.FlagValues, loaded, made) -> dict[str, float]:
+def _speed(values: flags.FlagValues, output) -> dict[str, float]:
+  """What the last line of stderr says, from a `generate.Generation`."""
   speed = {
-    'prefill_seconds': made.prefill_seconds,
-    'decode_seconds': made.decode_seconds,
-    'tokens_per_second': made.tokens_per_second,
+    'prefill_seconds': output.prefill_seconds,
+    'decode_seconds': output.decode_seconds,
+    'tokens_per_second': output.tokens_per_second,
   }
-  if values.num_drafts:
-    speed['acceptance'] = made.counts.acceptance
-    speed['tokens_per_step'] = made.counts.tokens_per_step
-  balancer = loaded.engine.steps.balancer
-  if balancer is not None and balancer.balancedness is not None:
-    speed['balancedness'] = balancer.balancedness[0]
+  if values.num_speculative_tokens:
+    speed['acceptance'] = output.stats.acceptance
+    speed['tokens_per_step'] = output.stats.tokens_per_step
+  if output.stats.balancedness is not None:
+    speed['balancedness'] = output.stats.balancedness
   return speed
 
 
 def _in_words(speed: dict[str, float]) -> str:
-  said = f'{speed["tokens_per_second"]:.1f} tokens/s'
+  words = f'{speed["tokens_per_second"]:.1f} tokens/s'
   if 'acceptance' in speed:
-    said += (
-      f', {speed["acceptance"]:.0%} of drafts accepted, '
+    words += (
+      f', {speed["acceptance"]:.0%} of speculative tokens accepted, '
       f'{speed["tokens_per_step"]:.2f} tokens a step'
     )
-  return said
+  return words
 
 
 def _read_prompts(path: pathlib.Path) -> list[dict]:
-  """The objects of a file, each with a "prompt", and with what else it has."""
+  """The objects of a file; each has a "prompt" and perhaps other keys."""
   try:
-    # Not `splitlines`: JSON strings may hold what else ends a line.
+    # Not `splitlines`: it would split at characters that JSON strings may hold.
     lines = path.read_text(encoding='utf-8').split('\n')
   except (OSError, UnicodeDecodeError) as error:
     raise errors.InputError(f'prompts={path}: {error}') from error
-  found = []
+  rows = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
       continue
@@ -129,45 +131,45 @@ def _read_prompts(path: pathlib.Path) -> list[dict]:
       raise errors.InputError(
         f'{path}:{number} must be an object with a string "prompt"'
       )
-    for name in (*_OF_ALL, *_MADE):
+    for name in (*_FLAG_KEYS, *_OUTPUT_KEYS):
       if name in row:
         rule = f'--{name} sets it for all prompts'
-        rule = 'what is made has that name' if name in _MADE else rule
+        rule = 'the output has this key' if name in _OUTPUT_KEYS else rule
         raise errors.InputError(f'{path}:{number} has "{name}": {rule}')
-    found.append(row)
-  if not found:
+    rows.append(row)
+  if not rows:
     raise errors.InputError(f'prompts={path} has no prompt')
-  return found
+  return rows
 
 
 def define_chat(values: flags.FlagValues, argv: list[str]) -> None:
   del argv
-  engine_flags.draw_flags(values)
+  engine_flags.sampling_flags(values)
   add = {'flag_values': values}
-  flags.DEFINE_string('system', '', 'What the model is told first.', **add)
+  flags.DEFINE_string('system', '', 'The system message.', **add)
 
 
 def chat(values: flags.FlagValues) -> None:
   """Talks in the terminal; an empty line or end of input ends it."""
-  with contextlib.suppress(KeyboardInterrupt):  # a way to leave it
+  with contextlib.suppress(KeyboardInterrupt):  # one way to leave
     _chat(values)
 
 
 def _chat(values: flags.FlagValues) -> None:
-  draws = engine_flags.draws(values)
+  sampling = engine_flags.sampling_options(values)
   options = engine_flags.engine_options(values)
-  cfg, tokenizer = engine_flags.described(values)
+  cfg, tokenizer = engine_flags.read_config(values)
   from dsv3_jax.inference import chat, engine
+  from dsv3_jax.inference import request as requests
 
-  asked = [*chat.opening(values.system), {'role': 'user', 'content': ''}]
-  first = chat.encode(tokenizer, asked)
+  messages = [*chat.opening(values.system), {'role': 'user', 'content': ''}]
+  first = chat.encode(tokenizer, messages)
   name = 'the prompt, before a word is said,'
   engine.check_prompt(cfg.model, first, values.max_new_tokens or 1, name)
   loaded = engine_flags.load(values, **options)
-  draw = engine.Draw(**draws)
   conversation = chat.Conversation(
     loaded,
-    draw,
+    requests.SamplingParams(**sampling),
     values.max_new_tokens or engine_flags.DEFAULT_TOKENS,
     values.system,
   )
@@ -189,7 +191,7 @@ def _chat(values: flags.FlagValues) -> None:
 def _shown(
   pieces: Iterable[tuple[bool, str]], is_terminal: bool
 ) -> Iterator[str]:
-  """Thoughts are dim on a terminal, and in their tags elsewhere."""
+  """Text to print: thoughts are dim on a terminal, elsewhere in tags."""
   inside = False
   for is_thought, piece in pieces:
     if is_terminal:
@@ -209,19 +211,23 @@ def define_serve(values: flags.FlagValues, argv: list[str]) -> None:
   add = {'flag_values': values}
   flags.DEFINE_string('host', '127.0.0.1', 'Address to listen on.', **add)
   flags.DEFINE_integer('port', 8000, 'Port to listen on; 0: any.', **add)
-  flags.DEFINE_string('name', '', 'Of the model; default: its folder.', **add)
+  flags.DEFINE_string(
+    'name', '', 'Name of the model; default: its folder.', **add
+  )
   flags.DEFINE_integer(
     'max_rows', 16, 'Requests that run at a time, on each rank.', **add
   )
-  flags.DEFINE_integer('max_waiting', 256, 'Requests that wait.', **add)
-  flags.DEFINE_integer('max_tokens', 4096, 'Of an answer at most.', **add)
+  flags.DEFINE_integer('max_waiting', 256, 'Requests that may wait.', **add)
+  flags.DEFINE_integer('max_tokens', 4096, 'Most tokens of an answer.', **add)
   flags.DEFINE_integer(
     'cache_tokens',
     0,
-    'Places of the cache of each rank; 0: two full rows.',
+    'Size of the cache of each rank; 0: two full rows.',
     **add,
   )
-  flags.DEFINE_boolean('warm_up', True, 'Compile before it is ready.', **add)
+  flags.DEFINE_boolean(
+    'warm_up', True, 'Compile before the server is ready.', **add
+  )
   engine_flags.engine_flags(values)
   engine_flags.sharing_flags(values)
 
@@ -239,12 +245,12 @@ def serve(values: flags.FlagValues) -> None:
   if key == '':
     raise errors.InputError('DSV3_API_KEY is empty: unset it to ask for no key')
   for named, text in (('DSV3_API_KEY', key), ('name', values.name)):
-    if not (text or '').isprintable():  # as are bytes that are no UTF-8
+    if not (text or '').isprintable():  # bytes that are no UTF-8 are not
       raise errors.InputError(f'{named} must have printable characters only')
   if not values.host:
     raise errors.InputError('--host=ADDRESS is empty: 0.0.0.0 or :: are all')
   options = engine_flags.engine_options(values)
-  engine_flags.described(values)
+  engine_flags.read_config(values)
   from dsv3_jax.server import main as server_main
 
   with server_main.bind(values.host, values.port) as bound:
@@ -258,5 +264,5 @@ def serve(values: flags.FlagValues) -> None:
       max_tokens=values.max_tokens,
       api_key=key or '',
       warm_up=values.warm_up,
-      invariant=values.invariant,
+      batch_invariant=values.batch_invariant,
     )

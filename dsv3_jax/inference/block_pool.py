@@ -1,16 +1,16 @@
-"""Which page of the latent cache is whose: allocation, sharing, release.
+"""Blocks of the latent cache: allocation, prefix sharing, release.
 
-A cache is pages of `size` tokens; a row has a list of them, its block table.
-Everything here is bookkeeping on the host; arrays are elsewhere (`Copy` says
-what must be copied in them, before anything else is written).
+The cache consists of blocks of `block_size` tokens. A sequence has a list of
+them, its block table. This module is the bookkeeping on the host; it touches no
+arrays. A `BlockCopy` says which block must be copied to which before the next
+step writes.
 
-A full page whose tokens are known is kept after its row has gone, and a later
-row that begins with the same tokens takes it: the prompt cache. Pages form a
-tree, a page's key being its parent and its own tokens, so that what is found is
-equal and not only of equal hash. A page that others read or may find is never
-written: who wants to go on in the middle of it gets a copy of his own. Known
-pages that nobody uses are given up when no empty ones are left, the longest
-unused first, children before parents.
+Prefix cache: a full block whose tokens are known stays after its sequence has
+been released. A later sequence that begins with the same tokens takes it. Known
+blocks form a tree: the key of a block is its parent and its own tokens, so that
+a match compares tokens and not hashes. Blocks that other sequences read, or can
+still match, are copy-on-write. If no empty block is left, known blocks that no
+sequence uses are evicted: least recently used first, children before parents.
 """
 
 import dataclasses
@@ -18,178 +18,191 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-_ROOT = 0  # the parent of first pages
+_ROOT = 0  # the parent of first blocks
 
 
-class Copy(NamedTuple):
-  """A whole page to be copied, in all layers."""
+class BlockCopy(NamedTuple):
+  """A whole block to be copied, in all layers."""
 
   source: int
   target: int
 
 
-class OutOfPages(Exception):
-  """There are fewer pages than asked for; nothing has changed."""
+class OutOfBlocks(Exception):
+  """Fewer blocks are available than needed; nothing has changed."""
 
 
 @dataclasses.dataclass(eq=False)
-class Row:
-  """Pages of one sequence: those of its first `length` tokens, and maybe more.
+class BlockTable:
+  """The blocks of one sequence.
 
-  nodes: of the first pages, as far as the tree knows their tokens.
+  blocks: they hold its first `length` tokens; there may be more of them, as
+  room for later tokens. nodes: tree nodes of the first blocks, as far as their
+  tokens are known to the prefix cache.
   """
 
-  pages: list[int] = dataclasses.field(default_factory=list)
+  blocks: list[int] = dataclasses.field(default_factory=list)
   length: int = 0
   nodes: list[int] = dataclasses.field(default_factory=list)
 
   @property
-  def node(self) -> int:
-    """The parent of the next page."""
+  def last_node(self) -> int:
+    """The parent of the next block."""
     return self.nodes[-1] if self.nodes else _ROOT
 
 
 class BlockPool:
-  """All pages of a cache."""
+  """All blocks of one rank's cache."""
 
-  def __init__(self, count: int, size: int):
-    """Args: count: pages. size: tokens of each."""
-    if count < 1 or size < 1:
-      raise ValueError(f'count={count} and size={size} must be >= 1')
-    self.count, self.size = count, size
-    self._users = [0] * count
-    self._empty = list(range(count))[::-1]  # the lowest is taken first
+  def __init__(self, num_blocks: int, block_size: int):
+    """Args: block_size: tokens of a block."""
+    if num_blocks < 1 or block_size < 1:
+      raise ValueError(
+        f'num_blocks={num_blocks} and block_size={block_size} must be >= 1'
+      )
+    self.num_blocks, self.block_size = num_blocks, block_size
+    self._ref_counts = [0] * num_blocks
+    self._empty = list(range(num_blocks))[::-1]  # the lowest is taken first
     self._nodes = itertools.count(_ROOT + 1)
-    # (parent, tokens) -> (node, page), and the key of a page that is known.
+    # (parent, tokens) -> (node, block), and the key of each known block.
     self._tree: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}
     self._keys: dict[int, tuple[int, tuple[int, ...]]] = {}
-    self._unused: dict[int, None] = {}  # known pages of no row, oldest first
+    # Known blocks that no sequence uses, the least recently used first.
+    self._evictable: dict[int, None] = {}
 
   @property
   def available(self) -> int:
-    """Pages that a row could get now."""
-    return len(self._empty) + len(self._unused)
+    """Blocks that can be allocated now."""
+    return len(self._empty) + len(self._evictable)
 
   @property
   def in_use(self) -> int:
-    """Pages of rows."""
-    return self.count - self.available
+    """Blocks that sequences have."""
+    return self.num_blocks - self.available
 
-  def pages_for(self, length: int) -> int:
-    """How many pages so many tokens take."""
-    return -(-length // self.size)
+  def blocks_for(self, length: int) -> int:
+    """Number of blocks that `length` tokens take."""
+    return -(-length // self.block_size)
 
-  def begin(self, tokens: Sequence[int]) -> Row:
-    """A row that holds what is known of these tokens, in whole pages.
+  def match_prefix(self, tokens: Sequence[int]) -> BlockTable:
+    """A block table with the known blocks that these tokens begin with.
 
-    At least one token is left to be computed: it gives the next one.
+    At least the last token is not matched: it must be computed, as it gives the
+    next one.
     """
-    row = Row()
-    for node, page in self._known(tokens):
-      self._use(page)
-      row.pages.append(page)
-      row.nodes.append(node)
-    row.length = len(row.pages) * self.size
-    return row
+    table = BlockTable()
+    for node, block in self._match(tokens):
+      self._acquire(block)
+      table.blocks.append(block)
+      table.nodes.append(node)
+    table.length = len(table.blocks) * self.block_size
+    return table
 
-  def known(self, tokens: Sequence[int]) -> int:
-    """How many pages `begin` would find."""
-    return sum(1 for _ in self._known(tokens))
+  def num_matching_blocks(self, tokens: Sequence[int]) -> int:
+    """Number of blocks that `match_prefix` would take."""
+    return sum(1 for _ in self._match(tokens))
 
-  def fork(self, row: Row) -> Row:
-    """A second row with the same tokens, on the same pages.
+  def fork(self, table: BlockTable) -> BlockTable:
+    """A second table with the same tokens, on the same blocks.
 
-    Without those that the first has for later tokens: each writes its own.
+    Blocks that hold no token yet are not shared: each sequence writes its own.
     """
-    shared = row.pages[: self.pages_for(row.length)]
-    for page in shared:
-      self._use(page)
-    return Row(shared, row.length, list(row.nodes))
+    shared = table.blocks[: self.blocks_for(table.length)]
+    for block in shared:
+      self._acquire(block)
+    return BlockTable(shared, table.length, list(table.nodes))
 
-  def extend(self, row: Row, length: int) -> list[Copy]:
-    """Makes room to write the row's tokens from its length up to `length`.
+  def extend(self, table: BlockTable, length: int) -> list[BlockCopy]:
+    """Allocates blocks to write the tokens from `table.length` up to `length`.
 
     Returns:
-      At most one page to copy; the row's length stays as it is.
+      At most one block to copy; `table.length` does not change.
 
     Raises:
-      OutOfPages: nothing has changed then.
+      OutOfBlocks: nothing has changed then.
     """
-    if length <= row.length:
+    if length <= table.length:
       return []
-    first = row.length // self.size  # the page that is written first
-    shared = first < len(row.pages) and self._is_read(row.pages[first])
-    more = max(self.pages_for(length) - len(row.pages), 0)
+    first = table.length // self.block_size  # the block that is written first
+    shared = first < len(table.blocks) and self._is_shared(table.blocks[first])
+    more = max(self.blocks_for(length) - len(table.blocks), 0)
     if more + shared > self.available:
-      raise OutOfPages(f'{more + shared} of {self.available} pages')
+      raise OutOfBlocks(f'{more + shared} of {self.available} blocks')
     copies = []
     if shared:
-      old, row.pages[first] = row.pages[first], self._take()
-      self._leave(old)
-      copies.append(Copy(old, row.pages[first]))
-    row.pages += [self._take() for _ in range(more)]
+      old, table.blocks[first] = table.blocks[first], self._allocate()
+      self._release_block(old)
+      copies.append(BlockCopy(old, table.blocks[first]))
+    table.blocks += [self._allocate() for _ in range(more)]
     return copies
 
-  def written(
-    self, row: Row, tokens: Sequence[int], known: int | None = None
+  def commit(
+    self,
+    table: BlockTable,
+    tokens: Sequence[int],
+    num_shareable: int | None = None,
   ) -> None:
-    """Says that the row now holds these tokens, all from its first on.
+    """Records that the sequence's blocks now hold these tokens.
 
     Args:
-      known: how many of them others may find; None: all.
+      tokens: all of the sequence, from its first on.
+      num_shareable: how many of them enter the prefix cache; None: all.
     """
-    row.length = len(tokens)
-    end = row.length if known is None else min(known, row.length)
-    for page in row.pages[len(row.nodes) : end // self.size]:
-      start = len(row.nodes) * self.size
-      key = (row.node, tuple(tokens[start : start + self.size]))
-      if key not in self._tree:  # else another row was quicker
-        self._tree[key] = (next(self._nodes), page)
-        self._keys[page] = key
-      row.nodes.append(self._tree[key][0])
+    table.length = len(tokens)
+    end = table.length
+    if num_shareable is not None:
+      end = min(num_shareable, end)
+    for block in table.blocks[len(table.nodes) : end // self.block_size]:
+      start = len(table.nodes) * self.block_size
+      key = (table.last_node, tuple(tokens[start : start + self.block_size]))
+      if key not in self._tree:  # another sequence may have been first
+        self._tree[key] = (next(self._nodes), block)
+        self._keys[block] = key
+      table.nodes.append(self._tree[key][0])
 
-  def release(self, row: Row) -> None:
-    """Gives the pages back; what is known of them stays until it must go."""
-    for page in reversed(row.pages):  # children are given up before parents
-      self._leave(page)
-    row.pages, row.length, row.nodes = [], 0, []
+  def release(self, table: BlockTable) -> None:
+    """Returns all blocks; known ones stay in the prefix cache until evicted."""
+    for block in reversed(table.blocks):  # children are evicted before parents
+      self._release_block(block)
+    table.blocks, table.length, table.nodes = [], 0, []
 
-  def _known(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Nodes and pages of what the tree knows, none with the last token."""
-    node, end = _ROOT, (len(tokens) - 1) // self.size * self.size
-    for start in range(0, end, self.size):
-      key = (node, tuple(tokens[start : start + self.size]))
+  def _match(self, tokens: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Nodes and blocks of the longest known prefix without the last token."""
+    node = _ROOT
+    end = (len(tokens) - 1) // self.block_size * self.block_size
+    for start in range(0, end, self.block_size):
+      key = (node, tuple(tokens[start : start + self.block_size]))
       if key not in self._tree:
         return
-      node, page = self._tree[key]
-      yield node, page
+      node, block = self._tree[key]
+      yield node, block
 
-  def _is_read(self, page: int) -> bool:
-    """By another row, now or after it has begun with what is known."""
-    return self._users[page] > 1 or page in self._keys
+  def _is_shared(self, block: int) -> bool:
+    """Another sequence reads it, or can still match it."""
+    return self._ref_counts[block] > 1 or block in self._keys
 
-  def _use(self, page: int) -> None:
-    self._users[page] += 1
-    self._unused.pop(page, None)
+  def _acquire(self, block: int) -> None:
+    self._ref_counts[block] += 1
+    self._evictable.pop(block, None)
 
-  def _leave(self, page: int) -> None:
-    self._users[page] -= 1
-    if self._users[page]:
+  def _release_block(self, block: int) -> None:
+    self._ref_counts[block] -= 1
+    if self._ref_counts[block]:
       return
-    if page in self._keys:
-      self._unused[page] = None
+    if block in self._keys:
+      self._evictable[block] = None
     else:
-      self._empty.append(page)
+      self._empty.append(block)
 
-  def _take(self) -> int:
-    """A page that is nobody's."""
+  def _allocate(self) -> int:
+    """An empty block, or an evicted one."""
     if self._empty:
-      page = self._empty.pop()
+      block = self._empty.pop()
     else:
-      page = next(iter(self._unused))
-      self._drop(page)
-    self._users[page] = 1
-    return page
+      block = next(iter(self._evictable))
+      self._evict(block)
+    self._ref_counts[block] = 1
+    return block
 
-  def _drop(self, page: int) -> None:
-    del self._unused[page], self._tree[self._keys.pop(page)]
+  def _evict(self, block: int) -> None:
+    del self._evictable[block], self._tree[self._keys.pop(block)]

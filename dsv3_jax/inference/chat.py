@@ -1,75 +1,77 @@
-"""A conversation in the chat template, answer by answer (TR 5.1)."""
+"""A conversation in the chat template, one answer at a time (TR 5.1)."""
 
 import functools
 from collections.abc import Iterator
 
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import detokenizer, engine, llm
+from dsv3_jax.inference import request as requests
 
 
 def opening(system: str) -> list[dict]:
-  """The messages before the first word of the user."""
+  """The messages before the first message of the user."""
   return [{'role': 'system', 'content': system}] if system else []
 
 
 def encode(tokenizer: tokenizers.Tokenizer, messages: list[dict]) -> list[int]:
-  """Ids that an answer follows."""
+  """The prompt that an answer follows."""
   ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
   return ids.tolist()
 
 
 class Conversation:
-  """Messages so far, and a cache that keeps what was said."""
+  """The messages so far, and an engine whose prefix cache holds them."""
 
   def __init__(
     self,
     model: llm.LLM,
-    draw: engine.Draw,
+    sampling: requests.SamplingParams,
     max_new_tokens: int,
     system: str = '',
   ):
-    """Args: max_new_tokens: of an answer; it has fewer where no more fit."""
-    self._tokenizer, self._draw = model.tokenizer, draw
-    self._most = max_new_tokens
-    full = -(-model.config.model.max_seq_len // engine.PAGE)
-    self._session = engine.Engine(
-      model.engine.steps, num_pages=full, max_rows=1
+    """Args: max_new_tokens: of an answer, if so many fit."""
+    self._tokenizer, self._sampling = model.tokenizer, sampling
+    self._max_new_tokens = max_new_tokens
+    num_blocks = -(-model.config.model.max_seq_len // engine.BLOCK_SIZE)
+    self._engine = engine.Engine(
+      model.runner, num_blocks=num_blocks, max_rows=1
     )
     self.messages = opening(system)
 
-  def say(self, words: str) -> Iterator[tuple[bool, str]]:
-    """The answer as it comes: pieces, each with whether it is a thought.
+  def say(self, text: str) -> Iterator[tuple[bool, str]]:
+    """Yields pieces of the answer, each with whether it is a thought.
 
-    Thoughts are not part of what the model reads later.
+    The model does not read its thoughts again in later turns.
 
     Raises:
       InputError: the conversation has become too long.
     """
-    asked = [*self.messages, {'role': 'user', 'content': words}]
-    ids = encode(self._tokenizer, asked)
+    messages = [*self.messages, {'role': 'user', 'content': text}]
+    ids = encode(self._tokenizer, messages)
+    room = max(self._engine.max_new_tokens(len(ids)), 1)
+    count = min(self._max_new_tokens, room)
     stops = [self._tokenizer.eos_id]
-    most = min(self._most, max(self._session.room(len(ids)), 1))
-    request = self._session.submit(ids, most, self._draw, stops)
+    request = self._engine.submit(ids, count, self._sampling, stops)
     try:
-      yield from self._answer(request, asked)
-    finally:  # the caller may have had enough
-      self._session.cancel(request)
+      yield from self._answer(request, messages)
+    finally:  # the caller may stop early
+      self._engine.cancel(request)
 
   def _answer(
-    self, request: engine.Request, asked: list
+    self, request: requests.Request, messages: list
   ) -> Iterator[tuple[bool, str]]:
     decode = functools.partial(self._tokenizer.decode, skip_special=True)
     characters, stop = detokenizer.Characters(decode), self._tokenizer.eos_id
     thoughts, answer = detokenizer.Thoughts(), ''
     while not request.done:
-      for told in self._session.step():
-        new = '' if told.token == stop else characters.feed(told.token)
-        if told.is_last:
+      for output in self._engine.step():
+        new = '' if output.token == stop else characters.feed(output.token)
+        if output.is_last:
           new += characters.end()
         pieces = thoughts.feed(new)
-        if told.is_last:
+        if output.is_last:
           pieces += thoughts.end()
         for is_thought, piece in pieces:
           answer += '' if is_thought else piece
           yield is_thought, piece
-    self.messages = [*asked, {'role': 'assistant', 'content': answer}]
+    self.messages = [*messages, {'role': 'assistant', 'content': answer}]

@@ -1,7 +1,8 @@
-"""Text of tokens as they come: whole characters, up to a stop, thoughts apart.
+"""Incremental text from tokens: characters, stop strings, thoughts.
 
-A token may end within a character, and text may begin what turns out to be a
-stop or a tag; such an end is held back until it is clear what it is.
+A token may end within a character, and the end of the text may be the beginning
+of a stop string or a tag. Such an end is held back until it is complete, or
+turns out to be something else.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,36 +12,39 @@ _BROKEN = '\ufffd'
 
 
 class Characters:
-  """Tokens in, text out; only whole characters, in as few decodings as do."""
+  """Tokens in, text out, in whole characters only.
+
+  Decodes only the last few tokens again for each new one.
+  """
 
   def __init__(self, decode: Callable[[Sequence[int]], str]):
     self._decode = decode
-    self._ids: list[int] = []  # since some token at which text was whole
-    self._told = 0  # characters of their text
+    self._ids: list[int] = []  # the last ones, from a whole character on
+    self._num_returned = 0  # characters of their text
 
   def feed(self, token: int) -> str:
-    """What a token adds."""
+    """The text that a token adds."""
     self._ids.append(token)
     text, end = self._whole()
-    new = text[self._told : end]
-    if len(self._ids) > 16:  # of a character at most four tokens
+    new = text[self._num_returned : end]
+    if len(self._ids) > 16:  # a character has at most four
       self._ids = self._ids[-4:]
       text, end = self._whole()
-    self._told = end
+    self._num_returned = end
     return new
 
   def _whole(self) -> tuple[str, int]:
-    """Text, and how much of it is certain: its end may lack bytes."""
+    """The text, and how much of it is final: its end may lack bytes."""
     text = self._decode(self._ids)
     return text, len(text) - text.endswith(_BROKEN)
 
   def end(self) -> str:
-    """What was held back, broken as it may be."""
-    return self._decode(self._ids)[self._told :]
+    """The text held back, as replacement characters if it is incomplete."""
+    return self._decode(self._ids)[self._num_returned :]
 
 
 class Stops:
-  """Text up to the first of some strings, which is not part of it."""
+  """Text up to the first of several stop strings, which is left out."""
 
   def __init__(self, stops: Sequence[str]):
     self._stops = [stop for stop in stops if stop]
@@ -48,27 +52,27 @@ class Stops:
     self.stopped = False
 
   def feed(self, text: str) -> str:
-    """What is certain to come before any stop."""
+    """The text that is certain to come before any stop string."""
     if self.stopped:
       return ''
     text = self._held + text
-    found = [at for s in self._stops if (at := text.find(s)) >= 0]
-    if found:
+    places = [at for s in self._stops if (at := text.find(s)) >= 0]
+    if places:
       self.stopped, self._held = True, ''
-      return text[: min(found)]
+      return text[: min(places)]
     size = max((_begun(text, stop) for stop in self._stops), default=0)
     cut = len(text) - size
     self._held = text[cut:]
     return text[:cut]
 
   def end(self) -> str:
-    """What was held back."""
+    """The text held back."""
     held, self._held = self._held, ''
     return '' if self.stopped else held
 
 
 class Thoughts:
-  """Parts an answer that begins with a think tag from the thought."""
+  """Separates the thought, in think tags, from the rest of an answer."""
 
   def __init__(self):
     self._held = ''
@@ -86,22 +90,22 @@ class Thoughts:
       text = text.removeprefix(THINK)
     pieces = []
     if self.inside:
-      thought, found, rest = text.partition(END_THINK)
-      cut = len(thought) - (0 if found else _begun(thought, END_THINK))
+      thought, end_tag, rest = text.partition(END_THINK)
+      cut = len(thought) - (0 if end_tag else _begun(thought, END_THINK))
       pieces.append((True, thought[:cut]))
       self._held = thought[cut:]
-      self.inside, text = not found, rest
+      self.inside, text = not end_tag, rest
     pieces.append((False, text))
     return [piece for piece in pieces if piece[1]]
 
   def end(self) -> list[tuple[bool, str]]:
-    """What was held back."""
+    """The text held back."""
     held, self._held = self._held, ''
     return [(self.inside, held)] if held else []
 
 
 def _begun(text: str, word: str) -> int:
-  """How many characters at the end of the text begin the word."""
+  """How many characters at the end of the text are a beginning of the word."""
   for size in range(min(len(word) - 1, len(text)), 0, -1):
     if text.endswith(word[:size]):
       return size

@@ -1,370 +1,388 @@
-"""Requests that share steps: they join and leave while others go on.
+"""The engine: requests that share steps, which join and leave at any time.
 
-A `Session` has a cache of its own. Each of its steps computes at most one chunk
-of prompts and then the last token of every row that has its prompt behind it,
-with drafts of the next ones. Rows, tokens and pages of a step are rounded up to
-a few sizes, each compiled once.
+An `Engine` has a latent cache of its own. Each of its steps computes at most
+one chunk of prompts on each rank, then the last token of every request whose
+prompt is in the cache, together with speculative tokens. Rows, tokens and
+blocks of a step are rounded up to a few sizes, each of which is compiled once.
 """
 
+import collections
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from dsv3_jax import config, errors
-from dsv3_jax.inference import (
-  block_pool,
-  model_runner,
-  ranks,
-  sampling,
-  scheduler,
-)
+from dsv3_jax.inference import block_pool, model_runner, sampling, scheduler
+from dsv3_jax.inference import request as requests
 from pallas_kernels.mla_decode import api as mla_decode
 
-PAGE = mla_decode.PAGE  # tokens; also the least of a prefill
-INVARIANT_ROWS = 16  # of every such decode step, where nobody asks for others
+BLOCK_SIZE = mla_decode.PAGE  # tokens; also the smallest prefill
+# Rows of a batch invariant decode step where no option sets them.
+BATCH_INVARIANT_ROWS = 16
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Draw:
-  """How a request's tokens are drawn; see `sampling.Draws`.
+class StepShape(NamedTuple):
+  """What decides which step is compiled.
 
-  stream: tells requests of one seed apart.
-  """
-
-  temperature: float = 0.0
-  top_k: int = 0
-  top_p: float = 1.0
-  seed: int = 0
-  stream: int = 0
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-  """A request; `tokens` grows until `done`."""
-
-  prompt: list[int]
-  draw: Draw
-  stop_ids: frozenset[int]
-  job: scheduler.Job
-  key_2: np.ndarray
-  done: bool = False
-
-  @property
-  def tokens(self) -> list[int]:
-    """What was generated so far, the stop token included."""
-    return self.job.tokens[len(self.prompt) :]
-
-
-class Size(NamedTuple):
-  """What decides which step is compiled: its kind, and sizes of its arrays.
-
-  kind: 'prefill', 'extend' or 'decode', as in `steps.Steps`.
+  rows, tokens: of the step, both padded. blocks: of each block table.
+  kind: 'prefill', 'extend' or 'decode', as in `model_runner.ModelRunner`.
   """
 
   rows: int
   tokens: int
-  pages: int
+  blocks: int
   kind: str
 
 
-class Told(NamedTuple):
-  """A new token of a request, its last or not."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineStats:
+  """What an engine holds, and what it has done so far.
 
-  request: Request
-  token: int
-  is_last: bool
-
-
-@dataclasses.dataclass
-class Decoded:
-  """What decode steps of a session did.
-
-  rows: of all steps together. tokens: that they gave. drafted: tokens that they
-  were to verify, and how many of these were accepted.
+  running, waiting: requests. preempted: how often a request was.
+  num_blocks, blocks_in_use: of the latent cache, all ranks together.
+  decode_steps: their number; decoded_rows: the rows of all of them;
+  decoded_tokens: the tokens that they gave.
+  speculative_tokens: tokens that decode steps verified; accepted_tokens: how
+  many of these were right.
+  rebalances: how often redundant experts were placed; None: there are none.
+  balancedness: mean load of a device / highest, up to the last rebalance, with
+  the placement before it; None: not known yet.
   """
 
-  steps: int = 0
-  rows: int = 0
-  tokens: int = 0
-  drafted: int = 0
-  accepted: int = 0
+  running: int
+  waiting: int
+  preempted: int
+  num_blocks: int
+  blocks_in_use: int
+  decode_steps: int
+  decoded_rows: int
+  decoded_tokens: int
+  speculative_tokens: int
+  accepted_tokens: int
+  rebalances: int | None = None
+  balancedness: float | None = None
 
   @property
   def acceptance(self) -> float:
-    """Of drafts, 0 to 1; 0 if there were none."""
-    return self.accepted / max(self.drafted, 1)
+    """Share of speculative tokens accepted, 0 to 1; 0 if there were none."""
+    return self.accepted_tokens / max(self.speculative_tokens, 1)
 
   @property
   def tokens_per_step(self) -> float:
-    """That a row gets."""
-    return self.tokens / max(self.rows, 1)
+    """Tokens that a decode step gives each row."""
+    return self.decoded_tokens / max(self.decoded_rows, 1)
 
 
 class Engine:
-  """Requests on one set of steps, with one cache."""
+  """Runs the steps of a `ModelRunner` for many requests, with one cache."""
 
   def __init__(
     self,
-    made: model_runner.ModelRunner,
+    runner: model_runner.ModelRunner,
     *,
-    num_pages: int,
+    num_blocks: int,
     max_rows: int,
     chunk: int = 1024,
-    least_pages: int = 1,
-    least_rows: int = 1,
-    invariant: bool = False,
+    min_blocks: int = 1,
+    min_rows: int = 1,
+    batch_invariant: bool = False,
   ):
-    """Args:
-    num_pages: of the cache. max_rows: requests that run at a time; others
-      wait. chunk: most tokens of a prefill. least_pages: to which the block
-      tables of rows are rounded up; least_rows: likewise, when decoding. On a
-      mesh, these are the numbers of each rank.
-      invariant: a request gets the same tokens, to the bit of what they are
-      drawn from, whatever shares its steps. All steps have their largest size
-      then, prefills one row: slow.
+    """On a mesh, all numbers are those of each rank.
+
+    Args:
+      num_blocks: of the cache.
+      max_rows: requests that run at a time; others wait.
+      chunk: most tokens of a prefill.
+      min_blocks: smallest size of block tables.
+      min_rows: smallest number of rows of decode steps.
+      batch_invariant: the tokens of a request, and all bits that they are
+        sampled from, do not depend on the other requests. Every step then has
+        its largest shape, and a prefill one row: slow.
     """
-    self.steps = made
-    # Drafts, and as many again by the module's own hidden states.
-    ahead = 2 * made.num_drafts
-    each = [
-      scheduler.Scheduler(
-        block_pool.BlockPool(num_pages, PAGE),
-        max_rows,
-        chunk,
-        ahead,
-        alike=invariant,
-      )
-      for _ in range(made.num_ranks)
+    self.runner, self.batch_invariant = runner, batch_invariant
+    pools = [
+      block_pool.BlockPool(num_blocks, BLOCK_SIZE)
+      for _ in range(runner.num_ranks)
     ]
-    self.scheduler, self.pool = ranks.Ranks(each), each[0].pool
-    self.invariant = invariant
-    if invariant:  # all steps are of one size, which others must not change
-      least_pages, least_rows = 1, max_rows
-    self.least_pages, self._least_rows = least_pages, least_rows
-    self._caches = made.empty_caches(num_pages, PAGE)
-    self._requests: dict[scheduler.Job, Request] = {}
-    self.decoded = Decoded()
+    # Room for the speculative tokens of a step, and for as many again, which
+    # the MTP module computes from its own hidden states.
+    lookahead = 2 * runner.num_speculative_tokens
+    self._scheduler = scheduler.Scheduler(
+      pools, max_rows, chunk, lookahead, batch_invariant=batch_invariant
+    )
+    if batch_invariant:  # all steps have one shape
+      min_blocks, min_rows = 1, max_rows
+    self.min_blocks, self._min_rows = min_blocks, min_rows
+    self._caches = runner.empty_caches(num_blocks, BLOCK_SIZE)
+    self._counts = collections.Counter()
+
+  @property
+  def max_rows(self) -> int:
+    """Requests that run at a time on each rank."""
+    return self._scheduler.max_rows
+
+  @property
+  def max_running(self) -> int:
+    """Requests that run at a time on all ranks."""
+    return self._scheduler.max_rows * self.runner.num_ranks
+
+  @property
+  def chunk(self) -> int:
+    """Most tokens of a prefill on each rank."""
+    return self._scheduler.chunk
+
+  @property
+  def is_idle(self) -> bool:
+    return self._scheduler.is_idle
+
+  def stats(self) -> EngineStats:
+    """A snapshot of this moment; from any thread."""
+    rebalancer, rebalances, balancedness = self.runner.rebalancer, None, None
+    if rebalancer is not None:
+      rebalances = rebalancer.rebalances
+      if rebalancer.balancedness is not None:
+        balancedness = rebalancer.balancedness[0]
+    names = ('decode_steps', 'decoded_rows', 'decoded_tokens')
+    names += ('speculative_tokens', 'accepted_tokens')
+    return EngineStats(
+      running=len(self._scheduler.running),
+      waiting=len(self._scheduler.waiting),
+      preempted=self._scheduler.preempted,
+      num_blocks=self._scheduler.num_blocks,
+      blocks_in_use=self._scheduler.blocks_in_use,
+      rebalances=rebalances,
+      balancedness=balancedness,
+      **{name: self._counts[name] for name in names},
+    )
 
   def submit(
     self,
     prompt: Sequence[int],
     max_new_tokens: int,
-    draw: Draw = Draw(),
+    sampling_params: requests.SamplingParams = requests.GREEDY,
     stop_ids: Sequence[int] = (),
-    twin: Request | None = None,
-  ) -> Request:
-    """Puts a request into the queue.
+    shares_prompt_with: requests.Request | None = None,
+  ) -> requests.Request:
+    """Makes a request and adds it to the queue.
 
     Args:
-      twin: an earlier one with the same prompt; see `Job.twin`.
+      shares_prompt_with: an earlier request with the same prompt, which is then
+        computed once.
 
     Raises:
       InputError: as `check`.
     """
-    self.check(prompt, max_new_tokens)
-    of = twin.job if twin else None
-    job = self.scheduler.add(prompt, max_new_tokens, of)
-    request = Request(list(prompt), draw, frozenset(stop_ids), job, _key(draw))
-    self._requests[job] = request
+    request = requests.Request(
+      *(list(prompt), max_new_tokens, sampling_params, frozenset(stop_ids)),
+      shares_prompt_with,
+    )
+    self.add(request)
     return request
 
+  def add(self, request: requests.Request) -> None:
+    """Adds a new request to the queue; raises as `check`."""
+    self.check(request.prompt, request.max_new_tokens)
+    request.key_2 = _key(request.sampling)
+    self._scheduler.add(request)
+
   def check(self, prompt: Sequence[int], max_new_tokens: int) -> None:
-    """Whether `submit` would take it; from any thread.
+    """Checks that such a request can be added; from any thread.
 
     Raises:
-      InputError: no token is asked for, `check_prompt` refuses it, or it needs
-        more pages than there are.
+      InputError: `max_new_tokens` is below 1, `check_prompt` fails, or the
+        request needs more blocks than there are.
     """
     if max_new_tokens < 1:
       raise errors.InputError(f'max_new_tokens={max_new_tokens} must be >= 1')
-    check_prompt(self.steps.cfg.model, prompt, max_new_tokens)
-    self.scheduler.check(len(prompt), max_new_tokens)
+    check_prompt(self.runner.cfg.model, prompt, max_new_tokens)
+    self._scheduler.check(len(prompt), max_new_tokens)
 
-  def room(self, length: int) -> int:
-    """How many tokens may follow a prompt of so many."""
-    places = self.pool.count * self.pool.size
-    return min(self.steps.cfg.model.max_seq_len, places) - length
+  def max_new_tokens(self, prompt_length: int) -> int:
+    """How many tokens can follow a prompt of this length; 0 or less: none."""
+    pool = self._scheduler.pools[0]
+    room = pool.num_blocks * pool.block_size
+    return min(self.runner.cfg.model.max_seq_len, room) - prompt_length
 
-  def cancel(self, request: Request) -> None:
-    """Ends a request that nobody waits for any more."""
-    self._end(request)
+  def cancel(self, request: requests.Request) -> None:
+    """Ends a request early; does nothing if it is done."""
+    self._scheduler.finish(request)
 
-  def warm(self, size: Size) -> None:
+  def warm_up(self, shape: StepShape) -> None:
     """Compiles a step, by a run on rows that have no tokens."""
-    rows, draws = self._empty(*size[:3])
-    _key(Draw())
-    caches = self.steps.copy([block_pool.Copy(0, 0)], self._caches)
-    run = getattr(self.steps, size.kind)
-    made, self._caches = run(rows, caches, draws)
-    jax.block_until_ready(made)
+    step_input, arrays = self._empty(shape.rows, shape.tokens, shape.blocks)
+    _key(requests.GREEDY)
+    copies = [block_pool.BlockCopy(0, 0)]
+    caches = self.runner.copy_blocks(copies, self._caches)
+    run = getattr(self.runner, shape.kind)
+    output, self._caches = run(step_input, caches, arrays)
+    jax.block_until_ready(output)
 
-  @property
-  def is_idle(self) -> bool:
-    return self.scheduler.is_idle
+  def step(self) -> list[requests.TokenOutput]:
+    """One chunk of prompts, then one decode step.
 
-  def step(self) -> list[Told]:
-    """One chunk of prompts, and what follows in every row behind its prompt.
-
-    That is a token, and as many more as drafts were right.
+    The decode step gives each of its requests one token, and one more for each
+    speculative token that was right.
     """
     return self.prefill() + self.decode()
 
-  def prefill(self) -> list[Told]:
-    """The prefill of a step alone."""
-    told = []
-    for found in self.scheduler.prefill():
-      told += self._prefill(found)
-    return told
+  def prefill(self) -> list[requests.TokenOutput]:
+    """The first half of `step`."""
+    return [
+      output
+      for schedule in self._scheduler.prefill()
+      for output in self._prefill(schedule)
+    ]
 
-  def _prefill(self, found: scheduler.Step) -> list[Told]:
-    """Of rows that begin, or of rows that go on."""
-    is_new, told = found.is_new, []
-    longest = max(found.counts, default=0)
-    if self.invariant:
-      is_new, longest = False, self.scheduler.chunk
-    run = self.steps.prefill if is_new else self.steps.extend
-    made = self._run(found, run, PAGE * round_up(-(-longest // PAGE)))
-    for b, (job, count) in enumerate(_pairs(found)):
-      is_end = job.missing == count
-      self.scheduler.done(job, count)
+  def _prefill(
+    self, schedule: scheduler.ScheduledStep
+  ) -> list[requests.TokenOutput]:
+    is_uncached, longest = schedule.is_uncached, max(schedule.counts)
+    if self.batch_invariant:
+      is_uncached, longest = False, self.chunk
+    run = self.runner.prefill if is_uncached else self.runner.extend
+    width = BLOCK_SIZE * round_up(-(-longest // BLOCK_SIZE))
+    step_output, outputs = self._run(schedule, run, width), []
+    for b, (request, count) in enumerate(_pairs(schedule)):
+      is_end = request.num_uncomputed == count
+      self._scheduler.commit(request, count)
       if is_end:
-        new = self._add(job, made, b)
-        told += self._tell(job, new)
-    return told
+        num_new = self._append(request, step_output, b)
+        outputs += self._outputs(request, num_new)
+    return outputs
 
-  def decode(self) -> list[Told]:
-    """The rest of a step."""
-    found = self.scheduler.decode()
-    if found is None:
+  def decode(self) -> list[requests.TokenOutput]:
+    """The second half of `step`."""
+    schedule = self._scheduler.decode()
+    if schedule is None:
       return []
-    made = self._run(found, self.steps.decode)
-    self.decoded.steps += 1
-    told = []
-    for b, (job, count) in enumerate(_pairs(found)):
-      new = self._add(job, made, b)
-      self.decoded.rows += 1
-      self.decoded.tokens += new
-      self.decoded.drafted += count - 1
-      self.decoded.accepted += made.count_B[b] - 1
-      self.scheduler.done(job, new)
-      told += self._tell(job, new)
-    return told
+    step_output = self._run(schedule, self.runner.decode)
+    self._counts['decode_steps'] += 1
+    outputs = []
+    for b, (request, count) in enumerate(_pairs(schedule)):
+      num_new = self._append(request, step_output, b)
+      self._counts['decoded_rows'] += 1
+      self._counts['decoded_tokens'] += num_new
+      self._counts['speculative_tokens'] += count - 1
+      self._counts['accepted_tokens'] += step_output.count_B[b] - 1
+      self._scheduler.commit(request, num_new)
+      outputs += self._outputs(request, num_new)
+    return outputs
 
   def _run(
-    self, found: scheduler.Step, run, width: int = 0
+    self, schedule: scheduler.ScheduledStep, run: Callable, width: int = 0
   ) -> model_runner.StepOutput | None:
-    """What is made of the jobs, in their order.
+    """Runs a step; returns lists, one entry for each request.
 
     Args:
       width: tokens of a row; 0: those of a decode step.
     """
-    self._caches = self.steps.copy(found.copies, self._caches)
-    if not found.jobs:
-      return None
-    places, rows, draws = self._arrays(found, width)
-    made, self._caches = run(rows, self._caches, draws)
-    if all(job.missing > count for job, count in _pairs(found)):
-      return None  # there is nothing to wait for
+    self._caches = self.runner.copy_blocks(schedule.copies, self._caches)
+    rows, step_input, arrays = self._step_input(schedule, width)
+    output, self._caches = run(step_input, self._caches, arrays)
+    if all(request.num_uncomputed > n for request, n in _pairs(schedule)):
+      return None  # no request gets a token: do not wait for the device
     return model_runner.StepOutput(
-      *(x[places].tolist() for x in jax.device_get(made))
+      *(x[rows].tolist() for x in jax.device_get(output))
     )
 
-  def _add(
-    self, job: scheduler.Job, made: model_runner.StepOutput, b: int
+  def _append(
+    self, request: requests.Request, output: model_runner.StepOutput, b: int
   ) -> int:
-    """Adds a job's new tokens, none behind its last; returns how many."""
-    new = made.tokens_Bt[b][: made.count_B[b]]
-    ends = [
-      i for i, t in enumerate(new, 1) if t in self._requests[job].stop_ids
-    ]
+    """Appends the new tokens, up to the first stop token; returns how many."""
+    new = output.tokens_Bt[b][: output.count_B[b]]
+    ends = [i for i, t in enumerate(new, 1) if t in request.stop_ids]
     new = new[: min(ends, default=len(new))]
-    job.tokens += new
-    job.drafts = made.drafts_Bk[b]
+    request.all_tokens += new
+    request.speculative_tokens = output.speculative_Bk[b]
     return len(new)
 
-  def _tell(self, job: scheduler.Job, new: int) -> list[Told]:
-    """Of the last tokens of a job those that were not told; ends it if over."""
-    request, size = self._requests[job], len(job.tokens)
-    over = job.tokens[-1] in request.stop_ids or size == job.most
-    told = [
-      Told(request, job.tokens[at], over and at == size - 1)
-      for at in range(max(size - new, job.told), size)
+  def _outputs(
+    self, request: requests.Request, num_new: int
+  ) -> list[requests.TokenOutput]:
+    """An output for each new token not reported yet; finishes the request."""
+    length, reason = len(request.all_tokens), request.finish_reason
+    outputs = [
+      requests.TokenOutput(
+        request, request.all_tokens[i], reason if i == length - 1 else None
+      )
+      for i in range(max(length - num_new, request.num_reported), length)
     ]
-    if over:
-      self._end(request)
-    return told
+    if reason is not None:
+      self._scheduler.finish(request)
+    return outputs
 
-  def _arrays(self, found: scheduler.Step, width: int):
-    """What the compiled step takes, rounded up to sizes that it knows.
+  def _step_input(self, schedule: scheduler.ScheduledStep, width: int):
+    """Arrays of a compiled step, padded, and the row of each request."""
+    chosen = schedule.requests
+    longest = max(request.block_table.length for request in chosen)
+    if self.batch_invariant:
+      longest = self.runner.cfg.model.max_seq_len
+    min_rows = 1 if width else self._min_rows
+    width = width or 1 + self.runner.num_speculative_tokens
+    rows, num_rows = self._rows([r.rank for r in chosen], min_rows)
+    shape = (num_rows, width, self.num_table_blocks(longest, width))
+    step_input, arrays = self._empty(*shape)
+    for b, (request, count) in zip(rows, _pairs(schedule), strict=True):
+      table, tokens = request.block_table, request.all_tokens
+      start, end = table.length, table.length + count
+      new = tokens[start:end] + request.speculative_tokens
+      step_input.tokens_BT[b, :count] = new[:count]
+      step_input.index_BT[b, :count] = range(start, end)
+      step_input.last_B[b] = count - 1
+      if end < len(tokens):
+        step_input.after_B[b] = tokens[end]
+      blocks = table.blocks[: step_input.table_Bb.shape[1]]
+      step_input.table_Bb[b, : len(blocks)] = blocks
+      arrays.keys_B2[b], params = request.key_2, request.sampling
+      arrays.temperature_B[b], arrays.top_k_B[b] = (
+        params.temperature,
+        params.top_k,
+      )
+      arrays.top_p_B[b] = params.top_p
+    return rows, step_input, arrays
 
-    First comes where in it each job is.
+  def _rows(self, ranks: list[int], min_rows: int) -> tuple[list[int], int]:
+    """A row for each request, given their ranks, and the number of all rows.
+
+    Each rank has equally many rows, one rank after the other.
     """
-    furthest = max(job.row.length for job in found.jobs)
-    if self.invariant:
-      furthest = self.steps.cfg.model.max_seq_len
-    least = 1 if width else self._least_rows
-    width = width or 1 + self.steps.num_drafts
-    places, total = self._places(found.jobs, least)
-    most = self.pages_of_table(furthest, width)
-    rows, draws = self._empty(total, width, most)
-    for b, (job, count) in zip(places, _pairs(found), strict=True):
-      start, end = job.row.length, job.row.length + count
-      rows.tokens_BT[b, :count] = (job.tokens[start:end] + job.drafts)[:count]
-      rows.index_BT[b, :count] = range(start, end)
-      rows.last_B[b] = count - 1
-      if end < len(job.tokens):
-        rows.after_B[b] = job.tokens[end]
-      used = job.row.pages[: rows.table_Bb.shape[1]]
-      rows.table_Bb[b, : len(used)] = used
-      request = self._requests[job]
-      draws.keys_B2[b], draw = request.key_2, request.draw
-      draws.temperature_B[b], draws.top_p_B[b] = draw.temperature, draw.top_p
-      draws.top_k_B[b] = draw.top_k
-    return places, rows, draws
+    per_rank = round_up(max(min_rows, *map(ranks.count, ranks)))
+    num_ranks = self.runner.num_ranks
+    free = [itertools.count(rank * per_rank) for rank in range(num_ranks)]
+    return [next(free[rank]) for rank in ranks], per_rank * num_ranks
 
-  def _places(
-    self, jobs: list[scheduler.Job], least: int
-  ) -> tuple[list[int], int]:
-    """A row for each job, among as many for every rank, and how many in all."""
-    ranks_of = [job.rank for job in jobs]
-    each = round_up(max(least, *map(ranks_of.count, ranks_of)))
-    numbers = [itertools.count(r * each) for r in range(self.steps.num_ranks)]
-    places = [next(numbers[rank]) for rank in ranks_of]
-    return places, each * self.steps.num_ranks
+  def num_table_blocks(self, longest: int, width: int) -> int:
+    """Blocks of a step's block tables, padding and later drafts included.
 
-  def pages_of_table(self, furthest: int, width: int) -> int:
-    """Pages of a step's block tables, padding and later drafts included.
-
-    Args: furthest: tokens that the longest row has. width: that are computed.
+    Args:
+      longest: most tokens that the cache holds of a row.
+      width: tokens of a row that the step computes.
     """
-    ends = furthest + max(width, 2 * self.steps.num_drafts)
-    return round_up(max(self.pool.pages_for(ends), self.least_pages))
+    end = longest + max(width, 2 * self.runner.num_speculative_tokens)
+    return round_up(max(-(-end // BLOCK_SIZE), self.min_blocks))
 
   def _empty(
-    self, count: int, width: int, num_pages: int
-  ) -> tuple[model_runner.Rows, sampling.Draws]:
-    """What a compiled step takes, with no tokens."""
+    self, num_rows: int, width: int, num_blocks: int
+  ) -> tuple[model_runner.StepInput, sampling.SamplingArrays]:
+    """Arrays of a compiled step, without tokens."""
     full = lambda value, *shape: np.full(shape, value, np.int32)
-    rows = model_runner.Rows(
-      tokens_BT=full(0, count, width),
-      index_BT=full(-1, count, width),
-      last_B=full(0, count),
-      after_B=full(-1, count),
-      # What is no page of a row is no page: nothing can be written there.
-      table_Bb=full(self.pool.count, count, num_pages),
+    no_block = self._scheduler.pools[0].num_blocks
+    step_input = model_runner.StepInput(
+      tokens_BT=full(0, num_rows, width),
+      index_BT=full(-1, num_rows, width),
+      last_B=full(0, num_rows),
+      after_B=full(-1, num_rows),
+      # Entries behind a row's blocks are out of range: nothing is written.
+      table_Bb=full(no_block, num_rows, num_blocks),
     )
-    temperature_B, top_p_B = np.zeros((2, count), np.float32)
-    draws = (np.zeros((count, 2), np.uint32), temperature_B, full(0, count))
-    return rows, sampling.Draws(*draws, top_p_B)
-
-  def _end(self, request: Request) -> None:
-    request.done = True
-    self.scheduler.end(request.job)
-    self._requests.pop(request.job, None)
+    temperature_B, top_p_B = np.zeros((2, num_rows), np.float32)
+    keys_B2, top_k_B = np.zeros((num_rows, 2), np.uint32), full(0, num_rows)
+    arrays = sampling.SamplingArrays(keys_B2, temperature_B, top_k_B, top_p_B)
+    return step_input, arrays
 
 
 def check_prompt(
@@ -373,11 +391,14 @@ def check_prompt(
   max_new_tokens: int,
   name: str = 'the prompt',
 ) -> None:
-  """What a session of this model can take.
+  """Checks that a model can continue a prompt.
+
+  Args:
+    name: of the prompt, in messages.
 
   Raises:
     InputError: an empty prompt, a token outside the vocabulary, or a prompt
-      that leaves no room for `max_new_tokens`; says `name`.
+      that leaves no room for `max_new_tokens`.
   """
   room = cfg.max_seq_len - max_new_tokens
   if not prompt:
@@ -397,13 +418,15 @@ def check_prompt(
     raise errors.InputError(f'{name} has ids outside 0..{cfg.vocab_size - 1}')
 
 
-def _pairs(found: scheduler.Step) -> list[tuple[scheduler.Job, int]]:
-  return list(zip(found.jobs, found.counts, strict=True))
+def _pairs(
+  schedule: scheduler.ScheduledStep,
+) -> list[tuple[requests.Request, int]]:
+  return list(zip(schedule.requests, schedule.counts, strict=True))
 
 
-def _key(draw: Draw) -> np.ndarray:
+def _key(params: requests.SamplingParams) -> np.ndarray:
   """Data of a request's PRNG key."""
-  key = jax.random.fold_in(jax.random.key(draw.seed), draw.stream)
+  key = jax.random.fold_in(jax.random.key(params.seed), params.stream)
   return np.asarray(jax.random.key_data(key))
 
 

@@ -1,31 +1,31 @@
 """Which GPU holds which expert, from the load of each expert (TR 3.4).
 
-In inference some experts get copies, so that no GPU waits long for another. A
-slot is room for one expert on one GPU; slots are counted by node, within it by
-GPU, within that by place. `rebalance_experts` fills them as the released
-load balancer (EPLB) does:
+In inference busy experts have copies (redundant experts), so that no GPU waits
+long for another. A slot is room for one expert on one GPU. Slots are numbered
+node by node, and within a node GPU by GPU. `rebalance_experts` fills them as
+the released load balancer (EPLB) does:
 
   1. groups of experts go to nodes, by the load of a group
   2. each node fills its spare slots, one by one, with another copy of the
      expert whose copies have the highest load each
   3. the copies of a node go to its GPUs, by the load of a copy
 
-Steps 1 and 3 pack equally many items into each of several packs: in the order
-of falling load, each goes to the lightest pack with room. If the groups cannot
-be spread evenly over the nodes (the global policy, as in decoding), step 1 is
-left out and the other two take all GPUs for one node.
+Steps 1 and 3 pack equally many items into each of several packs. Items are
+taken in the order of falling load; each goes to the lightest pack with room. If
+the number of groups is not a multiple of the number of nodes (the global
+policy, as in decoding), step 1 is left out and the other two treat all GPUs as
+one node.
 
-How good that is: step 2 makes the highest load of a copy as low as it can be.
-In step 3 the loads of a node's GPUs differ by at most the difference between
-its highest and its lowest copy, and with two slots a GPU the highest load is
-the lowest possible for these copies. With more slots a better packing may
-exist, and where nothing is copied even the plain one can be better. Copies of
-one expert may share a GPU: loads decide, and with more of them than its node
-has GPUs they must.
+Quality: step 2 minimises the highest load of a copy. In step 3 the loads of a
+node's GPUs differ by at most the difference between its highest and its lowest
+copy. With two slots a GPU the highest load is the lowest possible for these
+copies. With more slots a better packing may exist; without copies even the
+plain placement can be better. Copies of one expert may share a GPU if loads say
+so, and must if there are more of them than GPUs on the node.
 
-Ties go to the lower index, and a layer's placement depends on its own loads
-only, not on their unit (times a power of two: to the bit). Letters: Z slots, W
-GPUs (packs: in step 1 nodes); X problems of their own, as the nodes of all
+Ties go to the lower index. A layer's placement depends on its own loads only,
+not on their unit (for powers of two: to the bit). Letters: Z expert slots, W
+GPUs (packs; in step 1 nodes); X independent problems, as the nodes of all
 layers, with e experts and z slots each; Y items to pack.
 """
 
@@ -42,8 +42,8 @@ class Placement(NamedTuple):
   """Experts of slots and slots of experts; all int32.
 
   phy2log [L, Z]: the expert in each slot. log2phy [L, E, most]: the slots of
-  each expert, in the order in which the copies were made; -1 from logcnt on.
-  logcnt [L, E]: how many it has; their maximum is `most`.
+  each expert, in the order in which step 2 made the copies; -1 behind them.
+  logcnt [L, E]: how many slots it has; their maximum is `most`.
   """
 
   phy2log: Int[np.ndarray, 'L Z']
@@ -58,16 +58,16 @@ def rebalance_experts(
   num_nodes: int,
   num_gpus: int,
 ) -> Placement:
-  """Places experts and copies of the busy ones, each layer for itself (EPLB).
+  """Places experts and copies of busy ones, each layer independently (EPLB).
 
   Args:
-    weight_LE: load of each expert in any unit, as tokens of the last minutes.
+    weight_LE: load of each expert in any unit, such as tokens.
     num_replicas: slots on all GPUs together.
-    num_groups: of experts, neighbours in their order (TR 2.1.2). If it is a
-      multiple of num_nodes, all copies of a group are on one node.
+    num_groups: of consecutive experts (TR 2.1.2). If it is a multiple of
+      num_nodes, all copies of a group are on one node.
 
   Raises:
-    InputError: loads that are no matrix of finite numbers >= 0; num_gpus is not
+    InputError: loads are no matrix of finite numbers >= 0; num_gpus is not
       a multiple of num_nodes, num_groups does not divide the experts, or
       num_replicas is not a multiple of num_gpus or less than the experts.
   """
@@ -78,15 +78,19 @@ def rebalance_experts(
     num_groups = num_nodes = 1
   weight_LE = _relative(weight_LE)
   expert_LE = _by_node(weight_LE, num_groups, num_nodes)
-  # From here on each node counts its own experts.
+  # From here on experts are numbered within their node.
   weight_LE = np.take_along_axis(weight_LE, expert_LE, axis=1)
   weight_Xe = weight_LE.reshape(layers * num_nodes, -1)
-  made_Xz, copy_Xz, count_Xe = _replicate(weight_Xe, num_replicas // num_nodes)
-  each_Xz = np.take_along_axis(weight_Xe / count_Xe, made_Xz, axis=1)
-  order_Xz = _pack(each_Xz, num_gpus // num_nodes)
-  placed_Xz = np.take_along_axis(made_Xz, order_Xz, axis=1)
+  slot_expert_Xz, copy_Xz, count_Xe = _replicate(
+    weight_Xe, num_replicas // num_nodes
+  )
+  slot_load_Xz = np.take_along_axis(
+    weight_Xe / count_Xe, slot_expert_Xz, axis=1
+  )
+  order_Xz = _pack(slot_load_Xz, num_gpus // num_nodes)
+  placed_Xz = np.take_along_axis(slot_expert_Xz, order_Xz, axis=1)
   copy_Xz = np.take_along_axis(copy_Xz, order_Xz, axis=1)
-  # And back to the experts of the model.
+  # Back to the numbers of the model.
   expert_Xe = expert_LE.reshape(weight_Xe.shape)
   expert_Xz = np.take_along_axis(expert_Xe, placed_Xz, axis=1)
   phy2log = expert_Xz.reshape(layers, num_replicas).astype(np.int32)
@@ -105,12 +109,11 @@ def loads(
   """Load of each GPU if the copies of an expert share its load equally.
 
   Args:
-    weight_LE: as in `rebalance_experts`, and that of a layer has a finite sum.
-    phy2log: any placement: that of E experts without copies is arange(E) in
-      every layer.
+    weight_LE: as in `rebalance_experts`; each layer has a finite sum.
+    phy2log: any placement; without copies it is arange(E) in every layer.
 
   Returns:
-    float64, in the unit of the weights.
+    float64, in the unit of weight_LE.
 
   Raises:
     InputError: wrong weights; not one row of slots a layer, equally many for
@@ -145,15 +148,15 @@ def loads(
     raise errors.InputError(
       f'phy2log[{layer}] must have a slot for expert {expert}'
     )
-  each_LZ = np.take_along_axis(weight_LE / count_LE, phy2log, axis=1)
-  return np.sum(each_LZ.reshape(layers, num_gpus, -1), axis=2)
+  slot_load_LZ = np.take_along_axis(weight_LE / count_LE, phy2log, axis=1)
+  return np.sum(slot_load_LZ.reshape(layers, num_gpus, -1), axis=2)
 
 
 def balancedness(load_LW: Float[np.ndarray, 'L W']) -> Float[np.ndarray, 'L']:
   """Mean load of a GPU / highest load, in (0, 1]; 1 where there is none.
 
-  A layer takes as long as its busiest GPU: this is the part of that time in
-  which the mean GPU has work.
+  A layer takes as long as its busiest GPU. This is the share of that time in
+  which the average GPU has work.
   """
   most_L = np.max(load_LW, axis=1)
   mean_L = np.minimum(np.mean(load_LW, axis=1), most_L)  # above it by rounding
@@ -161,7 +164,7 @@ def balancedness(load_LW: Float[np.ndarray, 'L W']) -> Float[np.ndarray, 'L']:
 
 
 def _by_node(weight_LE, num_groups, num_nodes):
-  """The experts node by node, [L, E]; those of a group (g) stay neighbours."""
+  """The experts node by node, [L, E]; those of a group (g) stay together."""
   weight_LGg = weight_LE.reshape(len(weight_LE), num_groups, -1)
   group_LG = _pack(np.sum(weight_LGg, axis=2), num_nodes)
   size = weight_LGg.shape[2]
@@ -170,7 +173,7 @@ def _by_node(weight_LE, num_groups, num_nodes):
 
 
 def _pack(weight_XY, num_packs):
-  """The items pack by pack, [X, Y]: equally many in each, of like weight."""
+  """The items pack by pack, [X, Y]: equally many in each, of similar weight."""
   rows, items = weight_XY.shape
   room = items // num_packs
   if room == 1:
@@ -192,8 +195,8 @@ def _pack(weight_XY, num_packs):
 def _replicate(weight_XE, slots):
   """Each expert once, then copies of those with the highest load a copy.
 
-  Returns the expert of each slot and its number among the copies [X, slots],
-  and how many each has [X, E].
+  Returns, for each slot, its expert and its number among the expert's copies
+  [X, slots]; and the number of copies of each expert [X, E].
   """
   rows, experts = weight_XE.shape
   row_X = np.arange(rows)
@@ -209,13 +212,13 @@ def _replicate(weight_XE, slots):
 
 
 def _relative(weight_LE):
-  """Weights below 1 by a power of two for each layer: no sum overflows."""
+  """Scales each layer by a power of two to below 1: no sum overflows."""
   _, exponent_L1 = np.frexp(np.max(weight_LE, axis=1, keepdims=True))
   return np.ldexp(weight_LE, -exponent_L1)
 
 
 def _check_weights(weight_LE):
-  """As float64; raises unless it is a matrix of finite numbers >= 0."""
+  """The loads as float64; raises unless they are finite and >= 0."""
   weight_LE = np.asarray(weight_LE)
   shape, kind = weight_LE.shape, weight_LE.dtype.kind
   if kind not in 'iuf' or len(shape) != 2 or not weight_LE.size:
@@ -256,7 +259,7 @@ def _check_positive(name, value):
 
 
 def _check_multiple(name, value, step, rule, least=1):
-  """Legal are the multiples of `step` that are at least `least`."""
+  """Raises unless `value` is a multiple of `step` and at least `least`."""
   if value >= least and value % step == 0:
     return
   first = -(-least // step) * step
@@ -266,5 +269,5 @@ def _check_multiple(name, value, step, rule, least=1):
 
 
 def _nearest(legal):
-  told = ' and '.join(map(str, legal))
-  return f'{told} {"are" if len(legal) > 1 else "is"} the nearest'
+  values = ' and '.join(map(str, legal))
+  return f'{values} {"are" if len(legal) > 1 else "is"} the nearest'

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,12 @@ from dsv3_jax.nn import model
 Tokens = Int[Array, 'B T'] | Int[np.ndarray, 'B T']
 
 _PRECISIONS = {'float32': 'f32', 'bfloat16': 'bf16'}
+# Old keyword arguments, accepted until the next release.
+_RENAMED = {
+  'num_drafts': 'num_speculative_tokens',
+  'invariant': 'batch_invariant',
+  'tell': 'on_finished',
+}
 
 
 class LLM:
@@ -33,10 +40,10 @@ class LLM:
     params: dict,
     router: model.Router,
     tokenizer: tokenizers.Tokenizer | None,
-    **how: Any,
+    **runner_options: Any,
   ):
-    """Args: how: of `steps.Steps`, for generation."""
-    self._how = how
+    """Args: runner_options: of `model_runner.ModelRunner`."""
+    self._runner_options = _rename_old(runner_options)
     self.config, self.params, self.router = cfg, params, router
     self._tokenizer = tokenizer
     self._forward = jax.jit(model.build(cfg).apply)
@@ -64,7 +71,8 @@ class LLM:
   def mtp_logits(self, tokens_BT: Tokens) -> Float[Array, 'B T V']:
     """f32 logits of t_{i+2} at position i, from the first MTP module.
 
-    Position i also sees t_{i+1}; the last position has none and is void.
+    Position i also sees t_{i+1}; the last position sees none and has no
+    meaning.
 
     Raises:
       InputError: the model has no MTP module.
@@ -74,21 +82,21 @@ class LLM:
     return self._apply(tokens_BT)[1][0]
 
   def generate(
-    self, prompts: Sequence[str], max_new_tokens: int, **how
+    self, prompts: Sequence[str], max_new_tokens: int, **options
   ) -> list[str]:
-    """Continues each prompt; `how` as in `inference.engine.Engine.generate`."""
+    """Continues each prompt; `options` as in `inference.generate.generate`."""
     encode = functools.partial(self.tokenizer.encode, add_bos=True)
     ids = [encode(prompt).tolist() for prompt in prompts]
-    how = {'stop_id': self.tokenizer.eos_id} | how
-    made = self.engine.generate(ids, max_new_tokens, **how)
+    options = {'stop_id': self.tokenizer.eos_id} | _rename_old(options)
+    output = generation.generate(self.runner, ids, max_new_tokens, **options)
     decode = self.tokenizer.decode
-    return [decode(row, skip_special=True) for row in made.tokens]
+    return [decode(row, skip_special=True) for row in output.tokens]
 
   @functools.cached_property
-  def engine(self) -> generation.Generator:
+  def runner(self) -> model_runner.ModelRunner:
     """Prefill and decode steps, compiled at first use."""
     args = (self.config, self.params, self.router)
-    return generation.Generator(*args, **self._how)
+    return model_runner.ModelRunner(*args, **self._runner_options)
 
   def _apply(self, tokens_BT):
     rows = np.asarray(tokens_BT).tolist()
@@ -112,10 +120,11 @@ def load(
   dtype: str = 'float32',
   step: int = -1,
   ema: bool = False,
-  num_drafts: int = 0,
+  num_speculative_tokens: int = 0,
   fp8_cache: bool = False,
   mesh: jax.sharding.Mesh | None = None,
   plan: redundant_experts.RedundancyConfig | None = None,
+  **renamed: Any,
 ) -> LLM:
   """Loads a training workdir or a Hugging Face folder, hashes checked.
 
@@ -124,28 +133,48 @@ def load(
     dtype: of matrices and activations; norms, gates and biases are f32.
     step: of a workdir; -1 is the newest.
     ema: of a workdir: the average of the weights (TR 3.2.3) in their place.
-    num_drafts: tokens that the MTP module drafts a step of generation.
-    fp8_cache: generation keeps latents in e4m3, 128 values under one scale.
-    mesh: where the parameters go, sharded, and generation runs
-      (`inference.layout.make_mesh`); None is the first device.
-    plan: of copies of busy experts; None: there are none.
+    num_speculative_tokens: that the MTP module drafts a step of generation.
+    fp8_cache: generation stores latents in e4m3, 128 values under one scale.
+    mesh: where the parameters are sharded and generation runs
+      (`inference.mesh.make_mesh`); None is the first device.
+    plan: of redundant experts; None: there are none.
+    renamed: `num_drafts`, the old name of `num_speculative_tokens`.
 
   Raises:
     InputError: bad `dtype`, nothing to load in `directory`, no such step, no
       average, damage, or a mesh or a plan that the model does not fit.
+    TypeError: an unknown keyword argument.
   """
+  if renamed.keys() - {'num_drafts'}:
+    raise TypeError(f'load() got unexpected arguments: {sorted(renamed)}')
+  if renamed:
+    # Level 4: the caller of `dsv3_jax.load`.
+    renamed = _rename_old(renamed, stacklevel=4)
+    num_speculative_tokens = renamed['num_speculative_tokens']
   if dtype not in _PRECISIONS:
     raise errors.InputError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
   directory = pathlib.Path(directory)
   with source.open_source(directory, base, step=step, ema=ema) as (cfg, leaves):
-    model_runner.check_drafts(cfg.model, num_drafts)
-    where = inference_mesh.InferenceMesh(cfg, mesh)
+    model_runner.check_num_speculative_tokens(cfg.model, num_speculative_tokens)
+    model_mesh = inference_mesh.InferenceMesh(cfg, mesh)
     if plan is not None:
-      redundant_experts.check(cfg.model, where, plan)
+      redundant_experts.check(cfg.model, model_mesh, plan)
     cfg = dataclasses.replace(cfg, precision=_PRECISIONS[dtype])
     params, router = source.to_devices(
       leaves, cfg, dtype, mesh, inference_mesh.RULES
     )
-  how = {'num_drafts': num_drafts, 'fp8_cache': fp8_cache}
-  how |= {'mesh': mesh, 'plan': plan}
-  return LLM(cfg, params, router, source.read_tokenizer(directory), **how)
+  return LLM(
+    *(cfg, params, router, source.read_tokenizer(directory)),
+    num_speculative_tokens=num_speculative_tokens,
+    fp8_cache=fp8_cache,
+    mesh=mesh,
+    plan=plan,
+  )
+
+
+def _rename_old(options: dict[str, Any], stacklevel: int = 3) -> dict[str, Any]:
+  """Options by their new names; warns if one has its old name."""
+  for old in options.keys() & _RENAMED.keys():
+    message = f'{old} is deprecated: use {_RENAMED[old]}'
+    warnings.warn(message, DeprecationWarning, stacklevel=stacklevel)
+  return {_RENAMED.get(name, name): value for name, value in options.items()}

@@ -1,10 +1,10 @@
 """Where parameters, rows and latents of inference are on a mesh (TR 3.4).
 
-Rows and pages are cut over `data`, `node` and `expert`: a rank is a device of
-these, with rows, block tables and a pool of pages of its own. Experts are
-spread over `node` and `expert`. `model` cuts heads and FFN width; its devices
-have the same rows and the same latents. A step is one mapped program, as in
-training; without a mesh it is the plain one.
+Rows and blocks are sharded over `data`, `node` and `expert`: a rank is a device
+of these axes, with rows, block tables and a block pool of its own. Experts are
+sharded over `node` and `expert`. Heads and FFN width are sharded over `model`,
+whose devices have the same rows and the same latents. A step is one
+shard_map'ed program, as in training; without a mesh it is the plain function.
 """
 
 import math
@@ -19,9 +19,9 @@ from dsv3_jax.nn import model
 
 Spec = sharding.Spec
 RULES = sharding.TENSOR_RULES
-WHOLE = Spec()
-ROWS = Spec(sharding.BATCH_AXES)  # any array whose first dim is that of rows
-PAGES = Spec(None, sharding.BATCH_AXES)  # [layers, pages, ...]
+REPLICATED = Spec()
+ROWS = Spec(sharding.BATCH_AXES)  # arrays whose first dim is the row
+BLOCKS = Spec(None, sharding.BATCH_AXES)  # [layers, blocks, ...]
 
 
 def make_mesh(
@@ -30,7 +30,7 @@ def make_mesh(
   """A mesh for inference.
 
   Raises:
-    InputError: there are fewer devices.
+    InputError: there are fewer devices than that.
   """
   unused = {'schedule': 'dualpipe', 'fsdp': (), 'deterministic': False}
   sizes = {'data': data, 'node': node, 'expert': expert, 'model': model}
@@ -40,24 +40,25 @@ def make_mesh(
 
 
 class InferenceMesh:
-  """A model on a mesh, or on one device.
+  """How a model lies on a mesh, or on one device.
 
-  params: a partition for each parameter. num_ranks: devices, or groups of them
-  along `model`, with rows of their own. num_holders: likewise, with experts.
+  params: a partition spec for each parameter. num_ranks: devices, or groups of
+  them along `model`, that have rows of their own. num_holders: the same, that
+  have experts of their own.
   """
 
   def __init__(
     self,
     cfg: config.Config,
     mesh: jax.sharding.Mesh | None,
-    home: jax.sharding.Sharding | None = None,
+    device: jax.sharding.Sharding | None = None,
   ):
-    """Args: home: without a mesh, where all is.
+    """Args: device: where all arrays are, without a mesh.
 
     Raises:
-      InputError: an axis does not divide what it cuts.
+      InputError: an axis does not divide a dim that is sharded over it.
     """
-    self.mesh, self._home = mesh, home
+    self.mesh, self._device = mesh, device
     self.sizes = dict.fromkeys(sharding.AXES, 1) if mesh is None else mesh.shape
     config_rules.check_inference(cfg.model, self.sizes)
     count = lambda axes: math.prod(self.sizes[axis] for axis in axes)
@@ -66,34 +67,34 @@ class InferenceMesh:
     self.params = model.param_specs(model.build(cfg), RULES, self.sizes)
 
   def place(self, tree: Any, specs: Any) -> Any:
-    """Arrays where they belong; what is there stays as it is."""
-    # Bound to its place even if there is no other: what steps return is, and
-    # a step would be compiled once more for what is not.
-    where = self._home
+    """Puts arrays where they belong; those already there are not copied."""
+    # Committed even to the only device: the results of steps are, and a step
+    # would be compiled once more for arrays that are not.
+    shardings = self._device
     if self.mesh is not None:
-      where = sharding.named_shardings(specs, self.mesh)
-    return jax.device_put(tree, where)
+      shardings = sharding.named_shardings(specs, self.mesh)
+    return jax.device_put(tree, shardings)
 
   def jit(
     self,
     function: Callable,
     in_specs: Sequence[Any],
     out_specs: Any,
-    **how: Any,
+    **options: Any,
   ) -> Callable:
-    """`function` on every device, each with its part, compiled.
+    """A jitted `function`; on a mesh, shard_map'ed over all devices.
 
     Args:
-      in_specs, out_specs: trees of partitions, or beginnings of them. how: as
-        of `jax.jit`.
+      in_specs, out_specs: trees, or prefixes of trees, of partition specs.
+      options: of `jax.jit`.
     """
     if self.mesh is not None:
       specs = {'in_specs': tuple(in_specs), 'out_specs': out_specs}
       function = sharding.shard_map_step(function, self.mesh, RULES, **specs)
-    return jax.jit(function, **how)
+    return jax.jit(function, **options)
 
   def zeros(self, make: Callable[[], Any], spec: Spec) -> Any:
-    """What `make` makes of nothing, each device its part of it."""
+    """The arrays that `make` returns; each device makes its own part."""
     if self.mesh is None:
       return self.place(make(), spec)
     return jax.jit(

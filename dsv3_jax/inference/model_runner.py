@@ -1,14 +1,15 @@
-"""The compiled steps of inference: weights in, latents kept, tokens out.
+"""The compiled steps of inference: weights and the latent cache in, tokens out.
 
-Prefill takes the first tokens of rows, in the naive form; `extend` takes a
-chunk more of rows that the cache has a beginning of, in the absorbed form. Both
-draw the token that follows. `decode` takes the last token of rows and drafts of
-the next ones, and draws what follows each: a draft is kept if it is what was
-drawn in its place, so that drafts change how many tokens a step gives and never
-which (TR 5.4.3).
+`prefill` takes the first tokens of rows, in the naive form. `extend` takes a
+chunk of rows that already have tokens in the cache, in the absorbed form. Both
+sample the token that follows. `decode` takes the last token of rows and
+speculative tokens behind it, and samples the token that follows each of them. A
+speculative token is accepted if it equals the token sampled in its place. So
+speculative tokens change how many tokens a step gives, and never which ones
+(TR 5.4.3).
 
-All write latents into pages, of which a row's block table tells. Shapes decide
-what is compiled; who calls keeps them few.
+All of them write latents into the blocks of a row's block table. The shapes of
+the arrays decide what is compiled; the caller keeps their number small.
 """
 
 import functools
@@ -27,12 +28,12 @@ from dsv3_jax.nn import latent_cache, model
 from pallas_kernels.mla_decode import api as mla_decode
 
 
-class Rows(NamedTuple):
+class StepInput(NamedTuple):
   """Tokens to compute.
 
-  index_BT: int32, place of each in its row, -1 if it is none. last_B: which of
-  them is the last. after_B: the token behind that, -1 if it is to be drawn.
-  table_Bb: pages of each row.
+  index_BT: int32, position of each token in its row, -1 for padding. last_B:
+  which of a row's tokens is the last. after_B: the token behind the last, -1 if
+  it is to be sampled. table_Bb: block table of each row.
   """
 
   tokens_BT: np.ndarray
@@ -47,247 +48,282 @@ class StepOutput(NamedTuple):
 
   tokens_Bt: Int[Array, 'B t']
   count_B: Int[Array, 'B']
-  drafts_Bk: Int[Array, 'B k']
+  speculative_Bk: Int[Array, 'B k']
 
 
 class ModelRunner:
-  """Parameters and router biases on their devices, and what runs with them.
+  """Parameters and router biases on their devices, and the compiled steps.
 
-  num_ranks: of a mesh, devices or groups of them with rows of their own. Arrays
-  of rows hold equally many of each rank, one rank after the other, and block
-  tables count the pages of the row's rank.
+  num_ranks: devices of a mesh, or groups of them, that have rows of their own.
+  Arrays hold equally many rows of each rank, one rank after the other. A block
+  table numbers the blocks of the row's rank.
   """
 
   num_ranks = 1
-  balancer: redundant_experts.ExpertRebalancer | None = None
+  rebalancer: redundant_experts.ExpertRebalancer | None = None
 
   def __init__(
     self,
     cfg: config.Config,
     params: dict,
     router: model.Router,
-    num_drafts: int = 0,
+    num_speculative_tokens: int = 0,
     mesh: jax.sharding.Mesh | None = None,
     plan: redundant_experts.RedundancyConfig | None = None,
     *,
     fp8_cache: bool = False,
   ):
     """Args:
-      num_drafts: tokens that the first MTP module drafts in a step.
-      fp8_cache: latents are kept in e4m3, 128 values under one scale.
+      num_speculative_tokens: that the first MTP module drafts in a step.
+      fp8_cache: latents are stored in e4m3, 128 values under one scale.
       mesh: None is the device that the parameters are on.
-      plan: of copies of experts; None: there are none.
+      plan: of redundant experts; None: there are none.
 
     Raises:
-      InputError: as `check_drafts`, `layout.Layout` and `balancer.check`.
+      InputError: as `check_num_speculative_tokens`, `mesh.InferenceMesh` and
+        `redundant_experts.check`.
     """
-    check_drafts(cfg.model, num_drafts)
-    self.cfg, self.num_drafts, self.fp8_cache = cfg, num_drafts, fp8_cache
+    check_num_speculative_tokens(cfg.model, num_speculative_tokens)
+    self.cfg, self.num_speculative_tokens = cfg, num_speculative_tokens
+    self.fp8_cache = fp8_cache
     self.dtype = model.compute_dtype(cfg)
-    kept = lambda path: model.is_f32(path[-1].key)
-    cast = lambda path, x: x if kept(path) else x.astype(self.dtype)
+    is_f32 = lambda path: model.is_f32(path[-1].key)
+    cast = lambda path, x: x if is_f32(path) else x.astype(self.dtype)
     params = jax.tree_util.tree_map_with_path(cast, params)
-    home = jax.tree.leaves(params)[0].sharding
-    self.layout = inference_mesh.InferenceMesh(cfg, mesh, home)
-    self.num_ranks = self.layout.num_ranks
-    params = self.layout.place(params, self.layout.params)
-    self.router = self.layout.place(router, inference_mesh.WHOLE)
+    device = jax.tree.leaves(params)[0].sharding
+    self._mesh = inference_mesh.InferenceMesh(cfg, mesh, device)
+    self.num_ranks = self._mesh.num_ranks
+    params = self._mesh.place(params, self._mesh.params)
+    self.router = self._mesh.place(router, inference_mesh.REPLICATED)
     self._plain = {'params': params}
-    specs = {'params': self.layout.params}
+    specs = {'params': self._mesh.params}
     if plan is not None:
-      self.balancer = redundant_experts.ExpertRebalancer(
-        cfg, self.layout, plan, params
+      self.rebalancer = redundant_experts.ExpertRebalancer(
+        cfg, self._mesh, plan, params
       )
-      self._plain, specs['redundant_slots'] = {}, inference_mesh.WHOLE
+      self._plain, specs['redundant_slots'] = {}, inference_mesh.REPLICATED
     naive, absorbed = model.build(cfg), model.build(cfg, absorbed=True)
-    first = _Forward(naive, absorbed, num_drafts)
-    later = _Forward(absorbed, absorbed, num_drafts)
-    rows, cached = inference_mesh.ROWS, inference_mesh.PAGES
-
-    def compiled(forward):
-      run = functools.partial(_counted, forward)
-      taken = (specs, inference_mesh.WHOLE, rows, cached, rows, rows)
-      given = (rows, cached, rows)
-      return self.layout.jit(run, taken, given, donate_argnums=3)
-
-    self._prefill = compiled(first.follow)
-    self._extend = compiled(later.follow)
-    self._decode = compiled(later.verify)
-    self._copy = self.layout.jit(
-      _copy, (rows, rows, cached), cached, donate_argnums=2
+    first = _Forward(naive, absorbed, num_speculative_tokens)
+    later = _Forward(absorbed, absorbed, num_speculative_tokens)
+    self._prefill = self._compile(first.chunk, specs)
+    self._extend = self._compile(later.chunk, specs)
+    self._decode = self._compile(later.verify, specs)
+    rows, caches = inference_mesh.ROWS, inference_mesh.BLOCKS
+    self._copy = self._mesh.jit(
+      _copy, (rows, rows, caches), caches, donate_argnums=2
     )
 
   @property
   def variables(self) -> dict:
-    """What the model takes: parameters and, with a balancer, copies."""
-    return self._plain if self.balancer is None else self.balancer.variables
+    """Variables of the model: parameters and slots of redundant experts."""
+    return self._plain if self.rebalancer is None else self.rebalancer.variables
 
   @property
   def params(self) -> dict:
     return self.variables['params']
 
-  def empty_caches(self, count: int, size: int) -> model.Caches:
-    """`count` pages of `size` tokens, for each rank."""
-    args = (self.cfg.model, count * self.num_ranks, size, self.dtype)
-    how = {'drafting': self.num_drafts > 0, 'fp8': self.fp8_cache}
-    make = functools.partial(empty_caches, *args, **how)
-    return self.layout.zeros(make, inference_mesh.PAGES)
+  def empty_caches(self, num_blocks: int, block_size: int) -> model.Caches:
+    """`num_blocks` blocks of `block_size` tokens, for each rank."""
+    make = functools.partial(
+      empty_caches,
+      *(self.cfg.model, num_blocks * self.num_ranks, block_size, self.dtype),
+      drafting=self.num_speculative_tokens > 0,
+      fp8=self.fp8_cache,
+    )
+    return self._mesh.zeros(make, inference_mesh.BLOCKS)
 
   def prefill(
-    self, rows: Rows, caches: model.Caches, draws: sampling.Draws
+    self,
+    step_input: StepInput,
+    caches: model.Caches,
+    arrays: sampling.SamplingArrays,
   ) -> tuple[StepOutput, model.Caches]:
-    """One new token of each row; the caches given are used up."""
-    return self._run(self._prefill, rows, caches, draws)
+    """One new token of each row; donates `caches`."""
+    return self._run(self._prefill, step_input, caches, arrays)
 
   def extend(
-    self, rows: Rows, caches: model.Caches, draws: sampling.Draws
+    self,
+    step_input: StepInput,
+    caches: model.Caches,
+    arrays: sampling.SamplingArrays,
   ) -> tuple[StepOutput, model.Caches]:
-    """Likewise, of rows with a beginning in the cache."""
-    return self._run(self._extend, rows, caches, draws)
+    """As `prefill`, for rows that have tokens in the cache."""
+    return self._run(self._extend, step_input, caches, arrays)
 
   def decode(
-    self, rows: Rows, caches: model.Caches, draws: sampling.Draws
+    self,
+    step_input: StepInput,
+    caches: model.Caches,
+    arrays: sampling.SamplingArrays,
   ) -> tuple[StepOutput, model.Caches]:
-    """Up to 1 + num_drafts new tokens a row.
+    """Up to 1 + num_speculative_tokens new tokens a row; donates `caches`.
 
     Args:
-      rows: of each the last token, then drafts, and -1 in `index_BT` where a
-        row has fewer. `last_B` and `after_B` are not read.
+      step_input: the last token of each row, then its speculative tokens; -1 in
+        `index_BT` where a row has fewer. Ignores `last_B` and `after_B`.
     """
-    return self._run(self._decode, rows, caches, draws)
+    return self._run(self._decode, step_input, caches, arrays)
 
-  def copy(
-    self, copies: list[block_pool.Copy], caches: model.Caches
+  def copy_blocks(
+    self, copies: list[block_pool.BlockCopy], caches: model.Caches
   ) -> model.Caches:
-    """Copies whole pages, one after the other.
+    """Copies whole blocks, one after the other.
 
     Args:
-      copies: pages counted over all ranks; each within its rank.
+      copies: numbers count the blocks of all ranks; source and target are on
+        the same rank.
     """
-    count = caches.moe.c_LpsC.shape[1] // self.num_ranks
+    per_rank = caches.moe.c_LpsC.shape[1] // self.num_ranks
     ranks = [[] for _ in range(self.num_ranks)]
     for source, target in copies:
-      ranks[source // count].append((source % count, target % count))
-    # Where a rank has none left, a page goes onto itself.
+      ranks[source // per_rank].append((source % per_rank, target % per_rank))
+    # A rank that has no copies left copies a block onto itself.
     for pairs in itertools.zip_longest(*ranks, fillvalue=(0, 0)):
-      source_R, target_R = np.array(pairs, np.int32).T
-      caches = self._copy(source_R, target_R, caches)
+      source_P, target_P = np.array(pairs, np.int32).T
+      caches = self._copy(source_P, target_P, caches)
     return caches
 
-  def _run(self, run, rows, caches, draws) -> tuple[StepOutput, model.Caches]:
-    """A compiled step; the balancer hears of the load."""
-    load_RLE = None if self.balancer is None else self.balancer.load_RLE
-    args = (self.variables, self.router, rows, caches, draws, load_RLE)
-    made, caches, load_RLE = run(*args)
-    if self.balancer is not None:
-      self.balancer.took_step(load_RLE)
-    return made, caches
+  def _compile(self, forward, specs):
+    """A jitted step; see `_counted` for its arguments."""
+    rows, caches = inference_mesh.ROWS, inference_mesh.BLOCKS
+    in_specs = (specs, inference_mesh.REPLICATED, rows, caches, rows, rows)
+    return self._mesh.jit(
+      functools.partial(_counted, forward),
+      in_specs,
+      (rows, caches, rows),
+      donate_argnums=3,
+    )
+
+  def _run(
+    self, run, step_input, caches, arrays
+  ) -> tuple[StepOutput, model.Caches]:
+    """Runs a compiled step; the rebalancer gets the load of the experts."""
+    load_PLE = None if self.rebalancer is None else self.rebalancer.load_PLE
+    args = (self.variables, self.router, step_input, caches, arrays, load_PLE)
+    output, caches, load_PLE = run(*args)
+    if self.rebalancer is not None:
+      self.rebalancer.record_step(load_PLE)
+    return output, caches
 
 
-def check_drafts(cfg: config.ModelConfig, num_drafts: int) -> None:
-  """Whether a model can draft so many tokens a step.
+def check_num_speculative_tokens(
+  cfg: config.ModelConfig, num_speculative_tokens: int
+) -> None:
+  """Checks that a model can draft so many tokens a step.
 
   Raises:
-    InputError: they are negative, or there is no MTP module.
+    InputError: the number is negative, or there is no MTP module.
   """
-  if num_drafts < 0:
-    raise errors.InputError(f'num_drafts={num_drafts} must be >= 0')
-  if num_drafts and not cfg.mtp.depth:
+  if num_speculative_tokens < 0:
     raise errors.InputError(
-      f'num_drafts={num_drafts} needs a model with an MTP module; '
-      'this one has model.mtp.depth=0'
+      f'num_speculative_tokens={num_speculative_tokens} must be >= 0'
+    )
+  if num_speculative_tokens and not cfg.mtp.depth:
+    raise errors.InputError(
+      f'num_speculative_tokens={num_speculative_tokens} needs a model with an '
+      'MTP module; this one has model.mtp.depth=0'
     )
 
 
 def empty_caches(
   cfg: config.ModelConfig,
-  count: int,
-  size: int,
+  num_blocks: int,
+  block_size: int,
   dtype,
   *,
   drafting: bool,
   fp8: bool,
 ) -> model.Caches:
-  """Caches of all stacks: `count` pages of `size` tokens."""
+  """Caches of all stacks: `num_blocks` blocks of `block_size` tokens."""
   make = functools.partial(latent_cache.empty_cache, cfg, fp8=fp8)
   return model.Caches(
-    make(cfg.num_dense_layers, count, size, dtype),
-    make(cfg.num_moe_layers, count, size, dtype),
-    make(1, count, size, dtype) if drafting else None,
+    make(cfg.num_dense_layers, num_blocks, block_size, dtype),
+    make(cfg.num_moe_layers, num_blocks, block_size, dtype),
+    make(1, num_blocks, block_size, dtype) if drafting else None,
   )
 
 
 class _Forward(NamedTuple):
-  """What steps compute; `absorbed` takes rows that the cache has begun."""
+  """The functions that steps compile.
+
+  net: the model in the form that takes the step's tokens; absorbed: the form
+  that takes rows with tokens in the cache.
+  """
 
   net: model.Model
   absorbed: model.Model
-  num_drafts: int
+  num_speculative_tokens: int
 
-  def follow(self, variables, router, rows, caches, draws):
-    """One pass over a chunk, and the token behind the last."""
-    last_B1 = rows.last_B[:, None]
+  def chunk(self, variables, router, step_input, caches, arrays):
+    """One pass over a chunk, and the token behind its last one."""
+    tokens_BT, last_B1 = step_input.tokens_BT, step_input.last_B[:, None]
     logits_B1V, previous_BTD, caches, load_LE = self.net.apply(
       variables,
-      *(rows.tokens_BT, rows.index_BT, last_B1, rows.table_Bb),
+      *(tokens_BT, step_input.index_BT, last_B1, step_input.table_Bb),
       *(router, caches),
       method='cached',
     )
-    # A draw depends on the place in the row only, not on how it was reached.
-    place_B1 = jnp.take_along_axis(rows.index_BT, last_B1, axis=1)
-    token_B = sampling.sample(logits_B1V[:, 0], draws, place_B1[:, 0])
-    follows_B = jnp.where(rows.after_B < 0, token_B, rows.after_B)
-    is_last_BT = jnp.arange(rows.tokens_BT.shape[1]) == last_B1
-    next_BT = jnp.roll(rows.tokens_BT, -1, axis=1)
+    # A sample depends on its position in the row only, not on the chunks.
+    place_B1 = jnp.take_along_axis(step_input.index_BT, last_B1, axis=1)
+    token_B = sampling.sample(logits_B1V[:, 0], arrays, place_B1[:, 0])
+    after_B = step_input.after_B
+    follows_B = jnp.where(after_B < 0, token_B, after_B)
+    is_last_BT = jnp.arange(tokens_BT.shape[1]) == last_B1
+    next_BT = jnp.roll(tokens_BT, -1, axis=1)
     next_BT = jnp.where(is_last_BT, follows_B[:, None], next_BT)
-    behind = (previous_BTD, next_BT, last_B1)
+    known = (previous_BTD, next_BT, last_B1)
     drafts_Bk, caches = self._draft(
-      variables, router, rows, behind, caches, draws
+      variables, router, step_input, known, caches, arrays
     )
-    made = StepOutput(token_B[:, None], jnp.ones_like(token_B), drafts_Bk)
-    return made, caches, load_LE
+    output = StepOutput(token_B[:, None], jnp.ones_like(token_B), drafts_Bk)
+    return output, caches, load_LE
 
-  def verify(self, variables, router, rows, caches, draws):
-    """One pass over last tokens and drafts, and what follows each of them."""
-    batch, width = rows.tokens_BT.shape
+  def verify(self, variables, router, step_input, caches, arrays):
+    """One pass over last and speculative tokens; samples behind each."""
+    batch, width = step_input.tokens_BT.shape
+    index_BT = step_input.index_BT
     at_BT = jnp.broadcast_to(jnp.arange(width), (batch, width))
     logits_BTV, previous_BTD, caches, load_LE = self.net.apply(
       variables,
-      *(rows.tokens_BT, rows.index_BT, at_BT, rows.table_Bb),
+      *(step_input.tokens_BT, index_BT, at_BT, step_input.table_Bb),
       *(router, caches),
       method='cached',
     )
-    each = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), draws)
-    flat = (logits_BTV.reshape(batch * width, -1), each, rows.index_BT.ravel())
-    token_BT = sampling.sample(*flat).reshape(batch, width)
-    agrees_Bk = token_BT[:, :-1] == rows.tokens_BT[:, 1:]
-    agrees_Bk &= rows.index_BT[:, 1:] >= 0
-    kept_B1 = jnp.sum(jnp.cumprod(agrees_Bk, axis=1), axis=1, keepdims=True)
-    behind = (previous_BTD, token_BT, kept_B1)
+    arrays_M = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), arrays)
+    logits_MV = logits_BTV.reshape(batch * width, -1)
+    token_M = sampling.sample(logits_MV, arrays_M, index_BT.ravel())
+    token_BT = token_M.reshape(batch, width)
+    agrees_Bk = token_BT[:, :-1] == step_input.tokens_BT[:, 1:]
+    agrees_Bk &= index_BT[:, 1:] >= 0
+    accepted_B1 = jnp.sum(jnp.cumprod(agrees_Bk, axis=1), axis=1, keepdims=True)
+    known = (previous_BTD, token_BT, accepted_B1)
     drafts_Bk, caches = self._draft(
-      variables, router, rows, behind, caches, draws
+      variables, router, step_input, known, caches, arrays
     )
-    return StepOutput(token_BT, kept_B1[:, 0] + 1, drafts_Bk), caches, load_LE
+    output = StepOutput(token_BT, accepted_B1[:, 0] + 1, drafts_Bk)
+    return output, caches, load_LE
 
-  def _draft(self, variables, router, rows, behind, caches, draws):
-    """The tokens behind `next_BT[at_B1]`, as the MTP module would have them.
+  def _draft(self, variables, router, step_input, known, caches, arrays):
+    """Drafts, by the MTP module, the tokens behind `next_BT[at_B1]`.
 
-    The first comes with the latents of all tokens; further ones by the module's
-    own hidden states, whose latents are made anew when the tokens are known.
-    They are drawn as the main model will: with the noise of the same place.
+    The first draft comes from one pass over all tokens of the step, which also
+    fills the module's cache. Each further draft comes from the module's own
+    hidden state; the latents that it writes are overwritten when the tokens are
+    known. Drafts are sampled as the main model will sample: with the random
+    numbers of the same position.
     """
-    previous_BTD, next_BT, at_B1 = behind
-    index_BT, net, drafts = rows.index_BT, self.net, []
+    previous_BTD, next_BT, at_B1 = known
+    index_BT, net, drafts = step_input.index_BT, self.net, []
     place_B1 = jnp.take_along_axis(index_BT, at_B1, axis=1)
-    for _ in range(self.num_drafts):
+    for _ in range(self.num_speculative_tokens):
       logits_B1V, previous_BTD, caches = net.apply(
         variables,
-        *(previous_BTD, next_BT, index_BT, at_B1, rows.table_Bb),
+        *(previous_BTD, next_BT, index_BT, at_B1, step_input.table_Bb),
         *(router, caches),
         method='drafted',
       )
       place_B1 = jnp.where(place_B1 < 0, place_B1, place_B1 + 1)
-      draft_B = sampling.sample(logits_B1V[:, 0], draws, place_B1[:, 0])
+      draft_B = sampling.sample(logits_B1V[:, 0], arrays, place_B1[:, 0])
       drafts.append(draft_B)
       net, next_BT, index_BT = self.absorbed, draft_B[:, None], place_B1
       at_B1 = jnp.zeros_like(at_B1)
@@ -295,21 +331,23 @@ class _Forward(NamedTuple):
     return jnp.stack(drafts, axis=1) if drafts else empty_B0, caches
 
 
-def _counted(forward, variables, router, rows, caches, draws, load_RLE):
-  """A step on one rank of a mesh; adds its load to that of earlier ones."""
-  made, caches, load_LE = forward(variables, router, rows, caches, draws)
-  if load_RLE is not None:
-    load_RLE += load_LE
-  return made, caches, load_RLE
+def _counted(forward, variables, router, step_input, caches, arrays, load_PLE):
+  """A step on one rank; adds its expert load to that of earlier steps."""
+  output, caches, load_LE = forward(
+    variables, router, step_input, caches, arrays
+  )
+  if load_PLE is not None:
+    load_PLE += load_LE
+  return output, caches, load_PLE
 
 
-def _copy(source_R, target_R, caches):
-  """On one rank of a mesh, whose page is all there is in `source_R`."""
+def _copy(source_P, target_P, caches):
+  """Copies one block on one rank, which has one entry of `source_P`."""
 
   def move(x):
     bits = mla_decode.bits(x)
-    page = jax.lax.dynamic_index_in_dim(bits, source_R[0], axis=1)
-    args = (bits, page, target_R[0])
+    block = jax.lax.dynamic_index_in_dim(bits, source_P[0], axis=1)
+    args = (bits, block, target_P[0])
     moved = jax.lax.dynamic_update_slice_in_dim(*args, axis=1)
     return mla_decode.from_bits(moved, x.dtype)
 

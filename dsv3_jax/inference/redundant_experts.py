@@ -1,13 +1,13 @@
-"""Copies of busy experts, placed anew while the model runs (TR 3.4).
+"""Redundant experts, rebalanced while the model runs (TR 3.4).
 
-Steps count how many tokens each expert got; `rebalance` places experts and
-copies for that load (`parallel.expert_balance`) and moves weights between slots
-on the devices. Which expert is in a slot is an input of the steps, and every
-shape stays as it is: nothing is compiled anew, and no token changes
-(`ops.replicas`). MTP modules keep one copy of each expert.
+Busy experts have copies. Steps count how many tokens each expert gets.
+`rebalance` places experts and their copies for that load (`eplb`) and moves
+weights between slots on the devices. Which expert is in a slot is an input of
+the steps, and all shapes stay the same: nothing is recompiled, and no token
+changes (`ops.redundant_experts`). MTP modules have no redundant experts.
 
-Letters: Z slots, n those of one device, r = Z - E + 1, R ranks, W devices that
-have experts.
+Letters: Z expert slots, z those of one device, r = Z - E + 1 slots that an
+expert can have at most, P ranks, W devices that have experts.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ from dsv3_jax.inference import eplb
 from dsv3_jax.inference import mesh as inference_mesh
 
 _MATRICES = ('w_gate', 'w_up', 'w_down')
-_KEPT = 0.5  # of all load before, in the load that a placement is made for
+_DECAY = 0.5  # weight of all earlier load when experts are placed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RedundancyConfig:
-  """What is asked for.
+  """How many redundant experts there are, and when they are placed.
 
-  redundant: slots beyond one for each expert. every: steps from one placement
-  to the next; 0: only when asked.
+  redundant: slots beyond one for each expert. every: steps from one rebalance
+  to the next; 0: only calls of `ExpertRebalancer.rebalance` do it.
   """
 
   redundant: int
@@ -39,19 +39,21 @@ class RedundancyConfig:
 
 
 class ExpertRebalancer:
-  """Of one model: the load of its experts, and where they are.
+  """The load of a model's experts, and the slots that they are in.
 
-  variables: parameters, those of experts by slot, and what the model must know
-  of slots. load_RLE: tokens of each expert since the last placement, counted by
-  each rank; steps take it and give it back. rebalanced: how often.
-  balancedness: of the last such load (mean load of a device / highest, mean
-  over the layers), with the placement that it met and with the one made then.
+  variables: of the model: parameters, with those of experts by slot, and which
+  slots each expert has.
+  load_PLE: tokens of each expert since the last rebalance, counted by each
+  rank; an input and an output of the steps.
+  rebalances: how often experts were placed.
+  balancedness: mean load of a device / highest, mean over the layers, of the
+  load up to the last rebalance: with the placement before it, and after it.
   """
 
   def __init__(
     self,
     cfg: config.Config,
-    layout: inference_mesh.InferenceMesh,
+    mesh: inference_mesh.InferenceMesh,
     plan: RedundancyConfig,
     params: dict,
   ):
@@ -60,66 +62,67 @@ class ExpertRebalancer:
     Raises:
       InputError: as `check`.
     """
-    check(cfg.model, layout, plan)
-    self._cfg, self._layout, self._plan = cfg.model, layout, plan
-    self._steps = self.rebalanced = 0
+    check(cfg.model, mesh, plan)
+    self._cfg, self._mesh, self._plan = cfg.model, mesh, plan
+    self._steps = self.rebalances = 0
     self.balancedness: tuple[float, float] | None = None
     shape = (cfg.model.num_moe_layers, cfg.model.moe.num_experts)
-    self._no_load = lambda: jnp.zeros((layout.num_ranks, *shape))
-    self._seen_LE = np.zeros(shape)
-    self.load_RLE = layout.zeros(self._no_load, inference_mesh.ROWS)
-    specs = layout.params['moe_layers']
-    self._names = list(specs)  # of one stack, or of each of its layers
+    self._no_load = lambda: jnp.zeros((mesh.num_ranks, *shape))
+    self._load_LE = np.zeros(shape)
+    self.load_PLE = mesh.zeros(self._no_load, inference_mesh.ROWS)
+    specs = mesh.params['moe_layers']
+    self._names = list(specs)  # the scanned stack, or each of its layers
     lead = (None,) if cfg.model.scan_layers else ()
     slots = sharding.Spec(*lead, sharding.EXPERT_AXES)
     self._moves = {}
     for name in _MATRICES:
       spec = specs[self._names[0]]['moe'][name]
-      self._moves[name] = layout.jit(_move, (spec, slots), spec)
+      self._moves[name] = mesh.jit(_move, (spec, slots), spec)
     self._placement = self._place(np.ones(shape))
     self.variables = self._filled(params, self._placement.phy2log)
 
-  def took_step(self, load_RLE: Float[Array, 'R L E']) -> None:
-    """Takes the load back; places anew if it is time."""
-    self.load_RLE = load_RLE
+  def record_step(self, load_PLE: Float[Array, 'P L E']) -> None:
+    """Records the load that a step returned; rebalances if it is time."""
+    self.load_PLE = load_PLE
     self._steps += 1
     if self._plan.every and self._steps % self._plan.every == 0:
       self.rebalance()
 
   def rebalance(self) -> None:
-    """Places experts for the load so far, in which old load counts less."""
-    load_LE = np.sum(np.asarray(self.load_RLE, np.float64), axis=0)
-    if not np.any(load_LE):  # nothing has run yet, as in a warm-up
+    """Places experts for the load so far; older load counts less."""
+    load_LE = np.sum(np.asarray(self.load_PLE, np.float64), axis=0)
+    if not np.any(load_LE):  # nothing has run yet, as during a warm-up
       return
-    self.load_RLE = self._layout.zeros(self._no_load, inference_mesh.ROWS)
-    self._seen_LE = _KEPT * self._seen_LE + load_LE
-    old, new = self._placement, self._place(self._seen_LE)
+    self.load_PLE = self._mesh.zeros(self._no_load, inference_mesh.ROWS)
+    self._load_LE = _DECAY * self._load_LE + load_LE
+    old, new = self._placement, self._place(self._load_LE)
     first_LE = old.log2phy[:, :, 0]
     source_LZ = np.take_along_axis(first_LE, new.phy2log, axis=1)
     self._placement = new
     self.variables = self._filled(self.variables['params'], source_LZ)
-    self.rebalanced += 1
+    self.rebalances += 1
     self.balancedness = tuple(
       self._balancedness(load_LE, p.phy2log) for p in (old, new)
     )
 
   def _place(self, load_LE) -> eplb.Placement:
-    """With `log2phy` as large as it can ever be."""
+    """A placement with `log2phy` padded to its largest possible size."""
     spare, moe = self._plan.redundant, self._cfg.moe
-    sizes = (self._layout.sizes['node'], self._layout.num_holders)
-    found = eplb.rebalance_experts(
+    sizes = (self._mesh.sizes['node'], self._mesh.num_holders)
+    placement = eplb.rebalance_experts(
       load_LE, moe.num_experts + spare, moe.num_groups, *sizes
     )
-    slots_LEr = np.full((*found.logcnt.shape, 1 + spare), -1, np.int32)
-    slots_LEr[:, :, : found.log2phy.shape[2]] = found.log2phy
-    return found._replace(log2phy=slots_LEr)
+    slots_LEr = np.full((*placement.logcnt.shape, 1 + spare), -1, np.int32)
+    slots_LEr[:, :, : placement.log2phy.shape[2]] = placement.log2phy
+    return placement._replace(log2phy=slots_LEr)
 
   def _filled(self, params: dict, source_LZ: Int[np.ndarray, 'L Z']) -> dict:
-    """Variables with each slot filled from the slot, or expert, named.
+    """Variables whose slots are filled from the given slots, or experts.
 
     One matrix at a time, so that no more than that exists twice.
     """
-    place = lambda x: self._layout.place(jnp.asarray(x), inference_mesh.WHOLE)
+    spec = inference_mesh.REPLICATED
+    place = lambda x: self._mesh.place(jnp.asarray(x), spec)
     slots, count = self._placement.log2phy, self._placement.logcnt
     stack, copies = dict(params['moe_layers']), {}
     for i, name in enumerate(self._names):
@@ -137,22 +140,22 @@ class ExpertRebalancer:
     }
 
   def _balancedness(self, load_LE, phy2log) -> float:
-    holders = self._layout.num_holders
+    holders = self._mesh.num_holders
     load_LW = eplb.loads(load_LE, phy2log, holders)
     return float(np.mean(eplb.balancedness(load_LW)))
 
 
 def check(
   cfg: config.ModelConfig,
-  layout: inference_mesh.InferenceMesh,
+  mesh: inference_mesh.InferenceMesh,
   plan: RedundancyConfig,
 ) -> None:
-  """Whether slots can be spread evenly over the devices of experts.
+  """Checks that slots can be spread evenly over the devices with experts.
 
   Raises:
-    InputError: they cannot, numbers are negative, or there are no experts.
+    InputError: they cannot, a number is negative, or there are no experts.
   """
-  spare, holders = plan.redundant, layout.num_holders
+  spare, holders = plan.redundant, mesh.num_holders
   for name, value in (
     ('redundant_experts', spare),
     ('rebalance_every', plan.every),
@@ -175,9 +178,11 @@ def check(
 
 
 def _move(
-  old: Float[Array, '*L n D F'], source: Int[Array, '*L m']
+  old: Float[Array, '*L z D F'], source: Int[Array, '*L m']
 ) -> Float[Array, '*L m D F']:
-  """This device's slots from those of all devices, one slot of each at a time.
+  """Fills this device's slots from the slots of all devices.
+
+  One all-gather for each of a device's old slots.
 
   Args:
     source: number of the old slot, among those of all devices.
@@ -191,8 +196,8 @@ def _move(
     slot_WDF = old[i][None]
     if axes:
       slot_WDF = jax.lax.all_gather(old[i], axes)
-    is_it = (source % count == i)[:, None, None]
-    return jnp.where(is_it, slot_WDF[source // count], new)
+    is_source = (source % count == i)[:, None, None]
+    return jnp.where(is_source, slot_WDF[source // count], new)
 
   new = jnp.zeros((len(source), *old.shape[1:]), old.dtype)
   return jax.lax.fori_loop(0, count, take, new)

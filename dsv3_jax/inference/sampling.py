@@ -7,13 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
 
-class Draws(NamedTuple):
-  """How each row draws.
+class SamplingArrays(NamedTuple):
+  """Sampling parameters of each row.
 
-  keys_B2: of PRNG keys, `jax.random.key_data`; a row's draws do not depend on
-  other rows. temperature_B: 0 is greedy. top_k_B: of the k likeliest tokens; 0
-  is all. top_p_B: of these the fewest whose share of their mass reaches it; 1
-  keeps all.
+  keys_B2: data of PRNG keys (`jax.random.key_data`), so that the random numbers
+  of a row do not depend on other rows. temperature_B: 0 is greedy. top_k_B:
+  only the k likeliest tokens; 0 is all. top_p_B: of these the fewest whose
+  share of their mass reaches it; 1 keeps all.
   """
 
   keys_B2: UInt32[Array, 'B 2']
@@ -23,47 +23,50 @@ class Draws(NamedTuple):
 
 
 def sample(
-  logits_BV: Float[Array, 'B V'], draws: Draws, place_B: Int[Array, 'B']
+  logits_BV: Float[Array, 'B V'],
+  arrays: SamplingArrays,
+  place_B: Int[Array, 'B'],
 ) -> Int[Array, 'B']:
   """One token a row.
 
   Args:
-    place_B: of the last token in its row; the same place draws the same.
+    place_B: position of the last token in its row; the same position samples
+      with the same random numbers.
   """
   with jax.named_scope('sample'):
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    is_random_B = draws.temperature_B > 0
+    is_random_B = arrays.temperature_B > 0
     return jax.lax.cond(
       jnp.any(is_random_B),
       lambda: jnp.where(
-        is_random_B, _draw(logits_BV, draws, place_B), greedy_B
+        is_random_B, _draw(logits_BV, arrays, place_B), greedy_B
       ),
       lambda: greedy_B,
     )
 
 
-def _draw(logits_BV, draws: Draws, place_B) -> Int[Array, 'B']:
-  """One draw a row from what is kept of its distribution."""
-  keys_B = jax.random.wrap_key_data(draws.keys_B2)
+def _draw(logits_BV, arrays: SamplingArrays, place_B) -> Int[Array, 'B']:
+  """One random token a row, of those that top-k and top-p keep."""
+  keys_B = jax.random.wrap_key_data(arrays.keys_B2)
   keys_B = jax.vmap(jax.random.fold_in)(keys_B, place_B)
-  temperature_B = jnp.where(draws.temperature_B > 0, draws.temperature_B, 1.0)
-  # From the largest down: a tiny temperature makes large numbers of no others.
+  temperature_B = jnp.where(arrays.temperature_B > 0, arrays.temperature_B, 1.0)
+  # The largest logit becomes 0, so that a tiny temperature cannot overflow.
   logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)
   logits_BV /= temperature_B[:, None]
-  # Sorting takes longer than all else, and most have nothing to leave out.
-  is_cut_B = (draws.top_k_B > 0) | (draws.top_p_B < 1.0)
+  # Sorting takes longer than all else, and most rows filter nothing.
+  is_filtered_B = (arrays.top_k_B > 0) | (arrays.top_p_B < 1.0)
   kept_BV = jax.lax.cond(
-    jnp.any(is_cut_B & (draws.temperature_B > 0)),
-    lambda: jnp.where(_kept(logits_BV, draws), logits_BV, -jnp.inf),
+    jnp.any(is_filtered_B & (arrays.temperature_B > 0)),
+    lambda: jnp.where(_kept(logits_BV, arrays), logits_BV, -jnp.inf),
     lambda: logits_BV,
   )
   drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
   return drawn_B.astype(jnp.int32)
 
 
-def _kept(logits_BV: Float[Array, 'B V'], draws: Draws) -> Array:
-  """True on the tokens that may be drawn."""
-  top_k_B1, top_p_B1 = draws.top_k_B[:, None], draws.top_p_B[:, None]
+def _kept(logits_BV: Float[Array, 'B V'], arrays: SamplingArrays) -> Array:
+  """True on the tokens that may be sampled."""
+  top_k_B1, top_p_B1 = arrays.top_k_B[:, None], arrays.top_p_B[:, None]
   probs_BV = jax.nn.softmax(logits_BV, axis=-1)
   sorted_BV = jnp.sort(probs_BV, axis=-1, descending=True)
   rank_V = jnp.arange(sorted_BV.shape[1])
@@ -71,7 +74,7 @@ def _kept(logits_BV: Float[Array, 'B V'], draws: Draws) -> Array:
   mass_B1 = jnp.sum(sorted_BV, axis=-1, keepdims=True, where=top_BV)
   mass_B1 = jnp.where(top_k_B1 <= 0, 1.0, mass_B1)
   before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-  # Sums in f32 reach 1 before the last tokens; 1 is to keep these too.
+  # In f32 the sum can reach 1 before the last tokens; top_p = 1 keeps these.
   top_BV &= (before_BV < top_p_B1 * mass_B1) | (top_p_B1 >= 1.0)
   # At least the first is kept, and all that tie with the last one kept.
   count_B1 = jnp.maximum(jnp.sum(top_BV, axis=-1, keepdims=True), 1)

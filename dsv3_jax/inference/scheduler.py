@@ -1,15 +1,21 @@
 """Continuous batching: which requests run, and what the next step computes.
 
-A request's tokens are its prompt and what was generated so far; its row of the
-cache holds the first of them. What is not in the cache yet is computed: many
-tokens, or the first, in chunks (prefill), the last one together with those of
-other requests (decode). Requests join and leave between steps, in order of
-arrival.
+The tokens of a request are its prompt and the tokens generated so far. The
+cache holds the first of them. The others are computed: many tokens, or the
+first one, in chunks (prefill); the last one together with the last ones of
+other requests (decode). Requests join and leave between steps, first come,
+first served.
 
-Where pages run out, the request that came last gives back all of its own and
-waits at the head of the queue; its tokens are computed anew later, apart from
-what others' pages or the prompt cache still hold of them. So the oldest always
-goes on. Nothing here knows of arrays.
+A rank is a device of the mesh with rows of its own, or several devices that
+share their rows (`sharding.BATCH_AXES`). One queue stands before all ranks;
+each rank has a block pool. A running request lives on one rank: its blocks are
+there, and all of its tokens are computed there.
+
+If the blocks of a rank run out, the youngest request there is preempted: it
+releases its blocks and waits again, in its place in the order of arrival.
+Its tokens are computed again later, perhaps on another rank, except those that
+the prefix cache still holds. So the oldest request always makes progress. This
+module touches no arrays.
 """
 
 import bisect
@@ -19,238 +25,284 @@ from collections.abc import Sequence
 
 from dsv3_jax import errors
 from dsv3_jax.inference import block_pool
+from dsv3_jax.inference import request as requests
 
-
-@dataclasses.dataclass(eq=False)
-class Job:
-  """A request on its way.
-
-  tokens: prompt and generated ones. most: how many there may be in the end.
-  number: of its arrival. row: what of it is in the cache, None while it waits.
-  rank: whose cache that is. found: how many tokens of the prompt the cache had
-  when it first began. drafts: what may follow its tokens. asked: tokens of its
-  prompt. told: tokens that it had when it was last told to give way.
-  twin: an earlier job that computes the same prompt, as long as this one waits
-  for it, in its place but without pages, to take them over.
-  """
-
-  tokens: list[int]
-  most: int
-  number: int
-  row: block_pool.Row | None = None
-  rank: int = 0
-  found: int | None = None
-  drafts: list[int] = dataclasses.field(default_factory=list)
-  twin: 'Job | None' = None
-  asked: int = 0
-  told: int = 0
-
-  @property
-  def missing(self) -> int:
-    """Tokens to be computed before there is a next one."""
-    return len(self.tokens) - self.row.length
+RUNNING, WAITING = requests.RequestState.RUNNING, requests.RequestState.WAITING
+FINISHED = requests.RequestState.FINISHED
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
-  """Of each job, the next `counts` tokens that the cache has not; see `Copy`.
+class ScheduledStep:
+  """Of each request, the next `counts` tokens that the cache does not hold.
 
-  Copies come first. A job whose missing tokens are all in the step gets its
-  next token by it. Drafts count as tokens.
+  Speculative tokens count too. `copies` are done first; they number the blocks
+  of all ranks, one rank after the other. A request whose uncomputed tokens are
+  all in the step gets its next token from it.
   """
 
-  jobs: list[Job]
+  requests: list[requests.Request]
   counts: list[int]
-  copies: list[block_pool.Copy]
+  copies: list[block_pool.BlockCopy]
 
   @property
-  def is_new(self) -> bool:
-    """Its jobs have nothing in the cache."""
-    return all(map(_is_new, self.jobs))
+  def is_uncached(self) -> bool:
+    """The cache holds no token of its requests."""
+    return all(request.is_uncached for request in self.requests)
 
 
 class Scheduler:
-  """Jobs, waiting and running, and the pages that they have."""
+  """Waiting and running requests, and the block pool of each rank."""
 
   def __init__(
     self,
-    pool: block_pool.BlockPool,
+    pools: Sequence[block_pool.BlockPool],
     max_rows: int,
     chunk: int,
-    ahead: int = 0,
+    lookahead: int = 0,
     *,
-    alike: bool = False,
+    batch_invariant: bool = False,
   ):
     """Args:
-    max_rows: jobs that run at a time. chunk: tokens of a prefill. ahead: places
-      behind its tokens that a job has too, for drafts. alike: all tokens of
-      prompts are computed by prefills of one job, and all others, which no
-      other job reads, by decoding, whatever happens on the way.
+    pools: one for each rank, all of the same size.
+    max_rows: requests that run at a time on each rank.
+    chunk: most tokens of a prefill on each rank.
+    lookahead: places behind its tokens for which a request has blocks too, for
+      speculative tokens.
+    batch_invariant: tokens of prompts are always computed by prefills of one
+      request, and generated tokens, which other requests never share, by
+      decode steps, whether the request is preempted or not.
     """
     if max_rows < 1 or chunk < 1:
       raise ValueError(f'max_rows={max_rows} and chunk={chunk} must be >= 1')
-    self.pool, self.max_rows, self.chunk = pool, max_rows, chunk
-    self.ahead, self.alike = ahead, alike
-    self.waiting: list[Job] = []
-    self.running: list[Job] = []  # in order of arrival
+    self.pools = list(pools)
+    self.max_rows, self.chunk = max_rows, chunk
+    self.lookahead, self.batch_invariant = lookahead, batch_invariant
+    self.waiting: list[requests.Request] = []
+    # Both in order of arrival.
+    self.running_by_rank: list[list[requests.Request]] = [[] for _ in pools]
     self.preempted = 0
     self._numbers = itertools.count()
+
+  @property
+  def running(self) -> list[requests.Request]:
+    return [request for rank in self.running_by_rank for request in rank]
 
   @property
   def is_idle(self) -> bool:
     return not (self.waiting or self.running)
 
+  @property
+  def num_blocks(self) -> int:
+    """Of all ranks."""
+    return sum(pool.num_blocks for pool in self.pools)
+
+  @property
+  def blocks_in_use(self) -> int:
+    """Of all ranks."""
+    return sum(pool.in_use for pool in self.pools)
+
   def check(self, length: int, max_new_tokens: int) -> None:
-    """Whether a request of these sizes can be added.
+    """Checks that a request of these sizes can be added.
 
     Raises:
-      InputError: it would not fit if it were alone.
+      InputError: it would not fit into the cache of a rank if it were alone.
     """
-    most = length + max_new_tokens
-    room = self.pool.count * self.pool.size
-    if most > room:
+    places = length + max_new_tokens
+    room = self.pools[0].num_blocks * self.pools[0].block_size
+    if places > room:
       raise errors.InputError(
         f'a prompt of {length} tokens with max_new_tokens={max_new_tokens} '
-        f'needs {most} places in the cache, which has {room}'
+        f'needs {places} places in the cache, which has {room}'
       )
 
-  def add(
-    self, prompt: Sequence[int], max_new_tokens: int, twin: Job | None = None
-  ) -> Job:
+  def add(self, request: requests.Request) -> None:
     """Puts a request at the end of the queue; raises as `check`."""
-    self.check(len(prompt), max_new_tokens)
-    most = len(prompt) + max_new_tokens
-    job = Job(list(prompt), most, next(self._numbers), twin=twin)
-    job.asked = len(prompt)
-    self.waiting.append(job)
-    return job
+    self.check(len(request.prompt), request.max_new_tokens)
+    request.number = next(self._numbers)
+    self.waiting.append(request)
 
-  def end(self, job: Job) -> None:
-    """Takes a job out, done or not; twice is no fault."""
-    if job in self.waiting:
-      self.waiting.remove(job)
-    if job in self.running:
-      self.running.remove(job)
-      self._leave(job)
+  def finish(self, request: requests.Request) -> None:
+    """Takes a request out, complete or not; a second call does nothing."""
+    if request.state is WAITING:
+      self.waiting.remove(request)
+    elif request.state is RUNNING:
+      self.running_by_rank[request.rank].remove(request)
+      self._release(request)
+    request.state = FINISHED
 
-  def prefill(self) -> Step | None:
-    """Lets jobs in while they find room; then `next_chunk`."""
-    while self.waiting and self.admit(self.waiting[0]):
-      self.waiting.pop(0)
-    return self.next_chunk()
+  def prefill(self) -> list[ScheduledStep]:
+    """Admits requests while there is room, then schedules a chunk of each rank.
 
-  def next_chunk(self) -> Step | None:
-    """A chunk of the oldest job that is not ready to decode.
-
-    Younger ones come along if theirs fit into the chunk too, all padded to the
-    longest and to whole pages; jobs that have nothing in the cache, and those
-    that have, not together.
+    Returns:
+      At most two steps, which run different programs: first that of the ranks
+      whose requests have nothing in the cache, then that of the others.
     """
-    jobs, counts = [], []
-    for job in self.running:
-      if job.twin or self._decodes(job):
-        continue
-      if jobs and (self.alike or _is_new(job) != _is_new(jobs[0])):
-        continue
-      count = min(job.missing, self.chunk)
-      longest = self.pool.size * self.pool.pages_for(max([count, *counts]))
-      if jobs and longest * (len(jobs) + 1) > self.chunk:
-        break
-      jobs.append(job)
-      counts.append(count)
-    return Step(jobs, counts, []) if jobs else None
+    while self.waiting and self._admit(self.waiting[0]):
+      self.waiting.pop(0)
+    chunks = [self._next_chunk(rank) for rank in range(len(self.pools))]
+    chunks = [step for step in chunks if step is not None]
+    uncached = [step for step in chunks if step.is_uncached]
+    cached = [step for step in chunks if not step.is_uncached]
+    return [_join(steps) for steps in (uncached, cached) if steps]
 
-  def decode(self) -> Step | None:
-    """The last token of all jobs that miss no other, and their drafts."""
-    jobs, copies = [], []
-    for job in list(self.running):
-      while job.row is not None and self._decodes(job):
+  def decode(self) -> ScheduledStep | None:
+    """The last token of each request with no other left, and its drafts."""
+    steps = [self._decode(rank) for rank in range(len(self.pools))]
+    steps = [step for step in steps if step.requests]
+    return _join(steps) if steps else None
+
+  def commit(self, request: requests.Request, count: int) -> None:
+    """Records that `count` more of the request's tokens are in the cache."""
+    pool, table = self.pools[request.rank], request.block_table
+    num_shareable = len(request.prompt) if self.batch_invariant else None
+    tokens = request.all_tokens[: table.length + count]
+    pool.commit(table, tokens, num_shareable)
+    for other in self._sharers(request):
+      length = len(other.all_tokens)
+      if table.length == length:
+        other.block_table = pool.fork(table)
+        other.shares_prompt_with = None
+        # Its last token is computed again: the next one is sampled from it.
+        other.block_table.length = other.num_cached_tokens = length - 1
+
+  def _next_chunk(self, rank: int) -> ScheduledStep | None:
+    """A chunk of the oldest request that is not ready to decode.
+
+    Younger requests join if their chunks fit too, with all chunks padded to the
+    longest and to whole blocks. Requests that have tokens in the cache, and
+    those that have none, do not share a step.
+    """
+    chosen, counts, pool = [], [], self.pools[rank]
+    for request in self.running_by_rank[rank]:
+      if request.shares_prompt_with or self._is_ready_to_decode(request):
+        continue
+      if chosen and (
+        self.batch_invariant or request.is_uncached != chosen[0].is_uncached
+      ):
+        continue
+      count = min(request.num_uncomputed, self.chunk)
+      longest = pool.block_size * pool.blocks_for(max([count, *counts]))
+      if chosen and longest * (len(chosen) + 1) > self.chunk:
+        break
+      chosen.append(request)
+      counts.append(count)
+    return ScheduledStep(chosen, counts, []) if chosen else None
+
+  def _decode(self, rank: int) -> ScheduledStep:
+    """The part of `decode` that one rank computes."""
+    running, pool = self.running_by_rank[rank], self.pools[rank]
+    chosen, copies = [], []
+    for request in list(running):
+      while request.state is RUNNING and self._is_ready_to_decode(request):
         try:
-          copies += self.pool.extend(job.row, self._places(job))
-        except block_pool.OutOfPages:  # the last one: no job is before its turn
-          self._preempt(self.running[-1])
+          new = pool.extend(request.block_table, self._num_places(request))
+        except block_pool.OutOfBlocks:
+          # The youngest one: it is the last whose turn comes in this loop.
+          self._preempt(running[-1])
           self.preempted += 1
         else:
-          jobs.append(job)
+          first = rank * pool.num_blocks
+          copies += [block_pool.BlockCopy(first + a, first + b) for a, b in new]
+          chosen.append(request)
           break
-    if not jobs:
-      return None
-    for job in jobs:  # nothing is drawn behind the last place but one
-      del job.drafts[max(job.most - len(job.tokens) - 1, 0) :]
-    return Step(jobs, [1 + len(job.drafts) for job in jobs], copies)
+    for request in chosen:  # a draft of the last token of all has no use
+      most = max(request.max_length - len(request.all_tokens) - 1, 0)
+      del request.speculative_tokens[most:]
+    counts = [1 + len(request.speculative_tokens) for request in chosen]
+    return ScheduledStep(chosen, counts, copies)
 
-  def done(self, job: Job, count: int) -> None:
-    """Says that `count` more of its tokens are in the cache."""
-    known = job.asked if self.alike else None
-    self.pool.written(job.row, job.tokens[: job.row.length + count], known)
-    for other in self._twins(job):
-      if job.row.length == len(other.tokens):
-        other.row, other.twin = self.pool.fork(job.row), None
-        # Its last token is computed again: the next one is drawn after it.
-        other.row.length = other.found = len(other.tokens) - 1
+  def _admit(self, request: requests.Request) -> bool:
+    """Admits a request to the best rank that has room for it.
 
-  def admit(self, job: Job) -> bool:
-    """Lets a job in if it finds a row, and pages for all it has so far."""
-    if len(self.running) == self.max_rows:
-      return False
-    if self.alike or not waits_for_twin(job):
-      job.twin = None
-    row = block_pool.Row() if job.twin else self.pool.begin(job.tokens)
-    places = 0 if job.twin else self._places(job)
-    try:
-      self.pool.extend(row, places)  # copies nothing: it has whole pages
-    except block_pool.OutOfPages:
-      self.pool.release(row)
-      return False
-    job.row = row
-    if job.found is None and not job.twin:
-      job.found = row.length
-    bisect.insort(self.running, job, key=_number)
+    The best rank has the fewest rows, where each block of the request that its
+    prefix cache holds counts as a row less; then the most available blocks.
+    """
+
+    def cost(rank):
+      pool = self.pools[rank]
+      matching = pool.num_matching_blocks(request.all_tokens)
+      return len(self.running_by_rank[rank]) - matching, -pool.available
+
+    free = [
+      rank
+      for rank, running in enumerate(self.running_by_rank)
+      if len(running) < self.max_rows
+    ]
+    if _waits_for_shared_prompt(request):
+      rank = request.shares_prompt_with.rank
+      if rank in free:
+        free = [rank]  # where the blocks to share are
+      else:  # the requests behind it need not wait
+        request.shares_prompt_with = None
+    return any(self._admit_to(rank, request) for rank in sorted(free, key=cost))
+
+  def _admit_to(self, rank: int, request: requests.Request) -> bool:
+    """Admits a request if the rank has blocks for all tokens it has so far."""
+    if self.batch_invariant or not _waits_for_shared_prompt(request):
+      request.shares_prompt_with = None
+    pool, table = self.pools[rank], block_pool.BlockTable()
+    if not request.shares_prompt_with:
+      table = pool.match_prefix(request.all_tokens)
+      try:
+        # Nothing is copied, as only whole blocks match.
+        pool.extend(table, self._num_places(request))
+      except block_pool.OutOfBlocks:
+        pool.release(table)
+        return False
+    request.block_table, request.rank, request.state = table, rank, RUNNING
+    if request.num_cached_tokens is None and not request.shares_prompt_with:
+      request.num_cached_tokens = table.length
+    bisect.insort(self.running_by_rank[rank], request, key=_number)
     return True
 
-  def _decodes(self, job: Job) -> bool:
-    """All but its last token are in the cache."""
-    if self.alike:
-      return job.row.length >= job.asked
-    return job.missing == 1 and not _is_new(job)
+  def _is_ready_to_decode(self, request: requests.Request) -> bool:
+    """The cache holds all of its tokens but the last."""
+    if self.batch_invariant:
+      return request.block_table.length >= len(request.prompt)
+    return request.num_uncomputed == 1 and not request.is_uncached
 
-  def _places(self, job: Job) -> int:
-    return min(len(job.tokens) + self.ahead, job.most)
+  def _num_places(self, request: requests.Request) -> int:
+    """Tokens that the request's blocks must have room for."""
+    return min(len(request.all_tokens) + self.lookahead, request.max_length)
 
-  def _preempt(self, job: Job) -> None:
-    self.running.remove(job)
-    self._leave(job)
-    job.told = max(job.told, len(job.tokens))
-    if self.alike:  # what was generated must not become part of a prefill
-      del job.tokens[job.asked :]
-    bisect.insort(self.waiting, job, key=_number)
+  def _preempt(self, request: requests.Request) -> None:
+    self.running_by_rank[request.rank].remove(request)
+    self._release(request)
+    request.state = WAITING
+    num_tokens = len(request.all_tokens)
+    request.num_reported = max(request.num_reported, num_tokens)
+    if self.batch_invariant:  # no prefill may compute generated tokens
+      del request.all_tokens[len(request.prompt) :]
+    bisect.insort(self.waiting, request, key=_number)
 
-  def _leave(self, job: Job) -> None:
-    """Gives its pages back; who waits for them queues again."""
-    for other in self._twins(job):
+  def _release(self, request: requests.Request) -> None:
+    """Releases its blocks; requests that wait to share them queue again."""
+    for other in self._sharers(request):
       self._preempt(other)
-    self.pool.release(job.row)
-    job.row, job.drafts = None, []
+    self.pools[request.rank].release(request.block_table)
+    request.block_table, request.speculative_tokens = None, []
 
-  def _twins(self, job: Job) -> list[Job]:
-    """Those that wait for its prompt."""
-    return [other for other in self.running if other.twin is job]
+  def _sharers(self, request: requests.Request) -> list[requests.Request]:
+    """Running requests that wait for its prompt."""
+    running = self.running_by_rank[request.rank]
+    return [r for r in running if r.shares_prompt_with is request]
 
 
-def waits_for_twin(job: Job) -> bool:
-  """Its twin computes their prompt, of which more than a token is left."""
-  twin = job.twin
-  if twin is None or twin.row is None or len(job.tokens) < 2:
+def _waits_for_shared_prompt(request: requests.Request) -> bool:
+  """The other request still prefills the prompt, of more than one token."""
+  other = request.shares_prompt_with
+  length = len(request.all_tokens)
+  if other is None or other.state is not RUNNING or length < 2:
     return False
-  # One that comes back with more tokens would pass by where they part.
-  is_there = len(twin.tokens) == len(job.tokens)
-  return is_there and twin.row.length < len(job.tokens)
+  # A preempted one that already has an answer would go past the shared prompt.
+  return len(other.all_tokens) == length and other.block_table.length < length
 
 
-def _number(job: Job) -> int:
-  return job.number
+def _join(steps: Sequence[ScheduledStep]) -> ScheduledStep:
+  """Steps of several ranks as one."""
+  chain = lambda field: [x for step in steps for x in getattr(step, field)]
+  return ScheduledStep(chain('requests'), chain('counts'), chain('copies'))
 
 
-def _is_new(job: Job) -> bool:
-  """Nothing of it is in the cache."""
-  return job.row.length == 0
+def _number(request: requests.Request) -> int:
+  return request.number

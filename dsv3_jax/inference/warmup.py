@@ -1,72 +1,79 @@
-"""Which sizes of steps a server compiles before it is ready.
+"""Which step shapes a server compiles before it is ready.
 
-A step's rows, tokens and pages are powers of two (`batching`), of which most
-pairs never meet: a prefill has at most a chunk of tokens in all, and pages are
-rounded up to a quarter of those of the longest row, or to four. Left out are
-several prompts of which the cache has the beginning, and three, five or more
-prompts whose sizes are rounded up beyond a chunk: these are compiled when they
-are met.
+Rows, tokens and blocks of a step are powers of two (`engine`). Most
+combinations never occur: a prefill has at most a chunk of tokens in all, and
+block tables are rounded up to a quarter of that of the longest row, or to four
+blocks. Left out are prefills of several prompts that the cache already has
+tokens of, and of three, five or more prompts whose padded sizes exceed a chunk:
+these are compiled when they first occur.
 """
 
 from dsv3_jax.inference import engine
 
 
-def least_pages(max_seq_len: int) -> int:
-  """To which block tables of a server are rounded up: three sizes are left."""
-  full = _powers(-(-max_seq_len // engine.PAGE))[-1]
+def min_blocks(max_seq_len: int) -> int:
+  """The smallest size of a server's block tables; three sizes remain."""
+  full = _powers(-(-max_seq_len // engine.BLOCK_SIZE))[-1]
   return max(full // 4, min(full, 4))  # fewer than four are not faster
 
 
-def sizes(session: engine.Engine, max_seq_len: int) -> list[engine.Size]:
-  """Those to compile, in the order in which one is likely to need them.
+def shapes(
+  model_engine: engine.Engine, max_seq_len: int
+) -> list[engine.StepShape]:
+  """The shapes to compile, in the order in which they are likely needed.
 
   Args:
     max_seq_len: of a row.
   """
-  if session.invariant:
-    return _invariant(session)
-  ranks = session.steps.num_ranks
-  each = _powers(session.scheduler.max_rows // ranks)
-  most_rows = [ranks * rows for rows in each]
-  full = _powers(-(-max_seq_len // engine.PAGE))
-  least, drafts = session.least_pages, session.steps.num_drafts
-  tables = [pages for pages in full if pages >= least]
-  chunk = max(session.scheduler.chunk // engine.PAGE, 1)
+  if model_engine.batch_invariant:
+    return _batch_invariant(model_engine)
+  ranks = model_engine.runner.num_ranks
+  row_counts = [ranks * rows for rows in _powers(model_engine.max_rows)]
+  full = _powers(-(-max_seq_len // engine.BLOCK_SIZE))
+  least = model_engine.min_blocks
+  num_speculative = model_engine.runner.num_speculative_tokens
+  tables = [blocks for blocks in full if blocks >= least]
+  chunk = max(model_engine.chunk // engine.BLOCK_SIZE, 1)
   widths = [width for width in full if width <= chunk]
   prefill = [
-    engine.Size(rows, engine.PAGE * width, max(width, least), 'prefill')
-    for rows in most_rows
+    engine.StepShape(
+      rows, engine.BLOCK_SIZE * width, max(width, least), 'prefill'
+    )
+    for rows in row_counts
     for width in widths
     if rows // ranks * width <= chunk
   ]
-  beyond = 2 * full[-1]  # where what a row is padded with passes its end
+  beyond = 2 * full[-1]  # for a row whose padding passes the longest table
   decode = [
-    engine.Size(rows, 1 + drafts, pages, 'decode')
-    for pages in (*tables, beyond)
-    for rows in most_rows
-    if pages < beyond or drafts
+    engine.StepShape(rows, 1 + num_speculative, blocks, 'decode')
+    for blocks in (*tables, beyond)
+    for rows in row_counts
+    if blocks < beyond or num_speculative
   ]
-  more = [
-    engine.Size(ranks, engine.PAGE * width, pages, 'extend')
-    for pages in (*tables, beyond)
+  extend = [
+    engine.StepShape(ranks, engine.BLOCK_SIZE * width, blocks, 'extend')
+    for blocks in (*tables, beyond)
     for width in widths
-    if width <= pages < beyond or width >= 4
+    if width <= blocks < beyond or width >= 4
   ]
-  alone = [size for size in prefill if size.rows == ranks]
-  others = [size for size in prefill if size.rows > ranks]
-  return alone + decode + more + others
+  single = [shape for shape in prefill if shape.rows == ranks]
+  several = [shape for shape in prefill if shape.rows > ranks]
+  return single + decode + extend + several
 
 
-def _invariant(session: engine.Engine) -> list[engine.Size]:
-  """The two that there are."""
-  longest = session.steps.cfg.model.max_seq_len
-  widths = {'extend': session.scheduler.chunk}
-  widths['decode'] = 1 + session.steps.num_drafts
-  ranks = session.steps.num_ranks
-  each = _powers(session.scheduler.max_rows // ranks)[-1]
-  rows = {'extend': ranks, 'decode': ranks * each}
+def _batch_invariant(model_engine: engine.Engine) -> list[engine.StepShape]:
+  """The only two shapes of a batch invariant engine."""
+  runner = model_engine.runner
+  longest = runner.cfg.model.max_seq_len
+  widths = {'extend': model_engine.chunk}
+  widths['decode'] = 1 + runner.num_speculative_tokens
+  ranks = runner.num_ranks
+  per_rank = _powers(model_engine.max_rows)[-1]
+  rows = {'extend': ranks, 'decode': ranks * per_rank}
   return [
-    engine.Size(rows[kind], width, session.pages_of_table(longest, width), kind)
+    engine.StepShape(
+      rows[kind], width, model_engine.num_table_blocks(longest, width), kind
+    )
     for kind, width in widths.items()
   ]
 

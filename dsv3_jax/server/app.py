@@ -1,11 +1,12 @@
-"""An HTTP server that OpenAI clients talk to: Starlette on one worker thread.
+"""An HTTP server for OpenAI clients: Starlette, and the engine in a thread.
 
   POST /v1/completions, /v1/chat/completions   also as server-sent events
   GET  /v1/models, /health, /metrics (Prometheus), / (a page to try it)
 
-A client that goes away cancels its request. A full queue answers 429, a body
-that is too long 413, one that is wrong 400 with one line, one for another model
-404. While the model warms up, requests wait and /health is 503.
+A client that disconnects cancels its request. A full queue is answered with
+429, a body that is too long with 413, a wrong one with 400 and one line, one
+for another model with 404. While the model warms up, requests wait and /health
+is 503.
 """
 
 import asyncio
@@ -24,8 +25,8 @@ from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.server import engine_thread, metrics, protocol
 from dsv3_jax.server import responses as openai_responses
 
-_MOST_BODY = 2**20  # bytes
-_ENDED = 'the model has ended'
+_MAX_BODY = 2**20  # bytes
+_ENDED = 'the model has ended'  # after an error, or while it shuts down
 
 
 class Server:
@@ -33,7 +34,7 @@ class Server:
 
   def __init__(
     self,
-    model: engine_thread.Worker,
+    thread: engine_thread.EngineThread,
     tokenizer: tokenizers.Tokenizer,
     *,
     name: str,
@@ -41,13 +42,14 @@ class Server:
     api_key: str = '',
   ):
     """Args:
-    name: of the model, as clients see it. max_tokens: of an answer at most.
-      api_key: that clients must bear; none must if it is ''.
+    name: of the model, as clients see it.
+    max_tokens: of an answer at most.
+    api_key: that clients must send; '' lets all in.
     """
-    self.worker, self.tokenizer, self.name = model, tokenizer, name
+    self.thread, self.tokenizer, self.name = thread, tokenizer, name
     self.max_tokens, self._key = max_tokens, api_key
     self.started = int(time.time())
-    self.telemetry = metrics.Telemetry(model)
+    self.telemetry = metrics.Telemetry(thread)
 
   def app(self) -> applications.Starlette:
     route = routing.Route
@@ -72,14 +74,16 @@ class Server:
   # Endpoints.
 
   async def _completions(self, request: requests.Request):
-    ask = await self._ask(request, protocol.completion)
+    chat_request = await self._parse(request, protocol.parse_completion)
     return await self._answer(
-      request, ask, openai_responses.Completion(self.name)
+      request, chat_request, openai_responses.CompletionFormat(self.name)
     )
 
   async def _chat(self, request: requests.Request):
-    ask = await self._ask(request, protocol.chat)
-    return await self._answer(request, ask, openai_responses.Chat(self.name))
+    chat_request = await self._parse(request, protocol.parse_chat)
+    return await self._answer(
+      request, chat_request, openai_responses.ChatFormat(self.name)
+    )
 
   async def _models(self, request: requests.Request):
     self._check_key(request)
@@ -94,12 +98,12 @@ class Server:
     return responses.JSONResponse(self._about())
 
   async def _health(self, request: requests.Request):
-    said, code = 'ok', 200
-    if self.worker.error is not None:
-      said, code = 'the model has failed', 503
-    elif not self.worker.is_ready:
-      said, code = 'the model warms up', 503
-    return responses.JSONResponse({'status': said}, code)
+    status, code = 'ok', 200
+    if self.thread.error is not None:
+      status, code = 'the model has failed', 503
+    elif not self.thread.is_ready:
+      status, code = 'the model warms up', 503
+    return responses.JSONResponse({'status': status}, code)
 
   async def _metrics(self, request: requests.Request):
     kind = metrics.CONTENT_TYPE
@@ -111,12 +115,12 @@ class Server:
     page = (files / 'page.html').read_text('utf-8')
     return responses.HTMLResponse(page, headers=headers)
 
-  # What they share.
+  # What the endpoints share.
 
   def _check_key(self, request: requests.Request) -> None:
-    given = request.headers.get('authorization', '').encode('latin-1')
-    wanted = f'Bearer {self._key}'.encode()
-    if self._key and not hmac.compare_digest(given, wanted):
+    header = request.headers.get('authorization', '').encode('latin-1')
+    expected = f'Bearer {self._key}'.encode()
+    if self._key and not hmac.compare_digest(header, expected):
       raise exceptions.HTTPException(401, 'the API key is missing or wrong')
 
   def _about(self) -> dict:
@@ -127,48 +131,51 @@ class Server:
       'owned_by': 'dsv3-jax',
     }
 
-  async def _ask(
-    self, request: requests.Request, read: Callable[..., protocol.Ask]
-  ) -> protocol.Ask:
-    """What the body asks for; other requests go on while it is tokenised."""
+  async def _parse(
+    self, request: requests.Request, parse: Callable[..., protocol.ChatRequest]
+  ) -> protocol.ChatRequest:
+    """Parses the body in a thread, as tokenising a long text takes a while."""
     data = await self._body(request)
     limits = protocol.Limits(
       model=self.name,
-      answers=self.worker.most,
-      tokens=self.max_tokens,
+      max_choices=self.thread.max_open,
+      max_tokens=self.max_tokens,
       seed=secrets.randbits(32),
     )
-    parse = lambda: read(_json(data), self.tokenizer, limits)
-    return await asyncio.to_thread(parse)
+    run = lambda: parse(_json(data), self.tokenizer, limits)
+    return await asyncio.to_thread(run)
 
   async def _body(self, request: requests.Request) -> bytes:
-    """Read no further than it may be long."""
+    """The body; reading stops where it becomes too long."""
     self._check_key(request)
     if request.headers.get('sec-fetch-site') in ('cross-site', 'same-site'):
       raise exceptions.HTTPException(403, "another site's page may not ask")
     data = bytearray()
     async for piece in request.stream():
       data += piece
-      if len(data) > _MOST_BODY:
+      if len(data) > _MAX_BODY:
         raise exceptions.HTTPException(
-          413, f'the body must have at most {_MOST_BODY} bytes'
+          413, f'the body must have at most {_MAX_BODY} bytes'
         )
     return bytes(data)
 
   async def _answer(
-    self, request, ask: protocol.Ask, form: openai_responses.Form
+    self,
+    request: requests.Request,
+    chat_request: protocol.ChatRequest,
+    response_format: openai_responses.ResponseFormat,
   ):
-    made = openai_responses.Answers(
-      self.worker, self.tokenizer, ask, self.max_tokens
+    stream = openai_responses.ResponseStream(
+      self.thread, self.tokenizer, chat_request, self.max_tokens
     )
-    self._begin(made)
-    if ask.stream:
-      return _Events(self._events(form, made), made)
+    self._submit(stream)
+    if chat_request.stream:
+      return _Events(self._events(response_format, stream), stream)
     watch = asyncio.create_task(_until_gone(request))
     try:
-      whole = asyncio.create_task(form.collect(made))
-      done = {whole, watch}
-      await asyncio.wait(done, return_when=asyncio.FIRST_COMPLETED)
+      whole = asyncio.create_task(response_format.collect(stream))
+      tasks = {whole, watch}
+      await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
       if not whole.done():
         whole.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -179,13 +186,13 @@ class Server:
       raise exceptions.HTTPException(503, _ENDED) from error
     finally:
       watch.cancel()
-      made.cancel()
+      stream.cancel()
 
-  def _begin(self, made: openai_responses.Answers) -> None:
-    """Submits the requests, or says why not."""
+  def _submit(self, stream: openai_responses.ResponseStream) -> None:
+    """Submits the requests of a call, or raises the HTTP error."""
     try:
-      made.begin()
-    except engine_thread.Full as error:
+      stream.submit()
+    except engine_thread.QueueFull as error:
       raise exceptions.HTTPException(
         429, 'too many requests wait: try again later', {'retry-after': '1'}
       ) from error
@@ -193,36 +200,38 @@ class Server:
       raise exceptions.HTTPException(503, _ENDED) from error
 
   async def _events(
-    self, form: openai_responses.Form, made: openai_responses.Answers
+    self,
+    response_format: openai_responses.ResponseFormat,
+    stream: openai_responses.ResponseStream,
   ) -> AsyncIterator[str]:
     """Server-sent events."""
     event = lambda body: f'data: {json.dumps(body)}\n\n'
     try:
-      for body in form.opening(len(made.tickets)):
+      for body in response_format.opening(len(stream.requests)):
         yield event(body)
-      async for piece in made.pieces():
-        yield event(form.piece(piece))
-      if made.ask.with_usage:
-        yield event(form.usage(made))
+      async for piece in stream.pieces():
+        yield event(response_format.chunk(piece))
+      if stream.chat_request.include_usage:
+        yield event(response_format.usage(stream))
       yield 'data: [DONE]\n\n'
     except engine_thread.Closed:
       yield event(_error_body(503, _ENDED))
 
 
 class _Events(responses.StreamingResponse):
-  """Ends its requests when it ends, also if it never began."""
+  """Cancels its requests when it ends, even if it never started."""
 
   def __init__(
-    self, events: AsyncIterator[str], made: openai_responses.Answers
+    self, events: AsyncIterator[str], stream: openai_responses.ResponseStream
   ):
     super().__init__(events, media_type='text/event-stream')
-    self._made = made
+    self._stream = stream
 
   async def __call__(self, *args):
     try:
       await super().__call__(*args)
     finally:
-      self._made.cancel()
+      self._stream.cancel()
 
 
 def _json(data: bytes):
@@ -266,4 +275,4 @@ async def _http_error(request, error: exceptions.HTTPException):
 
 
 async def _gone(request, error: requests.ClientDisconnect):
-  return responses.Response(status_code=499)  # which nobody reads
+  return responses.Response(status_code=499)  # the client has gone

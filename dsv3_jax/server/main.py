@@ -1,4 +1,4 @@
-"""Runs the server until it is told to stop."""
+"""Runs the server until a signal, or until the model fails."""
 
 import asyncio
 import contextlib
@@ -16,14 +16,14 @@ from dsv3_jax.server import engine_thread
 
 
 def bind(host: str, port: int) -> socket.socket:
-  """A socket on an address, of IPv4 or IPv6; nobody is let in yet.
+  """A socket bound to an IPv4 or IPv6 address, which does not listen yet.
 
   Raises:
-    InputError: the address cannot be had.
+    InputError: the address cannot be bound.
   """
   try:
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    family, _, _, _, address = found[0]
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    family, _, _, _, address = infos[0]
     bound = socket.socket(family)
     try:
       bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -32,8 +32,8 @@ def bind(host: str, port: int) -> socket.socket:
       bound.close()
       raise
   except OSError as error:
-    said = error.strerror
-    raise errors.InputError(f'host={host}, port={port}: {said}') from error
+    reason = error.strerror
+    raise errors.InputError(f'host={host}, port={port}: {reason}') from error
   return bound
 
 
@@ -48,39 +48,44 @@ def run(
   max_tokens: int,
   api_key: str,
   warm_up: bool,
-  invariant: bool,
+  batch_invariant: bool,
 ) -> None:
   """Serves a model on a bound socket; returns after SIGINT or SIGTERM.
 
-  Answers that are under way then end with an error.
+  Unfinished answers then end with an error.
 
   Args:
-    cache_tokens: places of the cache; 0: those of two rows of full length.
-    warm_up: compiles ahead; `/health` is 503 and requests wait until then.
-    invariant: as in `batching.Session`.
+    cache_tokens: size of the cache; 0: two rows of full length.
+    warm_up: compile first; until then `/health` is 503 and requests wait.
+    batch_invariant: as in `engine.Engine`.
 
   Raises:
-    SystemExit: 1, where the model failed, which ends the server.
+    SystemExit: with code 1 if the model failed, which ends the server.
   """
   longest = model.config.model.max_seq_len
-  places = cache_tokens or 2 * longest
-  session = engine.Engine(
-    model.engine.steps,
-    num_pages=-(-places // engine.PAGE),
+  cache_tokens = cache_tokens or 2 * longest
+  longest = min(longest, cache_tokens)
+  model_engine = engine.Engine(
+    model.runner,
+    num_blocks=-(-cache_tokens // engine.BLOCK_SIZE),
     max_rows=max_rows,
-    least_pages=warmup.least_pages(min(longest, places)),
-    invariant=invariant,
+    min_blocks=warmup.min_blocks(longest),
+    batch_invariant=batch_invariant,
   )
-  warm = warmup.sizes(session, min(longest, places)) if warm_up else []
-  progress = lambda done: _say_progress(done, len(warm))
-  thread = engine_thread.Worker(session, max_waiting, warm, progress)
+  shapes = warmup.shapes(model_engine, longest) if warm_up else []
+  thread = engine_thread.EngineThread(
+    model_engine,
+    max_waiting,
+    shapes,
+    lambda done: _print_progress(done, len(shapes)),
+  )
   app = server_app.Server(
     thread, model.tokenizer, name=name, max_tokens=max_tokens, api_key=api_key
   ).app()
-  how = {'log_level': 'warning', 'timeout_graceful_shutdown': 2}
-  running = _Running(uvicorn.Config(app, **how))
+  options = {'log_level': 'warning', 'timeout_graceful_shutdown': 2}
+  http_server = _Server(uvicorn.Config(app, **options))
   try:
-    asyncio.run(_serve(running, bound, thread, name))
+    asyncio.run(_serve(http_server, bound, thread, name))
   finally:
     bound.close()
     thread.close()
@@ -88,14 +93,14 @@ def run(
     raise SystemExit(1)  # the thread has printed why
 
 
-def _say_progress(done: int, count: int) -> None:
+def _print_progress(done: int, count: int) -> None:
   end = '\r' if sys.stderr.isatty() and done < count else '\n'
-  said = f'compiled {done} of {count} sizes of steps'
-  print(said, end=end, file=sys.stderr, flush=True)
+  message = f'compiled {done} of {count} sizes of steps'
+  print(message, end=end, file=sys.stderr, flush=True)
 
 
-class _Running(uvicorn.Server):
-  """Leaves signals to us: its own way raises them again at the end."""
+class _Server(uvicorn.Server):
+  """Does not handle signals: uvicorn would raise them again at the end."""
 
   @contextlib.contextmanager
   def capture_signals(self) -> Iterator[None]:
@@ -103,27 +108,27 @@ class _Running(uvicorn.Server):
 
 
 async def _serve(
-  running: _Running,
+  http_server: _Server,
   bound: socket.socket,
-  thread: engine_thread.Worker,
+  thread: engine_thread.EngineThread,
   name: str,
 ) -> None:
-  """Until a signal, or until the model's thread has ended."""
+  """Serves until a signal, or until the engine's thread has ended."""
   loop = asyncio.get_running_loop()
   for number in (signal.SIGINT, signal.SIGTERM):
     loop.add_signal_handler(number, thread.stop)
 
   async def watch():
-    while thread.is_alive and not (thread.is_ready and running.started):
+    while thread.is_alive and not (thread.is_ready and http_server.started):
       await asyncio.sleep(0.1)
     if thread.is_alive:
       print(f'serving {name} on {_url(bound)}', flush=True)
     while thread.is_alive:
       await asyncio.sleep(0.1)
-    running.should_exit = True
+    http_server.should_exit = True
 
   watching = asyncio.create_task(watch())
-  await running.serve([bound])
+  await http_server.serve([bound])
   watching.cancel()
 
 

@@ -1,82 +1,64 @@
-"""What a worker has done and what it holds, for Prometheus."""
+"""What the engine has done and what it holds, for Prometheus."""
 
 from collections.abc import Iterator
 
 import prometheus_client
 from prometheus_client import core, registry
 
-from dsv3_jax.inference import redundant_experts
 from dsv3_jax.server import engine_thread
 
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
-_COUNTERS = {
-  'requests': 'Requests that were taken.',
-  'finished': 'Requests that came to their end.',
-  'cancelled': 'Requests whose client went away, or that a stop ended.',
-  'refused': 'Requests for which there was no room in the queue.',
-  'prompt_tokens': 'Tokens of prompts.',
-  'found_tokens': 'Tokens of prompts that the cache had.',
-  'tokens': 'Tokens generated.',
-}
+# Metric, the thread's count, and help.
+_THREAD_COUNTERS = (
+  ('requests', 'requests', 'Requests that were accepted.'),
+  ('finished', 'finished', 'Requests that were answered to their end.'),
+  ('cancelled', 'cancelled', 'Requests ended by a stop string or the client.'),
+  ('refused', 'refused', 'Requests refused because the queue was full.'),
+  ('prompt_tokens', 'prompt_tokens', 'Tokens of prompts.'),
+  ('found_tokens', 'cached_tokens', 'Prompt tokens in the prefix cache.'),
+  ('tokens', 'tokens', 'Tokens generated.'),
+)
+# Metric, the field of `EngineStats`, and help.
+_ENGINE_COUNTERS = (
+  ('preempted', 'preempted', 'Times that a request was preempted.'),
+  ('decoded_rows', 'decoded_rows', 'Rows of decode steps.'),
+  ('drafted_tokens', 'speculative_tokens', 'Speculative tokens verified.'),
+  ('accepted_tokens', 'accepted_tokens', 'Speculative tokens accepted.'),
+  ('rebalanced', 'rebalances', 'Times that experts were rebalanced.'),
+)
 
 
 class Telemetry(registry.Collector):
-  """Reads a worker whenever it is asked."""
+  """Reads an engine thread at every scrape."""
 
-  def __init__(self, model: engine_thread.Worker):
-    self._worker = model
+  def __init__(self, thread: engine_thread.EngineThread):
+    self._thread = thread
     self._registry = prometheus_client.CollectorRegistry()
     self._registry.register(self)
 
   def text(self) -> bytes:
-    """In Prometheus' own format."""
+    """In Prometheus' text format."""
     return prometheus_client.generate_latest(self._registry)
 
   def collect(self) -> Iterator[core.Metric]:
-    model = self._worker
-    for name, about in _COUNTERS.items():
-      count = model.counts[name]
-      yield core.CounterMetricFamily(f'dsv3_{name}', about, value=count)
-    scheduler = model.session.scheduler
-    yield core.CounterMetricFamily(
-      'dsv3_preempted',
-      'Times that a request had to give its pages back.',
-      value=scheduler.preempted,
-    )
-    decoded = model.session.decoded
-    drafts = {
-      'decoded_rows': ('Rows of decode steps.', decoded.rows),
-      'drafted_tokens': ('Tokens drafted and verified.', decoded.drafted),
-      'accepted_tokens': ('Of these, those accepted.', decoded.accepted),
-    }
-    for name, (about, value) in drafts.items():
+    thread, stats = self._thread, self._thread.engine.stats()
+    for name, key, about in _THREAD_COUNTERS:
+      value = thread.counts[key]
       yield core.CounterMetricFamily(f'dsv3_{name}', about, value=value)
-    yield from _of_experts(model.session.steps.balancer)
+    for name, field, about in _ENGINE_COUNTERS:
+      value = getattr(stats, field)
+      if value is not None:
+        yield core.CounterMetricFamily(f'dsv3_{name}', about, value=value)
     gauges = {
-      'running_requests': ('Requests that have a row.', model.running),
-      'waiting_requests': ('Requests that have none yet.', model.waiting),
-      'pages_in_use': (
-        'Pages of the cache that rows have.',
-        scheduler.pages_in_use,
+      'expert_balancedness': (
+        'Mean load of a device / highest, before the last rebalance.',
+        stats.balancedness,
       ),
-      'pages': ('Pages of the cache.', scheduler.num_pages),
+      'running_requests': ('Requests that run.', stats.running),
+      'waiting_requests': ('Requests that wait.', thread.waiting),
+      'pages_in_use': ('Cache blocks that requests have.', stats.blocks_in_use),
+      'pages': ('Cache blocks.', stats.num_blocks),
     }
     for name, (about, value) in gauges.items():
-      yield core.GaugeMetricFamily(f'dsv3_{name}', about, value=value)
-
-
-def _of_experts(
-  found: redundant_experts.ExpertRebalancer | None,
-) -> Iterator[core.Metric]:
-  """How well their load is spread, once that is known."""
-  if found is None:
-    return
-  yield core.CounterMetricFamily(
-    'dsv3_rebalanced', 'Times that experts were placed.', value=found.rebalanced
-  )
-  if found.balancedness is not None:
-    yield core.GaugeMetricFamily(
-      'dsv3_expert_balancedness',
-      'Mean load of a device / highest, before experts were placed last.',
-      value=found.balancedness[0],
-    )
+      if value is not None:
+        yield core.GaugeMetricFamily(f'dsv3_{name}', about, value=value)

@@ -1,7 +1,7 @@
-"""What an OpenAI client asks for, checked field by field, and what it is told.
+"""Bodies of OpenAI's API, parsed and checked field by field.
 
-Fields that are not here are refused rather than overlooked, but for those that
-say nothing at the value that they have, or that change no answer.
+An unknown field is refused and not ignored, except a field at a value that has
+no effect, and a field that never changes an answer.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.inference import engine
+from dsv3_jax.inference import request as requests
 
 _COMMON = {
   'model': str,
@@ -23,7 +23,7 @@ _COMMON = {
   'seed': int,
   'stop': (str, list),
   'n': int,
-  # These change no answer.
+  # These never change an answer.
   'metadata': dict,
   'prompt_cache_key': str,
   'safety_identifier': str,
@@ -39,7 +39,7 @@ _CHAT = _COMMON | {
   'max_tokens': int,
   'max_completion_tokens': int,
 }
-# Taken at the values at which they do nothing.
+# Accepted at these values, at which they have no effect.
 _NEUTRAL = {
   'echo': (False,),
   'frequency_penalty': (0, 0.0),
@@ -59,7 +59,7 @@ _NEUTRAL = {
   'top_logprobs': (0,),
 }
 _MESSAGE = ('role', 'content')
-# What a client sends back with an answer that it was given.
+# Fields of an answer that a client sends back in the next conversation turn.
 _MESSAGE_NEUTRAL = {
   'annotations': ([],),
   'tool_calls': ([],),
@@ -67,211 +67,218 @@ _MESSAGE_NEUTRAL = {
   'function_call': (),
   'refusal': (),
 }
-_MOST_STOPS, _MOST_CHOICES = 16, 16
+_MAX_STOPS, _MAX_CHOICES = 16, 16
 
 
 class NoModelError(errors.InputError):
-  """A client asks for a model that is not served."""
+  """The body names a model that is not served."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-  """Of a server. model: its name. answers: of one call. tokens: of one answer.
+  """Limits of a server, and the seed of a call that has none.
 
-  seed: of a call that has none.
+  model: name of the model. max_choices: answers of one call. max_tokens: of one
+  answer.
   """
 
   model: str
-  answers: int
-  tokens: int
+  max_choices: int
+  max_tokens: int
   seed: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ask:
-  """A request as the engine takes it.
+class ChatRequest:
+  """The parsed body of a call, for completions and chat.
 
-  prompts: token ids; each is answered `choices` times. max_tokens: None is as
-  many as fit.
+  prompts: token ids. n: answers to each of them. max_tokens: None is as many as
+  fit. include_usage: a stream ends with the number of tokens.
   """
 
   prompts: list[list[int]]
-  choices: int
+  n: int
   max_tokens: int | None
-  draw: engine.Draw
-  stops: tuple[str, ...]
+  sampling: requests.SamplingParams
+  stop: tuple[str, ...]
   stream: bool
-  with_usage: bool
+  include_usage: bool
 
 
-def completion(
+def parse_completion(
   body: Any, tokenizer: tokenizers.Tokenizer, limits: Limits
-) -> Ask:
-  """A body of `/v1/completions`.
+) -> ChatRequest:
+  """Parses a body of `/v1/completions`.
 
   Raises:
     NoModelError: it names another model.
     InputError: names the field, its value and the rule.
   """
   fields = _fields(body, _COMPLETION, limits)
-  given = fields.get('prompt', '')
-  if isinstance(given, str) or (all(type(x) is int for x in given) and given):
-    given = [given]
-  choices = _choices(fields, len(given), limits)
-  if fields.get('best_of', choices) != choices:
+  inputs = fields.get('prompt', '')
+  is_ids = inputs and all(type(x) is int for x in inputs)
+  if isinstance(inputs, str) or is_ids:
+    inputs = [inputs]
+  n = _num_choices(fields, len(inputs), limits)
+  if fields.get('best_of', n) != n:
     raise errors.InputError(
       f'best_of={fields["best_of"]} is not supported here, unless it is n'
     )
-  prompts = [_prompt(i, x, tokenizer) for i, x in enumerate(given)]
+  prompts = [_prompt(i, x, tokenizer) for i, x in enumerate(inputs)]
   if not prompts:
     raise errors.InputError('prompt=[] must hold at least one prompt')
-  fields = {'max_tokens': min(16, limits.tokens)} | fields
-  return _ask(fields, prompts, choices, limits)
+  fields = {'max_tokens': min(16, limits.max_tokens)} | fields
+  return _chat_request(fields, prompts, n, limits)
 
 
-def chat(body: Any, tokenizer: tokenizers.Tokenizer, limits: Limits) -> Ask:
-  """A body of `/v1/chat/completions`; raises as `completion`."""
+def parse_chat(
+  body: Any, tokenizer: tokenizers.Tokenizer, limits: Limits
+) -> ChatRequest:
+  """Parses a body of `/v1/chat/completions`; raises as `parse_completion`."""
   fields = _fields(body, _CHAT, limits)
-  choices = _choices(fields, 1, limits)
+  n = _num_choices(fields, 1, limits)
   if {'max_tokens', 'max_completion_tokens'} <= fields.keys():
     raise errors.InputError(
       'max_tokens and max_completion_tokens are the same: give one of them'
     )
-  given = enumerate(fields.get('messages', []))
-  messages = [_message(f'messages[{i}]', x) for i, x in given]
+  inputs = enumerate(fields.get('messages', []))
+  messages = [_message(f'messages[{i}]', x) for i, x in inputs]
   ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
-  return _ask(fields, [ids.tolist()], choices, limits)
+  return _chat_request(fields, [ids.tolist()], n, limits)
 
 
 def _fields(
   body: Any, known: Mapping[str, Any], limits: Limits
 ) -> dict[str, Any]:
-  """Those that say something, of the right types; null is as not given."""
+  """The fields that have an effect, of the right types; null is absent."""
   if not isinstance(body, dict):
     raise errors.InputError('the body must be a JSON object')
-  found = _saying('', body, known, _NEUTRAL)
-  for name, value in found.items():
+  fields = _effective('', body, known, _NEUTRAL)
+  for name, value in fields.items():
     wanted = known[name]
     is_bool = isinstance(value, bool)
     if not isinstance(value, wanted) or (is_bool and wanted is not bool):
       raise errors.InputError(f'{name}={_short(value)} has the wrong type')
-  model = found.get('model', limits.model)
+  model = fields.get('model', limits.model)
   if model != limits.model:
     raise NoModelError(f'model={_short(model)} is not served here')
-  return found
+  return fields
 
 
-def _saying(where: str, given: dict, known, neutral) -> dict[str, Any]:
-  """What of an object says something.
+def _effective(path: str, fields: dict, known, neutral) -> dict[str, Any]:
+  """The fields of an object that have an effect.
 
   Raises:
     InputError: a field that is unknown, or not supported at its value.
   """
-  found = {}
-  for name, value in given.items():
+  effective = {}
+  for name, value in fields.items():
     # Not `in`: for Python, True is 1 and 0.0 is False.
     same = (x for x in neutral.get(name, ()) if type(x) is type(value))
     if value is None or any(x == value for x in same):
       continue
     if name in neutral:
       raise errors.InputError(
-        f'{where}{name}={_short(value)} is not supported here'
+        f'{path}{name}={_short(value)} is not supported here'
       )
     if name not in known:
       raise errors.InputError(
-        f'{where}{_short(name)} is no field of this request: '
+        f'{path}{_short(name)} is no field of this request: '
         f'{", ".join(sorted(known))}'
       )
-    found[name] = value
-  return found
+    effective[name] = value
+  return effective
 
 
-def _prompt(i: int, given: Any, tokenizer: tokenizers.Tokenizer) -> list[int]:
-  """Ids of one prompt: of text, or as they are."""
-  if isinstance(given, str):
-    return tokenizer.encode(given, add_bos=True).tolist()
-  if isinstance(given, list) and all(type(x) is int for x in given):
-    return given
+def _prompt(i: int, value: Any, tokenizer: tokenizers.Tokenizer) -> list[int]:
+  """Ids of one prompt, which is a text or ids."""
+  if isinstance(value, str):
+    return tokenizer.encode(value, add_bos=True).tolist()
+  if isinstance(value, list) and all(type(x) is int for x in value):
+    return value
   raise errors.InputError(f'prompt[{i}] must be a string or a list of ids')
 
 
-def _message(where: str, given: Any) -> dict[str, Any]:
-  """A message with one text, of a role that the template has."""
-  if not isinstance(given, dict):
-    raise errors.InputError(f'{where} must be an object')
-  # A thought that an answer came with is not read again.
-  given = {k: v for k, v in given.items() if k != 'reasoning_content'}
-  found = _saying(f'{where}.', given, _MESSAGE, _MESSAGE_NEUTRAL)
-  if found.get('role') == 'developer':
-    found['role'] = 'system'
-  content = found.get('content')
+def _message(path: str, value: Any) -> dict[str, Any]:
+  """A message with one text, and a role of the chat template."""
+  if not isinstance(value, dict):
+    raise errors.InputError(f'{path} must be an object')
+  # The model does not read the thoughts of its answers again.
+  fields = {k: v for k, v in value.items() if k != 'reasoning_content'}
+  message = _effective(f'{path}.', fields, _MESSAGE, _MESSAGE_NEUTRAL)
+  if message.get('role') == 'developer':
+    message['role'] = 'system'
+  content = message.get('content')
   if isinstance(content, list):
-    parts = [_part(f'{where}.content[{i}]', x) for i, x in enumerate(content)]
-    found['content'] = ''.join(parts)
-  return found
+    parts = [_part(f'{path}.content[{i}]', x) for i, x in enumerate(content)]
+    message['content'] = ''.join(parts)
+  return message
 
 
-def _part(where: str, given: Any) -> str:
+def _part(path: str, value: Any) -> str:
   """The text of a part of a message."""
-  if not isinstance(given, dict):
-    raise errors.InputError(f'{where} must be an object')
-  if given.get('type') != 'text':
+  if not isinstance(value, dict):
+    raise errors.InputError(f'{path} must be an object')
+  if value.get('type') != 'text':
     raise errors.InputError(
-      f"{where}.type={_short(given.get('type'))} must be 'text'"
+      f"{path}.type={_short(value.get('type'))} must be 'text'"
     )
-  if given.keys() != {'type', 'text'} or not isinstance(given['text'], str):
-    raise errors.InputError(f'{where} must have one string, its text')
-  return given['text']
+  if value.keys() != {'type', 'text'} or not isinstance(value['text'], str):
+    raise errors.InputError(f'{path} must have one string, its text')
+  return value['text']
 
 
-def _choices(fields: dict, prompts: int, limits: Limits) -> int:
-  """How many answers a prompt gets; before anything is tokenised."""
-  choices = _within('n', fields.get('n', 1), 1, _MOST_CHOICES)
-  _within('n * prompts', choices * prompts, 0, limits.answers)
-  return choices
+def _num_choices(fields: dict, prompts: int, limits: Limits) -> int:
+  """Answers to each prompt; checked before anything is tokenised."""
+  n = _within('n', fields.get('n', 1), 1, _MAX_CHOICES)
+  _within('n * prompts', n * prompts, 0, limits.max_choices)
+  return n
 
 
-def _ask(fields: dict, prompts: list, choices: int, limits: Limits) -> Ask:
-  most = None
+def _chat_request(
+  fields: dict, prompts: list, n: int, limits: Limits
+) -> ChatRequest:
+  max_tokens = None
   for name in ('max_tokens', 'max_completion_tokens'):
     if name in fields:
-      most = _within(name, fields[name], 1, limits.tokens)
+      max_tokens = _within(name, fields[name], 1, limits.max_tokens)
   stops = fields.get('stop', [])
   stops = [stops] if isinstance(stops, str) else stops
-  if len(stops) > _MOST_STOPS or not all(isinstance(s, str) for s in stops):
-    raise errors.InputError(f'stop must be at most {_MOST_STOPS} strings')
+  if len(stops) > _MAX_STOPS or not all(isinstance(s, str) for s in stops):
+    raise errors.InputError(f'stop must be at most {_MAX_STOPS} strings')
   temperature = _within('temperature', fields.get('temperature', 1), 0, 100)
-  draw = engine.Draw(
+  params = requests.SamplingParams(
     temperature=float(temperature),
     top_k=_within('top_k', fields.get('top_k', 0), 0, 2**31 - 1),
-    top_p=float(_share(fields.get('top_p', 1))),
+    top_p=float(_fraction(fields.get('top_p', 1))),
     seed=_within('seed', fields.get('seed', limits.seed), 0, 2**32 - 1),
   )
-  return Ask(
+  return ChatRequest(
     prompts=prompts,
-    choices=choices,
-    max_tokens=most,
-    draw=draw,
-    stops=tuple(stops),
+    n=n,
+    max_tokens=max_tokens,
+    sampling=params,
+    stop=tuple(stops),
     stream=fields.get('stream', False),
-    with_usage=_with_usage(fields),
+    include_usage=_include_usage(fields),
   )
 
 
-def _with_usage(fields: dict) -> bool:
+def _include_usage(fields: dict) -> bool:
   options = fields.get('stream_options', {})
   if options and not fields.get('stream'):
     raise errors.InputError('stream_options is for stream=true only')
   neutral = {'include_obfuscation': (False,)}
-  found = _saying('stream_options.', options, ('include_usage',), neutral)
-  wanted = found.get('include_usage', False)
-  if not isinstance(wanted, bool):
+  known = ('include_usage',)
+  options = _effective('stream_options.', options, known, neutral)
+  include_usage = options.get('include_usage', False)
+  if not isinstance(include_usage, bool):
     raise errors.InputError('stream_options.include_usage must be a bool')
-  return wanted
+  return include_usage
 
 
 def _short(value: Any) -> str:
-  """On one line, however long it is."""
+  """The value on one line, shortened if it is long."""
   return reprlib.repr(value)
 
 
@@ -281,7 +288,7 @@ def _within(name: str, value, low, high):
   return value
 
 
-def _share(value):
+def _fraction(value):
   if not 0 < value <= 1:
     raise errors.InputError(f'top_p={value} must be in (0, 1]')
   return value

@@ -1,6 +1,6 @@
-"""Answers to a call of the server: its requests, their text, and its JSON.
+"""Answers to a call: requests to the engine, their text, and OpenAI's JSON.
 
-A call may ask for several answers; their pieces come as they are made.
+A call may ask for several answers; their text comes piece by piece.
 """
 
 import asyncio
@@ -14,112 +14,129 @@ from collections.abc import AsyncIterator
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import detokenizer
+from dsv3_jax.inference import request as requests
 from dsv3_jax.server import engine_thread, protocol
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
-  """A piece of one answer. finish: 'stop' or 'length' at its end, else None."""
+class TextPiece:
+  """A piece of one answer; `finish_reason` is None except at its end."""
 
   index: int
   text: str
-  finish: str | None = None
+  finish_reason: requests.FinishReason | None = None
 
 
-class Answers:
-  """The requests of one call, and what comes of them as text."""
+class ResponseStream:
+  """The engine's requests for one call, and their tokens as text."""
 
   def __init__(
     self,
-    model: engine_thread.Worker,
+    thread: engine_thread.EngineThread,
     tokenizer: tokenizers.Tokenizer,
-    ask: protocol.Ask,
+    chat_request: protocol.ChatRequest,
     max_tokens: int,
   ):
-    """Args: max_tokens: where `ask` names none. Of a running event loop."""
-    self._worker, self._tokenizer, self.ask = model, tokenizer, ask
-    self._max_tokens = max_tokens
-    self._news: asyncio.Queue = asyncio.Queue()
+    """Must be called in a running event loop.
+
+    Args:
+      max_tokens: of an answer, if `chat_request` has no limit.
+    """
+    self._thread, self._tokenizer = thread, tokenizer
+    self.chat_request, self._max_tokens = chat_request, max_tokens
+    self._outputs: asyncio.Queue[requests.TokenOutput] = asyncio.Queue()
     self._loop = asyncio.get_running_loop()
-    self.tickets: list[engine_thread.Ticket] = []
-    self.prompt_tokens = sum(map(len, ask.prompts))
+    self.requests: list[requests.Request] = []
+    self.prompt_tokens = sum(map(len, chat_request.prompts))
     self.completion_tokens = 0
 
-  def begin(self) -> None:
-    """Submits all or none.
+  def submit(self) -> None:
+    """Submits all requests, or none.
 
     Raises:
-      InputError, Full, Closed: see `Worker.submit`.
+      InputError, QueueFull, Closed: see `EngineThread.submit`.
     """
     try:
-      for prompt in self.ask.prompts:
+      for prompt in self.chat_request.prompts:
         first = self._submit(prompt)
-        for _ in range(self.ask.choices - 1):
+        for _ in range(self.chat_request.n - 1):
           self._submit(prompt, first)
-    except (errors.InputError, engine_thread.Full, engine_thread.Closed):
+    except (errors.InputError, engine_thread.QueueFull, engine_thread.Closed):
       self.cancel()
       raise
 
   def _submit(
-    self, prompt: list[int], twin: engine_thread.Ticket | None = None
-  ) -> engine_thread.Ticket:
-    index = len(self.tickets)
-    draw = dataclasses.replace(self.ask.draw, stream=index)
-
-    def tell(news):
-      with contextlib.suppress(RuntimeError):  # the loop is closed
-        self._loop.call_soon_threadsafe(self._news.put_nowait, (index, news))
-
-    stop_ids = [self._tokenizer.eos_id]
-    count = self.ask.max_tokens
+    self, prompt: list[int], shares_prompt_with: requests.Request | None = None
+  ) -> requests.Request:
+    params = self.chat_request.sampling
+    count = self.chat_request.max_tokens
     if count is None:
-      room = self._worker.session.room(len(prompt))
+      room = self._thread.engine.max_new_tokens(len(prompt))
       count = max(min(self._max_tokens, room), 1)
-    args = (prompt, count, draw, stop_ids, tell, twin)
-    self.tickets.append(self._worker.submit(*args))
-    return self.tickets[-1]
+    request = requests.Request(
+      prompt,
+      count,
+      dataclasses.replace(params, stream=len(self.requests)),
+      frozenset([self._tokenizer.eos_id]),
+      shares_prompt_with,
+    )
+    self._thread.submit(request, self._on_output)
+    self.requests.append(request)
+    return request
+
+  def _on_output(self, output: requests.TokenOutput) -> None:
+    """Hands an output over to the event loop; runs in the engine's thread."""
+    with contextlib.suppress(RuntimeError):  # the loop is closed
+      self._loop.call_soon_threadsafe(self._outputs.put_nowait, output)
 
   def cancel(self) -> None:
-    """Nobody waits any more; nothing happens to what is done."""
-    for ticket in self.tickets:
-      self._worker.cancel(ticket)
+    """Cancels the requests that are not finished."""
+    for request in self.requests:
+      self._thread.cancel(request)
 
-  async def pieces(self) -> AsyncIterator[Choice]:
-    """Text as it comes, of all answers."""
+  async def pieces(self) -> AsyncIterator[TextPiece]:
+    """Pieces of all answers as they come.
+
+    Raises:
+      Closed: the engine has stopped before the answers were finished.
+    """
     decode = functools.partial(self._tokenizer.decode, skip_special=True)
-    eos = self._tokenizer.eos_id
-    streams = [
-      (detokenizer.Characters(decode), detokenizer.Stops(self.ask.stops))
-      for _ in self.tickets
-    ]
-    left = set(range(len(self.tickets)))
-    while left:
-      index, news = await self._news.get()
-      if index not in left:
+    eos, stop = self._tokenizer.eos_id, self.chat_request.stop
+    # What turns the tokens of each unfinished request into text.
+    streams = {
+      request: (
+        index,
+        detokenizer.Characters(decode),
+        detokenizer.Stops(stop),
+      )
+      for index, request in enumerate(self.requests)
+    }
+    while streams:
+      output = await self._outputs.get()
+      request = output.request
+      if request not in streams:
         continue
-      if news.token is None:
+      if output.token is None:
         raise engine_thread.Closed
       self.completion_tokens += 1
-      characters, stops = streams[index]
-      ended = news.token == eos
-      new = '' if ended else characters.feed(news.token)
-      if news.is_last:
-        new += characters.end()
-      new = stops.feed(new)
-      finish = None
-      if stops.stopped or news.is_last:
-        new += stops.end()
-        finish = 'stop' if stops.stopped or ended else 'length'
-        left.discard(index)
-        self._worker.cancel(self.tickets[index])
-      if new or finish:
-        yield Choice(index, new, finish=finish)
+      index, characters, stops = streams[request]
+      text = '' if output.token == eos else characters.feed(output.token)
+      if output.is_last:
+        text += characters.end()
+      text = stops.feed(text)
+      finish_reason = 'stop' if stops.stopped else output.finish_reason
+      if finish_reason:
+        text += stops.end()
+        del streams[request]
+        self._thread.cancel(request)
+      if text or finish_reason:
+        yield TextPiece(index, text, finish_reason)
 
 
-class Form:
-  """What a kind of answer looks like; see the two below."""
+class ResponseFormat:
+  """The JSON of a kind of answer; see the two subclasses."""
 
-  prefix = kind = whole_kind = ''
+  prefix = chunk_kind = kind = ''
 
   def __init__(self, model: str):
     self._frame = {
@@ -129,68 +146,71 @@ class Form:
     }
 
   def opening(self, count: int) -> list[dict]:
+    """Chunks before the first piece of `count` answers."""
     return []
 
-  def piece(self, choice: Choice) -> dict:
-    body = {
-      'index': choice.index,
-      'finish_reason': choice.finish,
-      'logprobs': None,
-    }
+  def chunk(self, piece: TextPiece) -> dict:
+    """A chunk of a stream."""
     return self._frame | {
-      'object': self.kind,
-      'choices': [body | self._content(choice, 'delta')],
+      'object': self.chunk_kind,
+      'choices': [self._choice(piece, 'delta')],
     }
 
-  def usage(self, answers: Answers) -> dict:
+  def usage(self, stream: ResponseStream) -> dict:
+    """The last chunk of a stream, with the number of tokens."""
     return self._frame | {
-      'object': self.kind,
+      'object': self.chunk_kind,
       'choices': [],
-      'usage': _usage(answers),
+      'usage': _usage(stream),
     }
 
-  async def collect(self, answers: Answers) -> dict:
-    """The whole answer as one object."""
-    texts = [[] for _ in answers.tickets]
-    ends = [None for _ in answers.tickets]
-    async for piece in answers.pieces():
+  async def collect(self, stream: ResponseStream) -> dict:
+    """The whole response as one object."""
+    texts = [[] for _ in stream.requests]
+    reasons = [None for _ in stream.requests]
+    async for piece in stream.pieces():
       texts[piece.index].append(piece.text)
-      ends[piece.index] = piece.finish
+      reasons[piece.index] = piece.finish_reason
     choices = []
-    for index, (parts, finish) in enumerate(zip(texts, ends, strict=True)):
-      choice = Choice(index, ''.join(parts), finish=finish)
-      body = {'index': index, 'finish_reason': finish, 'logprobs': None}
-      choices.append(body | self._content(choice, 'message'))
+    for index, (parts, reason) in enumerate(zip(texts, reasons, strict=True)):
+      piece = TextPiece(index, ''.join(parts), reason)
+      choices.append(self._choice(piece, 'message'))
     return self._frame | {
-      'object': self.whole_kind,
+      'object': self.kind,
       'choices': choices,
-      'usage': _usage(answers),
+      'usage': _usage(stream),
     }
 
-  def _content(self, choice: Choice, place: str) -> dict:
+  def _choice(self, piece: TextPiece, key: str) -> dict:
+    reason = piece.finish_reason
+    body = {'index': piece.index, 'finish_reason': reason, 'logprobs': None}
+    return body | self._content(piece, key)
+
+  def _content(self, piece: TextPiece, key: str) -> dict:
+    """The text of a piece. key: where a chat response has it."""
     raise NotImplementedError
 
 
-def _usage(answers: Answers) -> dict:
+def _usage(stream: ResponseStream) -> dict:
   return {
-    'prompt_tokens': answers.prompt_tokens,
-    'completion_tokens': answers.completion_tokens,
-    'total_tokens': answers.prompt_tokens + answers.completion_tokens,
+    'prompt_tokens': stream.prompt_tokens,
+    'completion_tokens': stream.completion_tokens,
+    'total_tokens': stream.prompt_tokens + stream.completion_tokens,
   }
 
 
-class Completion(Form):
-  prefix, kind, whole_kind = 'cmpl', 'text_completion', 'text_completion'
+class CompletionFormat(ResponseFormat):
+  prefix, chunk_kind, kind = 'cmpl', 'text_completion', 'text_completion'
 
-  def _content(self, choice: Choice, place: str) -> dict:
-    return {'text': choice.text}
+  def _content(self, piece: TextPiece, key: str) -> dict:
+    return {'text': piece.text}
 
 
-class Chat(Form):
+class ChatFormat(ResponseFormat):
   """Thoughts go to `reasoning_content`, the rest to `content`."""
 
-  prefix, kind = 'chatcmpl', 'chat.completion.chunk'
-  whole_kind = 'chat.completion'
+  prefix, chunk_kind = 'chatcmpl', 'chat.completion.chunk'
+  kind = 'chat.completion'
 
   def __init__(self, model: str):
     super().__init__(model)
@@ -199,19 +219,19 @@ class Chat(Form):
   def opening(self, count: int) -> list[dict]:
     role = {'role': 'assistant', 'content': ''}
     first = {'finish_reason': None, 'logprobs': None, 'delta': role}
-    frame = self._frame | {'object': self.kind}
+    frame = self._frame | {'object': self.chunk_kind}
     return [frame | {'choices': [{'index': i} | first]} for i in range(count)]
 
-  def _content(self, choice: Choice, place: str) -> dict:
-    thoughts = self._thoughts.setdefault(choice.index, detokenizer.Thoughts())
-    pieces = thoughts.feed(choice.text)
-    if choice.finish:
-      pieces += thoughts.end()
-    told = {'content': '', 'reasoning_content': ''}
-    for inside, part in pieces:
-      told['reasoning_content' if inside else 'content'] += part
-    if not told['reasoning_content']:
-      del told['reasoning_content']
-    if place == 'message':
-      told['role'] = 'assistant'
-    return {place: told}
+  def _content(self, piece: TextPiece, key: str) -> dict:
+    thoughts = self._thoughts.setdefault(piece.index, detokenizer.Thoughts())
+    parts = thoughts.feed(piece.text)
+    if piece.finish_reason:
+      parts += thoughts.end()
+    content = {'content': '', 'reasoning_content': ''}
+    for is_thought, part in parts:
+      content['reasoning_content' if is_thought else 'content'] += part
+    if not content['reasoning_content']:
+      del content['reasoning_content']
+    if key == 'message':
+      content['role'] = 'assistant'
+    return {key: content}

@@ -7,7 +7,7 @@ import jax
 from dsv3_jax import config, errors
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.distributed import processes, sharding
-from dsv3_jax.inference import generate
+from dsv3_jax.inference import generate, model_runner
 
 RULE = '\n' + '-' * 72 + '\n'
 
@@ -39,7 +39,8 @@ def make(
   params, router = _on_first_device((state['params'], state['router']))
   if processes.index():
     return ''
-  output = generate.Generator(cfg, params, router).generate(
+  output = generate.generate(
+    model_runner.ModelRunner(cfg, params, router),
     _prompts(cfg, tokenizer),
     cfg.sample.max_new_tokens,
     temperature=cfg.sample.temperature,

@@ -48,7 +48,7 @@ def command(name, trained, *args):
 
 
 @pytest.mark.parametrize(
-  ('args', 'said'),
+  ('args', 'message'),
   [
     (['generate', '--checkpoint=x', '--top_k=-1'], 'top_k=-1 must be in'),
     (['generate', '--checkpoint=x', '--prompts=no.jsonl'], 'prompts=no.jsonl:'),
@@ -72,28 +72,28 @@ def command(name, trained, *args):
     ),
   ],
 )
-def test_bad_input_is_one_line(capsys, args, said):
+def test_bad_input_is_one_line(capsys, args, message):
   assert cli.main(args) == 2
   out, err = capsys.readouterr()
-  assert said in err and err.count('\n') == 1 and not out
+  assert message in err and err.count('\n') == 1 and not out
 
 
 @pytest.mark.parametrize(
-  ('text', 'said'),
+  ('text', 'message'),
   [
     ('{"prompt": "a"}\n{"prompt": 3}\n', 'in.jsonl:2 must be an object with'),
     ('{"prompt": "a"\n', 'in.jsonl:1 is no JSON'),
     ('[' * 100_000, 'in.jsonl:1 is no JSON'),
     ('\n\n', 'in.jsonl has no prompt'),
     ('{"prompt": "a", "seed": 3}', '1 has "seed": --seed sets it for all'),
-    ('{"prompt": "a", "text": "b"}', '1 has "text": what is made has that'),
+    ('{"prompt": "a", "text": "b"}', '1 has "text": the output has this'),
   ],
 )
-def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, said):
+def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, message):
   path = tmp_path / 'in.jsonl'
   path.write_text(text)
   assert cli.main(['generate', '--checkpoint=x', f'--prompts={path}']) == 2
-  assert said in capsys.readouterr().err
+  assert message in capsys.readouterr().err
 
 
 def test_prompts_of_a_file(trained, tmp_path, capsys):
@@ -115,30 +115,52 @@ def test_prompts_of_a_file(trained, tmp_path, capsys):
   one = ['generate', '--prompt=def f(', '--json', *args]
   assert cli.main(one) == 0
   assert json.loads(capsys.readouterr().out)['text'] == rows[1]['text']
-  assert cli.main([*one, '--num_drafts=2']) == 0
+  assert cli.main([*one, '--num_speculative_tokens=2']) == 0
   out, err = capsys.readouterr()
   assert json.loads(out)['text'] == rows[1]['text']
   drafted = json.loads(err.splitlines()[-1])
   assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
 
 
+def test_old_flags_work_and_warn_in_one_line(trained, capsys):
+  args = ['generate', f'--checkpoint={trained}', '--max_new_tokens=4', '--json']
+  for old, new, name in (
+    ('--num_drafts=1', '--num_speculative_tokens=1', 'num_drafts'),
+    ('--invariant', '--batch_invariant', 'invariant'),
+  ):
+    assert cli.main([*args, new]) == 0
+    wanted = capsys.readouterr()
+    assert 'deprecated' not in wanted.err
+    assert cli.main([*args, old]) == 0
+    out, err = capsys.readouterr()
+    use = new.removesuffix('=1')
+    warning, *rest = err.splitlines()
+    assert warning == f'dsv3: --{name} is deprecated: use {use}'
+    assert len(rest) == wanted.err.count('\n')
+    assert out == wanted.out
+    speeds = [json.loads(text.splitlines()[-1]) for text in (wanted.err, err)]
+    assert speeds[0].keys() == speeds[1].keys()
+    assert cli.main([*args, old, new]) == 2
+    assert f'--{name} is the old name of {use}' in capsys.readouterr().err
+
+
 def test_the_engine_is_as_the_flags_say(trained, monkeypatch, capsys):
   made, load = [], dsv3_jax.load
-  spy = lambda *args, **how: made.append(load(*args, **how)) or made[-1]
+  spy = lambda *args, **options: made.append(load(*args, **options)) or made[-1]
   monkeypatch.setattr(dsv3_jax, 'load', spy)
   args = ['generate', f'--checkpoint={trained}', '--max_new_tokens=2']
   for more in ([], ['--fp8_cache']):
     assert cli.main([*args, *more]) == 0
-  kept = [loaded.engine.steps.empty_caches(1, 64).moe for loaded in made]
+  kept = [loaded.runner.empty_caches(1, 64).moe for loaded in made]
   is_fp8 = [isinstance(c.c_LpsC, quantized.Quantized) for c in kept]
   assert is_fp8 == [False, True]
 
 
 def test_all_is_checked_before_weights_are_read(trained, monkeypatch, capsys):
-  monkeypatch.setattr(dsv3_jax, 'load', lambda *args, **how: 1 / 0)
+  monkeypatch.setattr(dsv3_jax, 'load', lambda *args, **options: 1 / 0)
   with socket.create_server(('127.0.0.1', 0)) as taken:
     port = taken.getsockname()[1]
-    for name, args, said in (
+    for name, args, message in (
       ('generate', ['--max_new_tokens=999'], '=999 must be below model.max_s'),
       ('chat', ['--system=' + 'a b ' * 999], 'before a word is said, has'),
       ('chat', ['--max_new_tokens=999'], '=999 must be below model.max_s'),
@@ -147,7 +169,7 @@ def test_all_is_checked_before_weights_are_read(trained, monkeypatch, capsys):
     ):
       assert cli.main([name, f'--checkpoint={trained}', *args]) == 2
       out, err = capsys.readouterr()
-      assert said in err and err.count('\n') == 1 and not out
+      assert message in err and err.count('\n') == 1 and not out
 
 
 def test_without_a_number_as_many_tokens_as_fit(trained, capsys):
@@ -162,12 +184,12 @@ def test_a_mesh_gives_the_same_text(trained, capsys):
   args += ['--json', '--prompt=import ', '--prompt=def f(', '--prompt=x']
   mesh = ['--parallel.data=2', '--parallel.expert=2', '--parallel.model=2']
   mesh += ['--redundant_experts=4', '--rebalance_every=3']
-  told = []
+  outputs = []
   for more in ([], mesh):
     assert cli.main(['generate', *args, *more]) == 0
-    told.append(capsys.readouterr())
-  assert told[0].out == told[1].out
-  speed = [json.loads(each.err.splitlines()[-1]) for each in told]
+    outputs.append(capsys.readouterr())
+  assert outputs[0].out == outputs[1].out
+  speed = [json.loads(each.err.splitlines()[-1]) for each in outputs]
   assert 'balancedness' not in speed[0]
   assert 0.5 <= speed[1]['balancedness'] <= 1
 
@@ -214,12 +236,12 @@ def test_weights_that_a_step_with_drafts_reads():
 @pytest.mark.slow
 def test_chat_answers_line_by_line_until_it_is_full(trained, env):
   args = command('chat', trained, '--temperature=0')
-  said = subprocess.run(
+  done = subprocess.run(
     args, input='Hello\n' * 99, capture_output=True, text=True, env=env
   )
-  assert said.returncode == 2
-  assert said.stdout.endswith('\n') and said.stdout.strip()
-  assert 'the prompt has' in said.stderr and said.stderr.count('\n') == 1
+  assert done.returncode == 2
+  assert done.stdout.endswith('\n') and done.stdout.strip()
+  assert 'the prompt has' in done.stderr and done.stderr.count('\n') == 1
 
 
 def test_serve_until_it_is_told_to_stop(trained, env):
@@ -230,9 +252,9 @@ def test_serve_until_it_is_told_to_stop(trained, env):
   ) as child:
     try:
       line = child.stdout.readline()
-      found = re.fullmatch(r'serving mine on (http://127\.0\.0\.1:\d+)\n', line)
-      how = {'base_url': f'{found[1]}/v1', 'max_retries': 0}
-      with openai.OpenAI(api_key='k', **how) as ask:
+      match = re.fullmatch(r'serving mine on (http://127\.0\.0\.1:\d+)\n', line)
+      options = {'base_url': f'{match[1]}/v1', 'max_retries': 0}
+      with openai.OpenAI(api_key='k', **options) as ask:
         made = ask.completions.create(
           model='mine', prompt='import ', max_tokens=6, temperature=0
         )
@@ -244,7 +266,7 @@ def test_serve_until_it_is_told_to_stop(trained, env):
           stream=True,
         )
         assert list(parts)[-1].choices[0].finish_reason in ('stop', 'length')
-      wrong = openai.OpenAI(api_key='wrong', **how)
+      wrong = openai.OpenAI(api_key='wrong', **options)
       with wrong, pytest.raises(openai.AuthenticationError):
         wrong.models.list()
     finally:

@@ -1,7 +1,7 @@
 """A model that only counts: the next token is a sum of all before it.
 
-It has a cache of tokens instead of latents, so that a wrong page is a wrong
-token; it takes `seconds` a step, and fails when told to.
+It has a cache of tokens instead of latents, so that a wrong block is a wrong
+token. It takes `seconds` a step, and raises while `fails` is set.
 """
 
 import dataclasses
@@ -15,44 +15,46 @@ from tests import settings
 VOCAB = 23
 
 
-class Steps(model_runner.ModelRunner):
-  """Has no parameters; of its drafts each third is wrong."""
+class Runner(model_runner.ModelRunner):
+  """Has no parameters; a third of its speculative tokens is wrong."""
 
-  def __init__(self, vocab=VOCAB, seconds=0.0, room=400, num_drafts=0):
+  def __init__(
+    self, vocab=VOCAB, seconds=0.0, room=400, num_speculative_tokens=0
+  ):
     cfg = settings.small()
     net = dataclasses.replace(cfg.model, vocab_size=vocab, max_seq_len=room)
     self.cfg = dataclasses.replace(cfg, model=net)  # instead of the real one
     self.seconds, self.fails, self.calls = seconds, False, 0
-    self.num_drafts = num_drafts
+    self.num_speculative_tokens = num_speculative_tokens
 
   def empty_caches(self, count, size):
     return np.full((count, size), -1)
 
-  def copy(self, copies, caches):
+  def copy_blocks(self, copies, caches):
     for source, target in copies:
       caches[target] = caches[source]
     return caches
 
-  def extend(self, rows, caches, draws):
+  def extend(self, rows, caches, arrays):
     self._write(rows, caches)
-    made = [
-      self._made(rows, caches, b, [last]) for b, last in enumerate(rows.last_B)
+    outputs = [
+      self._output(rows, caches, b, [last])
+      for b, last in enumerate(rows.last_B)
     ]
-    return model_runner.StepOutput(
-      *map(np.array, zip(*made, strict=True))
-    ), caches
+    arrays = map(np.array, zip(*outputs, strict=True))
+    return model_runner.StepOutput(*arrays), caches
 
   prefill = extend
 
-  def decode(self, rows, caches, draws):
+  def decode(self, rows, caches, arrays):
     self._write(rows, caches)
     width = rows.tokens_BT.shape[1]
-    made = [
-      self._made(rows, caches, b, range(width)) for b in range(len(rows.last_B))
+    outputs = [
+      self._output(rows, caches, b, range(width))
+      for b in range(len(rows.last_B))
     ]
-    return model_runner.StepOutput(
-      *map(np.array, zip(*made, strict=True))
-    ), caches
+    arrays = map(np.array, zip(*outputs, strict=True))
+    return model_runner.StepOutput(*arrays), caches
 
   def _write(self, rows, caches):
     if self.fails:
@@ -65,11 +67,11 @@ class Steps(model_runner.ModelRunner):
         if at >= 0:
           caches[rows.table_Bb[b, at // size], at % size] = token
 
-  def _made(self, rows, caches, b, places):
+  def _output(self, rows, caches, b, places):
     """What follows some tokens of a row, how many are new, and drafts."""
     index_T, vocab = rows.index_BT[b], self.cfg.model.vocab_size
-    pages_b = rows.table_Bb[b][rows.table_Bb[b] < len(caches)]
-    row = caches[pages_b].reshape(-1)
+    blocks_b = rows.table_Bb[b][rows.table_Bb[b] < len(caches)]
+    row = caches[blocks_b].reshape(-1)
     new = [self.following(row[: index_T[t] + 1]) for t in places]
     count = 1
     for t in range(1, len(places)):
@@ -78,7 +80,7 @@ class Steps(model_runner.ModelRunner):
       count += 1
     end = index_T[places[count - 1]] + 1
     drafts, known = [], [*row[:end], new[count - 1]]
-    for _ in range(self.num_drafts):
+    for _ in range(self.num_speculative_tokens):
       is_wrong = sum(known) % 3 == 0
       drafts.append((self.following(known) + is_wrong) % vocab)
       known.append(drafts[-1])

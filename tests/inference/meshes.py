@@ -8,6 +8,7 @@ import numpy as np
 
 from dsv3_jax.inference import engine, model_runner
 from dsv3_jax.inference import mesh as inference_mesh
+from dsv3_jax.inference import request as requests
 from dsv3_jax.nn import model
 from tests import settings
 from tests.nn import models
@@ -43,22 +44,28 @@ class Passes:
     self.cfg, self.place = cfg, inference_mesh.InferenceMesh(cfg, mesh)
     specs, rows = {'params': self.place.params}, inference_mesh.ROWS
     if has_copies:
-      specs['redundant_slots'] = inference_mesh.WHOLE
-    taken = (specs, inference_mesh.WHOLE, rows, rows, inference_mesh.PAGES)
+      specs['redundant_slots'] = inference_mesh.REPLICATED
+    taken = (
+      specs,
+      inference_mesh.REPLICATED,
+      rows,
+      rows,
+      inference_mesh.BLOCKS,
+    )
     self.run = self.place.jit(self._run, taken, (rows, rows))
 
   def _run(self, variables, router, tokens_BT, table_Bb, caches):
     naive = model.build(self.cfg)
     absorbed = model.build(self.cfg, absorbed=True)
-    made, load_LE = [], 0
+    runner, load_LE = [], 0
     for net, start, end in ((naive, 0, LENGTH), (absorbed, LENGTH, None)):
       part_BT = tokens_BT[:, start:end]
       at_Bt = jnp.zeros_like(part_BT) + jnp.arange(part_BT.shape[1])
       args = (part_BT, start + at_Bt, at_Bt, table_Bb, router, caches)
-      found = net.apply(variables, *args, method='cached')
-      made.append(found[0])
-      caches, load_LE = found[2], load_LE + found[3]
-    return jnp.concatenate(made, axis=1), load_LE[None]
+      outputs = net.apply(variables, *args, method='cached')
+      runner.append(outputs[0])
+      caches, load_LE = outputs[2], load_LE + outputs[3]
+    return jnp.concatenate(runner, axis=1), load_LE[None]
 
   def __call__(self, variables, router):
     """Logits, and how many tokens each expert got, by rank."""
@@ -66,13 +73,13 @@ class Passes:
     vocab = self.cfg.model.vocab_size
     tokens_BT = rng.integers(0, vocab, (ROWS, LENGTH + 1)).astype(np.int32)
     table_Bb = np.tile(np.arange(ROWS // ranks)[:, None], (ranks, 1))
-    args = (self.cfg.model, ROWS, engine.PAGE, jnp.float32)
-    how = {'drafting': False, 'fp8': False}
-    make = functools.partial(model_runner.empty_caches, *args, **how)
-    caches = self.place.zeros(make, inference_mesh.PAGES)
+    args = (self.cfg.model, ROWS, engine.BLOCK_SIZE, jnp.float32)
+    options = {'drafting': False, 'fp8': False}
+    make = functools.partial(model_runner.empty_caches, *args, **options)
+    caches = self.place.zeros(make, inference_mesh.BLOCKS)
     tokens = (tokens_BT, table_Bb.astype(np.int32))
-    made_BTV, load_RLE = self.run(variables, router, *tokens, caches)
-    return np.asarray(made_BTV), load_RLE
+    logits_BTV, load_PLE = self.run(variables, router, *tokens, caches)
+    return np.asarray(logits_BTV), load_PLE
 
 
 def prompt(seed, size):
@@ -81,48 +88,48 @@ def prompt(seed, size):
 
 
 def _draw(seed):
-  return engine.Draw(temperature=1.0, top_p=0.9, seed=seed)
+  return requests.SamplingParams(temperature=1.0, top_p=0.9, seed=seed)
 
 
 # A prompt; how many tokens; how they are drawn.
 REQUESTS = [
-  (prompt(1, 5), 20, engine.Draw()),
+  (prompt(1, 5), 20, requests.GREEDY),
   (prompt(2, 130), 9, _draw(3)),
   (prompt(3, 1), 30, _draw(4)),
-  (prompt(4, 64), 5, engine.Draw()),
-  (prompt(2, 130)[:100] + [1, 2], 4, engine.Draw()),
+  (prompt(4, 64), 5, requests.GREEDY),
+  (prompt(2, 130)[:100] + [1, 2], 4, requests.GREEDY),
   (prompt(5, 62), 70, _draw(5)),
-  (prompt(6, 30), 40, engine.Draw()),
-  (prompt(4, 64), 5, engine.Draw()),
+  (prompt(6, 30), 40, requests.GREEDY),
+  (prompt(4, 64), 5, requests.GREEDY),
 ]
 
 
-def traffic(made, **how):
+def traffic(runner, **options):
   """They come at different times; the session, and what each was told."""
-  how = {'num_pages': 7, 'max_rows': 2, 'least_rows': 2} | how
+  options = {'num_blocks': 7, 'max_rows': 2, 'min_rows': 2} | options
   # One size of a prefill and of block tables: fewer programs to compile.
-  session = engine.Engine(made, **how, chunk=64, least_pages=4)
-  requests = []
+  session = engine.Engine(runner, **options, chunk=64, min_blocks=4)
+  submitted = []
   for case in REQUESTS:
-    requests.append(session.submit(*case))
+    submitted.append(session.submit(*case))
     session.step()
   for _ in range(1000):
     if session.is_idle:
       break
     session.step()
-  assert all(request.done for request in requests)
-  assert all(one.pool.in_use == 0 for one in session.scheduler.each)
-  return session, [request.tokens for request in requests]
+  assert all(request.done for request in submitted)
+  assert session.stats().blocks_in_use == 0
+  return session, [request.tokens for request in submitted]
 
 
 @functools.cache
 def expected():
   """Of one device, as many rows and pages as two ranks have."""
-  made = model_runner.ModelRunner(CONFIG, *weights())
-  return traffic(made, num_pages=14, max_rows=4, least_rows=4)[1]
+  runner = model_runner.ModelRunner(CONFIG, *weights())
+  return traffic(runner, num_blocks=14, max_rows=4, min_rows=4)[1]
 
 
-def compiled(made):
+def compiled(runner):
   """How many programs each kind of step has become."""
-  each = (made._prefill, made._extend, made._decode, made._copy)
-  return [function._cache_size() for function in each]
+  functions = (runner._prefill, runner._extend, runner._decode, runner._copy)
+  return [function._cache_size() for function in functions]

@@ -1,4 +1,4 @@
-"""Pages of the cache: whatever happens, every row reads its own tokens."""
+"""Blocks of the cache: whatever happens, every row reads its own tokens."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -16,19 +16,19 @@ def write(pool, row, memory, tokens):
   for source, target in pool.extend(row, len(tokens)):
     memory[target] = memory[source]
   for at in range(row.length, len(tokens)):
-    memory[row.pages[at // SIZE], at % SIZE] = tokens[at]
-  pool.written(row, tokens)
+    memory[row.blocks[at // SIZE], at % SIZE] = tokens[at]
+  pool.commit(row, tokens)
 
 
 def read(row, memory):
-  return memory[row.pages].reshape(-1)[: row.length].tolist()
+  return memory[row.blocks].reshape(-1)[: row.length].tolist()
 
 
 def begun(pool, memory, tokens):
-  row = pool.begin(tokens)
-  found = row.length
+  row = pool.match_prefix(tokens)
+  num_cached = row.length
   write(pool, row, memory, tokens)
-  return row, found
+  return row, num_cached
 
 
 @pytest.fixture
@@ -36,50 +36,50 @@ def memory():
   return np.full((COUNT, SIZE), -1)
 
 
-def test_a_row_takes_as_many_pages_as_it_needs(memory):
+def test_a_row_takes_as_many_blocks_as_it_needs(memory):
   pool = block_pool.BlockPool(COUNT, SIZE)
-  row, found = begun(pool, memory, [1, 2, 3, 4, 5])
-  assert found == 0 and len(row.pages) == pool.in_use == 2
-  assert pool.pages_for(8) == 2 and pool.pages_for(9) == 3
+  row, num_cached = begun(pool, memory, [1, 2, 3, 4, 5])
+  assert num_cached == 0 and len(row.blocks) == pool.in_use == 2
+  assert pool.blocks_for(8) == 2 and pool.blocks_for(9) == 3
   write(pool, row, memory, [1, 2, 3, 4, 5, 6, 7, 8])
   assert pool.in_use == 2
   pool.release(row)
   assert pool.in_use == 0 and pool.available == COUNT
 
 
-def test_full_pages_are_shared_also_after_their_row_has_gone(memory):
+def test_full_blocks_are_shared_also_after_their_row_has_gone(memory):
   pool = block_pool.BlockPool(COUNT, SIZE)
   prompt = list(range(10))
   first, _ = begun(pool, memory, prompt)
-  second, found = begun(pool, memory, [*prompt, 11])
-  assert found == 8 and second.pages[:2] == first.pages[:2]
+  second, num_cached = begun(pool, memory, [*prompt, 11])
+  assert num_cached == 8 and second.blocks[:2] == first.blocks[:2]
   assert pool.in_use == 4
   pool.release(first)
   pool.release(second)
-  third, found = begun(pool, memory, [*range(8), 99, 98])
-  assert found == 8 and read(third, memory) == [*range(8), 99, 98]
-  _, found = begun(pool, memory, [*range(1, 8)])
-  assert found == 0
+  third, num_cached = begun(pool, memory, [*range(8), 99, 98])
+  assert num_cached == 8 and read(third, memory) == [*range(8), 99, 98]
+  _, num_cached = begun(pool, memory, [*range(1, 8)])
+  assert num_cached == 0
 
 
-def test_the_page_of_the_last_token_is_never_taken(memory):
-  """It would have to be copied, for which there may be no page."""
+def test_the_block_of_the_last_token_is_never_taken(memory):
+  """It would have to be copied, for which there may be no block."""
   pool = block_pool.BlockPool(3, SIZE)
   prompt = list(range(2 * SIZE))
   first, _ = begun(pool, memory, prompt)
   pool.release(first)
-  row = pool.begin(prompt)
-  assert row.length == SIZE and len(row.pages) == 1
-  assert pool.extend(row, 2 * SIZE + 2) == [] and len(row.pages) == 3
+  row = pool.match_prefix(prompt)
+  assert row.length == SIZE and len(row.blocks) == 1
+  assert pool.extend(row, 2 * SIZE + 2) == [] and len(row.blocks) == 3
 
 
 def test_forks_do_not_share_what_a_row_has_for_later_tokens(memory):
   pool = block_pool.BlockPool(COUNT, SIZE)
-  one = pool.begin([1, 2, 3])
+  one = pool.match_prefix([1, 2, 3])
   pool.extend(one, SIZE + 2)
   write(pool, one, memory, [1, 2, 3])
   two = pool.fork(one)
-  assert len(one.pages) == 2 and len(two.pages) == 1
+  assert len(one.blocks) == 2 and len(two.blocks) == 1
   left, right = [1, 2, 3, 4, 5, 6], [1, 2, 3, 7, 8, 9]
   write(pool, two, memory, right)
   write(pool, one, memory, left)
@@ -93,17 +93,17 @@ def test_forks_part_where_they_are_written(memory):
   assert pool.in_use == 2
   write(pool, two, memory, [1, 2, 3, 4, 5, 6, 70])
   write(pool, one, memory, [1, 2, 3, 4, 5, 6, 7])
-  assert pool.in_use == 3 and one.pages[0] == two.pages[0]
+  assert pool.in_use == 3 and one.blocks[0] == two.blocks[0]
   assert read(one, memory)[-1] == 7 and read(two, memory)[-1] == 70
 
 
-def test_too_few_pages_change_nothing(memory):
+def test_too_few_blocks_change_nothing(memory):
   pool = block_pool.BlockPool(3, SIZE)
   row, _ = begun(pool, memory, [1, 2, 3, 4, 5])
-  before = (list(row.pages), row.length, pool.available)
-  with pytest.raises(block_pool.OutOfPages, match='2 of 1 pages'):
+  before = (list(row.blocks), row.length, pool.available)
+  with pytest.raises(block_pool.OutOfBlocks, match='2 of 1 blocks'):
     pool.extend(row, 13)
-  assert before == (list(row.pages), row.length, pool.available)
+  assert before == (list(row.blocks), row.length, pool.available)
   pool.extend(row, 12)
   assert pool.available == 0
 
@@ -115,13 +115,13 @@ def test_the_longest_unused_goes_first_and_ends_before_beginnings(memory):
   new, _ = begun(pool, memory, [*range(50, 58)])
   pool.release(new)
   row, _ = begun(pool, memory, [9, 9, 9])  # takes the end of the old one
-  assert pool.begin([*range(8), 1]).length == 4
-  assert pool.begin([*range(50, 58), 1]).length == 8
+  assert pool.match_prefix([*range(8), 1]).length == 4
+  assert pool.match_prefix([*range(50, 58), 1]).length == 8
   assert read(row, memory) == [9, 9, 9]
 
 
 def test_a_pool_of_nothing_is_refused():
-  with pytest.raises(ValueError, match='count=0'):
+  with pytest.raises(ValueError, match='num_blocks=0'):
     block_pool.BlockPool(0, 4)
 
 
@@ -136,11 +136,11 @@ class Rows(stateful.RuleBasedStateMachine):
   def _write(self, row, tokens):
     """Whether there was room."""
     free = self.pool.available
-    before = (list(row.pages), row.length)
+    before = (list(row.blocks), row.length)
     try:
       write(self.pool, row, self.memory, tokens)
-    except block_pool.OutOfPages:
-      assert before == (row.pages, row.length)
+    except block_pool.OutOfBlocks:
+      assert before == (row.blocks, row.length)
       assert free == self.pool.available
       return False
     return True
@@ -148,7 +148,7 @@ class Rows(stateful.RuleBasedStateMachine):
   # Few letters, so that beginnings are often the same.
   @stateful.rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20))
   def begin(self, tokens):
-    row = self.pool.begin(tokens)
+    row = self.pool.match_prefix(tokens)
     assert row.length < len(tokens)
     assert read(row, self.memory) == tokens[: row.length]
     if self._write(row, tokens):
@@ -166,18 +166,18 @@ class Rows(stateful.RuleBasedStateMachine):
 
   @stateful.precondition(lambda self: self.rows)
   @stateful.rule(data=st.data())
-  def room_for_drafts_that_are_not_taken(self, data):
-    """Pages are got, tokens written, and fewer of them turn out right."""
+  def room_for_speculative_tokens_that_are_not_accepted(self, data):
+    """Blocks are allocated, tokens written, and fewer of them accepted."""
     row, tokens = data.draw(st.sampled_from(self.rows))
     drafts = data.draw(st.integers(1, 6))
     try:
       copies = self.pool.extend(row, row.length + drafts)
-    except block_pool.OutOfPages:
+    except block_pool.OutOfBlocks:
       return
     for source, target in copies:
       self.memory[target] = self.memory[source]
     for at in range(row.length, row.length + drafts):
-      self.memory[row.pages[at // SIZE], at % SIZE] = 7
+      self.memory[row.blocks[at // SIZE], at % SIZE] = 7
     self._write(row, tokens + [0])
     tokens.append(0)
 
@@ -193,7 +193,7 @@ class Rows(stateful.RuleBasedStateMachine):
     at = data.draw(st.integers(0, len(self.rows) - 1))
     row, _ = self.rows.pop(at)
     self.pool.release(row)
-    assert not row.pages
+    assert not row.blocks
 
   @stateful.invariant()
   def every_row_reads_its_own_tokens(self):
@@ -201,8 +201,8 @@ class Rows(stateful.RuleBasedStateMachine):
       assert read(row, self.memory) == tokens
 
   @stateful.invariant()
-  def pages_in_use_are_those_of_rows(self):
-    used = {page for row, _ in self.rows for page in row.pages}
+  def blocks_in_use_are_those_of_rows(self):
+    used = {block for row, _ in self.rows for block in row.blocks}
     assert self.pool.in_use == len(used)
 
   def teardown(self):

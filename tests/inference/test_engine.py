@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_jax import errors
 from dsv3_jax.inference import block_pool, engine, generate, model_runner
+from dsv3_jax.inference import request as requests
 from tests import settings
 from tests.inference import counting
 from tests.nn import models
@@ -21,7 +22,7 @@ CONFIG = settings.small(
 
 
 @pytest.fixture(scope='module')
-def made():
+def runner():
   params, router = map(models.f32, models.random_params(CONFIG))
   for stack in ('dense_layers', 'moe_layers'):  # what is seen decides
     attention = params[stack]['layers']['attention']
@@ -44,97 +45,112 @@ def run(session):
   return turns
 
 
-def session(made, **how):
+def session(runner, **options):
   return engine.Engine(
-    made, **({'num_pages': 30, 'max_rows': 4, 'least_pages': 8} | how)
+    runner, **({'num_blocks': 30, 'max_rows': 4, 'min_blocks': 8} | options)
   )
 
 
-def alone(made, tokens, count, draw):
-  mine = session(made)
+def alone(runner, tokens, count, draw):
+  mine = session(runner)
   request = mine.submit(tokens, count, draw)
   run(mine)
   return request.tokens
 
 
 CASES = [
-  (prompt(1, 5), 20, engine.Draw()),
-  (prompt(2, 130), 9, engine.Draw(temperature=1.5, seed=3)),
-  (prompt(3, 1), 30, engine.Draw(temperature=1.0, top_k=3)),
-  (prompt(4, 64), 5, engine.Draw(temperature=2.0, top_p=0.8, seed=9)),
-  (prompt(5, 200), 3, engine.Draw()),
+  (prompt(1, 5), 20, requests.GREEDY),
+  (prompt(2, 130), 9, requests.SamplingParams(temperature=1.5, seed=3)),
+  (prompt(3, 1), 30, requests.SamplingParams(temperature=1.0, top_k=3)),
+  (
+    prompt(4, 64),
+    5,
+    requests.SamplingParams(temperature=2.0, top_p=0.8, seed=9),
+  ),
+  (prompt(5, 200), 3, requests.GREEDY),
 ]
 
 
 @pytest.fixture(scope='module')
-def expected(made):
-  return [alone(made, *case) for case in CASES]
+def expected(runner):
+  return [alone(runner, *case) for case in CASES]
 
 
-def test_twins_share_their_prompt(made, expected):
+def test_twins_share_their_prompt(runner, expected):
   """Each with its own draws, as if it were alone."""
-  mine = session(made, chunk=64)
+  mine = session(runner, chunk=64)
   tokens, count, _ = CASES[1]
-  draws = [engine.Draw(), CASES[1][2], engine.Draw(temperature=1.0)]
+  draws = [
+    requests.GREEDY,
+    CASES[1][2],
+    requests.SamplingParams(temperature=1.0),
+  ]
   first = mine.submit(tokens, count, draws[0])
-  twins = [mine.submit(tokens, count, draw, twin=first) for draw in draws[1:]]
+  twins = [
+    mine.submit(tokens, count, draw, shares_prompt_with=first)
+    for draw in draws[1:]
+  ]
   run(mine)
-  assert [twin.job.found for twin in twins] == [len(tokens) - 1] * 2
-  assert first.tokens == alone(made, tokens, count, draws[0])
+  assert [twin.num_cached_tokens for twin in twins] == [len(tokens) - 1] * 2
+  assert first.tokens == alone(runner, tokens, count, draws[0])
   assert twins[0].tokens == expected[1]
 
 
 @pytest.mark.parametrize('chunk', [64, 1024])
-def test_whoever_shares_the_steps(made, expected, chunk):
+def test_whoever_shares_the_steps(runner, expected, chunk):
   """They come at different times, to fewer rows than they are."""
-  mine = session(made, max_rows=3, chunk=chunk)
-  requests = []
+  mine = session(runner, max_rows=3, chunk=chunk)
+  submitted = []
   for case in CASES:
-    requests.append(mine.submit(*case))
+    submitted.append(mine.submit(*case))
     mine.step()
   run(mine)
-  assert [r.tokens for r in requests] == expected
-  assert all(r.done for r in requests)
-  assert mine.pool.in_use == 0
+  assert [r.tokens for r in submitted] == expected
+  assert all(r.done for r in submitted)
+  assert mine.stats().blocks_in_use == 0
 
 
-def test_too_few_pages_only_make_it_longer(made, expected):
-  mine = session(made, num_pages=7)
-  requests = [mine.submit(*case) for case in CASES]
+def test_too_few_pages_only_make_it_longer(runner, expected):
+  mine = session(runner, num_blocks=7)
+  submitted = [mine.submit(*case) for case in CASES]
   grows = mine.submit(prompt(6, 62), 80)
   run(mine)
-  assert [r.tokens for r in requests] == expected
-  assert grows.tokens == alone(made, prompt(6, 62), 80, engine.Draw())
-  assert mine.pool.in_use == 0
+  assert [r.tokens for r in submitted] == expected
+  assert grows.tokens == alone(runner, prompt(6, 62), 80, requests.GREEDY)
+  assert mine.stats().blocks_in_use == 0
 
 
-def test_the_youngest_is_computed_anew_with_the_same_draws(made):
-  draw = engine.Draw(temperature=1.0, seed=4)
+def test_the_youngest_is_computed_anew_with_the_same_draws(runner):
+  draw = requests.SamplingParams(temperature=1.0, seed=4)
   cases = [(prompt(7, 50), 100, draw), (prompt(8, 60), 90, draw)]
-  mine = session(made, num_pages=4)
-  requests = [mine.submit(*case) for case in cases]
+  mine = session(runner, num_blocks=4)
+  submitted = [mine.submit(*case) for case in cases]
   run(mine)
-  assert mine.scheduler.preempted >= 1
-  for request, case in zip(requests, cases, strict=True):
-    assert request.tokens == alone(made, *case)
+  assert mine.stats().preempted >= 1
+  for request, case in zip(submitted, cases, strict=True):
+    assert request.tokens == alone(runner, *case)
 
 
-def test_a_known_prompt_is_read_from_the_cache(made):
-  mine = session(made)
+def test_a_known_prompt_is_read_from_the_cache(runner):
+  mine = session(runner)
   first = mine.submit(prompt(9, 200), 4)
   run(mine)
   again = mine.submit(prompt(9, 200), 4)
   other = mine.submit([*prompt(9, 200)[:150], 1, 2, 3], 4)
   turns = run(mine)
-  assert (first.job.found, again.job.found, other.job.found) == (0, 192, 128)
+  assert (
+    first.num_cached_tokens,
+    again.num_cached_tokens,
+    other.num_cached_tokens,
+  ) == (0, 192, 128)
   assert again.tokens == first.tokens
-  want = alone(made, [*prompt(9, 200)[:150], 1, 2, 3], 4, engine.Draw())
+  want = alone(runner, [*prompt(9, 200)[:150], 1, 2, 3], 4, requests.GREEDY)
   assert other.tokens == want
   assert turns == 3
 
 
-def test_a_request_that_is_cancelled_leaves_nothing(made, expected):
-  mine = session(made)
+def test_a_request_that_is_cancelled_leaves_nothing(runner, expected):
+  mine = session(runner)
   waits = [mine.submit(*case) for case in CASES]
   mine.step()
   mine.step()
@@ -143,11 +159,11 @@ def test_a_request_that_is_cancelled_leaves_nothing(made, expected):
     mine.cancel(request)
   run(mine)
   assert waits[0].tokens == expected[0]
-  assert mine.pool.in_use == 0 and not mine._requests
+  assert mine.stats().blocks_in_use == 0 and mine.is_idle
 
 
-def test_a_stop_token_ends_a_request(made, expected):
-  mine = session(made)
+def test_a_stop_token_ends_a_request(runner, expected):
+  mine = session(runner)
   tokens, count, draw = CASES[0]
   stop = expected[0][7]
   request = mine.submit(tokens, count, draw, [stop, 10**6])
@@ -156,12 +172,12 @@ def test_a_stop_token_ends_a_request(made, expected):
   assert request.tokens == expected[0][:end]
 
 
-def test_traffic_compiles_nothing_anew(made):
+def test_traffic_compiles_nothing_anew(runner):
   """Sizes are rounded up: then any traffic has been seen."""
 
   def traffic(seed):
     rng = np.random.default_rng(seed)
-    mine = session(made, max_rows=4, chunk=128)
+    mine = session(runner, max_rows=4, chunk=128)
     for _ in range(12):
       mine.submit(prompt(rng.integers(1e6), rng.integers(1, 300)), 20)
       mine.step()
@@ -169,7 +185,7 @@ def test_traffic_compiles_nothing_anew(made):
 
   counts = lambda: [
     f._cache_size()
-    for f in (made._prefill, made._extend, made._decode, made._copy)
+    for f in (runner._prefill, runner._extend, runner._decode, runner._copy)
   ]
   for seed in range(4):
     traffic(seed)
@@ -182,25 +198,23 @@ def test_traffic_compiles_nothing_anew(made):
 @pytest.mark.parametrize('size', [1023, 1024, 1025, 2049])
 def test_a_prompt_of_any_length_is_generated_from(size):
   """At the borders of a chunk too, where one token is left."""
-  net = object.__new__(generate.Generator)
-  net.steps = counting.Steps(room=2100)
-  net.cfg = net.steps.cfg
+  runner = counting.Runner(room=2100)
   prompts = [[size % 23] * size, [3, 1, 4]]
   want = [counting.continued(prompt, 4) for prompt in prompts]
-  assert net.generate(prompts, 4).tokens == want
+  assert generate.generate(runner, prompts, 4).tokens == want
 
 
-def test_idle_rows_do_not_matter(made):
+def test_idle_rows_do_not_matter(runner):
   """Three of four rows work; the fourth has no tokens and no pages."""
-  mine = session(made)
-  requests = [mine.submit(prompt(s, 10), 5) for s in (20, 21, 22)]
+  mine = session(runner)
+  submitted = [mine.submit(prompt(s, 10), 5) for s in (20, 21, 22)]
   run(mine)
-  for s, request in zip((20, 21, 22), requests, strict=True):
-    assert request.tokens == alone(made, prompt(s, 10), 5, engine.Draw())
+  for s, request in zip((20, 21, 22), submitted, strict=True):
+    assert request.tokens == alone(runner, prompt(s, 10), 5, requests.GREEDY)
 
 
 @pytest.mark.parametrize(
-  ('tokens', 'count', 'said'),
+  ('tokens', 'count', 'message'),
   [
     ([], 1, 'the prompt is empty'),
     ([1], 0, 'max_new_tokens=0 must be >= 1'),
@@ -209,18 +223,19 @@ def test_idle_rows_do_not_matter(made):
     ([1] * 200, 60, 'needs 260 places in the cache, which has 256'),
   ],
 )
-def test_bad_requests_change_nothing(made, tokens, count, said):
-  mine = session(made, num_pages=4)
-  with pytest.raises(errors.InputError, match=said):
+def test_bad_requests_change_nothing(runner, tokens, count, message):
+  mine = session(runner, num_blocks=4)
+  with pytest.raises(errors.InputError, match=message):
     mine.submit(tokens, count)
-  assert mine.is_idle and not mine._requests
+  assert mine.is_idle and mine.stats().waiting == 0
 
 
-def test_copies_of_pages_are_whole(made):
-  caches = made.empty_caches(4, engine.PAGE)
+def test_copies_of_pages_are_whole(runner):
+  caches = runner.empty_caches(4, engine.BLOCK_SIZE)
   fill = lambda x: x + jnp.arange(4.0)[:, None, None]
-  caches = made.copy(
-    [block_pool.Copy(3, 0), block_pool.Copy(0, 1)], jax.tree.map(fill, caches)
+  caches = runner.copy_blocks(
+    [block_pool.BlockCopy(3, 0), block_pool.BlockCopy(0, 1)],
+    jax.tree.map(fill, caches),
   )
   for leaf in jax.tree.leaves(caches):
     assert np.all(np.asarray(leaf) == np.array([3, 3, 2, 3])[:, None, None])

@@ -27,8 +27,8 @@ def skewed():
   return router | {'moe': router['moe'] + bias_LE}
 
 
-def made_with(axes, cfg=meshes.CONFIG, **how):
-  plan = redundant_experts.RedundancyConfig(**how)
+def runner_with(axes, cfg=meshes.CONFIG, **options):
+  plan = redundant_experts.RedundancyConfig(**options)
   params, _ = meshes.weights(cfg)
   mesh = mesh_of(axes)
   return model_runner.ModelRunner(cfg, params, skewed(), mesh=mesh, plan=plan)
@@ -38,23 +38,23 @@ def made_with(axes, cfg=meshes.CONFIG, **how):
 def test_no_bit_depends_on_where_experts_are(axes):
   """Nor, on one device, on whether there are copies at all."""
   passes = meshes.Passes(mesh_of(axes), has_copies=True)
-  made = made_with(axes, redundant=8)
+  runner = runner_with(axes, redundant=8)
   if axes:
-    plain = made_with(axes, redundant=0)
-    want_BTV, load_RLE = passes(plain.variables, plain.router)
+    plain = runner_with(axes, redundant=0)
+    want_BTV, load_PLE = passes(plain.variables, plain.router)
   else:
     params, _ = meshes.weights()
     alone = meshes.Passes(None)
-    want_BTV, load_RLE = alone({'params': params}, made.router)
+    want_BTV, load_PLE = alone({'params': params}, runner.router)
   placements = set()
-  for load in (load_RLE, load_RLE[:, :, ::-1], 8 * load_RLE):
-    got_BTV, got_RLE = passes(made.variables, made.router)
+  for load in (load_PLE, load_PLE[:, :, ::-1], 8 * load_PLE):
+    got_BTV, got_RLE = passes(runner.variables, runner.router)
     np.testing.assert_array_equal(got_BTV, want_BTV)
-    np.testing.assert_array_equal(got_RLE, load_RLE)
-    copies = jax.tree.leaves(made.variables['redundant_slots'])
+    np.testing.assert_array_equal(got_RLE, load_PLE)
+    copies = jax.tree.leaves(runner.variables['redundant_slots'])
     placements.add(b''.join(np.asarray(x).tobytes() for x in copies))
-    made.balancer.took_step(load)
-    made.balancer.rebalance()
+    runner.rebalancer.record_step(load)
+    runner.rebalancer.rebalance()
   assert len(placements) == 3
   assert passes.run._cache_size() == (2 if axes else 1)  # 0 and 8 spare slots
 
@@ -62,48 +62,48 @@ def test_no_bit_depends_on_where_experts_are(axes):
 def test_the_load_is_spread_better_than_before():
   axes = {'expert': 4}
   passes = meshes.Passes(mesh_of(axes), has_copies=True)
-  made = made_with(axes, redundant=8)
-  assert made.balancer.balancedness is None
-  told = []
+  runner = runner_with(axes, redundant=8)
+  assert runner.rebalancer.balancedness is None
+  values = []
   for _ in range(2):
-    _, load_RLE = passes(made.variables, made.router)
-    made.balancer.took_step(load_RLE)
-    made.balancer.rebalance()
-    told.append(made.balancer.balancedness)
-  (before, hoped), (after, _) = told
+    _, load_PLE = passes(runner.variables, runner.router)
+    runner.rebalancer.record_step(load_PLE)
+    runner.rebalancer.rebalance()
+    values.append(runner.rebalancer.balancedness)
+  (before, hoped), (after, _) = values
   assert before + 0.1 < hoped
   assert after == hoped  # the same load, placed for
-  assert made.balancer.rebalanced == 2
+  assert runner.rebalancer.rebalances == 2
 
 
 @pytest.mark.slow
 def test_requests_get_the_same_tokens_while_experts_move():
   params, router = meshes.weights()
-  made = model_runner.ModelRunner(
+  runner = model_runner.ModelRunner(
     *(meshes.CONFIG, params, router, 1, mesh_of({'node': 2, 'expert': 2})),
     plan=redundant_experts.RedundancyConfig(redundant=4, every=5),
   )
-  assert meshes.traffic(made)[1] == meshes.expected()
-  known, often = meshes.compiled(made), made.balancer.rebalanced
+  assert meshes.traffic(runner)[1] == meshes.expected()
+  known, often = meshes.compiled(runner), runner.rebalancer.rebalances
   assert often > 5
-  session, tokens = meshes.traffic(made)
+  session, tokens = meshes.traffic(runner)
   assert tokens == meshes.expected()
-  assert made.balancer.rebalanced > often
-  assert meshes.compiled(made) == known
-  model = engine_thread.Worker(session, 1)
-  told = metrics.Telemetry(model).text().decode()
+  assert runner.rebalancer.rebalances > often
+  assert meshes.compiled(runner) == known
+  model = engine_thread.EngineThread(session, 1)
+  values = metrics.Telemetry(model).text().decode()
   model.close()
-  lines = dict(line.split() for line in told.splitlines() if line[0] != '#')
-  assert float(lines['dsv3_rebalanced_total']) == made.balancer.rebalanced
+  lines = dict(line.split() for line in values.splitlines() if line[0] != '#')
+  assert float(lines['dsv3_rebalanced_total']) == runner.rebalancer.rebalances
   assert 0.25 < float(lines['dsv3_expert_balancedness']) <= 1
   assert float(lines['dsv3_pages']) == 28
 
 
-def check_slots(slots, told, experts):
+def check_slots(slots, values, experts):
   """Of a stack of layers, or of one layer."""
   layers = lambda x: np.asarray(x).reshape(-1, *x.shape[-2:])
-  slots_LEr = layers(told['moe']['slots'])
-  count_LE = np.asarray(told['moe']['count']).reshape(len(slots_LEr), -1)
+  slots_LEr = layers(values['moe']['slots'])
+  count_LE = np.asarray(values['moe']['count']).reshape(len(slots_LEr), -1)
   for at, count in np.ndenumerate(count_LE):
     assert count >= 1
     for slot in slots_LEr[at][:count]:
@@ -125,23 +125,23 @@ def test_each_slot_has_the_weights_of_its_expert(scanned):
   place = inference_mesh.InferenceMesh(cfg, mesh)
   on_mesh = place.place(params, place.params)
   plan = redundant_experts.RedundancyConfig(redundant=4)
-  made = redundant_experts.ExpertRebalancer(cfg, place, plan, on_mesh)
+  runner = redundant_experts.ExpertRebalancer(cfg, place, plan, on_mesh)
   rng = np.random.default_rng(0)
   for _ in range(3):
-    stack = made.variables['params']['moe_layers']
-    told = made.variables['redundant_slots']['moe_layers']
+    stack = runner.variables['params']['moe_layers']
+    values = runner.variables['redundant_slots']['moe_layers']
     for name in stack:
-      check_slots(stack[name], told[name], params['moe_layers'][name])
-    load_RLE = rng.integers(0, 99, made.load_RLE.shape)
-    made.took_step(jnp.float32(load_RLE))
-    made.rebalance()
+      check_slots(stack[name], values[name], params['moe_layers'][name])
+    load_PLE = rng.integers(0, 99, runner.load_PLE.shape)
+    runner.record_step(jnp.float32(load_PLE))
+    runner.rebalance()
   np.testing.assert_array_equal(  # the model's own are as they were
     on_mesh['embed']['w'], params['embed']['w']
   )
 
 
 @pytest.mark.parametrize(
-  ('changes', 'how', 'said'),
+  ('changes', 'options', 'message'),
   [
     ({}, {'redundant': 3}, r'redundant_experts=3 .* = 4 slots: 0 or 4'),
     ({}, {'redundant': -4}, r'redundant_experts=-4 must be >= 0'),
@@ -153,10 +153,10 @@ def test_each_slot_has_the_weights_of_its_expert(scanned):
     ),
   ],
 )
-def test_what_cannot_be_spread_is_refused(changes, how, said):
+def test_what_cannot_be_spread_is_refused(changes, options, message):
   cfg = settings.small(**meshes.CHANGES | changes)
   place = inference_mesh.InferenceMesh(cfg, inference_mesh.make_mesh(expert=4))
-  with pytest.raises(errors.InputError, match=said):
+  with pytest.raises(errors.InputError, match=message):
     redundant_experts.check(
-      cfg.model, place, redundant_experts.RedundancyConfig(**how)
+      cfg.model, place, redundant_experts.RedundancyConfig(**options)
     )

@@ -10,6 +10,7 @@ import pytest
 
 from dsv3_jax.inference import block_pool, engine, model_runner
 from dsv3_jax.inference import mesh as inference_mesh
+from dsv3_jax.inference import request as requests
 from pallas_kernels import quantized
 from tests import settings
 from tests.nn import models
@@ -44,64 +45,64 @@ def weights():
 
 
 @pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'drafts'])
-def made(request, weights):
+def runner(request, weights):
   return model_runner.ModelRunner(
     CONFIG, *weights, request.param, fp8_cache=True
   )
 
 
-def traffic(made, prompts, num_pages=12, **how):
+def traffic(runner, prompts, num_blocks=12, **options):
   """Tokens of each request, and the session when all are at their ends."""
   session = engine.Engine(
-    made, num_pages=num_pages, max_rows=4, chunk=64, **how
+    runner, num_blocks=num_blocks, max_rows=4, chunk=64, **options
   )
-  draw = engine.Draw(temperature=1.0, seed=5)
-  requests = [session.submit(each, 40, draw) for each in prompts]
+  draw = requests.SamplingParams(temperature=1.0, seed=5)
+  submitted = [session.submit(one, 40, draw) for one in prompts]
   while not session.is_idle:
     session.step()
-  assert session.pool.in_use == 0
-  return [request.tokens for request in requests], session
+  assert session.stats().blocks_in_use == 0
+  return [request.tokens for request in submitted], session
 
 
 @pytest.fixture(scope='module')
 def alone(weights):
   """Without drafts."""
   plain = model_runner.ModelRunner(CONFIG, *weights, fp8_cache=True)
-  return [traffic(plain, [each])[0][0] for each in PROMPTS]
+  return [traffic(plain, [one])[0][0] for one in PROMPTS]
 
 
-def test_company_chunks_and_drafts_change_no_token(made, alone):
-  tokens, session = traffic(made, PROMPTS)
+def test_company_chunks_and_drafts_change_no_token(runner, alone):
+  tokens, session = traffic(runner, PROMPTS)
   assert tokens == alone
   caches = session._caches
   assert isinstance(caches.moe.c_LpsC, quantized.Quantized)
   assert caches.moe.c_LpsC.scales.shape[-1] == 2
-  assert (caches.mtp is not None) == (made.num_drafts > 0)
+  assert (caches.mtp is not None) == (runner.num_speculative_tokens > 0)
   assert all(np.any(np.float32(x)) for x in jax.tree.leaves(caches))
 
 
-def test_who_gives_way_goes_on_the_same(made, alone):
-  tokens, session = traffic(made, PROMPTS, num_pages=4)
-  assert tokens == alone and session.scheduler.preempted > 0
+def test_who_gives_way_goes_on_the_same(runner, alone):
+  tokens, session = traffic(runner, PROMPTS, num_blocks=4)
+  assert tokens == alone and session.stats().preempted > 0
 
 
 def test_other_roundings_give_other_tokens(weights, alone):
   exact = model_runner.ModelRunner(CONFIG, *weights)
-  tokens = [traffic(exact, [each])[0][0] for each in PROMPTS]
+  tokens = [traffic(exact, [one])[0][0] for one in PROMPTS]
   assert all(a != b for a, b in zip(tokens, alone, strict=True))
 
 
 def test_a_mesh_keeps_the_same(weights, alone):
   mesh = inference_mesh.make_mesh(data=2, expert=2)
-  made = model_runner.ModelRunner(CONFIG, *weights, mesh=mesh, fp8_cache=True)
-  tokens, session = traffic(made, PROMPTS)
+  runner = model_runner.ModelRunner(CONFIG, *weights, mesh=mesh, fp8_cache=True)
+  tokens, session = traffic(runner, PROMPTS)
   assert tokens == alone
   latents = session._caches.moe.c_LpsC
   assert isinstance(latents, quantized.Quantized)
   for leaf in jax.tree.leaves(latents):
     assert leaf.shape[1] == 4 * 12  # pages of four ranks
     assert leaf.addressable_shards[0].data.shape[1] == 12
-  caches = made.copy([block_pool.Copy(1, 2)], session._caches)
+  caches = runner.copy_blocks([block_pool.BlockCopy(1, 2)], session._caches)
   assert isinstance(caches.moe.c_LpsC, quantized.Quantized)
 
 
@@ -111,15 +112,15 @@ def test_a_mesh_keeps_the_same(weights, alone):
 )
 def test_a_step_widens_no_whole_cache(weights, kind, precision, fp8):
   cfg = dataclasses.replace(CONFIG, precision=precision)
-  made = model_runner.ModelRunner(cfg, *weights, fp8_cache=fp8)
-  session = engine.Engine(made, num_pages=50, max_rows=2)
+  runner = model_runner.ModelRunner(cfg, *weights, fp8_cache=fp8)
+  session = engine.Engine(runner, num_blocks=50, max_rows=2)
   width = 1 if kind == 'decode' else 64
   (rows, draws), caches = session._empty(2, width, 2), session._caches
-  args = (made.variables, made.router, rows, caches, draws, None)
+  args = (runner.variables, runner.router, rows, caches, draws, None)
   if kind == 'copy':
     args = (np.array([0], np.int32), np.array([1], np.int32), caches)
-  lowered = getattr(made, f'_{kind}').lower(*args)
+  lowered = getattr(runner, f'_{kind}').lower(*args)
   text = lowered.compile().as_text()
-  found = re.findall(r'\b(?:f16|f32)\[([\d,]+)\]', text)
-  sizes = [math.prod(map(int, dims.split(','))) for dims in found]
+  shapes = re.findall(r'\b(?:f16|f32)\[([\d,]+)\]', text)
+  sizes = [math.prod(map(int, dims.split(','))) for dims in shapes]
   assert max(sizes, default=0) < math.prod(caches.moe.c_LpsC.shape)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import errors
-from dsv3_jax.inference import engine, generate
+from dsv3_jax.inference import engine, generate, model_runner
 from dsv3_jax.nn import model
 from tests import settings
 from tests.nn import models
@@ -27,7 +27,7 @@ def weights():
 
 @pytest.fixture(scope='module')
 def net(weights):
-  return generate.Generator(_CONFIG, *weights)
+  return model_runner.ModelRunner(_CONFIG, *weights)
 
 
 def next_tokens(weights, sequence):
@@ -41,39 +41,47 @@ def next_tokens(weights, sequence):
 
 
 def test_greedy_is_the_full_forwards_argmax(net, weights):
-  made = net.generate(_PROMPTS, 20)
-  for prompt, row in zip(_PROMPTS, made.tokens, strict=True):
+  output = generate.generate(net, _PROMPTS, 20)
+  for prompt, row in zip(_PROMPTS, output.tokens, strict=True):
     assert len(row) == 20
     want = next_tokens(weights, prompt + row)
     assert row == want[len(prompt) - 1 : -1].tolist()
-  assert len({tuple(row) for row in made.tokens}) == len(_PROMPTS)
+  assert len({tuple(row) for row in output.tokens}) == len(_PROMPTS)
 
 
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_a_row_does_not_depend_on_the_others(net, temperature):
-  how = {'temperature': temperature, 'top_p': 0.9, 'seed': 5}
-  together = net.generate(_PROMPTS, 12, **how).tokens
-  first = net.generate(_PROMPTS[:1], 12, **how).tokens
-  swapped = net.generate([_PROMPTS[0], [8, 8, 8, 8]], 12, **how).tokens
+  options = {'temperature': temperature, 'top_p': 0.9, 'seed': 5}
+  together = generate.generate(net, _PROMPTS, 12, **options).tokens
+  first = generate.generate(net, _PROMPTS[:1], 12, **options).tokens
+  swapped = generate.generate(
+    net, [_PROMPTS[0], [8, 8, 8, 8]], 12, **options
+  ).tokens
   assert together[0] == first[0] == swapped[0]
 
 
 def test_more_prompts_than_rows_join_as_others_end(net, monkeypatch):
   prompts = [prompt[:cut] for prompt in _PROMPTS for cut in (1, 2, 3)]
-  together = net.generate(prompts, 9)
-  monkeypatch.setattr(generate, 'MOST_ROWS', 2)
-  made = net.generate(prompts, 9)
-  assert made.tokens == together.tokens
-  assert made.counts.rows == together.counts.rows == len(prompts) * 8
-  assert made.counts.steps >= len(prompts) * 8 / 2 > together.counts.steps
+  together = generate.generate(net, prompts, 9)
+  monkeypatch.setattr(generate, 'MAX_ROWS', 2)
+  output = generate.generate(net, prompts, 9)
+  assert output.tokens == together.tokens
+  assert (
+    output.stats.decoded_rows == together.stats.decoded_rows == len(prompts) * 8
+  )
+  assert (
+    output.stats.decode_steps
+    >= len(prompts) * 8 / 2
+    > together.stats.decode_steps
+  )
 
 
 def test_who_waits_hears_of_each_as_it_ends_in_order(net, monkeypatch):
-  how = {'temperature': 2.0, 'seed': 3}
-  first, second, third = net.generate(_PROMPTS, 12, **how).tokens
+  options = {'temperature': 2.0, 'seed': 3}
+  first, second, third = generate.generate(net, _PROMPTS, 12, **options).tokens
   # The second ends by itself, before the first.
   stop_id = next(t for t in second[3:9] if t not in first + third)
-  monkeypatch.setattr(generate, 'MOST_ROWS', 2)
+  monkeypatch.setattr(generate, 'MAX_ROWS', 2)
   heard, running = [], []
   step = engine.Engine.step
 
@@ -82,37 +90,45 @@ def test_who_waits_hears_of_each_as_it_ends_in_order(net, monkeypatch):
     return step(session)
 
   monkeypatch.setattr(engine.Engine, 'step', watched)
-  made = net.generate(
+  output = generate.generate(
+    net,
     _PROMPTS,
     12,
     stop_id=stop_id,
-    tell=lambda *each: heard.append(each),
-    **how,
+    on_finished=lambda *args: heard.append(args),
+    **options,
   )
-  assert heard == list(enumerate(made.tokens))
-  assert len(made.tokens[1]) < 12 == len(made.tokens[0])
+  assert heard == list(enumerate(output.tokens))
+  assert len(output.tokens[1]) < 12 == len(output.tokens[0])
   assert 2 in running  # the third was still on its way
 
 
 def test_seeds_repeat_and_differ(net):
-  how = {'temperature': 2.0}
-  runs = [net.generate(_PROMPTS, 12, seed=s, **how).tokens for s in (1, 1, 2)]
+  options = {'temperature': 2.0}
+  runs = [
+    generate.generate(net, _PROMPTS, 12, seed=s, **options).tokens
+    for s in (1, 1, 2)
+  ]
   assert runs[0] == runs[1] != runs[2]
 
 
 def test_decode_compiles_once(weights):
-  fresh = generate.Generator(_CONFIG, *weights)
+  fresh = model_runner.ModelRunner(_CONFIG, *weights)
   for count in (9, 17, 30):
-    made = fresh.generate(_PROMPTS, count, temperature=count / 10, seed=count)
-    assert made.decoded == 3 * (count - 2)
-    assert made.tokens_per_second > 0
-  fresh.generate([*_PROMPTS, [5]], 9)  # three rows have the size of four
-  assert fresh.steps._decode._cache_size() == 1
-  assert fresh.steps._prefill._cache_size() == 1
+    output = generate.generate(
+      fresh, _PROMPTS, count, temperature=count / 10, seed=count
+    )
+    assert output.decoded == 3 * (count - 2)
+    assert output.tokens_per_second > 0
+  generate.generate(
+    fresh, [*_PROMPTS, [5]], 9
+  )  # three rows have the size of four
+  assert fresh._decode._cache_size() == 1
+  assert fresh._prefill._cache_size() == 1
 
 
 @pytest.mark.parametrize(
-  ('prompts', 'count', 'said'),
+  ('prompts', 'count', 'message'),
   [
     ([], 4, 'at least one prompt'),
     ([[1], []], 4, 'prompt 1 is empty'),
@@ -123,6 +139,6 @@ def test_decode_compiles_once(weights):
     ([[1]], 40, 'must be below model.max_seq_len=40'),
   ],
 )
-def test_bad_requests(net, prompts, count, said):
-  with pytest.raises(errors.InputError, match=said):
-    net.generate(prompts, count)
+def test_bad_requests(net, prompts, count, message):
+  with pytest.raises(errors.InputError, match=message):
+    generate.generate(net, prompts, count)

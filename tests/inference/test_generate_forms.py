@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from dsv3_jax import errors
-from dsv3_jax.inference import generate
+from dsv3_jax.inference import generate, model_runner
 from dsv3_jax.nn import model
 from tests import settings
 from tests.nn import models
@@ -36,7 +36,7 @@ def weights():
 
 @pytest.fixture(scope='module')
 def net(weights):
-  return generate.Generator(CONFIG, *weights)
+  return model_runner.ModelRunner(CONFIG, *weights)
 
 
 def full_logits(cfg, params, router, rows):
@@ -57,45 +57,45 @@ def test_greedy_across_the_borders_of_padding(net, weights, sizes):
   # 64 is what prompts and caches are padded to multiples of.
   rng = np.random.default_rng(sizes[0])
   prompts = [rng.integers(0, VOCAB, size).tolist() for size in sizes]
-  made = net.generate(prompts, 20).tokens
-  rows = [p + new for p, new in zip(prompts, made, strict=True)]
+  output = generate.generate(net, prompts, 20).tokens
+  rows = [p + new for p, new in zip(prompts, output, strict=True)]
   best_BT = np.argmax(full_logits(CONFIG, *weights, rows), axis=-1)
-  for best_T, prompt, new in zip(best_BT, prompts, made, strict=True):
+  for best_T, prompt, new in zip(best_BT, prompts, output, strict=True):
     start = len(prompt) - 1
     assert new == best_T[start : start + 20].tolist()
-  assert net.generate(prompts[1:2], 20).tokens == made[1:2]
+  assert generate.generate(net, prompts[1:2], 20).tokens == output[1:2]
 
 
 def test_the_last_place_of_the_sequence_can_be_filled(net):
   prompt = [5] * (ROOM - 20)
-  assert len(net.generate([prompt], 20).tokens[0]) == 20
+  assert len(generate.generate(net, [prompt], 20).tokens[0]) == 20
   with pytest.raises(errors.InputError, match=f'has {ROOM - 19} .*most 140'):
-    net.generate([[5], prompt + [5]], 20)
+    generate.generate(net, [[5], prompt + [5]], 20)
 
 
 def test_ends_with_the_last_row(net):
-  prompts, how = [[3, 1, 4], [7]], {'temperature': 3.0, 'seed': 1}
-  free = net.generate(prompts, 30, **how).tokens
+  prompts, options = [[3, 1, 4], [7]], {'temperature': 3.0, 'seed': 1}
+  free = generate.generate(net, prompts, 30, **options).tokens
   ends = {t: [row.index(t) for row in free if t in row] for t in range(VOCAB)}
   stop = min((t for t in ends if len(ends[t]) == 2), key=lambda t: max(ends[t]))
-  made = net.generate(prompts, 30, stop_id=stop, **how)
-  assert made.tokens == [row[: row.index(stop) + 1] for row in free]
-  assert made.decoded == sum(ends[stop]) - 2
+  output = generate.generate(net, prompts, 30, stop_id=stop, **options)
+  assert output.tokens == [row[: row.index(stop) + 1] for row in free]
+  assert output.decoded == sum(ends[stop]) - 2
   assert ends[stop][0] != ends[stop][1]
 
 
 def test_ends_at_once_if_prefill_stops(net):
-  [[first]] = net.generate([[3, 1, 4]], 1).tokens
-  made = net.generate([[3, 1, 4]], 30, stop_id=first)
-  assert (made.tokens, made.decoded) == ([[first]], 0)
-  assert made.tokens_per_second == 0.0 and made.prefill_seconds > 0.0
+  [[first]] = generate.generate(net, [[3, 1, 4]], 1).tokens
+  output = generate.generate(net, [[3, 1, 4]], 30, stop_id=first)
+  assert (output.tokens, output.decoded) == ([[first]], 0)
+  assert output.tokens_per_second == 0.0 and output.prefill_seconds > 0.0
 
 
 def test_casting_once_is_casting_at_every_use():
   # Products take BF16; norms and the router's choice are f32 as in training.
   cfg = settings.small(precision='bf16', model__num_layers=2)
   params, router = map(models.f32, models.random_params(cfg))
-  cast = generate.Generator(cfg, params, router).steps.params
+  cast = model_runner.ModelRunner(cfg, params, router).params
   assert cast['head']['w'].dtype == jnp.bfloat16
   rows = np.random.default_rng(0).integers(0, VOCAB, (4, 12)).tolist()
   want_BTV = full_logits(cfg, params, router, rows)
@@ -104,9 +104,9 @@ def test_casting_once_is_casting_at_every_use():
 
 def test_first_tokens_follow_the_distribution(net, weights):
   count, prompt, temperature = 1000, [3, 1, 4, 1, 5], 3.0
-  how = {'temperature': temperature, 'seed': 11}
-  made = net.generate([prompt] * count, 1, **how).tokens
-  counts_V = np.bincount([new for [new] in made], minlength=VOCAB)
+  options = {'temperature': temperature, 'seed': 11}
+  output = generate.generate(net, [prompt] * count, 1, **options).tokens
+  counts_V = np.bincount([new for [new] in output], minlength=VOCAB)
   logits_V = np.float64(full_logits(CONFIG, *weights, [prompt])[0, -1])
   probs_V = np.exp((logits_V - logits_V.max()) / temperature)
   probs_V /= probs_V.sum()
@@ -120,9 +120,11 @@ def test_draws_of_rows_and_of_steps_are_independent(weights):
   params, router = weights
   flat = params | {'head': {'w': jnp.zeros_like(params['head']['w'])}}
   rows, steps = 400, 31
-  uniform = generate.Generator(CONFIG, flat, router)
-  made = uniform.generate([[1]] * rows, steps, temperature=1.0, seed=3)
-  ids = np.array(made.tokens)
+  uniform = model_runner.ModelRunner(CONFIG, flat, router)
+  output = generate.generate(
+    uniform, [[1]] * rows, steps, temperature=1.0, seed=3
+  )
+  ids = np.array(output.tokens)
   for first, second in ((ids[:, :-1], ids[:, 1:]), (ids[:-1], ids[1:])):
     pairs = np.bincount(np.ravel(first * VOCAB + second), minlength=VOCAB**2)
     assert stats.chisquare(pairs).pvalue > 1e-3
@@ -131,16 +133,20 @@ def test_draws_of_rows_and_of_steps_are_independent(weights):
 
 def test_a_seed_is_the_row_s_alone_at_any_length(net):
   # Neither padding nor how many tokens are asked for changes a draw.
-  how = {'temperature': 2.0, 'seed': 5}
-  short = net.generate([[3, 1, 4]], 8, **how).tokens[0]
-  beside = net.generate([[3, 1, 4], [2] * 90], 30, **how).tokens[0]
+  options = {'temperature': 2.0, 'seed': 5}
+  short = generate.generate(net, [[3, 1, 4]], 8, **options).tokens[0]
+  beside = generate.generate(net, [[3, 1, 4], [2] * 90], 30, **options).tokens[
+    0
+  ]
   assert short == beside[:8]
-  other = net.generate([[3, 1, 4]], 8, **(how | {'seed': 6})).tokens[0]
+  other = generate.generate(
+    net, [[3, 1, 4]], 8, **(options | {'seed': 6})
+  ).tokens[0]
   assert other != short
 
 
 def test_parameters_are_not_consumed(net, weights):
   # Caches are donated; weights must survive any number of calls.
-  first, second = (net.generate([[3]], 4).tokens for _ in range(2))
+  first, second = (generate.generate(net, [[3]], 4).tokens for _ in range(2))
   assert first == second
   assert not any(x.is_deleted() for x in jax.tree.leaves(weights))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.inference import engine, model_runner
+from dsv3_jax.inference import request as requests
 from tests import settings
 from tests.inference import counting
 from tests.nn import models
@@ -39,27 +40,30 @@ def prompt(seed, size):
   return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
 
 
-DRAW = engine.Draw(temperature=1.0, top_p=0.95, seed=3)
+DRAW = requests.SamplingParams(temperature=1.0, top_p=0.95, seed=3)
 MINE = (prompt(0, 100), 60, DRAW)
 
 
 @pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'drafts'])
-def made(request):
+def runner(request):
   params, router = map(models.f32, models.random_params(CONFIG))
   return model_runner.ModelRunner(CONFIG, params, router, request.param)
 
 
-def session(made, num_pages=24):
-  how = {'num_pages': num_pages, 'max_rows': 4, 'chunk': 128}
-  return engine.Engine(made, **how, invariant=True)
+def session(runner, num_blocks=24):
+  options = {'num_blocks': num_blocks, 'max_rows': 4, 'chunk': 128}
+  return engine.Engine(runner, **options, batch_invariant=True)
 
 
 def watched(session, request):
   """Runs until a request ends; its latents in the two main stacks."""
   while not request.done:
-    pages, length = list(request.job.row.pages if request.job.row else []), None
-    if request.job.row:
-      length = request.job.row.length
+    pages, length = (
+      list(request.block_table.blocks if request.block_table else []),
+      None,
+    )
+    if request.block_table:
+      length = request.block_table.length
       caches = session._caches[:2]
       rows = [
         np.asarray(x)[:, pages].reshape(x.shape[0], -1, x.shape[-1])[:, :length]
@@ -79,44 +83,48 @@ def assert_same_bits(got, want):
 
 
 @pytest.fixture(scope='module')
-def alone(made):
-  mine = session(made)
+def alone(runner):
+  mine = session(runner)
   return watched(mine, mine.submit(*MINE))
 
 
-def test_others_beside_it(made, alone):
-  mine = session(made)
+def test_others_beside_it(runner, alone):
+  mine = session(runner)
   for seed, size in ((1, 5), (2, 130), (3, 64)):
-    mine.submit(prompt(seed, size), 40, engine.Draw(temperature=1.0))
+    mine.submit(
+      prompt(seed, size), 40, requests.SamplingParams(temperature=1.0)
+    )
     mine.step()
   assert_same_bits(watched(mine, mine.submit(*MINE)), alone)
 
 
-def test_a_beginning_that_others_left_in_the_cache(made, alone):
-  mine = session(made)
+def test_a_beginning_that_others_left_in_the_cache(runner, alone):
+  mine = session(runner)
   first = mine.submit(MINE[0][:80], 30)
   while not first.done:
     mine.step()
   request = mine.submit(*MINE)
   assert_same_bits(watched(mine, request), alone)
-  assert request.job.found == 64
+  assert request.num_cached_tokens == 64
 
 
-def test_giving_way_to_an_older_one(made, alone):
-  mine = session(made, num_pages=4)
+def test_giving_way_to_an_older_one(runner, alone):
+  mine = session(runner, num_blocks=4)
   mine.submit(prompt(5, 60), 130)
   request = mine.submit(*MINE)
   assert_same_bits(watched(mine, request), alone)
-  assert mine.scheduler.preempted > 0
+  assert mine.stats().preempted > 0
 
 
-def test_any_traffic_has_the_same_sizes(made, alone):
+def test_any_traffic_has_the_same_sizes(runner, alone):
   counts = lambda: [
-    f._cache_size() for f in (made._prefill, made._extend, made._decode)
+    f._cache_size() for f in (runner._prefill, runner._extend, runner._decode)
   ]
-  known, mine = counts(), session(made)
+  known, mine = counts(), session(runner)
   for seed, size in ((1, 5), (2, 130), (3, 64), (4, 1), (5, 198)):
-    mine.submit(prompt(seed, size), 1 + seed % 2, engine.Draw(seed=seed))
+    mine.submit(
+      prompt(seed, size), 1 + seed % 2, requests.SamplingParams(seed=seed)
+    )
     mine.step()
   while not mine.is_idle:
     mine.step()
@@ -124,27 +132,28 @@ def test_any_traffic_has_the_same_sizes(made, alone):
 
 
 def test_tokens_are_told_once_though_they_are_made_twice():
-  made = counting.Steps(num_drafts=1)
-  mine = engine.Engine(made, num_pages=4, max_rows=2, invariant=True)
-  requests = [mine.submit([i] * 60, 130) for i in (3, 4)]
-  told = {request: [] for request in requests}
+  runner = counting.Runner(num_speculative_tokens=1)
+  mine = engine.Engine(runner, num_blocks=4, max_rows=2, batch_invariant=True)
+  submitted = [mine.submit([i] * 60, 130) for i in (3, 4)]
+  reported = {request: [] for request in submitted}
   while not mine.is_idle:
-    for request, token, is_last in mine.step():
-      told[request].append(token)
-      assert is_last == (len(told[request]) == 130)
-  assert mine.scheduler.preempted > 0
-  for i, request in zip((3, 4), requests, strict=True):
-    assert told[request] == request.tokens
+    for output in mine.step():
+      tokens = reported[output.request]
+      tokens.append(output.token)
+      assert output.is_last == (len(tokens) == 130)
+  assert mine.stats().preempted > 0
+  for i, request in zip((3, 4), submitted, strict=True):
+    assert reported[request] == request.tokens
     assert request.tokens == counting.continued([i] * 60, 130)
 
 
 def test_what_was_generated_is_not_found_by_others():
-  made = counting.Steps()
-  mine = engine.Engine(made, num_pages=20, max_rows=2, invariant=True)
+  runner = counting.Runner()
+  mine = engine.Engine(runner, num_blocks=20, max_rows=2, batch_invariant=True)
   first = mine.submit([5] * 100, 100)
   while not first.done:
     mine.step()
   later = mine.submit([5] * 100 + first.tokens, 1)
   while not later.done:
     mine.step()
-  assert later.job.found == 64
+  assert later.num_cached_tokens == 64

@@ -35,8 +35,8 @@ def run(tmp_path_factory):
   cfg = tiny_run.make(folder, checkpoint__every_steps=3, **changes)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(evaluate, 'heldout', spy)
-    told = loop.run(cfg, folder / 'run')
-  return cfg, folder / 'run', seen[-1], told
+    metrics = loop.run(cfg, folder / 'run')
+  return cfg, folder / 'run', seen[-1], metrics
 
 
 @pytest.fixture(scope='module')
@@ -98,18 +98,18 @@ def test_logits_are_the_oracle_s(run, trained):
 
 
 def test_its_score_is_the_figure_that_training_ended_with(run, trained):
-  _, _, last, told = run
+  _, _, last, metrics = run
   own = dataclasses.replace(last, params=trained.params, router=trained.router)
   again = evaluate.heldout(own)
-  assert again == {name: told[name] for name in again}
+  assert again == {name: metrics[name] for name in again}
   uniform = math.log(own.cfg.model.vocab_size)
-  assert told['loss_nats_per_token'] < uniform
+  assert metrics['loss_nats_per_token'] < uniform
 
 
 def test_text_is_what_the_logits_prefer(trained):
   tokenizer, prompts = trained.tokenizer, ['import sys\n', 'def']
-  made = trained.generate(prompts, 7, stop_id=-1)
-  for prompt, text in zip(prompts, made, strict=True):
+  output = trained.generate(prompts, 7, stop_id=-1)
+  for prompt, text in zip(prompts, output, strict=True):
     ids = tokenizer.encode(prompt, add_bos=True).tolist()
     assert ids[0] == tokenizer.bos_id
     for _ in range(7):
@@ -119,27 +119,41 @@ def test_text_is_what_the_logits_prefer(trained):
     assert text == tokenizer.decode(ids[-7:])
 
 
-def test_text_is_asked_of_the_engine_until_eos(trained):
+def test_text_is_asked_of_the_engine_until_eos(trained, monkeypatch):
   calls = []
 
-  class Spy:
-    def generate(self, prompts, max_new_tokens, **how):
-      calls.append((prompts, max_new_tokens, how))
-      rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decoded': 1}
-      rest['counts'] = engine.Decoded()
-      return generate.Generation(tokens=[[40, 41]], **rest)
+  def spy(runner, prompts, max_new_tokens, **options):
+    assert runner is asked.runner
+    calls.append((prompts, max_new_tokens, options))
+    rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decoded': 1}
+    names = {field.name for field in dataclasses.fields(engine.EngineStats)}
+    rest['stats'] = engine.EngineStats(**dict.fromkeys(names, 0))
+    return generate.Generation(tokens=[[40, 41]], **rest)
 
   tokenizer = trained.tokenizer
   args = (trained.config, trained.params, trained.router, tokenizer)
   asked = llm.LLM(*args)
-  asked.engine = Spy()
+  monkeypatch.setattr(generate, 'generate', spy)
   assert asked.generate(['def'], 9) == [tokenizer.decode([40, 41])]
   asked.generate(['def'], 9, stop_id=7, temperature=0.5, seed=3)
   ids = [tokenizer.encode('def', add_bos=True).tolist()]
   assert ids[0][0] == tokenizer.bos_id
-  how = {'stop_id': 7, 'temperature': 0.5, 'seed': 3}
+  options = {'stop_id': 7, 'temperature': 0.5, 'seed': 3}
   eos = {'stop_id': tokenizer.eos_id}
-  assert calls == [(ids, 9, eos), (ids, 9, how)]
+  assert calls == [(ids, 9, eos), (ids, 9, options)]
+
+
+def test_old_keywords_are_accepted_with_a_warning(run, trained, monkeypatch):
+  match = 'num_drafts is deprecated: use num_speculative_tokens'
+  with pytest.warns(DeprecationWarning, match=match) as caught:
+    loaded = dsv3_jax.load(run[1], num_drafts=1)
+  assert [warning.filename for warning in caught] == [__file__]
+  assert loaded.runner.num_speculative_tokens == 1
+  with pytest.warns(DeprecationWarning, match='invariant is deprecated'):
+    old = trained.generate(['def'], 3, invariant=True)
+  assert old == trained.generate(['def'], 3, batch_invariant=True)
+  with pytest.raises(TypeError, match=r"unexpected arguments: \['num_draft'\]"):
+    dsv3_jax.load(run[1], num_draft=1)
 
 
 def test_bfloat16_computes_in_bfloat16(run, trained):
@@ -196,11 +210,11 @@ def test_the_average_of_the_weights_can_be_loaded(run, trained, copied):
 
 
 @pytest.mark.parametrize(
-  ('tokens', 'said'),
+  ('tokens', 'message'),
   [([[1, 512]], r'ids outside 0\.\.511'), ([[1] * 65], 'has 65')],
 )
-def test_logits_of_what_is_no_token_are_refused(trained, tokens, said):
-  with pytest.raises(errors.InputError, match=said):
+def test_logits_of_what_is_no_token_are_refused(trained, tokens, message):
+  with pytest.raises(errors.InputError, match=message):
     trained.logits(np.array(tokens, np.int32))
 
 

@@ -35,10 +35,10 @@ def test_logits_are_those_of_one_device(one_device, axes):
   passes = meshes.Passes(inference_mesh.make_mesh(**axes))
   params, router = meshes.weights()
   params = passes.place.place(params, passes.place.params)
-  got_BTV, load_RLE = passes({'params': params}, router)
+  got_BTV, load_PLE = passes({'params': params}, router)
   limit = F32 * np.max(np.abs(want_BTV))
   np.testing.assert_allclose(got_BTV, want_BTV, rtol=0, atol=limit)
-  load_LE = np.sum(np.asarray(load_RLE), axis=0)
+  load_LE = np.sum(np.asarray(load_PLE), axis=0)
   np.testing.assert_array_equal(load_LE, want_1LE[0])
   tokens = meshes.ROWS * (meshes.LENGTH + 1)
   assert np.sum(load_LE) == tokens * meshes.CONFIG.model.moe.top_k
@@ -51,55 +51,59 @@ def test_logits_are_those_of_one_device(one_device, axes):
 def test_requests_get_the_tokens_of_one_device(axes, drafts):
   """Preempted, cached, drafted and drawn ones; and nothing is left behind."""
   mesh = inference_mesh.make_mesh(**axes)
-  made = model_runner.ModelRunner(
+  runner = model_runner.ModelRunner(
     meshes.CONFIG, *meshes.weights(), drafts, mesh
   )
-  session, tokens = meshes.traffic(made)
+  session, tokens = meshes.traffic(runner)
   assert tokens == meshes.expected()
-  assert session.scheduler.num_pages == 7 * 4
-  known = meshes.compiled(made)
-  _, tokens = meshes.traffic(made)
-  assert tokens == meshes.expected() and meshes.compiled(made) == known
+  assert session.stats().num_blocks == 7 * 4 and session.max_running == 2 * 4
+  known = meshes.compiled(runner)
+  _, tokens = meshes.traffic(runner)
+  assert tokens == meshes.expected() and meshes.compiled(runner) == known
 
 
 @pytest.mark.slow
 def test_what_shares_a_step_changes_nothing_on_a_mesh():
   """All together, and one after the other on either rank."""
   mesh = inference_mesh.make_mesh(data=2)
-  made = model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)
-  session, together = meshes.traffic(made, invariant=True)
+  runner = model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)
+  session, together = meshes.traffic(runner, batch_invariant=True)
   for case, want in list(zip(meshes.REQUESTS, together, strict=True))[::3]:
     request = session.submit(*case)
     while not session.is_idle:
       session.step()
     assert request.tokens == want
   assert together == meshes.expected()
-  assert meshes.compiled(made)[:3] == [0, 1, 1]
+  assert meshes.compiled(runner)[:3] == [0, 1, 1]
 
 
 def test_a_rank_may_have_no_prompt():
   prompts = [meshes.prompt(i, 3 + i) for i in range(3)]
   cfg, weights = meshes.CONFIG, meshes.weights()
-  want = generate.Generator(cfg, *weights).generate(prompts, 6).tokens
-  net = generate.Generator(cfg, *weights, mesh=inference_mesh.make_mesh(data=4))
-  assert net.generate(prompts, 6).tokens == want
+  want = generate.generate(
+    model_runner.ModelRunner(cfg, *weights), prompts, 6
+  ).tokens
+  net = model_runner.ModelRunner(
+    cfg, *weights, mesh=inference_mesh.make_mesh(data=4)
+  )
+  assert generate.generate(net, prompts, 6).tokens == want
 
 
 def test_pages_are_copied_on_their_rank():
-  made = model_runner.ModelRunner(
+  runner = model_runner.ModelRunner(
     meshes.CONFIG,
     *meshes.weights(),
     mesh=inference_mesh.make_mesh(data=2, expert=2),
   )
-  caches = made.empty_caches(3, engine.PAGE)
+  caches = runner.empty_caches(3, engine.BLOCK_SIZE)
   assert caches.moe.c_LpsC.shape[1] == 4 * 3
   number = lambda x: x + jnp.arange(12.0)[:, None, None]
   copies = [
-    block_pool.Copy(9, 11),
-    block_pool.Copy(1, 2),
-    block_pool.Copy(11, 10),
+    block_pool.BlockCopy(9, 11),
+    block_pool.BlockCopy(1, 2),
+    block_pool.BlockCopy(11, 10),
   ]
-  caches = made.copy(copies, jax.tree.map(number, caches))
+  caches = runner.copy_blocks(copies, jax.tree.map(number, caches))
   want = np.array([0, 1, 1, 3, 4, 5, 6, 7, 8, 9, 9, 9])
   for leaf in jax.tree.leaves(caches):
     got = np.asarray(leaf)
@@ -108,19 +112,19 @@ def test_pages_are_copied_on_their_rank():
 
 def test_weights_lie_cut_and_latents_too():
   mesh = inference_mesh.make_mesh(**ALL)
-  made = model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)
+  runner = model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)
   shape = lambda x: x.addressable_shards[0].data.shape
-  moe = made.params['moe_layers']['layers']['moe']
+  moe = runner.params['moe_layers']['layers']['moe']
   assert shape(moe['w_up']) == (1, 4, 16, 4)  # half of E and of F
-  attention = made.params['moe_layers']['layers']['attention']
+  attention = runner.params['moe_layers']['layers']['attention']
   assert shape(attention['w_o'])[1] == 1  # of two heads
   assert attention['w_dkv'].is_fully_replicated
-  caches = made.empty_caches(3, engine.PAGE)
+  caches = runner.empty_caches(3, engine.BLOCK_SIZE)
   assert shape(caches.moe.c_LpsC)[1] == 3
 
 
 @pytest.mark.parametrize(
-  ('axes', 'said'),
+  ('axes', 'message'),
   [
     ({'data': 9}, 'need 9 devices, 8 are here'),
     ({'expert': 3}, 'parallel.expert = 3 must divide model.moe.num_experts=8'),
@@ -128,8 +132,8 @@ def test_weights_lie_cut_and_latents_too():
     ({'model': 4}, r'parallel.model=4 must divide model.mla.num_heads=2'),
   ],
 )
-def test_what_does_not_divide_is_refused(axes, said):
-  with pytest.raises(errors.InputError, match=said):
+def test_what_does_not_divide_is_refused(axes, message):
+  with pytest.raises(errors.InputError, match=message):
     inference_mesh.InferenceMesh(
       meshes.CONFIG, inference_mesh.make_mesh(**axes)
     )

@@ -16,10 +16,10 @@ def draw(probs_V, temperature, top_p, top_k=0, seed=0):
   rows = jnp.broadcast_to(logits, (_DRAWS, len(probs_V)))
   each = lambda x: jnp.full(_DRAWS, x)
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(seed), _DRAWS))
-  how = sampling.Draws(
+  arrays = sampling.SamplingArrays(
     keys_B2, each(temperature), each(top_k), each(float(top_p))
   )
-  ids = jax.jit(sampling.sample)(rows, how, each(7))
+  ids = jax.jit(sampling.sample)(rows, arrays, each(7))
   return np.bincount(ids, minlength=len(probs_V))
 
 
@@ -63,8 +63,10 @@ def test_a_tiny_temperature_is_greedy(temperature):
   logits_BV = jnp.float32(rng.normal(0.0, 3.0, (40, 280)))
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(3), 40))
   each = lambda x: jnp.full(40, x)
-  how = sampling.Draws(keys_B2, each(temperature), each(0), each(0.95))
-  ids = jax.jit(sampling.sample)(logits_BV, how, each(0))
+  arrays = sampling.SamplingArrays(
+    keys_B2, each(temperature), each(0), each(0.95)
+  )
+  ids = jax.jit(sampling.sample)(logits_BV, arrays, each(0))
   np.testing.assert_array_equal(ids, np.argmax(logits_BV, axis=-1))
 
 
@@ -75,8 +77,12 @@ def test_rows_draw_as_each_is_told():
   kind_B = np.arange(3000) % 3
   temperature_B = jnp.where(kind_B == 0, 0.0, 1.0)
   top_k_B = jnp.where(kind_B == 2, 2, 0)
-  how = sampling.Draws(keys_B2, temperature_B, top_k_B, jnp.ones(3000))
-  ids = np.asarray(sampling.sample(logits_BV, how, jnp.zeros(3000, jnp.int32)))
+  arrays = sampling.SamplingArrays(
+    keys_B2, temperature_B, top_k_B, jnp.ones(3000)
+  )
+  ids = np.asarray(
+    sampling.sample(logits_BV, arrays, jnp.zeros(3000, jnp.int32))
+  )
   assert set(ids[kind_B == 0]) == {1}
   assert set(ids[kind_B == 1]) == {0, 1, 2}
   assert set(ids[kind_B == 2]) == {1, 2}

@@ -12,15 +12,17 @@ from dsv3_jax.inference import sampling
 
 def draws(keys_B, temperature, top_p):
   each = lambda x: jnp.full(len(keys_B), x)
-  return sampling.Draws(
+  return sampling.SamplingArrays(
     jax.random.key_data(keys_B), each(temperature), each(0), each(top_p)
   )
 
 
 @jax.jit
 def sample(logits_BV, keys_B, temperature, top_p):
-  how = draws(keys_B, temperature, top_p)
-  return sampling.sample(logits_BV, how, jnp.zeros(len(logits_BV), jnp.int32))
+  arrays = draws(keys_B, temperature, top_p)
+  return sampling.sample(
+    logits_BV, arrays, jnp.zeros(len(logits_BV), jnp.int32)
+  )
 
 
 @jax.jit
@@ -95,16 +97,16 @@ def test_a_row_draws_by_its_own_key_alone():
   rng = np.random.default_rng(0)
   logits_BV = jnp.float32(rng.normal(size=(32, 50)))
   keys = jax.random.split(jax.random.key(4), 32)
-  how = (jnp.float32(1.0), jnp.float32(0.95))
-  together_B = sample(logits_BV, keys, *how)
+  arrays = (jnp.float32(1.0), jnp.float32(0.95))
+  together_B = sample(logits_BV, keys, *arrays)
   for b in range(0, 32, 5):
     one = slice(b, b + 1)
     np.testing.assert_array_equal(
-      sample(logits_BV[one], keys[one], *how), together_B[one]
+      sample(logits_BV[one], keys[one], *arrays), together_B[one]
     )
-  backwards_B = sample(logits_BV[::-1], keys[::-1], *how)
+  backwards_B = sample(logits_BV[::-1], keys[::-1], *arrays)
   np.testing.assert_array_equal(backwards_B[::-1], together_B)
-  assert np.any(sample(logits_BV, keys[::-1], *how) != together_B)
+  assert np.any(sample(logits_BV, keys[::-1], *arrays) != together_B)
 
 
 def test_greedy_takes_the_first_of_equals_and_no_key_matters():
@@ -120,10 +122,12 @@ def test_who_keeps_all_draws_alike_beside_one_who_does_not(beside):
   logits_BV = jax.random.normal(jax.random.key(0), (2, 50))
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(1), 2))
   top_k_B = jnp.array([0, beside[0]])
-  how = sampling.Draws(keys_B2, jnp.ones(2), top_k_B, jnp.array([1, beside[1]]))
+  arrays = sampling.SamplingArrays(
+    keys_B2, jnp.ones(2), top_k_B, jnp.array([1, beside[1]])
+  )
   drawn = jax.jit(sampling.sample)
   at = lambda count, i: jnp.full(count, i, jnp.int32)
-  got = [int(drawn(logits_BV, how, at(2, i))[0]) for i in range(40)]
-  one = jax.tree.map(lambda x: x[:1], how)
+  got = [int(drawn(logits_BV, arrays, at(2, i))[0]) for i in range(40)]
+  one = jax.tree.map(lambda x: x[:1], arrays)
   want = [int(drawn(logits_BV[:1], one, at(1, i))[0]) for i in range(40)]
   assert got == want and len(set(got)) > 10

@@ -1,4 +1,4 @@
-"""Drafts change how many tokens a step gives, never which."""
+"""Speculative tokens change how many a step gives, never which."""
 
 import itertools
 
@@ -10,6 +10,7 @@ from scipy import stats
 
 from dsv3_jax import errors
 from dsv3_jax.inference import engine, generate, model_runner, sampling
+from dsv3_jax.inference import request as requests
 from dsv3_jax.nn import model
 from tests import settings
 from tests.inference import counting
@@ -41,13 +42,15 @@ def prompt(seed, size):
   return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
 
 
-@pytest.mark.parametrize('num_drafts', [1, 2, 3])
-@pytest.mark.parametrize('num_pages', [8, 40])
-def test_counted_traffic_gets_the_same_tokens(num_drafts, num_pages):
+@pytest.mark.parametrize('num_speculative_tokens', [1, 2, 3])
+@pytest.mark.parametrize('num_blocks', [8, 40])
+def test_counted_traffic_gets_the_same_tokens(
+  num_speculative_tokens, num_blocks
+):
   """Some drafts are wrong, pages run out, some clients go away, some stop."""
-  rng = np.random.default_rng(num_drafts)
-  made = counting.Steps(num_drafts=num_drafts)
-  session = engine.Engine(made, num_pages=num_pages, max_rows=5, chunk=64)
+  rng = np.random.default_rng(num_speculative_tokens)
+  made = counting.Runner(num_speculative_tokens=num_speculative_tokens)
+  session = engine.Engine(made, num_blocks=num_blocks, max_rows=5, chunk=64)
   wanted, gone = [], []
   for number in range(60):
     tokens = rng.integers(0, 23, rng.integers(1, 150)).tolist()
@@ -64,74 +67,75 @@ def test_counted_traffic_gets_the_same_tokens(num_drafts, num_pages):
   while not session.is_idle:
     session.step()
   assert all(request.tokens == want for request, want in wanted)
-  assert session.pool.in_use == 0
-  assert (session.scheduler.preempted > 0) == (num_pages == 8)
-  told = session.decoded
-  assert 0.3 < told.acceptance < 0.8
-  assert 1.3 < told.tokens_per_step <= 1 + num_drafts
+  assert session.stats().blocks_in_use == 0
+  assert (session.stats().preempted > 0) == (num_blocks == 8)
+  counts_seen = session.stats()
+  assert 0.3 < counts_seen.acceptance < 0.8
+  assert 1.3 < counts_seen.tokens_per_step <= 1 + num_speculative_tokens
 
 
 def test_drafts_make_steps_fewer():
   calls = []
-  for num_drafts in (0, 1, 2):
-    made = counting.Steps(num_drafts=num_drafts)
-    session = engine.Engine(made, num_pages=8, max_rows=1)
+  for num_speculative_tokens in (0, 1, 2):
+    made = counting.Runner(num_speculative_tokens=num_speculative_tokens)
+    session = engine.Engine(made, num_blocks=8, max_rows=1)
     session.submit([3, 1, 4], 200)
     while not session.is_idle:
       session.step()
-    assert made.calls == 1 + session.decoded.rows
-    assert session.decoded.tokens == 199
+    assert made.calls == 1 + session.stats().decoded_rows
+    assert session.stats().decoded_tokens == 199
     calls.append(made.calls)
   assert calls[0] == 200
   assert calls[1] < 0.75 * calls[0] and calls[2] < 0.85 * calls[1]
 
 
 @pytest.mark.parametrize(
-  ('num_drafts', 'hidden'), [(1, 'post_norm'), (3, 'pre_norm')]
+  ('num_speculative_tokens', 'hidden'), [(1, 'post_norm'), (3, 'pre_norm')]
 )
-def test_tokens_are_those_of_plain_decoding(num_drafts, hidden):
+def test_tokens_are_those_of_plain_decoding(num_speculative_tokens, hidden):
   cfg = small(model__mtp__hidden=hidden)
   params, router = weights(cfg)
-  plain = generate.Generator(cfg, params, router)
-  drafting = generate.Generator(cfg, params, router, num_drafts)
+  plain = model_runner.ModelRunner(cfg, params, router)
+  drafting = model_runner.ModelRunner(
+    cfg, params, router, num_speculative_tokens
+  )
   prompts = [prompt(1, 5), prompt(2, 130), prompt(3, 1), prompt(4, 64)]
-  for how in ({}, {'temperature': 1.0, 'top_p': 0.9, 'seed': 3}):
-    want = plain.generate(prompts, 40, **how)
-    made = drafting.generate(prompts, 40, **how)
+  for options in ({}, {'temperature': 1.0, 'top_p': 0.9, 'seed': 3}):
+    want = generate.generate(plain, prompts, 40, **options)
+    made = generate.generate(drafting, prompts, 40, **options)
     assert made.tokens == want.tokens
-    assert want.counts.tokens_per_step == 1
-    assert made.counts.tokens_per_step > 1
+    assert want.stats.tokens_per_step == 1
+    assert made.stats.tokens_per_step > 1
 
 
 def test_drafts_that_are_always_right_give_a_step_all_it_can_have():
   # Where all tokens are as likely, only the noise decides, which is the same.
   params, router = weights(CONFIG)
   flat = params | {'head': {'w': jnp.zeros_like(params['head']['w'])}}
-  drafting = generate.Generator(CONFIG, flat, router, 3)
-  how = {'temperature': 1.0, 'seed': 2}
-  made = drafting.generate([[1, 2], [3]], 41, **how)
-  assert made.counts.acceptance == 1.0 and made.counts.tokens_per_step == 4.0
-  plain = generate.Generator(CONFIG, flat, router).generate(
-    [[1, 2], [3]], 41, **how
-  )
+  drafting = model_runner.ModelRunner(CONFIG, flat, router, 3)
+  options = {'temperature': 1.0, 'seed': 2}
+  made = generate.generate(drafting, [[1, 2], [3]], 41, **options)
+  assert made.stats.acceptance == 1.0 and made.stats.tokens_per_step == 4.0
+  runner = model_runner.ModelRunner(CONFIG, flat, router)
+  plain = generate.generate(runner, [[1, 2], [3]], 41, **options)
   assert made.tokens == plain.tokens
   assert len(set(made.tokens[0])) > 5
 
 
 @pytest.mark.parametrize('hidden', HIDDEN)
 def test_first_drafts_are_the_mtp_module_s_choice(hidden):
-  """However the latents came there: chunks, prompt cache, verified drafts."""
+  """However the latents came there: chunks, prefix cache, verified drafts."""
   cfg = small(model__mtp__hidden=hidden)
   params, router = weights(cfg)
   made = model_runner.ModelRunner(cfg, params, router, 2)
-  session = engine.Engine(made, num_pages=20, max_rows=3, chunk=64)
+  session = engine.Engine(made, num_blocks=20, max_rows=3, chunk=64)
   seen = []
   for tokens in (prompt(5, 150), prompt(6, 3), prompt(5, 150)[:140] + [1, 2]):
     request = session.submit(tokens, 20)
     while not request.done:
       session.step()
-      seen.append((list(request.job.tokens), list(request.job.drafts)))
-  assert request.job.found == 128
+      seen.append((list(request.all_tokens), list(request.speculative_tokens)))
+  assert request.num_cached_tokens == 128
   drafted = [(tokens, drafts[0]) for tokens, drafts in seen if drafts]
   assert len(drafted) > 30
   for tokens, draft in drafted[::3]:
@@ -177,11 +181,11 @@ def triples(made, start, rows, seed):
   """Three tokens of each row, and whether its second step gave two."""
   keys_B = jax.random.split(jax.random.key(seed), rows)
   ones_B = np.ones(rows, np.float32)
-  draws = sampling.Draws(
+  draws = sampling.SamplingArrays(
     *(np.asarray(jax.random.key_data(keys_B)), ones_B),
     *(np.zeros(rows, np.int32), ones_B),
   )
-  caches = made.empty_caches(rows, engine.PAGE)
+  caches = made.empty_caches(rows, engine.BLOCK_SIZE)
   table_B1 = np.arange(rows, dtype=np.int32)[:, None]
   zeros_B, none_B = np.zeros((2, rows), np.int32)
   at = lambda x_BT, t_B: np.take_along_axis(x_BT, t_B[:, None], 1)[:, 0]
@@ -192,9 +196,9 @@ def triples(made, start, rows, seed):
       index_B2[:, 1] = -1
     tokens_B2 = np.stack([last_B, draft_B], axis=1)
     arrays = (tokens_B2, index_B2, zeros_B, none_B, table_B1)
-    rows = model_runner.Rows(*(x.astype(np.int32) for x in arrays))
-    found, caches = made.decode(rows, caches, draws)
-    return *map(np.asarray, found), caches
+    rows = model_runner.StepInput(*(x.astype(np.int32) for x in arrays))
+    output, caches = made.decode(rows, caches, draws)
+    return *map(np.asarray, output), caches
 
   start_B = np.full(rows, start)
   first_B2, _, draft_B1, caches = step(start_B, zeros_B, zeros_B, False, caches)
@@ -230,33 +234,42 @@ def triple_probabilities(cfg, params, router, start):
 def test_a_model_without_mtp_cannot_draft():
   cfg = small(model__mtp__depth=0)
   with pytest.raises(errors.InputError, match='needs a model with an MTP mod'):
-    generate.Generator(cfg, {}, {}, 1)
-  with pytest.raises(errors.InputError, match='num_drafts=-1 must be >= 0'):
-    generate.Generator(CONFIG, {}, {}, -1)
+    model_runner.ModelRunner(cfg, {}, {}, 1)
+  with pytest.raises(
+    errors.InputError, match='num_speculative_tokens=-1 must be >= 0'
+  ):
+    model_runner.ModelRunner(CONFIG, {}, {}, -1)
 
 
-@pytest.mark.parametrize(('num_drafts', 'size'), [(1, 63), (2, 62)])
-def test_answers_to_one_prompt_draft_each_for_itself(num_drafts, size):
+@pytest.mark.parametrize(('num_speculative_tokens', 'size'), [(1, 63), (2, 62)])
+def test_answers_to_one_prompt_draft_each_for_itself(
+  num_speculative_tokens, size
+):
   """Where drafts of the first pass the end of a page, no other sees them."""
   params, router = weights(CONFIG)
   flat = params | {'head': {'w': 0.5 * params['head']['w']}}
   tokens, draws = (
     prompt(7, size),
-    [engine.Draw(temperature=1.0, stream=i) for i in (0, 1, 2)],
+    [requests.SamplingParams(temperature=1.0, stream=i) for i in (0, 1, 2)],
   )
   plain, want = model_runner.ModelRunner(CONFIG, flat, router), []
   for draw in draws:
-    session = engine.Engine(plain, num_pages=8, max_rows=3)
+    session = engine.Engine(plain, num_blocks=8, max_rows=3)
     request = session.submit(tokens, 20, draw)
     while not request.done:
       session.step()
     want.append(request.tokens)
-  made = model_runner.ModelRunner(CONFIG, flat, router, num_drafts)
-  session = engine.Engine(made, num_pages=8, max_rows=3)
+  made = model_runner.ModelRunner(CONFIG, flat, router, num_speculative_tokens)
+  session = engine.Engine(made, num_blocks=8, max_rows=3)
   first = session.submit(tokens, 20, draws[0])
-  rest = [session.submit(tokens, 20, draw, twin=first) for draw in draws[1:]]
+  rest = [
+    session.submit(tokens, 20, draw, shares_prompt_with=first)
+    for draw in draws[1:]
+  ]
   while not session.is_idle:
     session.step()
   assert [request.tokens for request in (first, *rest)] == want
-  assert session.decoded.accepted > 0 and session.pool.in_use == 0
-  assert [request.job.found for request in rest] == [size - 1] * 2
+  assert (
+    session.stats().accepted_tokens > 0 and session.stats().blocks_in_use == 0
+  )
+  assert [request.num_cached_tokens for request in rest] == [size - 1] * 2

@@ -34,13 +34,13 @@ def serving(
   most_waiting=200,
   max_rows=16,
   warm=(),
-  steps=None,
+  runner=None,
   **how,
 ):
-  """(address, worker) of a server on a model that counts, or on `steps`."""
-  made = steps or counting.Steps(280, seconds, room=600)
-  session = engine.Engine(made, num_pages=100, max_rows=max_rows)
-  model = engine_thread.Worker(session, most_waiting, warm)
+  """(address, worker) of a server on a model that counts, or on `runner`."""
+  runner = runner or counting.Runner(280, seconds, room=600)
+  session = engine.Engine(runner, num_blocks=100, max_rows=max_rows)
+  model = engine_thread.EngineThread(session, most_waiting, warm)
   how = {'name': 'tiny', 'max_tokens': 500} | how
   app = server_app.Server(model, tokenizer, **how).app()
   with socket.socket() as bound:
@@ -99,12 +99,12 @@ def test_completions(served, tokenizer):
   text, finish = text_of(tokenizer, ids, 9)
   with client(served[0]) as ask:
     how = {'model': 'tiny', 'max_tokens': 9}
-    made = ask.completions.create(prompt='Hello', **how)
-    assert (made.choices[0].text, made.choices[0].finish_reason) == (
+    response = ask.completions.create(prompt='Hello', **how)
+    assert (response.choices[0].text, response.choices[0].finish_reason) == (
       text,
       finish,
     )
-    assert made.usage.prompt_tokens == len(ids)
+    assert response.usage.prompt_tokens == len(ids)
     two = ask.completions.create(prompt=[ids, ids[:1]], n=2, **how)
     texts = [choice.text for choice in two.choices]
     other, _ = text_of(tokenizer, ids[:1], 9)
@@ -118,9 +118,9 @@ def test_chat_streams_what_it_says_at_once(served, tokenizer):
   how = {'model': 'tiny', 'max_completion_tokens': 30}
   how['messages'] = [{'role': 'user', 'content': 'Hello'}]
   with client(served[0]) as ask:
-    made = ask.chat.completions.create(**how)
-    assert made.choices[0].message.content == text
-    assert made.choices[0].message.role == 'assistant'
+    response = ask.chat.completions.create(**how)
+    assert response.choices[0].message.content == text
+    assert response.choices[0].message.role == 'assistant'
     options = {'include_usage': True}
     parts = ask.chat.completions.create(
       stream=True, stream_options=options, **how
@@ -136,7 +136,7 @@ def test_what_newer_clients_send(served, tokenizer):
   text, _ = text_of(tokenizer, chat_ids(tokenizer, 'Hello'), 9)
   parts = [{'type': 'text', 'text': 'Hel'}, {'type': 'text', 'text': 'lo'}]
   with client(served[0]) as ask:
-    made = ask.chat.completions.create(
+    response = ask.chat.completions.create(
       model='tiny',
       messages=[{'role': 'user', 'content': parts}],
       max_tokens=9,
@@ -144,12 +144,12 @@ def test_what_newer_clients_send(served, tokenizer):
       tool_choice='none',
       parallel_tool_calls=False,
     )
-    assert made.choices[0].message.content == text
-    again = [{'role': 'developer', 'content': 'x'}, made.choices[0].message]
-    made = ask.chat.completions.create(
+    assert response.choices[0].message.content == text
+    again = [{'role': 'developer', 'content': 'x'}, response.choices[0].message]
+    response = ask.chat.completions.create(
       model='tiny', messages=[*again, {'role': 'user', 'content': 'x'}]
     )
-    assert made.usage.prompt_tokens > 4
+    assert response.usage.prompt_tokens > 4
     with pytest.raises(openai.BadRequestError, match='best_of=2 is not'):
       ask.completions.create(model='tiny', prompt='a', best_of=2)
 
@@ -169,19 +169,19 @@ def test_the_model_has_one_name(served):
         call()
       assert caught.value.code == 'model_not_found'
       assert caught.value.type == 'invalid_request_error'
-  code, said, _ = fetch(f'{served[0]}/v1/nothing')
-  assert code == 404 and 'invalid_request_error' in said
+  code, text_said, _ = fetch(f'{served[0]}/v1/nothing')
+  assert code == 404 and 'invalid_request_error' in text_said
 
 
 def test_several_answers_compute_their_prompt_once(tokenizer):
   with serving(tokenizer) as (address, model), client(address) as ask:
     ids = list(range(100)) * 3
-    made = ask.completions.create(
+    response = ask.completions.create(
       model='tiny', prompt=ids, n=5, max_tokens=9, temperature=0
     )
     want, _ = text_of(tokenizer, ids, 9)
-    assert [choice.text for choice in made.choices] == [want] * 5
-    assert model.counts['found_tokens'] == 4 * 299
+    assert [choice.text for choice in response.choices] == [want] * 5
+    assert model.counts['cached_tokens'] == 4 * 299
     idle(model)
 
 
@@ -202,20 +202,20 @@ def test_a_long_text_holds_up_nobody(tokenizer):
     thread.start()
     assert begun.wait(30)
     assert fetch(f'{address}/health')[0] == 200
-    made = ask.completions.create(prompt=[5], **how)
-    assert made.usage.prompt_tokens == 1 and thread.is_alive()
+    response = ask.completions.create(prompt=[5], **how)
+    assert response.usage.prompt_tokens == 1 and thread.is_alive()
     may_end.set()
     thread.join()
 
 
 def test_it_is_unwell_until_it_is_warm(tokenizer, monkeypatch):
   may_end = threading.Event()
-  wait = lambda self, size: may_end.wait(30)
-  monkeypatch.setattr(engine.Engine, 'warm', wait)
-  warm = [engine.Size(1, 1, 1, 'decode')]
+  wait = lambda self, shape: may_end.wait(30)
+  monkeypatch.setattr(engine.Engine, 'warm_up', wait)
+  warm = [engine.StepShape(1, 1, 1, 'decode')]
   with serving(tokenizer, warm=warm) as (address, _), client(address) as ask:
-    code, said, _ = fetch(f'{address}/health')
-    assert code == 503 and 'the model warms up' in said
+    code, text_said, _ = fetch(f'{address}/health')
+    assert code == 503 and 'the model warms up' in text_said
     how = {'model': 'tiny', 'prompt': [5], 'max_tokens': 1}
     parts = ask.completions.create(stream=True, **how)
     may_end.set()
@@ -228,12 +228,12 @@ def test_a_stop_cuts_the_text_and_frees_the_row(served, tokenizer):
   text, _ = text_of(tokenizer, ids, 200)
   stop = text[10:13]
   with client(served[0]) as ask:
-    made = ask.completions.create(
+    response = ask.completions.create(
       model='tiny', prompt=ids, max_tokens=200, stop=[stop]
     )
-  assert made.choices[0].text == text[: text.index(stop)]
-  assert made.choices[0].finish_reason == 'stop'
-  assert made.usage.completion_tokens < 200
+  assert response.choices[0].text == text[: text.index(stop)]
+  assert response.choices[0].finish_reason == 'stop'
+  assert response.usage.completion_tokens < 200
   idle(served[1])
 
 
@@ -243,7 +243,7 @@ def idle(model):
   while model.running or model.waiting:
     assert time.monotonic() < end
     time.sleep(0.01)
-  assert model.session.pool.in_use == 0
+  assert model.engine.stats().blocks_in_use == 0
 
 
 def test_64_streams_at_once_get_their_own(served, tokenizer):
@@ -255,8 +255,8 @@ def test_64_streams_at_once_get_their_own(served, tokenizer):
     parts = await ask.completions.create(
       model='tiny', prompt=ids, max_tokens=count, stream=True
     )
-    said = [part.choices[0].text async for part in parts]
-    assert ''.join(said) == text_of(tokenizer, ids, count)[0]
+    text_said = [part.choices[0].text async for part in parts]
+    assert ''.join(text_said) == text_of(tokenizer, ids, count)[0]
 
   async def all_of_them():
     how = {'base_url': f'{address}/v1', 'api_key': 'x', 'max_retries': 0}
@@ -316,8 +316,8 @@ def test_a_full_queue_is_429(tokenizer):
 def test_a_key_must_be_borne(tokenizer):
   with serving(tokenizer, api_key='secret') as (address, _):
     for wrong in ('Bearer', 'Bearer secre', 'Bearer secrets', 'Bearer s\u00e9'):
-      code, said, _ = fetch(f'{address}/v1/models', authorization=wrong)
-      assert code == 401 and 'the API key is missing or wrong' in said
+      code, text_said, _ = fetch(f'{address}/v1/models', authorization=wrong)
+      assert code == 401 and 'the API key is missing or wrong' in text_said
     assert fetch(f'{address}/v1/completions', b'{}')[0] == 401
     with client(address, 'secret') as ask:
       assert [m.id for m in ask.models.list()] == ['tiny']
@@ -325,7 +325,7 @@ def test_a_key_must_be_borne(tokenizer):
 
 
 @pytest.mark.parametrize(
-  ('path', 'body', 'said'),
+  ('path', 'body', 'text_said'),
   [
     ('completions', b'{', 'the body must be JSON'),
     ('completions', b'[' * 100_000, 'the body must be JSON'),
@@ -371,18 +371,18 @@ def test_a_key_must_be_borne(tokenizer):
     ),
   ],
 )
-def test_wrong_bodies_are_one_line(served, path, body, said):
+def test_wrong_bodies_are_one_line(served, path, body, text_said):
   code, text, _ = fetch(f'{served[0]}/v1/{path}', body)
   error = json.loads(text)['error']
   assert code == 400
-  assert said in error['message'] and '\n' not in error['message']
+  assert text_said in error['message'] and '\n' not in error['message']
   assert error['type'] == 'invalid_request_error'
-  assert served[1].session.is_idle
+  assert served[1].engine.is_idle
 
 
 def test_a_body_that_is_too_long_is_not_read(served):
-  code, said, _ = fetch(f'{served[0]}/v1/completions', b' ' * (2**20 + 1))
-  assert code == 413 and 'at most 1048576 bytes' in said
+  code, text_said, _ = fetch(f'{served[0]}/v1/completions', b' ' * (2**20 + 1))
+  assert code == 413 and 'at most 1048576 bytes' in text_said
 
 
 def test_metrics_count(tokenizer):
@@ -390,9 +390,9 @@ def test_metrics_count(tokenizer):
     with client(address) as ask:
       for _ in range(2):
         ask.completions.create(model='tiny', prompt=[3] * 200, max_tokens=5)
-    _, said, _ = fetch(f'{address}/metrics')
+    _, text_said, _ = fetch(f'{address}/metrics')
   lines = dict(
-    line.rsplit(' ', 1) for line in said.splitlines() if line[0] != '#'
+    line.rsplit(' ', 1) for line in text_said.splitlines() if line[0] != '#'
   )
   assert float(lines['dsv3_requests_total']) == 2
   assert float(lines['dsv3_prompt_tokens_total']) == 400
@@ -408,7 +408,7 @@ def test_a_model_that_fails_is_said(tokenizer, capfd):
         model='tiny', prompt=[5], max_tokens=400, stream=True
       )
       next(iter(parts))
-      model.session.steps.fails = True
+      model.engine.runner.fails = True
       with pytest.raises(openai.APIError, match='the model has ended'):
         list(parts)
       with pytest.raises(openai.InternalServerError) as caught:
@@ -421,7 +421,7 @@ def test_a_model_that_fails_is_said(tokenizer, capfd):
 def test_pages_of_other_sites_may_not_ask(served):
   other = {'sec-fetch-site': 'cross-site'}
   assert fetch(f'{served[0]}/v1/completions', b'{}', **other)[0] == 403
-  assert served[1].session.is_idle
+  assert served[1].engine.is_idle
 
 
 def test_a_body_that_breaks_off_is_no_fault(served, capfd):

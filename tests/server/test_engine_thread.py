@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_jax import errors
 from dsv3_jax.inference import engine
+from dsv3_jax.inference import request as requests
 from dsv3_jax.server import engine_thread
 from tests.inference import counting
 
@@ -15,38 +16,38 @@ from tests.inference import counting
 @pytest.fixture
 def start():
   """Makes workers that are closed in the end."""
-  made = []
+  threads_made = []
 
-  def begin(most_waiting=100, num_pages=30, max_rows=4, **how):
+  def begin(most_waiting=100, num_blocks=30, max_rows=4, **options):
     session = engine.Engine(
-      counting.Steps(**how), num_pages=num_pages, max_rows=max_rows
+      counting.Runner(**options), num_blocks=num_blocks, max_rows=max_rows
     )
-    made.append(engine_thread.Worker(session, most_waiting))
-    return made[-1]
+    threads_made.append(engine_thread.EngineThread(session, most_waiting))
+    return threads_made[-1]
 
   yield begin
-  for one in made:
+  for one in threads_made:
     one.close()
 
 
 class Client:
-  """Puts what it is told of into a queue."""
+  """Puts the outputs of its request into a queue."""
 
-  def __init__(self, model, prompt, count, stop_ids=()):
-    self.news, self.prompt, self.count = queue.Queue(), prompt, count
-    draw = engine.Draw()
-    args = (prompt, count, draw, stop_ids, self.news.put)
-    self.ticket = model.submit(*args)
+  def __init__(self, model, prompt, count):
+    self.outputs = queue.Queue()
+    self.request = requests.Request(prompt, count)
+    model.submit(self.request, self.outputs.put)
 
   def tokens(self):
     """All, up to the last."""
-    found = []
+    tokens = []
     while True:
-      news = self.news.get(timeout=20)
-      found.append(news.token)
-      if news.is_last:
-        assert self.news.empty()
-        return found
+      output = self.outputs.get(timeout=20)
+      assert output.request is self.request
+      tokens.append(output.token)
+      if output.is_last:
+        assert self.outputs.empty()
+        return tokens
 
 
 def test_many_threads_get_their_own_tokens(start):
@@ -69,38 +70,38 @@ def test_many_threads_get_their_own_tokens(start):
   assert got == [counting.continued(*case) for case in cases]
   assert model.counts['finished'] == len(cases) == model.counts['requests']
   assert model.counts['tokens'] == sum(count for _, count in cases)
-  assert model.session.pool.in_use == 0
+  assert model.engine.stats().blocks_in_use == 0
 
 
 def test_who_is_cancelled_is_told_no_more_and_gives_its_pages(start):
   model = start(seconds=0.01)
   stays = Client(model, [1, 2, 3], 60)
   goes = Client(model, [4, 5, 6], 300)
-  goes.news.get(timeout=20)
-  model.cancel(goes.ticket)
-  model.cancel(goes.ticket)
-  told = goes.news.qsize()
+  goes.outputs.get(timeout=20)
+  model.cancel(goes.request)
+  model.cancel(goes.request)
+  count = goes.outputs.qsize()
   assert stays.tokens() == counting.continued([1, 2, 3], 60)
-  assert goes.news.qsize() <= told + 1
+  assert goes.outputs.qsize() <= count + 1
   assert model.counts['cancelled'] == 1
-  assert model.session.pool.in_use == 0
+  assert model.engine.stats().blocks_in_use == 0
 
 
 def test_one_that_is_cancelled_before_it_is_read_never_runs(start):
   model = start(seconds=0.05)
   first = Client(model, [1], 3)
   second = Client(model, [2], 300)
-  model.cancel(second.ticket)
+  model.cancel(second.request)
   first.tokens()
-  assert second.news.empty() and model.session.is_idle
+  assert second.outputs.empty() and model.engine.is_idle
 
 
 def test_a_full_queue_refuses_and_opens_again(start):
   model = start(most_waiting=2, max_rows=1, seconds=0.02)
   clients = [Client(model, [1], 20)]
-  clients[0].news.get(timeout=20)
+  clients[0].outputs.get(timeout=20)
   clients += [Client(model, [i], 2) for i in (2, 3)]
-  with pytest.raises(engine_thread.Full):
+  with pytest.raises(engine_thread.QueueFull):
     Client(model, [4], 2)
   assert model.counts['refused'] == 1
   for client in clients[1:]:
@@ -119,8 +120,8 @@ def test_bad_requests_are_refused_in_the_caller_s_thread(start):
 def test_an_error_of_the_model_reaches_all(start):
   model = start(seconds=0.01, max_rows=1)
   clients = [Client(model, [i], 300) for i in (1, 2)]
-  clients[0].news.get(timeout=20)
-  model.session.steps.fails = True
+  clients[0].outputs.get(timeout=20)
+  model.engine.runner.fails = True
   assert clients[0].tokens()[-1] is clients[1].tokens()[-1] is None
   assert str(model.error) == 'out of order'
   with pytest.raises(engine_thread.Closed):
@@ -130,12 +131,12 @@ def test_an_error_of_the_model_reaches_all(start):
 def test_an_error_before_a_request_is_read_reaches_it(start, monkeypatch):
   model = start(seconds=0.05)
   first = Client(model, [1], 300)
-  first.news.get(timeout=20)
+  first.outputs.get(timeout=20)
 
   def fails(*args):
     raise RuntimeError('no device')
 
-  monkeypatch.setattr(model.session, 'submit', fails)
+  monkeypatch.setattr(model.engine, 'add', fails)
   others = [Client(model, [i], 3) for i in (2, 3)]
   assert [other.tokens() for other in others] == [[None], [None]]
   assert first.tokens()[-1] is None
@@ -144,7 +145,7 @@ def test_an_error_before_a_request_is_read_reaches_it(start, monkeypatch):
 def test_idle_rows_count_as_room(start):
   model = start(most_waiting=1, max_rows=4, seconds=0.02)
   clients = [Client(model, [i], 5) for i in range(5)]
-  with pytest.raises(engine_thread.Full):
+  with pytest.raises(engine_thread.QueueFull):
     Client(model, [9], 1)
   assert model.waiting + model.running == 5
   for client in clients:
@@ -155,7 +156,7 @@ def test_idle_rows_count_as_room(start):
 def test_close_tells_those_who_wait(start):
   model = start(seconds=0.01)
   client = Client(model, [1], 300)
-  client.news.get(timeout=20)
+  client.outputs.get(timeout=20)
   model.close()
   assert client.tokens()[-1] is None
   assert model.error is None

@@ -15,10 +15,10 @@ _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _CODE = """
 import sys, types
 from dsv3_jax.data import tokenizer
-from dsv3_jax.inference import serving
+from dsv3_jax.server import main
 from tests.inference import counting
 
-made = counting.Steps(280, 0.02, room=600)
+made = counting.Runner(280, 0.02, room=600)
 decode = made.decode
 def fails(*args):
   if made.calls > {most}:
@@ -27,30 +27,30 @@ def fails(*args):
 made.decode = fails
 space = types.SimpleNamespace
 model = space(
-  engine=space(steps=made),
+  runner=made,
   config=made.cfg,
   tokenizer=tokenizer.train(['Hello, world!', 'x = 1'] * 30, 275),
 )
-serving.run(
+main.run(
   model,
-  serving.bind({host!r}, 0),
+  main.bind({host!r}, 0),
   name='tiny',
   cache_tokens=0,
   max_rows=2,
   max_waiting=2,
   max_tokens=500,
   api_key='',
-  invariant=False,
+  batch_invariant=False,
   warm_up={warm_up},
 )
 """
 
 
-def begun(most, **how):
+def begun(most, **options):
   """The process, and a stream that has begun."""
-  how = {'host': '127.0.0.1', 'warm_up': False} | how
+  options = {'host': '127.0.0.1', 'warm_up': False} | options
   child = subprocess.Popen(
-    [sys.executable, '-c', _CODE.format(most=most, **how)],
+    [sys.executable, '-c', _CODE.format(most=most, **options)],
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     cwd=_ROOT,
@@ -77,7 +77,7 @@ def test_a_signal_ends_streams_with_a_word_and_the_process_with_0(number):
 
 
 def test_an_address_of_ipv6_after_a_warm_up():
-  child, ask, parts = begun(10**9, host='::1', invariant=False, warm_up=True)
+  child, ask, parts = begun(10**9, host='::1', warm_up=True)
   with child, ask:
     assert ask.base_url.host == '::1'
     parts.close()
@@ -86,8 +86,8 @@ def test_an_address_of_ipv6_after_a_warm_up():
   assert child.returncode == 0
   lines = err.splitlines()
   count = len(lines)
-  said = f'of {count} sizes of steps'
-  assert lines == [f'compiled {i} {said}' for i in range(1, count + 1)]
+  message = f'of {count} sizes of steps'
+  assert lines == [f'compiled {i} {message}' for i in range(1, count + 1)]
 
 
 def test_a_port_that_is_taken_is_said():

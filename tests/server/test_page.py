@@ -20,7 +20,7 @@ THOUGHT, ANSWER = 'one, two <b>', 'It is\n<i>three</i> \u4f60.'
 SCRIPT = f'<think>{THOUGHT}</think>{ANSWER}'
 
 
-class Steps(counting.Steps):
+class Runner(counting.Runner):
   """Answers in the words of a script; of a plain text it counts on."""
 
   def __init__(self, tokenizer, seconds):
@@ -37,9 +37,9 @@ class Steps(counting.Steps):
 
 @pytest.fixture(scope='module')
 def browser():
-  with sync_api.sync_playwright() as made:
-    how = {'executable_path': _CHROMIUM, 'args': ['--no-sandbox']}
-    browser = made.chromium.launch(**how)
+  with sync_api.sync_playwright() as playwright:
+    options = {'executable_path': _CHROMIUM, 'args': ['--no-sandbox']}
+    browser = playwright.chromium.launch(**options)
     sync_api.expect.set_options(timeout=20_000)
     yield browser
     browser.close()
@@ -48,8 +48,8 @@ def browser():
 @pytest.fixture
 def served():
   tokenizer = tokenizers.train(test_server.TEXTS * 30, 280)
-  steps = Steps(tokenizer, 0.01)
-  with test_server.serving(tokenizer, steps=steps) as found:
+  runner = Runner(tokenizer, 0.01)
+  with test_server.serving(tokenizer, runner=runner) as found:
     yield found
 
 
@@ -123,11 +123,11 @@ def test_errors_are_shown_and_can_be_mended(page, served):
   expect(page, '.assistant').to_have_count(0)
   page.get_by_label('tokens').fill('400')
   page.get_by_label('chat').uncheck()
-  steps = served[1].session.steps
-  steps.seconds = 0.1  # not to be at its end before it fails
+  runner = served[1].engine.runner
+  runner.seconds = 0.1  # not to be at its end before it fails
   say(page, 'Hello')
   expect(page, '.assistant').not_to_be_empty()
-  steps.fails = True
+  runner.fails = True
   expect(page, '.error').to_have_count(2)
   expect(page, '.error >> nth=1').to_have_text('the model has ended')
 

@@ -6,7 +6,7 @@ from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.server import protocol
 
-LIMITS = protocol.Limits(model='tiny', answers=20, tokens=500, seed=7)
+LIMITS = protocol.Limits(model='tiny', max_choices=20, max_tokens=500, seed=7)
 HELLO = [{'role': 'user', 'content': 'Hello'}]
 
 
@@ -16,12 +16,13 @@ def tokenizer():
 
 
 def test_what_is_not_given(tokenizer):
-  made = protocol.completion({'prompt': 'Hello'}, tokenizer, LIMITS)
-  assert made.prompts == [tokenizer.encode('Hello', add_bos=True).tolist()]
-  assert (made.choices, made.max_tokens, made.stream) == (1, 16, False)
-  assert (made.draw.temperature, made.draw.seed) == (1.0, 7)
+  parsed = protocol.parse_completion({'prompt': 'Hello'}, tokenizer, LIMITS)
+  assert parsed.prompts == [tokenizer.encode('Hello', add_bos=True).tolist()]
+  assert (parsed.n, parsed.max_tokens, parsed.stream) == (1, 16, False)
+  assert (parsed.sampling.temperature, parsed.sampling.seed) == (1.0, 7)
   assert (
-    protocol.chat({'messages': HELLO}, tokenizer, LIMITS).max_tokens is None
+    protocol.parse_chat({'messages': HELLO}, tokenizer, LIMITS).max_tokens
+    is None
   )
 
 
@@ -55,17 +56,17 @@ def test_what_says_nothing_is_taken(tokenizer):
   plain = {'messages': HELLO, 'stream': True}
   plain |= {'stream_options': {'include_usage': True}}
   asked = {'messages': HELLO} | body
-  assert protocol.chat(asked, tokenizer, LIMITS) == protocol.chat(
+  assert protocol.parse_chat(asked, tokenizer, LIMITS) == protocol.parse_chat(
     plain, tokenizer, LIMITS
   )
 
 
 def test_best_of_is_n_or_nothing(tokenizer):
   body = {'prompt': 'a', 'n': 3, 'best_of': 3}
-  assert protocol.completion(body, tokenizer, LIMITS).choices == 3
+  assert protocol.parse_completion(body, tokenizer, LIMITS).n == 3
   for wrong in ({'best_of': 2}, {'best_of': 1, 'n': 2}):
     with pytest.raises(errors.InputError, match=r'best_of=. is not supported'):
-      protocol.completion({'prompt': 'a'} | wrong, tokenizer, LIMITS)
+      protocol.parse_completion({'prompt': 'a'} | wrong, tokenizer, LIMITS)
 
 
 def test_texts_in_parts_and_developers(tokenizer):
@@ -89,18 +90,18 @@ def test_texts_in_parts_and_developers(tokenizer):
     {'role': 'assistant', 'content': 'world'},
     {'role': 'user', 'content': ''},
   ]
-  made = protocol.chat({'messages': messages}, tokenizer, LIMITS)
-  assert made.prompts == [tokenizer.encode_chat(same, True)[0].tolist()]
+  parsed = protocol.parse_chat({'messages': messages}, tokenizer, LIMITS)
+  assert parsed.prompts == [tokenizer.encode_chat(same, True)[0].tolist()]
 
 
 def test_another_model_is_not_there(tokenizer):
   with pytest.raises(protocol.NoModelError, match="model='gpt' is not served"):
-    protocol.chat({'model': 'gpt', 'messages': HELLO}, tokenizer, LIMITS)
-  protocol.chat({'model': 'tiny', 'messages': HELLO}, tokenizer, LIMITS)
+    protocol.parse_chat({'model': 'gpt', 'messages': HELLO}, tokenizer, LIMITS)
+  protocol.parse_chat({'model': 'tiny', 'messages': HELLO}, tokenizer, LIMITS)
 
 
 @pytest.mark.parametrize(
-  ('wrong', 'said'),
+  ('wrong', 'message'),
   [
     ({'best_of': True}, 'best_of'),
     ({'frequency_penalty': False}, 'frequency_penalty=False is not supported'),
@@ -149,7 +150,7 @@ def test_another_model_is_not_there(tokenizer):
     ),
   ],
 )
-def test_wrong_chats_are_one_line(tokenizer, wrong, said):
-  with pytest.raises(errors.InputError, match=said) as caught:
-    protocol.chat({'messages': HELLO} | wrong, tokenizer, LIMITS)
+def test_wrong_chats_are_one_line(tokenizer, wrong, message):
+  with pytest.raises(errors.InputError, match=message) as caught:
+    protocol.parse_chat({'messages': HELLO} | wrong, tokenizer, LIMITS)
   assert '\n' not in str(caught.value)

@@ -103,10 +103,9 @@ def test_transformers_reads_ours(name, tmp_path):
     out = net(prompt, use_cache=True)
     ids = net.generate(prompt, max_new_tokens=64, **options)
   np.testing.assert_allclose(ours, out.logits.numpy(), rtol=0, atol=1e-5)
-  generation = generate.Generator(cfg, params, router).generate(
-    tokens_BT.tolist(), 64
-  )
-  assert generation.tokens == ids[:, tokens_BT.shape[1] :].tolist()
+  runner = model_runner.ModelRunner(cfg, params, router)
+  output = generate.generate(runner, tokens_BT.tolist(), 64)
+  assert output.tokens == ids[:, tokens_BT.shape[1] :].tolist()
   check_cached(cfg, params, router, tokens_BT, out)
 
 
@@ -118,9 +117,9 @@ def check_cached(cfg, params, router, tokens_BT, out):
     )
     for options in ({}, {'absorbed': True})
   ]
-  # A page a row.
-  assert tokens_BT.shape[1] <= engine.PAGE
-  args = (cfg.model, len(tokens_BT), engine.PAGE, jnp.float32)
+  # A block a row.
+  assert tokens_BT.shape[1] <= engine.BLOCK_SIZE
+  args = (cfg.model, len(tokens_BT), engine.BLOCK_SIZE, jnp.float32)
   caches = model_runner.empty_caches(*args, drafting=False, fp8=False)
   table_B1 = jnp.arange(len(tokens_BT))[:, None]
   close = {'rtol': 0, 'atol': 1e-5}

@@ -1,0 +1,121 @@
+"""A request, how its tokens are sampled, and what the engine says about it."""
+
+import dataclasses
+import enum
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from dsv3_jax.inference import block_pool
+
+FinishReason = Literal['stop', 'length', 'aborted']
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+  """How the tokens of a request are sampled; see `sampling.SamplingArrays`.
+
+  stream: gives requests of the same seed different random numbers.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  seed: int = 0
+  stream: int = 0
+
+
+GREEDY = SamplingParams()
+
+
+class RequestState(enum.Enum):
+  """Running requests have a block table; all others have none."""
+
+  WAITING = enum.auto()
+  RUNNING = enum.auto()
+  FINISHED = enum.auto()
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+  """A request to the engine, from its prompt to its last token.
+
+  shares_prompt_with: an earlier request with the same prompt. While that one
+    prefills the prompt, this one runs without blocks; then it shares them.
+  all_tokens: the prompt and the tokens generated so far.
+  number: its place in the order of arrival.
+  rank: whose cache holds its tokens.
+  num_cached_tokens: how many tokens of its prompt it found in the prefix cache
+    when it was first admitted, or shared; None before that.
+  speculative_tokens: drafts of the tokens that follow `all_tokens`.
+  num_reported: a preempted request generates some tokens again; so many of
+    `all_tokens` need no second `TokenOutput`.
+  key_2: data of its PRNG key.
+  """
+
+  prompt: list[int]
+  max_new_tokens: int
+  sampling: SamplingParams = GREEDY
+  stop_ids: frozenset[int] = frozenset()
+  shares_prompt_with: 'Request | None' = None
+  state: RequestState = RequestState.WAITING
+  all_tokens: list[int] = dataclasses.field(init=False)
+  block_table: block_pool.BlockTable | None = None
+  number: int = 0
+  rank: int = 0
+  num_cached_tokens: int | None = None
+  speculative_tokens: list[int] = dataclasses.field(default_factory=list)
+  num_reported: int = 0
+  key_2: np.ndarray | None = None
+
+  def __post_init__(self):
+    self.all_tokens = list(self.prompt)
+
+  @property
+  def tokens(self) -> list[int]:
+    """The tokens generated so far, the stop token included."""
+    return self.all_tokens[len(self.prompt) :]
+
+  @property
+  def max_length(self) -> int:
+    """The most tokens that prompt and answer can have together."""
+    return len(self.prompt) + self.max_new_tokens
+
+  @property
+  def num_uncomputed(self) -> int:
+    """Tokens to compute before the next one can be sampled."""
+    return len(self.all_tokens) - self.block_table.length
+
+  @property
+  def is_uncached(self) -> bool:
+    """It runs, and the cache holds none of its tokens."""
+    return self.block_table.length == 0
+
+  @property
+  def done(self) -> bool:
+    """Its last token has been generated, or it was cancelled."""
+    return self.state is RequestState.FINISHED
+
+  @property
+  def finish_reason(self) -> FinishReason | None:
+    """Why the last token generated is the last of all; None: it is not."""
+    if self.all_tokens[-1] in self.stop_ids:
+      return 'stop'
+    return 'length' if len(self.all_tokens) == self.max_length else None
+
+
+class TokenOutput(NamedTuple):
+  """One new token of a request.
+
+  token: None only where `finish_reason` is 'aborted': the engine has stopped
+  before the request was finished.
+  finish_reason: None: more tokens follow.
+  """
+
+  request: Request
+  token: int | None
+  finish_reason: FinishReason | None = None
+
+  @property
+  def is_last(self) -> bool:
+    return self.finish_reason is not None
