@@ -119,17 +119,19 @@ def of_tokens(x_T):
 
 def first_keys(segments_BT, queries: int, keys: int):
   """For blocks of queries the first block of keys that they may see."""
-  return jnp.argmax(_meet(segments_BT, queries, keys), axis=2).astype(jnp.int32)
+  return jnp.argmax(_blocks_overlap(segments_BT, queries, keys), axis=2).astype(
+    jnp.int32
+  )
 
 
 def end_queries(segments_BT, queries: int, keys: int):
   """For blocks of keys the end of the blocks of queries that may see them."""
-  meet_Bij = _meet(segments_BT, queries, keys)
-  from_end = jnp.argmax(meet_Bij[:, ::-1], axis=1)
-  return (meet_Bij.shape[1] - from_end).astype(jnp.int32)
+  overlap_Bij = _blocks_overlap(segments_BT, queries, keys)
+  from_end = jnp.argmax(overlap_Bij[:, ::-1], axis=1)
+  return (overlap_Bij.shape[1] - from_end).astype(jnp.int32)
 
 
-def _meet(segments_BT, queries: int, keys: int):
+def _blocks_overlap(segments_BT, queries: int, keys: int):
   """[B, blocks of queries, blocks of keys]: do their ranges overlap?"""
 
   def ranges(size):
@@ -139,8 +141,8 @@ def _meet(segments_BT, queries: int, keys: int):
     return x_BiT.min(-1), x_BiT.max(-1)
 
   (low_Bi, high_Bi), (low_Bj, high_Bj) = ranges(queries), ranges(keys)
-  meet_Bij = low_Bi[:, :, None] <= high_Bj[:, None]
-  return meet_Bij & (low_Bj[:, None] <= high_Bi[:, :, None])
+  overlap_Bij = low_Bi[:, :, None] <= high_Bj[:, None]
+  return overlap_Bij & (low_Bj[:, None] <= high_Bi[:, :, None])
 
 
 def launch(

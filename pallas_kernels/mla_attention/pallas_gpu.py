@@ -160,17 +160,17 @@ def _consume(refs, place, index, scratch, plan: AttentionPlan):
   block, first = _work(refs, place, plan)
   mine = pl.ds(index * ROWS, ROWS)
   queries = pl.ds(block * BLOCK + index * ROWS, ROWS)
-  meet = functools.partial(_meet, scratch['turns'])
+  switch = functools.partial(_arrive_and_wait, scratch['turns'])
   plgpu.barrier_wait(scratch['q_full'])
   of_rows = registers.row(scratch['q_segments'][mine])
   full = lambda x: registers.row(jnp.full((ROWS,), x, jnp.float32))
   sums = registers.zeros((ROWS, plan.width))
   carry = Carry(full(softmax.LEAST), full(0.0), sums)
   body = functools.partial(_turn, scratch, plan, first, index, of_rows)
-  pl.when(index == 1)(meet)  # half a turn behind the other
+  pl.when(index == 1)(switch)  # half a turn behind the other
   carry = lax.fori_loop(first, block, functools.partial(body, None), carry)
   carry = body(index * ROWS, block, carry)
-  pl.when(index == 0)(meet)
+  pl.when(index == 0)(switch)
   most, total, sums = carry
   inverse = registers.from_rows(registers.row(1.0 / total), sums.shape)
   out = scratch['q_nope'].at[mine]  # which no warpgroup reads any more
@@ -181,7 +181,7 @@ def _consume(refs, place, index, scratch, plan: AttentionPlan):
   plgpu.wait_smem_to_gmem(0)
 
 
-def _meet(barrier):
+def _arrive_and_wait(barrier):
   """Both consumers are here: one begins to multiply, one has ended."""
   plgpu.barrier_arrive(barrier)
   plgpu.barrier_wait(barrier)
@@ -192,13 +192,13 @@ def _turn(scratch, plan, first, index, of_rows, ahead, j, carry: Carry):
   of_keys, of_values = _rings(scratch, plan)
   turn, shape = j - first, (ROWS, BLOCK)
   mine = pl.ds(index * ROWS, ROWS)
-  meet = functools.partial(_meet, scratch['turns'])
+  switch = functools.partial(_arrive_and_wait, scratch['turns'])
   k_nope, k_rope, *of_columns = of_keys.take(turn)
   pairs = [
     (scratch['q_nope'].at[mine], k_nope.transpose((1, 0))),
     (scratch['q_rope'].at[mine], k_rope.transpose((1, 0))),
   ]
-  (scores,) = registers.products(shape, pairs, then=meet)
+  (scores,) = registers.products(shape, pairs, then=switch)
   segments = None
   if plan.segments:
     segments = of_rows, registers.column(of_columns[0][...])
@@ -214,7 +214,7 @@ def _turn(scratch, plan, first, index, of_rows, ahead, j, carry: Carry):
   sums = registers.tile(sums * registers.from_rows(decay, sums.shape))
   p = registers.tile(p.astype(jnp.bfloat16))
   (v,) = of_values.take(turn)
-  meet()
+  switch()
   (sums,) = registers.add((sums,), ((p, v),), scratch['staging'])
   of_values.release(turn)
   return Carry(most, total, sums)
