@@ -387,7 +387,7 @@ def test_loads_that_do_not_fit_are_refused():
 
 def test_it_needs_no_jax():
   code = (
-    'import sys, dsv3_jax.parallel.expert_balance\n'
+    'import sys, dsv3_jax.inference.eplb\n'
     'assert "jax" not in sys.modules'
   )
   subprocess.run([sys.executable, '-c', code], check=True, timeout=60)
