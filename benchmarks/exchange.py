@@ -3,7 +3,7 @@
 Question: how fast, and in how much memory, are import, load and export of a
 checkpoint with the widths of DeepSeek-V3?
 
-  python benchmarks/exchange.py --folder=DIR [--experts=32]
+  python -m benchmarks.exchange --folder=DIR [--experts=32]
 
 Makes a folder of BF16 shards (2 layers, one of them MoE; 8.2 GB with 32
 experts) and runs each command in its own process. The reference is a plain copy

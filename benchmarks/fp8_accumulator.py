@@ -5,7 +5,7 @@ matmul of two random matrices with K = 4096, as tensor cores accumulate with
 about 14 bits (TR 3.3.2). Does the report's rule for them (TR 3.5.2) reproduce
 this error, and how large is it if sums are promoted to f32 every 128 products?
 
-  python benchmarks/fp8_accumulator.py
+  python -m benchmarks.fp8_accumulator
 
 Operands are normal, in e4m3, with one scale for a matrix, so that only the sums
 differ. An error is the difference from the exact product of the same FP8
@@ -137,7 +137,7 @@ def report(rows, biased: np.ndarray, size: int, seeds: int) -> str:
   times = without / with_
   return f"""# What 14-bit accumulation loses, and what promotion repairs
 
-    python benchmarks/fp8_accumulator.py --size={size} --seeds={seeds}
+    python -m benchmarks.fp8_accumulator --size={size} --seeds={seeds}
 
 {size} x {size} sums of K products of e4m3 numbers, from normal data with one
 scale a matrix, against the exact product of the same numbers; means over

@@ -1,6 +1,6 @@
 """Kills a real training run at random moments and shows that nothing is lost.
 
-  python benchmarks/kill_and_resume.py --kills=200
+  python -m benchmarks.kill_and_resume --kills=200
 
 A tiny experiment trains in a process of its own, saving every second step; this
 one kills it with SIGKILL after a random time, again and again. After each kill

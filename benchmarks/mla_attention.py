@@ -115,7 +115,7 @@ def variants(case: cases.Case, segments_BT) -> dict[str, Callable]:
   )
   named = [name for name in mla_decode.implementations() if name != 'reference']
   if jax.default_backend() == 'cpu':  # whose arrays of pairs a GPU lacks
-    named.insert(0, 'reference')
+    named[:0] = ['reference', 'xla']
   calls = {name: ours(name) for name in named}
   if jax.default_backend() == 'gpu' and segments_BT is None:
     calls['cudnn'] = _with_keys(_cudnn)
@@ -196,7 +196,7 @@ def one_case(
       if 'pallas' in times and variant != 'pallas':
         row['pallas_speed_over_this'] = timing.median / times['pallas'].median
       if (
-        variant in ('reference', 'pallas')
+        variant in ('reference', 'xla', 'pallas')
         and not row['difference'] < DIFFERENCE
       ):
         row['wrong'] = True

@@ -1,7 +1,7 @@
 """Does this tree train and generate to the same bits as another commit?
 
 For refactors: runs both trees on this machine, one after the other, and
-compares every logged number and every generated token.
+compares every logged number and the ids of generated tokens.
 
   python -m benchmarks.same_bits --before=COMMIT [--only=CASE]
 
@@ -72,12 +72,35 @@ CASES = {
   ),
 }
 _PROMPTS = ('import ', 'def main(', 'The ', 'class Test')
+# Name -> number of prompts, speculative tokens, and devices of experts.
 _GENERATE = {
-  'greedy': ['--prompt=import '],
-  'greedy_batched': ['--prompts=PROMPTS'],
-  'greedy_speculative': ['--prompt=import ', '--num_drafts=1'],
-  'greedy_mesh': ['--prompts=PROMPTS', '--parallel.expert=2'],
+  'greedy': (1, 0, 1),
+  'greedy_batched': (4, 0, 1),
+  'greedy_speculative': (1, 1, 1),
+  'greedy_mesh': (4, 0, 2),
 }
+# 64 greedy tokens after each prompt, by the API of 0.1 or by that of today.
+_TOKENS = """
+import importlib.util, json, sys
+import dsv3_jax
+checkpoint, prompts, speculative, experts = map(json.loads, sys.argv[1:])
+is_old = importlib.util.find_spec('dsv3_jax.inference.batching') is not None
+if is_old:
+  from dsv3_jax.inference import layout as meshes
+else:
+  from dsv3_jax.inference import generate, mesh as meshes
+name = 'num_drafts' if is_old else 'num_speculative_tokens'
+options = {name: speculative}
+if experts > 1:
+  options['mesh'] = meshes.make_mesh(expert=experts)
+model = dsv3_jax.load(checkpoint, **options)
+ids = [model.tokenizer.encode(p, add_bos=True).tolist() for p in prompts]
+if is_old:
+  output = model.engine.generate(ids, 64)
+else:
+  output = generate.generate(model.runner, ids, 64)
+print(json.dumps(output.tokens))
+"""
 _ENTRY = (
   'import sys; from dsv3_jax.cli import main; '
   'sys.exit(getattr(main, "main", main)(sys.argv[1:]))'
@@ -95,7 +118,7 @@ def run(tree: pathlib.Path, only: str = '') -> dict:
       workdir = folder / name
       flags = [f'--config={config}', f'--workdir={workdir}']
       flags += [f'--config.{key}={value}' for key, value in settings.items()]
-      _dsv3(tree, 'train', *flags)
+      _python(tree, _ENTRY, 'train', *flags)
       records[name] = _lines(workdir / 'metrics.jsonl')
     if not only or only == 'quickstart':
       records |= _generated(tree, folder)
@@ -103,27 +126,24 @@ def run(tree: pathlib.Path, only: str = '') -> dict:
 
 
 def _generated(tree: pathlib.Path, folder: pathlib.Path) -> dict:
-  prompts = folder / 'prompts.jsonl'
-  rows = [json.dumps({'prompt': prompt}) for prompt in _PROMPTS]
-  prompts.write_text('\n'.join(rows), encoding='utf-8')
-  options = ['--max_new_tokens=64', '--temperature=0', '--json']
-  options.append(f'--checkpoint={folder / "quickstart"}')
+  """Token ids that the quickstart model continues prompts with, by case."""
+  checkpoint = str(folder / 'quickstart')
   generated = {}
-  for name, flags in _GENERATE.items():
-    flags = [flag.replace('PROMPTS', str(prompts)) for flag in flags]
-    text = _dsv3(tree, 'generate', *options, *flags)
-    generated[name] = [json.loads(line) for line in text.splitlines()]
+  for name, (num_prompts, *options) in _GENERATE.items():
+    argv = (checkpoint, _PROMPTS[:num_prompts], *options)
+    stdout = _python(tree, _TOKENS, *map(json.dumps, argv))
+    generated[name] = json.loads(stdout)
   return generated
 
 
-def _dsv3(tree: pathlib.Path, *argv: str) -> str:
-  """Runs a `dsv3` command of a tree; returns stdout."""
+def _python(tree: pathlib.Path, code: str, *argv: str) -> str:
+  """Runs code on the source of a tree; returns stdout."""
   environment = os.environ | {
     'PYTHONPATH': str(tree),
     'JAX_NUM_CPU_DEVICES': '8',
   }
   ended = subprocess.run(
-    [sys.executable, '-c', _ENTRY, *argv],
+    [sys.executable, '-c', code, *argv],
     cwd=tree,
     env=environment,
     capture_output=True,
@@ -131,7 +151,7 @@ def _dsv3(tree: pathlib.Path, *argv: str) -> str:
     check=False,
   )
   if ended.returncode:
-    raise SystemExit(f'{tree}: dsv3 {" ".join(argv)}:\n{ended.stderr[-4000:]}')
+    raise SystemExit(f'{tree}: {" ".join(argv)}:\n{ended.stderr[-4000:]}')
   return ended.stdout
 
 
@@ -148,12 +168,25 @@ def differences(before: dict, after: dict) -> list[str]:
   lines = []
   for name, old in before.items():
     new = after[name]
-    pairs = enumerate(zip(old, new, strict=False))
-    first = next((f'{a} != {b}' for _, (a, b) in pairs if a != b), None)
+    pairs = zip(old, new, strict=False)
+    first = next((f'{a} != {b}' for a, b in pairs if a != b), None)
     if first is None and len(old) != len(new):
       first = f'{len(old)} records, then {len(new)}'
     lines.append(f'{name:24} {len(old):4} records  {first or "equal"}')
   return lines
+
+
+def run_commit(git: list[str], commit: str, only: str) -> dict:
+  """`run` on a worktree of a commit, which is removed afterwards."""
+  with tempfile.TemporaryDirectory() as folder:
+    tree = pathlib.Path(folder) / 'before'
+    add = [*git, 'worktree', 'add', '-q', '--detach', tree, commit]
+    subprocess.run(add, check=True)
+    try:
+      return run(tree, only)
+    finally:
+      shutil.rmtree(tree)
+      subprocess.run([*git, 'worktree', 'prune'], check=True)
 
 
 def main() -> int:
@@ -165,23 +198,24 @@ def main() -> int:
   )
   given = parser.parse_args()
   here = pathlib.Path(__file__).resolve().parents[1]
+  git = ['git', '-C', str(here)]
+  parsed = subprocess.run(
+    [*git, 'rev-parse', '--verify', f'{given.before}^{{commit}}'],
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  if parsed.returncode:
+    parser.error(f'--before={given.before} is no commit of this clone')
+  key = f'{parsed.stdout.strip()} {given.only}'
+  kept = {}
   if given.keep and given.keep.exists():
-    before = json.loads(given.keep.read_text(encoding='utf-8'))
-  else:
-    with tempfile.TemporaryDirectory() as folder:
-      tree = pathlib.Path(folder) / 'before'
-      git = ['git', '-C', str(here), 'worktree']
-      subprocess.run([*git, 'add', '-q', tree, given.before], check=True)
-      try:
-        before = run(tree, given.only)
-      finally:
-        shutil.rmtree(tree)
-        subprocess.run([*git, 'prune'], check=True)
+    kept = json.loads(given.keep.read_text(encoding='utf-8'))
+  if key not in kept:
+    kept[key] = run_commit(git, parsed.stdout.strip(), given.only)
   if given.keep:
-    given.keep.write_text(json.dumps(before), encoding='utf-8')
-  after = json.loads(json.dumps(run(here, given.only)))
-  before = {name: x for name, x in before.items() if name in after}
-  lines = differences(before, after)
+    given.keep.write_text(json.dumps(kept), encoding='utf-8')
+  lines = differences(kept[key], run(here, given.only))
   print('\n'.join(lines))
   return int(any(not line.endswith('equal') for line in lines))
 

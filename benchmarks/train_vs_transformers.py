@@ -3,7 +3,7 @@
 Question: how fast is the same DeepSeek-V3, with the same weights, in f32 and on
 two threads, here and as transformers' DeepseekV3ForCausalLM in PyTorch?
 
-  python benchmarks/train_vs_transformers.py
+  python -m benchmarks.train_vs_transformers
 
 Both sides run in one process, in turns; the figures are the best of `--rounds`.
 Logits, training loss and greedy tokens are compared first. The ceilings, of the
@@ -335,7 +335,7 @@ def main() -> int:
   if args.output:
     args.output.write_text(
       '# Training, prefill and decode beside transformers\n\n'
-      '`python benchmarks/train_vs_transformers.py`: batch '
+      '`python -m benchmarks.train_vs_transformers`: batch '
       f'{BATCH} x {LENGTH} for training and prefill; prompt {PROMPT}, {NEW} '
       f'new tokens, batch {" and ".join(map(str, DECODE_BATCHES))} for decode; '
       'f32, two threads.\n\n' + text,

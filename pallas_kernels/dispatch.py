@@ -16,7 +16,7 @@ NAMES = ('auto', 'reference', 'xla', 'pallas', 'pallas_interpret')
 
 def resolve(
   implementation: str,
-  op: str,
+  op: str = '',
   unsupported: Callable[[str], str | None] = lambda kernel: None,
   fallback: str = 'reference',
 ) -> str:
@@ -24,7 +24,8 @@ def resolve(
 
   Args:
     implementation: one of `NAMES`.
-    op: its name, for messages.
+    op: its name, for messages; without, the choice is not logged, as where
+      not every backend has a kernel of its own.
     unsupported: name of a kernel -> why it does not take the arguments, or
       None.
     fallback: what 'auto' is without a kernel: 'reference', or 'xla' for ops
@@ -50,7 +51,7 @@ def resolve(
     if implementation == 'pallas':
       raise
     chosen, reason = fallback, str(error)
-  if implementation == 'auto':
+  if implementation == 'auto' and op:
     log_choice(op, chosen, reason)
   return chosen
 

@@ -36,8 +36,6 @@ ONLY = {
   'flax': ('dsv3_jax.nn',),
   'ml_collections': (
     'experiments',
-    'dsv3_jax.config',
-    'dsv3_jax.training.loop',
     'dsv3_jax.cli',
   ),
 }

@@ -154,7 +154,7 @@ def _leave_after_error(error: errors.InputError) -> None:
     _job.client.wait_at_barrier('dsv3/failed', 1000 * _FAILURE_BARRIER_SECONDS)
   except RuntimeError:  # the others did not fail
     print(f'dsv3: process {_job.index}: {error}', file=sys.stderr, flush=True)
-    os._exit(2)
+    os._exit(errors.EXIT_BAD_INPUT)
   _leave()
 
 

@@ -147,6 +147,8 @@ def load(
   """
   if renamed.keys() - {'num_drafts'}:
     raise TypeError(f'load() got unexpected arguments: {sorted(renamed)}')
+  if renamed and num_speculative_tokens:
+    raise TypeError('give num_speculative_tokens only, not num_drafts too')
   if renamed:
     # Level 4: the caller of `dsv3_jax.load`.
     renamed = _rename_old(renamed, stacklevel=4)

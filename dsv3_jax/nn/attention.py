@@ -105,7 +105,11 @@ class LatentAttention(nn.Module):
     )
 
   def _attend(self, queries, latents, segments_BS, w_uk_CNH, w_uv_CNU):
-    """Naive: keys and values of all heads; the output, and it packed in FP8."""
+    """Naive: keys and values of all heads.
+
+    Returns:
+      The output and, under FP8, its E5M6 form for the backward pass.
+    """
     policy, heads = self.policy, queries[0].shape[2]
     q_BTNX = jnp.concatenate(queries, axis=-1)
     latents = mla.Latents(*map(collectives.all_gather_sequence, latents))

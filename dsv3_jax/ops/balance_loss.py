@@ -24,13 +24,15 @@ def balance_loss(
 ) -> Float[Array, '']:
   """The auxiliary loss of one layer, mean over the batch's sequences.
 
-  'sequence' is eqs. 17-20, 'batch' the same over all tokens of the micro-batch
-  (TR 4.5.3), 'v2' the expert, device and communication losses of the V2 report
-  2.2.3, with groups as devices. Gradients flow through P only.
+  `cfg.kind` 'sequence' is eqs. 17-20. 'batch' is the same over all tokens of
+  the micro-batch (TR 4.5.3). 'v2' are the expert, device and communication
+  losses of the V2 report 2.2.3, with groups as devices. Gradients flow through
+  P only.
   """
   if cfg.kind == 'none':
     return jnp.zeros((), jnp.float32)
   with jax.named_scope('balance_loss'):
+    # s'_i,t of eq. 19.
     probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
     if cfg.kind == 'v2':
       return _v2_losses(probs_BTE, ids_BTK, valid_BT, cfg, moe)
@@ -43,7 +45,8 @@ def balance_loss(
     tokens_B1 = _tokens(valid_BT, axes)
     f_BE = _frequency(top_BTK, valid_BT, tokens_B1, moe, axes)
     p_BE = _mean_prob(probs_BTE, valid_BT, tokens_B1, axes)
-    mean = jnp.mean(jnp.sum(f_BE * p_BE, axis=-1))
+    mean = jnp.mean(jnp.sum(f_BE * p_BE, axis=-1))  # eq. 17
+    # Every device on `context` has this value, and the step sums over them.
     return cfg.alpha * mean / collectives.axis_size(_SEQUENCE_AXES)
 
 

@@ -4,7 +4,7 @@ An assignment is a token and one of its experts. Assignments are sorted by
 expert and each expert's rows padded to whole blocks, so that a block has one
 expert. At most A / rows + E blocks exist, however the tokens fall.
 
-Letters: J padded rows of all blocks, j blocks; others as in the alphabet.
+Letters: J padded rows of all blocks, j blocks; others as in CONTRIBUTING.md.
 """
 
 from typing import NamedTuple

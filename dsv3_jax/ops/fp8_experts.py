@@ -11,7 +11,7 @@ is BF16. Saved for the backward pass: the FP8 tokens as they were received, gate
 and up projections in FP8, plan and blocks.
 
 Letters: I rows received from all devices (of one device: M), J padded rows of
-all blocks, j blocks; others as in the alphabet.
+all blocks, j blocks; others as in CONTRIBUTING.md.
 """
 
 import functools

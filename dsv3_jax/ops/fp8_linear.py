@@ -14,7 +14,7 @@ their FP8 forms, made once a step for weights and once for all products of one
 input. The gradient goes to the unquantised form, which no product reads.
 
 Letters: M rows (tokens, or assignments sorted by expert); D inputs and F
-outputs of any matrix; others as in the alphabet.
+outputs of any matrix; others as in CONTRIBUTING.md.
 """
 
 import functools

@@ -11,7 +11,7 @@ one latent of width C a token, so a cache holds C + R values a token and layer.
 Both give the same output; naive is cheaper for many queries (the products of
 heads are in `attention`), absorbed for few.
 Key s of a row is at index s of the cache, whatever its rotary position.
-Letters: X = H + R, Y = C + R; others as in the alphabet.
+Letters: X = H + R, Y = C + R; others as in CONTRIBUTING.md.
 """
 
 from typing import NamedTuple

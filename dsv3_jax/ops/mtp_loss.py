@@ -5,11 +5,12 @@ t_{i+k+1}, for i = 1..T-k. Each depth's loss is a weighted sum of
 cross-entropies; `depth_targets` gives its targets and weights:
 
   loss      sum over the main targets / how many count
-  mtp_loss  mean over depths of: sum over targets / T of every sequence, or
-            / how many count (`mtp.normalizer`)
+  mtp_loss  mean over depths of: a depth's sum / (T * sequences) (eq. 24) or,
+            with `mtp.normalizer='valid'`, / how many of its targets count
   total     loss + lambda mtp_loss + balance loss
 
-Under a pipeline and without one, losses and their scales are made here.
+`nn/model.py` (`Model.loss`) and, under a pipeline,
+`parallel/pipeline/vocab_parallel.py` (`VocabParallel.head`) call it.
 """
 
 import jax.numpy as jnp

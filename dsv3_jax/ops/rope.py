@@ -39,8 +39,8 @@ def _rotation_dim(
   rope: config.RopeConfig, rotary_dim: int, rotations: float
 ) -> float:
   """Index of the pair that turns `rotations` times in the original length."""
-  turns = rope.original_seq_len / (rotations * 2.0 * math.pi)
-  return rotary_dim * math.log(turns) / (2.0 * math.log(rope.theta))
+  radian = rope.original_seq_len / (rotations * 2.0 * math.pi)  # positions
+  return rotary_dim * math.log(radian) / (2.0 * math.log(rope.theta))
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -48,7 +48,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def softmax_scale(cfg: config.ModelConfig) -> float:
-  """(H + R)^-1/2, times mscale squared while YaRN is on."""
+  """qk_head_dim^-1/2, times mscale squared while YaRN is on."""
   scale = cfg.mla.qk_head_dim**-0.5
   if cfg.yarn:
     scale *= _mscale(cfg.rope.factor, cfg.rope.mscale_all_dim) ** 2

@@ -67,7 +67,11 @@ def route(
 def _limit_groups(
   biased_ME: Float[Array, 'M E'], cfg: config.MoeConfig
 ) -> Float[Array, 'M E']:
-  """-inf outside the best groups: by their best two (V2: best) experts."""
+  """Sets biased scores outside the best groups to -inf (TR 2.1.2).
+
+  A group's score is the sum of its best two experts' (V2: its best one's). The
+  report sums the best K / M, which is 2 in V3; the released code fixes 2.
+  """
   groups_MGE = biased_ME.reshape(
     -1, cfg.num_groups, biased_ME.shape[-1] // cfg.num_groups
   )
@@ -121,9 +125,9 @@ def update_bias(
     load_E: tokens of the *whole* batch: all devices, all micro-batches.
     rate: gamma of this step.
   """
-  # Loads are whole numbers, so all this is exact (up to 2^24, and beyond it to
-  # f32's rounding): a rounded mean would push experts that lie just at it,
-  # whenever E is not a power of two.
-  excess_E = load_E - load_E[..., :1]
-  total = jnp.sum(excess_E, axis=-1, keepdims=True)
-  return bias_E + rate * jnp.sign(total - load_E.shape[-1] * excess_E)
+  # total - E * relative = E (mean load - load). Loads are whole numbers, so f32
+  # is exact below 2^24, and subtracting expert 0's load keeps them small. A
+  # rounded mean would move experts whose load is exactly the mean.
+  relative_E = load_E - load_E[..., :1]
+  total = jnp.sum(relative_E, axis=-1, keepdims=True)
+  return bias_E + rate * jnp.sign(total - load_E.shape[-1] * relative_E)

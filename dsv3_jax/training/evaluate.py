@@ -28,9 +28,7 @@ class Evaluation:
   tokenizer: tokenizers.Tokenizer
   windows: dict  # of `open_windows`
   mesh: jax.sharding.Mesh | None = None  # where the weights are
-  beat: Callable[[], None] = lambda: (
-    None
-  )  # called now and then, for the watchdog
+  beat: Callable[[], None] = lambda: None  # called often, for the watchdog
 
 
 def heldout(e: Evaluation) -> dict[str, float]:

@@ -3,7 +3,7 @@
 Claim:    FP8 with fine-grained scales trains as BF16 does: the loss differs by
           less than 0.25 % (TR 3.3, App. B.1); activation gradients in blocks of
           128 x 128 are worse (App. B.2: a 16B model diverged).
-Command:  python benchmarks/fp8_loss_gap.py --folder=DIR
+Command:  python -m benchmarks.fp8_loss_gap --folder=DIR
           (or dsv3 train --config=experiments/ablations/fp8.py --workdir=DIR
           with --config.precision=bf16, fp8 or fp8_block_dgrad)
 Hardware: two CPU cores, no accelerator: FP8 matmuls are simulated exactly.

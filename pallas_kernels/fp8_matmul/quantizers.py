@@ -26,7 +26,7 @@ def rows(
   implementation: str = 'auto',
 ) -> Quantized:
   """Tiles 1 x 128 of x: one pass of XLA on every device."""
-  dispatch.resolve(implementation, 'fp8 rows')
+  dispatch.resolve(implementation)
   return reference.quantize(x_MD, pow2=pow2, floor=floor)
 
 
@@ -77,7 +77,7 @@ def transposed(
 ) -> Quantized:
   """`columns` of the tensor that q stands for."""
   options = {'pow2': pow2, 'floor': floor}
-  chosen = dispatch.resolve(implementation, 'fp8 transpose')
+  chosen = dispatch.resolve(implementation)
   if chosen == 'pallas_gpu':
     return quantize_gpu.requantize_transposed(q, **options)
   return reference.requantize_transposed(q, **options)

@@ -8,7 +8,7 @@ Nothing of size T x T is saved for the backward pass: only queries, keys, values
 `pack` the output in E5M6, shared with the projection behind it (TR 3.3.3).
 Output and log-sum-exp carry the checkpoint name 'attention'.
 
-Letters: X = H + R; others as in the alphabet.
+Letters: X = H + R; others as in CONTRIBUTING.md.
 """
 
 import functools

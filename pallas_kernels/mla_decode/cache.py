@@ -5,7 +5,7 @@ arrays, as a TPU pads rows of 576 to 640. In FP8 a token of DeepSeek-V3 has 656
 bytes: 512 values in e4m3, an f32 scale for each 128 of them, and 64 rotary
 values that stay in BF16, since rounding them moves the scores most.
 
-Letters: p pages, s tokens of a page; others as in the alphabet.
+Letters: p pages, s tokens of a page; others as in CONTRIBUTING.md.
 """
 
 import dataclasses

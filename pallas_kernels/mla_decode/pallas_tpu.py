@@ -16,7 +16,7 @@ lanes: [64, 4] padded to 128 lanes would be as large as the values; XLA
 transposes them before the kernel.
 
 Letters: t = T * N, S tokens of a step, i parts; p pages, s tokens of a page, b
-blocks of a row, c tiles of 128 of C; others as in the alphabet.
+blocks of a row, c tiles of 128 of C; others as in CONTRIBUTING.md.
 """
 
 import dataclasses

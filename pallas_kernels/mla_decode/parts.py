@@ -9,7 +9,7 @@ output of part i and lse_i = log sum_s exp(score_s) over its tokens:
 A part without tokens has o_i = 0 and lse_i = -inf, so it adds nothing.
 
 Letters: i parts; b blocks of a row, p pages, s tokens of a page, c scales of a
-token; others as in the alphabet.
+token; others as in CONTRIBUTING.md.
 """
 
 from typing import NamedTuple

@@ -12,7 +12,7 @@ row's own (pages of others, the rest of its last page, table entries beyond its
 length) may hold anything, NaN too.
 
 Letters: S tokens of a row, t = N T, Y = C + R; p pages, s tokens of a page, b
-blocks of a row, i parts; others as in the alphabet.
+blocks of a row, i parts; others as in CONTRIBUTING.md.
 """
 
 import jax

@@ -386,8 +386,5 @@ def test_loads_that_do_not_fit_are_refused():
 
 
 def test_it_needs_no_jax():
-  code = (
-    'import sys, dsv3_jax.inference.eplb\n'
-    'assert "jax" not in sys.modules'
-  )
+  code = 'import sys, dsv3_jax.inference.eplb\nassert "jax" not in sys.modules'
   subprocess.run([sys.executable, '-c', code], check=True, timeout=60)

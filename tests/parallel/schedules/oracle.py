@@ -104,7 +104,7 @@ def brief(order, several=False):
 
 @st.composite
 def sizes(draw, kinds=schedules.KINDS, most_ranks=6, most_more=8):
-  """Arguments of `schedule.make`, legal ones."""
+  """Arguments of `make.make_schedule`, legal ones."""
   kind = draw(st.sampled_from(kinds))
   ranks = draw(st.integers(1, most_ranks))
   more = draw(st.integers(0, most_more))
