@@ -159,13 +159,13 @@ def _chat(values: flags.FlagValues) -> None:
   sampling = engine_flags.sampling_options(values)
   options = engine_flags.engine_options(values)
   cfg, tokenizer = engine_flags.read_config(values)
-  from dsv3_jax.inference import chat, engine
+  from dsv3_jax.inference import chat
   from dsv3_jax.inference import request as requests
 
   messages = [*chat.opening(values.system), {'role': 'user', 'content': ''}]
   first = chat.encode(tokenizer, messages)
   name = 'the prompt, before a word is said,'
-  engine.check_prompt(cfg.model, first, values.max_new_tokens or 1, name)
+  requests.check_prompt(cfg.model, first, values.max_new_tokens or 1, name)
   loaded = engine_flags.load(values, **options)
   conversation = chat.Conversation(
     loaded,

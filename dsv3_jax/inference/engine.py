@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from dsv3_jax import config, errors
+from dsv3_jax import errors
 from dsv3_jax.inference import block_pool, model_runner, sampling, scheduler
 from dsv3_jax.inference import request as requests
 from pallas_kernels.mla_decode import api as mla_decode
@@ -198,7 +198,7 @@ class Engine:
     """
     if max_new_tokens < 1:
       raise errors.InputError(f'max_new_tokens={max_new_tokens} must be >= 1')
-    check_prompt(self.runner.cfg.model, prompt, max_new_tokens)
+    requests.check_prompt(self.runner.cfg.model, prompt, max_new_tokens)
     self._scheduler.check(len(prompt), max_new_tokens)
 
   def max_new_tokens(self, prompt_length: int) -> int:
@@ -383,39 +383,6 @@ class Engine:
     keys_B2, top_k_B = np.zeros((num_rows, 2), np.uint32), full(0, num_rows)
     arrays = sampling.SamplingArrays(keys_B2, temperature_B, top_k_B, top_p_B)
     return step_input, arrays
-
-
-def check_prompt(
-  cfg: config.ModelConfig,
-  prompt: Sequence[int],
-  max_new_tokens: int,
-  name: str = 'the prompt',
-) -> None:
-  """Checks that a model can continue a prompt.
-
-  Args:
-    name: of the prompt, in messages.
-
-  Raises:
-    InputError: an empty prompt, a token outside the vocabulary, or a prompt
-      that leaves no room for `max_new_tokens`.
-  """
-  room = cfg.max_seq_len - max_new_tokens
-  if not prompt:
-    raise errors.InputError(f'{name} is empty: it needs one token at least')
-  if room < 1:
-    raise errors.InputError(
-      f'max_new_tokens={max_new_tokens} must be below model.max_seq_len='
-      f'{cfg.max_seq_len}, which a prompt shares'
-    )
-  if len(prompt) > room:
-    raise errors.InputError(
-      f'{name} has {len(prompt)} tokens; with max_new_tokens='
-      f'{max_new_tokens} and model.max_seq_len={cfg.max_seq_len} at most '
-      f'{room} fit'
-    )
-  if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
-    raise errors.InputError(f'{name} has ids outside 0..{cfg.vocab_size - 1}')
 
 
 def _pairs(

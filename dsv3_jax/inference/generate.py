@@ -148,4 +148,4 @@ def check_prompts(
   if not prompts:
     raise errors.InputError('prompts=[] must hold at least one prompt')
   for i, prompt in enumerate(prompts):
-    engine.check_prompt(cfg, prompt, max_new_tokens, f'prompt {i}')
+    requests.check_prompt(cfg, prompt, max_new_tokens, f'prompt {i}')

@@ -2,10 +2,12 @@
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from dsv3_jax import config, errors
 from dsv3_jax.inference import block_pool
 
 FinishReason = Literal['stop', 'length', 'aborted']
@@ -119,3 +121,36 @@ class TokenOutput(NamedTuple):
   @property
   def is_last(self) -> bool:
     return self.finish_reason is not None
+
+
+def check_prompt(
+  cfg: config.ModelConfig,
+  prompt: Sequence[int],
+  max_new_tokens: int,
+  name: str = 'the prompt',
+) -> None:
+  """Checks that a model can continue a prompt.
+
+  Args:
+    name: of the prompt, in messages.
+
+  Raises:
+    InputError: an empty prompt, a token outside the vocabulary, or a prompt
+      that leaves no room for `max_new_tokens`.
+  """
+  room = cfg.max_seq_len - max_new_tokens
+  if not prompt:
+    raise errors.InputError(f'{name} is empty: it needs one token at least')
+  if room < 1:
+    raise errors.InputError(
+      f'max_new_tokens={max_new_tokens} must be below model.max_seq_len='
+      f'{cfg.max_seq_len}, which a prompt shares'
+    )
+  if len(prompt) > room:
+    raise errors.InputError(
+      f'{name} has {len(prompt)} tokens; with max_new_tokens='
+      f'{max_new_tokens} and model.max_seq_len={cfg.max_seq_len} at most '
+      f'{room} fit'
+    )
+  if min(prompt) < 0 or max(prompt) >= cfg.vocab_size:
+    raise errors.InputError(f'{name} has ids outside 0..{cfg.vocab_size - 1}')
