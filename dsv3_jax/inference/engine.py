@@ -285,9 +285,8 @@ class Engine:
     output, self._caches = run(step_input, self._caches, arrays)
     if all(request.num_uncomputed > n for request, n in _pairs(schedule)):
       return None  # no request gets a token: do not wait for the device
-    return model_runner.StepOutput(
-      *(x[rows].tolist() for x in jax.device_get(output))
-    )
+    lists = (x[rows].tolist() for x in jax.device_get(output))
+    return model_runner.StepOutput(*lists)
 
   def _append(
     self, request: requests.Request, output: model_runner.StepOutput, b: int
@@ -305,11 +304,11 @@ class Engine:
   ) -> list[requests.TokenOutput]:
     """An output for each new token not reported yet; finishes the request."""
     length, reason = len(request.all_tokens), request.finish_reason
+    first = max(length - num_new, request.num_reported)
+    reasons = {length - 1: reason}
     outputs = [
-      requests.TokenOutput(
-        request, request.all_tokens[i], reason if i == length - 1 else None
-      )
-      for i in range(max(length - num_new, request.num_reported), length)
+      requests.TokenOutput(request, request.all_tokens[i], reasons.get(i))
+      for i in range(first, length)
     ]
     if reason is not None:
       self._scheduler.finish(request)
@@ -385,9 +384,8 @@ class Engine:
     return step_input, arrays
 
 
-def _pairs(
-  schedule: scheduler.ScheduledStep,
-) -> list[tuple[requests.Request, int]]:
+def _pairs(schedule: scheduler.ScheduledStep) -> list[tuple]:
+  """Each request and how many of its tokens are computed."""
   return list(zip(schedule.requests, schedule.counts, strict=True))
 
 
