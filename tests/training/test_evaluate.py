@@ -71,7 +71,7 @@ def windows(rows, seed=0):
 
 def oracle_nats(e, given):
   """Sum of the scored tokens' cross-entropies, all of it in float64."""
-  fields = {n: given[n[:-2] + 'WT'] for n in model.Batch._fields}
+  fields = {n: given[n] for n in model.Batch._fields}
   batch = model.Batch(**fields)
   last = (batch.targets_BT[:, -1],) * 3
   exact = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
