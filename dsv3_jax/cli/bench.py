@@ -45,8 +45,7 @@ def _names() -> list[str]:
     )
   if str(_CLONE) not in sys.path:
     sys.path.insert(0, str(_CLONE))
-  return [
-    module.name
-    for module in pkgutil.iter_modules([str(folder)])
-    if not module.ispkg
-  ]
+  import benchmarks
+
+  modules = pkgutil.iter_modules(benchmarks.__path__)
+  return [module.name for module in modules if not module.ispkg]
