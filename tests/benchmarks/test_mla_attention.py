@@ -26,10 +26,13 @@ def test_both_passes_are_timed_and_right(table):
   rows, text = table
   assert [row['case'] for row in rows[:2]] == ['copy', 'bf16 dot']
   timed = [row for row in rows[2:] if 'pass' in row]
-  assert [(row['case'], row['pass']) for row in timed] == [
-    (name, which)
+  assert [
+    (row['case'], row['pass'], row['implementation']) for row in timed
+  ] == [
+    (name, which, implementation)
     for name in ('ragged', 'packed')
     for which in mla_attention.PASSES
+    for implementation in ('reference', 'xla')
   ]
   for row in timed:
     assert 0 < row['difference'] < mla_attention.DIFFERENCE
