@@ -86,49 +86,62 @@ def _train_rows(path: pathlib.Path) -> dict[int, float]:
   return {row['step']: row['loss'] for row in rows if 'loss' in row}
 
 
-def smoothed(loss_SN: np.ndarray, memory: float) -> np.ndarray:
+def smoothed(loss_by_seed_step: np.ndarray, memory: float) -> np.ndarray:
   """Exponential mean over steps; the first entries are of what there is."""
-  out_SN, value, weight = np.empty(loss_SN.shape), 0.0, 0.0
-  for n in range(loss_SN.shape[1]):
-    value = memory * value + (1 - memory) * loss_SN[:, n]
+  out_by_seed_step, value, weight = np.empty(loss_by_seed_step.shape), 0.0, 0.0
+  for n in range(loss_by_seed_step.shape[1]):
+    value = memory * value + (1 - memory) * loss_by_seed_step[:, n]
     weight = memory * weight + (1 - memory)
-    out_SN[:, n] = value / weight
-  return out_SN
+    out_by_seed_step[:, n] = value / weight
+  return out_by_seed_step
 
 
-def gap(arm_SN, base_SN, memory: float = 0.0) -> np.ndarray:
+def gap(arm_by_seed_step, base_by_seed_step, memory: float = 0.0) -> np.ndarray:
   """Relative difference of smoothed losses in per cent, a row a seed."""
-  return 100.0 * (smoothed(arm_SN, memory) / smoothed(base_SN, memory) - 1.0)
+  return 100.0 * (
+    smoothed(arm_by_seed_step, memory) / smoothed(base_by_seed_step, memory)
+    - 1.0
+  )
 
 
-def between_seeds(loss_SN: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def between_seeds(
+  loss_by_seed_step: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
   """Every pair of runs, as (arm, base) of `gap`."""
-  pairs = [(i, j) for i in range(len(loss_SN)) for j in range(i)]
+  pairs = [(i, j) for i in range(len(loss_by_seed_step)) for j in range(i)]
   first, second = zip(*pairs, strict=True)
-  return loss_SN[list(first)], loss_SN[list(second)]
+  return loss_by_seed_step[list(first)], loss_by_seed_step[list(second)]
 
 
-def row(name: str, arm_SN, base_SN, bits: list[float]) -> report.Row:
+def row(
+  name: str, arm_by_seed_step, base_by_seed_step, bits: list[float]
+) -> report.Row:
   """The table's row of one arm, after the first tenth of the steps."""
-  count = arm_SN.shape[1]
+  count = arm_by_seed_step.shape[1]
   row: report.Row = {'against_bf16': name}
   for memory in MEMORIES:
-    curves_SN = gap(arm_SN, base_SN, memory)[:, count // 10 :]
-    mean_N = np.abs(np.mean(curves_SN, axis=0))
+    curves_by_seed_step = gap(arm_by_seed_step, base_by_seed_step, memory)[
+      :, count // 10 :
+    ]
+    mean_by_step = np.abs(np.mean(curves_by_seed_step, axis=0))
     key = f'ema_{memory}'
-    row[f'{key}_largest_of_mean_percent'] = float(np.max(mean_N))
-    row[f'{key}_steps_within_bar_percent'] = float(100 * np.mean(mean_N < BAR))
-    row[f'{key}_largest_of_seeds_percent'] = float(np.max(np.abs(curves_SN)))
-  raw_SN = gap(arm_SN, base_SN)
+    row[f'{key}_largest_of_mean_percent'] = float(np.max(mean_by_step))
+    row[f'{key}_steps_within_bar_percent'] = float(
+      100 * np.mean(mean_by_step < BAR)
+    )
+    row[f'{key}_largest_of_seeds_percent'] = float(
+      np.max(np.abs(curves_by_seed_step))
+    )
+  raw_by_seed_step = gap(arm_by_seed_step, base_by_seed_step)
   for title, part in (
     ('from_tenth_to_half', slice(count // 10, count // 2)),
     ('second_half', slice(count // 2, count)),
   ):
-    mean_S = np.mean(raw_SN[:, part], axis=1)
-    row[f'{title}_percent'] = float(np.mean(mean_S))
+    mean_by_seed = np.mean(raw_by_seed_step[:, part], axis=1)
+    row[f'{title}_percent'] = float(np.mean(mean_by_seed))
     # Between seeds: two networks of one seed that part stay apart for long.
-    if mean_S.size > 1:
-      error = np.std(mean_S, ddof=1) / np.sqrt(mean_S.size)
+    if mean_by_seed.size > 1:
+      error = np.std(mean_by_seed, ddof=1) / np.sqrt(mean_by_seed.size)
       row[f'{title}_standard_error'] = float(error)
   row['heldout_bits_per_byte'] = ' '.join(f'{b:.4f}' for b in bits)
   return row
@@ -139,8 +152,8 @@ def plot(path: pathlib.Path, losses_of: dict[str, np.ndarray]) -> None:
   from matplotlib import pyplot as plt
 
   figure, axes = plt.subplots(2, 1, figsize=(8, 8), sharex=True)
-  base_SN = losses_of['bf16']
-  count = base_SN.shape[1]
+  base_by_seed_step = losses_of['bf16']
+  count = base_by_seed_step.shape[1]
   steps = np.arange(1, count + 1)
   colours = {
     'bf16_twin': '0.45',
@@ -151,11 +164,11 @@ def plot(path: pathlib.Path, losses_of: dict[str, np.ndarray]) -> None:
     for name, colour in colours.items():
       if name not in losses_of:
         continue
-      curves_SN = gap(losses_of[name], base_SN, memory)
-      for curve_N in curves_SN:
-        axis.plot(steps, curve_N, color=colour, lw=0.3, alpha=0.4)
-      mean_N = np.mean(curves_SN, axis=0)
-      axis.plot(steps, mean_N, color=colour, lw=1.4, label=name)
+      curves_by_seed_step = gap(losses_of[name], base_by_seed_step, memory)
+      for curve_by_step in curves_by_seed_step:
+        axis.plot(steps, curve_by_step, color=colour, lw=0.3, alpha=0.4)
+      mean_by_step = np.mean(curves_by_seed_step, axis=0)
+      axis.plot(steps, mean_by_step, color=colour, lw=1.4, label=name)
     for sign in (-1, 1):
       axis.axhline(sign * BAR, color='k', lw=0.8, ls='--')
     axis.axvline(count // 10, color='k', lw=0.5, ls=':')
@@ -172,9 +185,9 @@ def plot(path: pathlib.Path, losses_of: dict[str, np.ndarray]) -> None:
 def save(path: pathlib.Path, losses_of: dict[str, np.ndarray]) -> None:
   """The loss of every step, a column a run."""
   columns = {
-    f'{arm}-{seed}': loss_N
-    for arm, loss_SN in losses_of.items()
-    for seed, loss_N in enumerate(loss_SN)
+    f'{arm}-{seed}': loss_by_step
+    for arm, loss_by_seed_step in losses_of.items()
+    for seed, loss_by_step in enumerate(loss_by_seed_step)
   }
   table = np.stack(list(columns.values()), axis=1)
   steps = np.arange(1, len(table) + 1)[:, None]
@@ -210,16 +223,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   by_arm, bits = {arm: [] for arm in arms}, {arm: [] for arm in arms}
   for seed in range(args.seeds):
     for arm in arms:
-      loss_N, held_out = losses(arm, seed, args)
-      by_arm[arm].append(loss_N)
+      loss_by_step, held_out = losses(arm, seed, args)
+      by_arm[arm].append(loss_by_step)
       bits[arm].append(held_out)
   losses_of = {arm: np.stack(curves) for arm, curves in by_arm.items()}
-  base_SN = losses_of['bf16']
+  base_by_seed_step = losses_of['bf16']
   rows = report.Rows(args)
   for arm in arms[1:]:
-    rows.append(row(arm, losses_of[arm], base_SN, bits[arm]))
+    rows.append(row(arm, losses_of[arm], base_by_seed_step, bits[arm]))
   if args.seeds > 1:
-    pairs = between_seeds(base_SN)
+    pairs = between_seeds(base_by_seed_step)
     rows.append(row('bf16, between seeds', *pairs, bits['bf16']))
   output = args.output or report.RESULTS / 'fp8_loss_gap.md'
   plot(output.with_suffix('.png'), losses_of)

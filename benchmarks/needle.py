@@ -152,17 +152,17 @@ def training_batch(rng, text, cfg: config.Config, piece: int) -> model.Batch:
   return _batch(tokens[:, :-1], tokens[:, 1:], weights, cfg.data.seq_len)
 
 
-def _batch(tokens_ST, targets_ST, weights_ST, length: int) -> model.Batch:
-  """Packs isolated samples into rows of `length`."""
-  count, piece = tokens_ST.shape
+def _batch(tokens_BT, targets_BT, weights_BT, length: int) -> model.Batch:
+  """Packs samples, one in each row of `tokens_BT`, into rows of `length`."""
+  count, piece = tokens_BT.shape
   whole = lambda x: np.broadcast_to(x, (count, piece)).reshape(1, -1, length)
   ints = lambda x: whole(x).astype(np.int32)
   return model.Batch(
-    tokens_BT=ints(tokens_ST),
-    targets_BT=ints(targets_ST),
+    tokens_BT=ints(tokens_BT),
+    targets_BT=ints(targets_BT),
     positions_BT=ints(np.arange(piece)),
     segments_BT=ints(1 + np.arange(count)[:, None]),
-    weights_BT=whole(weights_ST).astype(np.float32),
+    weights_BT=whole(weights_BT).astype(np.float32),
   )
 
 

@@ -74,9 +74,9 @@ class Ours:
     args = ({'params': self.state['params']}, self._batch(tokens_BT))
     return np.asarray(self._logits(*args, self.state['router']))
 
-  def train(self, tokens_BZ: np.ndarray) -> float:
-    """One step: forward, backward, clip, AdamW; returns the loss."""
-    batch = self._batch(tokens_BZ[:, :-1], tokens_BZ[:, 1:])
+  def train(self, tokens_BT: np.ndarray) -> float:
+    """The loss of one step (forward, backward, clip, AdamW) on T + 1 tokens."""
+    batch = self._batch(tokens_BT[:, :-1], tokens_BT[:, 1:])
     batch_nBT = jax.tree.map(lambda x: x[None], batch)
     self.state, metrics = self._step(
       self.state, batch_nBT, jnp.int32(1), self.hyper
@@ -124,8 +124,8 @@ class Theirs:
     with torch.no_grad():
       return self.net(torch.from_numpy(tokens_BT)).logits.numpy()
 
-  def train(self, tokens_BZ: np.ndarray) -> float:
-    tokens = torch.from_numpy(tokens_BZ)
+  def train(self, tokens_BT: np.ndarray) -> float:
+    tokens = torch.from_numpy(tokens_BT)
     logits = self.net(tokens[:, :-1], use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(
       logits.flatten(0, 1), tokens[:, 1:].flatten()
@@ -175,16 +175,16 @@ class Theirs:
     self.net.load_state_dict(state)
 
 
-def compare(ours: Ours, theirs: Theirs, tokens_BZ: np.ndarray) -> str:
+def compare(ours: Ours, theirs: Theirs, tokens_BT: np.ndarray) -> str:
   """Checks that both sides are the same model; returns the differences."""
   gap = np.abs(
-    ours.logits(tokens_BZ[:, :-1]) - theirs.logits(tokens_BZ[:, :-1])
+    ours.logits(tokens_BT[:, :-1]) - theirs.logits(tokens_BT[:, :-1])
   )
   assert gap.max() < 1e-4, f'logits differ by {gap.max()}'
-  prompts = tokens_BZ[:, :PROMPT]
+  prompts = tokens_BT[:, :PROMPT]
   same = np.mean(ours.decode(prompts)[1] == theirs.decode(prompts)[1])
   assert same > 0.95, f'only {same:.1%} of the greedy tokens are equal'
-  losses = ours.train(tokens_BZ), theirs.train(tokens_BZ)
+  losses = ours.train(tokens_BT), theirs.train(tokens_BT)
   assert abs(losses[0] - losses[1]) < 1e-4, losses
   return (
     f'largest difference of logits {gap.max():.1e}, of the loss '

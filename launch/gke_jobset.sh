@@ -78,9 +78,9 @@ for word in sys.argv[1:]: print("              -", json.dumps(word))' "$@"
 EOF
 }
 
-made=$(manifest "$@")
+text=$(manifest "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
-  echo "$made"
+  echo "$text"
   exit
 fi
-kubectl apply -f - <<< "$made"
+kubectl apply -f - <<< "$text"

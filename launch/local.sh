@@ -88,7 +88,7 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit
 fi
 
-asked= # a job that is told to stop is not to start again
+asked= # a job that was asked to stop does not start again
 trap 'asked=1; stop TERM' TERM
 trap 'asked=1; stop INT' INT
 trap 'stop KILL' EXIT

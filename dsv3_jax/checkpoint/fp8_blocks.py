@@ -13,7 +13,7 @@ arrays; see there for zeros, denormals and the largest numbers. XLA compiles a
 division by a broadcast or a constant to a multiplication by the reciprocal, so
 this module multiplies by reciprocals, too.
 
-Letters: I rows, J columns, i and j their tiles.
+Letters: M rows, N columns, m and n their tiles.
 """
 
 import numpy as np
@@ -33,67 +33,67 @@ _DECODED = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 
 
 def quantize_host(
-  w_IJ: Float32[np.ndarray, 'I J'], name: str
-) -> tuple[Float8e4m3fn[np.ndarray, 'I J'], Float32[np.ndarray, 'i j']]:
-  """Quantises each block under its own scale: values_IJ and scales_ij.
+  w_MN: Float32[np.ndarray, 'M N'], name: str
+) -> tuple[Float8e4m3fn[np.ndarray, 'M N'], Float32[np.ndarray, 'm n']]:
+  """Quantises each block under its own scale: values_MN and scales_mn.
 
   Args:
     name: of the tensor, for the error message.
   Raises:
     InputError: a number is NaN or infinite.
   """
-  (rows, columns), (high, wide) = w_IJ.shape, TILE
-  values_IJ = np.empty(w_IJ.shape, E4M3)
-  scales_ij = np.empty((-(-rows // high), -(-columns // wide)), np.float32)
+  (rows, columns), (high, wide) = w_MN.shape, TILE
+  values_MN = np.empty(w_MN.shape, E4M3)
+  scales_mn = np.empty((-(-rows // high), -(-columns // wide)), np.float32)
   # In bands of 128 rows, whose temporaries stay in the cache.
   for i, top in enumerate(range(0, rows, high)):
-    band_IJ = w_IJ[top : top + high]
-    amax_J = np.max(np.abs(band_IJ), axis=0)
-    if not np.all(np.isfinite(amax_J)):
-      row, column = np.argwhere(~np.isfinite(band_IJ))[0]
+    band_MN = w_MN[top : top + high]
+    amax_N = np.max(np.abs(band_MN), axis=0)
+    if not np.all(np.isfinite(amax_N)):
+      row, column = np.argwhere(~np.isfinite(band_MN))[0]
       raise errors.InputError(
         f'{name} holds a NaN or an infinity, first in row {top + row}, column '
         f'{column}: a tensor must be finite to be stored in FP8'
       )
-    amax_J = np.pad(amax_J, (0, -columns % wide))
-    scales_ij[i] = _scales(np.max(amax_J.reshape(-1, wide), axis=1))
-    inverse_J = np.repeat(np.float32(1.0) / scales_ij[i], wide)[:columns]
-    values_IJ[top : top + high] = band_IJ * inverse_J
-  return values_IJ, scales_ij
+    amax_N = np.pad(amax_N, (0, -columns % wide))
+    scales_mn[i] = _scales(np.max(amax_N.reshape(-1, wide), axis=1))
+    inverse_N = np.repeat(np.float32(1.0) / scales_mn[i], wide)[:columns]
+    values_MN[top : top + high] = band_MN * inverse_N
+  return values_MN, scales_mn
 
 
 def dequantize_host(
-  values_IJ: Float8e4m3fn[np.ndarray, 'I J'],
-  scales_ij: Float32[np.ndarray, 'i j'],
+  values_MN: Float8e4m3fn[np.ndarray, 'M N'],
+  scales_mn: Float32[np.ndarray, 'm n'],
   first_row: int = 0,
-) -> Float32[np.ndarray, 'I J']:
+) -> Float32[np.ndarray, 'M N']:
   """Dequantises a tensor, or some of its rows, to f32.
 
   Args:
-    values_IJ: rows from `first_row` of the tensor, any number of them.
-    scales_ij: of the whole tensor.
+    values_MN: rows from `first_row` of the tensor, any number of them.
+    scales_mn: of the whole tensor.
   Raises:
     ValueError: there are too few scales.
   """
-  (rows, columns), (high, wide) = values_IJ.shape, TILE
+  (rows, columns), (high, wide) = values_MN.shape, TILE
   end = first_row + rows
   want = (-(-end // high), -(-columns // wide))
-  if scales_ij.shape[0] < want[0] or scales_ij.shape[1] != want[1]:
+  if scales_mn.shape[0] < want[0] or scales_mn.shape[1] != want[1]:
     raise ValueError(
-      f'scales_ij.shape={scales_ij.shape} must be at least {want[0]} by '
+      f'scales_mn.shape={scales_mn.shape} must be at least {want[0]} by '
       f'{want[1]} for rows {first_row} to {end} of {columns} columns'
     )
-  out_IJ = np.empty(values_IJ.shape, np.float32)
-  codes_IJ = values_IJ.view(np.uint8)
+  out_MN = np.empty(values_MN.shape, np.float32)
+  codes_MN = values_MN.view(np.uint8)
   for i in range(first_row // high, want[0]):
     top, stop = max(i * high - first_row, 0), (i + 1) * high - first_row
-    band_IJ = out_IJ[top:stop]
-    np.take(_DECODED, codes_IJ[top:stop], out=band_IJ, mode='clip')
-    band_IJ *= np.repeat(scales_ij[i], wide)[:columns]
-  return out_IJ
+    band_MN = out_MN[top:stop]
+    np.take(_DECODED, codes_MN[top:stop], out=band_MN, mode='clip')
+    band_MN *= np.repeat(scales_mn[i], wide)[:columns]
+  return out_MN
 
 
-def _scales(amax_ij):
+def _scales(amax_mn):
   """Scales of blocks by their largest magnitudes."""
-  held_ij = np.maximum(amax_ij * _INVERSE, reference.SMALLEST_SCALE)
-  return np.where(amax_ij < reference.SMALLEST_NORMAL, np.float32(1.0), held_ij)
+  held_mn = np.maximum(amax_mn * _INVERSE, reference.SMALLEST_SCALE)
+  return np.where(amax_mn < reference.SMALLEST_NORMAL, np.float32(1.0), held_mn)

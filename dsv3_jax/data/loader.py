@@ -51,7 +51,7 @@ class Loader:
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
     data = data.to_iter_dataset(options)
     data = experimental.FlatMapIterDataset(
-      data, _Cut(length=length, isolated=cfg.isolate_samples)
+      data, _SplitDocuments(length=length, isolated=cfg.isolate_samples)
     )
     data = experimental.BestFitPackIterDataset(
       data,
@@ -103,15 +103,15 @@ def _encode(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cut(experimental.FlatMapTransform):
-  """`packing.cut` for Grain."""
+class _SplitDocuments(experimental.FlatMapTransform):
+  """`packing.split_document` for Grain."""
 
   length: int
   isolated: bool
   max_fan_out: int = 10**9  # no limit: a document may be a book
 
   def flat_map(self, element: dict) -> list[dict]:
-    return packing.cut(element, self.length, self.isolated)
+    return packing.split_document(element, self.length, self.isolated)
 
 
 def eval_windows(

@@ -26,7 +26,9 @@ def encode_document(
   cfg: config.DataConfig,
   rng: np.random.Generator,
 ) -> dict[str, np.ndarray]:
-  """Encodes one document as bos, text, eos; as PSM with `data.fim_rate`.
+  """Encodes one document as bos, text, eos.
+
+  A share `data.fim_rate` of the documents is written in PSM order instead.
 
   Returns:
     `tokens` int32 and `learned` int32, equally long; `learned` is 1 on tokens
@@ -78,7 +80,7 @@ def split_at_random(
   return np.concatenate([*pieces, tokens[start:]])
 
 
-def cut(
+def split_document(
   document: dict[str, np.ndarray], length: int, isolated: bool
 ) -> list[dict[str, np.ndarray]]:
   """Splits into pieces of `length` tokens; truncates isolated samples."""

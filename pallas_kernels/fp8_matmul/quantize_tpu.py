@@ -7,7 +7,7 @@ magnitudes of either copy's tiles are then maxima over sublanes of the other
 form, which are plain vector operations, and come out with the long dim in the
 lanes, as they are stored.
 
-Letters: I rows and J columns of one form of a block.
+Letters: M rows and N columns of one form of a block; m and n their tiles.
 """
 
 import functools
@@ -94,25 +94,25 @@ def _kernel(x_MD, of_x_MD, of_xT_DM, scale_dM, scale_mD, *, pow2, floor):
   _quantize(block_DM, block_MD, of_xT_DM, scale_mD, options)
 
 
-def _quantize(x_IJ, x_JI, values_IJ, scale_jI, options):
-  """Writes the values and scales of 1 x 128 tiles of x_IJ."""
-  columns, rows = x_JI.shape
-  tiles = jnp.abs(x_JI).reshape(columns // TILE, TILE, rows)
+def _quantize(x_MN, x_NM, values_MN, scale_nM, options):
+  """Writes the values and scales of 1 x 128 tiles of x_MN."""
+  columns, rows = x_NM.shape
+  tiles = jnp.abs(x_NM).reshape(columns // TILE, TILE, rows)
   scales = reference.scale_of(jnp.max(tiles, axis=1), **options)
-  scale_jI[...] = scales
-  inverse_Ij = (1.0 / scales).T
+  scale_nM[...] = scales
+  inverse_Mn = (1.0 / scales).T
   for t in range(columns // TILE):
     at = slice(t * TILE, (t + 1) * TILE)
-    values = x_IJ[:, at] * inverse_Ij[:, t : t + 1]
-    values_IJ[:, at] = values.astype(values_IJ.dtype)
+    values = x_MN[:, at] * inverse_Mn[:, t : t + 1]
+    values_MN[:, at] = values.astype(values_MN.dtype)
 
 
-def _crop(values_IJ, scales, rows: int, columns: int) -> Quantized:
+def _crop(values_MN, scales, rows: int, columns: int) -> Quantized:
   """Without what was padded; scales [.., .., I] become [I, j]."""
-  scale_jI = scales.reshape(-1, scales.shape[-1])
+  scale_nM = scales.reshape(-1, scales.shape[-1])
   tiles = pl.cdiv(columns, TILE)
   return Quantized(
-    values_IJ[:rows, :columns], scale_jI[:tiles, :rows].T, quantized.ROW
+    values_MN[:rows, :columns], scale_nM[:tiles, :rows].T, quantized.ROW
   )
 
 

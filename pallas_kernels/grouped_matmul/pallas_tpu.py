@@ -230,7 +230,7 @@ def grouped_k(
   return out_EDF[:, :rows, :columns]
 
 
-class Steps(NamedTuple):
+class GridSteps(NamedTuple):
   """The work of each step: int32 [i] each, read before the step begins."""
 
   expert_i: jax.Array
@@ -238,7 +238,7 @@ class Steps(NamedTuple):
   bits_i: jax.Array
 
 
-def _steps(expert_j, num_blocks, num_experts: int) -> Steps:
+def _steps(expert_j, num_blocks, num_experts: int) -> GridSteps:
   """Each expert's blocks in order, or one step for none; then idle ones."""
   blocks = expert_j.shape[0]
   expert_E = jnp.arange(num_experts)[:, None]
@@ -258,7 +258,7 @@ def _steps(expert_j, num_blocks, num_experts: int) -> Steps:
   )
   block_i = jnp.minimum(block_i, blocks - 1)
   bits_i = FIRST * (place_i == 0) + WORK * work_i
-  return Steps(*(x.astype(jnp.int32) for x in (expert_i, block_i, bits_i)))
+  return GridSteps(*(x.astype(jnp.int32) for x in (expert_i, block_i, bits_i)))
 
 
 def _grouped_k_grid(m: int, n: int, steps: int, blocks: BlockSizes):

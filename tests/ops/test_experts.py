@@ -119,8 +119,8 @@ def test_all_tokens_on_one_expert(block_size, expert):
   assert_all_equal(values, ids_MK, block_size)
   args = (f32(values), jnp.asarray(ids_MK), jnp.ones((37, DIM)))
   _, grads = value_and_grads(*args, 'blocks', block_size)
-  for grad_EIJ in grads['experts'].values():  # none for idle experts
-    used_E = np.any(np.asarray(grad_EIJ), axis=(1, 2))
+  for grad_EDF in grads['experts'].values():  # none for idle experts
+    used_E = np.any(np.asarray(grad_EDF), axis=(1, 2))
     np.testing.assert_array_equal(used_E, np.arange(4) == expert)
 
 

@@ -22,13 +22,13 @@ SIZES = [(1, 1), (1, 128), (3, 129), (130, 255), (2, 300), (5, 2)]
 def draw(seed, shape):
   """Rows of many magnitudes, with wide ranges, zeros and ties in them."""
   rng = np.random.default_rng(seed)
-  x_IJ = rng.normal(size=shape) * np.exp2(rng.uniform(-24, 0, shape))
-  x_IJ *= np.exp2(rng.integers(-100, 100, (shape[0], 1)))
-  x_IJ[rng.uniform(size=shape) < 0.1] = 0
-  x_IJ = np.float32(x_IJ)
-  x_IJ[np.abs(x_IJ) < np.finfo(np.float32).tiny] = 0  # as a device may read it
-  few_IJ = x_IJ.view(np.uint32) & 0xFFFF0000  # 8 bits: ties are frequent
-  return np.where(rng.uniform(size=shape) < 0.5, few_IJ.view(np.float32), x_IJ)
+  x_MN = rng.normal(size=shape) * np.exp2(rng.uniform(-24, 0, shape))
+  x_MN *= np.exp2(rng.integers(-100, 100, (shape[0], 1)))
+  x_MN[rng.uniform(size=shape) < 0.1] = 0
+  x_MN = np.float32(x_MN)
+  x_MN[np.abs(x_MN) < np.finfo(np.float32).tiny] = 0  # as a device may read it
+  few_IJ = x_MN.view(np.uint32) & 0xFFFF0000  # 8 bits: ties are frequent
+  return np.where(rng.uniform(size=shape) < 0.5, few_IJ.view(np.float32), x_MN)
 
 
 def assert_same(got, want):
@@ -70,16 +70,16 @@ def test_every_f32_exponent_tie_and_neighbour_rounds_as_the_oracle(low):
 
 @pytest.mark.parametrize('shape', SIZES)
 def test_scales_values_and_bytes_are_the_oracles(shape):
-  x_IJ = draw(shape[1], shape)
-  got = quantize(x_IJ)
-  _, scales_ij = oracle.quantize(x_IJ, oracle.ROW, POW2)
+  x_MN = draw(shape[1], shape)
+  got = quantize(x_MN)
+  _, scales_ij = oracle.quantize(x_MN, oracle.ROW, POW2)
   np.testing.assert_array_equal(got.scales, scales_ij)
   assert got.shape == shape and got.codes.dtype == jnp.uint8
   assert got.codes.shape == (shape[0], 3 * -(-shape[1] // 2))
-  assert_same(unpack(got), np.float32(oracle.e5m6_copy(x_IJ)))
+  assert_same(unpack(got), np.float32(oracle.e5m6_copy(x_MN)))
   scale_IJ = np.repeat(scales_ij, 128, axis=1)[:, : shape[1]]
-  values_IJ = oracle.round_to(x_IJ / scale_IJ, oracle.E5M6)
-  for row_J, codes in zip(values_IJ, np.asarray(got.codes), strict=True):
+  values_MN = oracle.round_to(x_MN / scale_IJ, oracle.E5M6)
+  for row_J, codes in zip(values_MN, np.asarray(got.codes), strict=True):
     want = oracle.pack12(oracle.encode(row_J, oracle.E5M6))
     np.testing.assert_array_equal(codes, want)
 
@@ -92,16 +92,16 @@ def test_scales_values_and_bytes_are_the_oracles(shape):
   )
 )
 def test_any_row(row):
-  x_IJ = np.float32([row])
-  assert_same(unpack(quantize(x_IJ)), np.float32(oracle.e5m6_copy(x_IJ)))
+  x_MN = np.float32([row])
+  assert_same(unpack(quantize(x_MN)), np.float32(oracle.e5m6_copy(x_MN)))
 
 
 def test_scales_are_those_of_the_e4m3_copy():
-  x_IJ = jnp.asarray(draw(0, (7, 400)))
-  q = reference.quantize(x_IJ, pow2=True)
-  packed = quantize(x_IJ)
+  x_MN = jnp.asarray(draw(0, (7, 400)))
+  q = reference.quantize(x_MN, pow2=True)
+  packed = quantize(x_MN)
   np.testing.assert_array_equal(packed.scales, q.scales)
-  given_IJ = pack(x_IJ, q.scales)
+  given_IJ = pack(x_MN, q.scales)
   np.testing.assert_array_equal(given_IJ.codes, packed.codes)
   # What is packed once stays what it is.
   again = pack(unpack(packed), packed.scales)
@@ -109,15 +109,15 @@ def test_scales_are_those_of_the_e4m3_copy():
 
 
 def test_given_scales_too_small_saturate():
-  x_IJ = jnp.array([[1e6, -65279.0, 65024.0, 1.0]])
-  got = unpack(pack(x_IJ, jnp.ones((1, 1))))
+  x_MN = jnp.array([[1e6, -65279.0, 65024.0, 1.0]])
+  got = unpack(pack(x_MN, jnp.ones((1, 1))))
   np.testing.assert_array_equal(got, [[65024.0, -65024.0, 65024.0, 1.0]])
 
 
 def test_nan_and_infinity_are_seen_and_stay_in_their_tile():
-  x_IJ = np.ones((2, 256), np.float32)
-  x_IJ[0, 3], x_IJ[0, 200] = np.nan, np.inf
-  got = np.asarray(unpack(quantize(x_IJ)))
+  x_MN = np.ones((2, 256), np.float32)
+  x_MN[0, 3], x_MN[0, 200] = np.nan, np.inf
+  got = np.asarray(unpack(quantize(x_MN)))
   assert np.isnan(got[0, 3]) and np.isnan(got[0, 200])
   np.testing.assert_array_equal(got[1], 1.0)
 
@@ -127,18 +127,18 @@ def test_any_float_dtype_and_leading_dims(dtype):
   x_BIJ = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 150)), dtype)
   got = quantize(x_BIJ)
   assert got.shape == (2, 3, 150) and got.scales.shape == (2, 3, 2)
-  for x_IJ, got_IJ in zip(x_BIJ, unpack(got), strict=True):
-    want = oracle.e5m6_copy(np.asarray(x_IJ, np.float64))
+  for x_MN, got_IJ in zip(x_BIJ, unpack(got), strict=True):
+    want = oracle.e5m6_copy(np.asarray(x_MN, np.float64))
     assert_same(got_IJ, np.float32(want))
   mapped = jax.jit(jax.vmap(e5m6.quantize))(x_BIJ)
   np.testing.assert_array_equal(mapped.codes, got.codes)
 
 
 def test_a_packed_array_is_three_quarters_of_bf16_and_a_pytree():
-  x_IJ = jnp.ones((256, 512), jnp.bfloat16)
-  packed = quantize(x_IJ)
-  assert packed.codes.nbytes == 0.75 * x_IJ.nbytes
+  x_MN = jnp.ones((256, 512), jnp.bfloat16)
+  packed = quantize(x_MN)
+  assert packed.codes.nbytes == 0.75 * x_MN.nbytes
   assert packed.scales.nbytes == 256 * 4 * 4
   through = jax.jit(functools.partial(jax.tree.map, lambda x: x))(packed)
   assert through.columns == 512
-  np.testing.assert_array_equal(unpack(through), x_IJ)
+  np.testing.assert_array_equal(unpack(through), x_MN)

@@ -74,9 +74,9 @@ def test_nothing_to_quantise(shape):
 def test_a_nan_stays_and_an_infinity_becomes_one():
   x_MD = jnp.ones((130, 140)).at[3, 4].set(jnp.nan).at[129, 0].set(jnp.inf)
   of_x, of_xT = both(x_MD)
-  for values_IJ in (of_x.values, of_xT.values.T):
-    assert np.all(np.isnan(np.float32(values_IJ[[3, 129], [4, 0]])))
-    others = np.asarray(values_IJ[4:128, 5:], np.float32)
+  for values_MN in (of_x.values, of_xT.values.T):
+    assert np.all(np.isnan(np.float32(values_MN[[3, 129], [4, 0]])))
+    others = np.asarray(values_MN[4:128, 5:], np.float32)
     np.testing.assert_array_equal(others, np.full_like(others, 448))
 
 

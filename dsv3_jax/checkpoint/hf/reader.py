@@ -146,11 +146,11 @@ class _Piece(NamedTuple):
 
   def read(self, slices: lazy_array.Slices) -> np.ndarray:
     """A slice of the leaf, in f32."""
-    return self._cut(slices, read_rows)
+    return self._read_span(slices, read_rows)
 
   def read_stored(self, slices: lazy_array.Slices) -> np.ndarray:
     """A slice of the leaf, as stored."""
-    return self._cut(slices, read_values)
+    return self._read_span(slices, read_values)
 
   def read_scales(self, slices: lazy_array.Slices) -> np.ndarray:
     """A slice of the leaf's scales."""
@@ -164,7 +164,7 @@ class _Piece(NamedTuple):
       scales = halves[self.part].reshape(-1, rows.shape[-1])
     return scales.T[slices]
 
-  def _cut(self, slices: lazy_array.Slices, read: Callable) -> np.ndarray:
+  def _read_span(self, slices: lazy_array.Slices, read: Callable) -> np.ndarray:
     """Reads the rows that contain a slice, then slices them."""
     at, per = self.place.tensor.num_in, self.place.rows_per_step
     rows = slice(slices[at].start * per, slices[at].stop * per)
