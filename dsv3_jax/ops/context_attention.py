@@ -152,7 +152,7 @@ def backward(
   Those of keys and values are this device's summands, of all keys.
   """
   tiles, keys = CausalTiles(q_BTNX.shape[1]), (k_nope_BSNH, k_rope_BSR)
-  dtype, width = q_BTNX.dtype, k_nope_BSNH.shape[-1]
+  width = k_nope_BSNH.shape[-1]
 
   def body(number, sums):
     dq_BTNX, dkeys = sums
@@ -161,12 +161,8 @@ def backward(
     lse, delta = (tiles.queries(x, tile, 2) for x in (lse_BNT, delta_BNT))
     v = tiles.keys(v_BSNU, tile)
     k, s = tiles.scores(q, keys, segments_BS, tile, scale)
-    p = jnp.exp(s - lse[..., None])
-    ds = p * (xla.product('btnu,bsnu->bnts', do, v) - delta[..., None]) * scale
-    p, ds = p.astype(dtype), ds.astype(dtype)
-    dq = tiles.queries(dq_BTNX, tile) + xla.product('bnts,bsnx->btnx', ds, k)
-    dk = xla.product('bnts,btnx->bsnx', ds, q)
-    dv = xla.product('bnts,btnu->bsnu', p, do)
+    dq, dk, dv = xla.tile_gradients(q, k, v, s, lse, delta, do, scale)
+    dq += tiles.queries(dq_BTNX, tile)
     parts = (dk[..., :width], jnp.sum(dk[..., width:], axis=2), dv)
     pairs = zip(dkeys, parts, strict=True)
     dkeys = tuple(tiles.add(x, part, tile) for x, part in pairs)

@@ -48,24 +48,45 @@ def backward(
 ) -> tuple[Array, Array, Array, Array]:
   """Gradients of q, k_nope, k_rope and v; those of keys and values f32."""
   k_BSNX = join(k_nope_BSNH, k_rope_BSR)
-  length, dtype = q_BTNX.shape[1], q_BTNX.dtype
+  length = q_BTNX.shape[1]
   dq, dk_BSNX, dv_BSNU = [], 0.0, 0.0
   for start, end in _blocks(length):
     q, k, v = q_BTNX[:, start:end], k_BSNX[:, :end], v_BSNU[:, :end]
     do, rest = do_BTNU[:, start:end], (0, length - end)
     s_BNTS = _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale)
-    p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., start:end, None])
-    dp_BNTS = product('btnu,bsnu->bnts', do, v)
-    ds_BNTS = p_BNTS * (dp_BNTS - delta_BNT[..., start:end, None]) * scale
-    p_BNTS, ds_BNTS = p_BNTS.astype(dtype), ds_BNTS.astype(dtype)
-    dq.append(product('bnts,bsnx->btnx', ds_BNTS, k).astype(dtype))
+    rows = (x[..., start:end] for x in (lse_BNT, delta_BNT))
+    dq_tile, dk, dv = tile_gradients(q, k, v, s_BNTS, *rows, do, scale)
+    dq.append(dq_tile.astype(q.dtype))
     grow = lambda x, rest=rest: jnp.pad(x, ((0, 0), rest, (0, 0), (0, 0)))
-    dk_BSNX += grow(product('bnts,btnx->bsnx', ds_BNTS, q))
-    dv_BSNU += grow(product('bnts,btnu->bsnu', p_BNTS, do))
+    dk_BSNX += grow(dk)
+    dv_BSNU += grow(dv)
   width = k_nope_BSNH.shape[-1]
   dk_rope_BSR = jnp.sum(dk_BSNX[..., width:], axis=2)
   dq_BTNX = jnp.concatenate(dq, axis=1)
   return dq_BTNX, dk_BSNX[..., :width], dk_rope_BSR, dv_BSNU
+
+
+def tile_gradients(
+  q_BTNX: Float[Array, 'B T N X'],
+  k_BSNX: Float[Array, 'B S N X'],
+  v_BSNU: Float[Array, 'B S N U'],
+  s_BNTS: Float[Array, 'B N T S'],
+  lse_BNT: Float[Array, 'B N T'],
+  delta_BNT: Float[Array, 'B N T'],
+  do_BTNU: Float[Array, 'B T N U'],
+  scale: float,
+) -> tuple[Array, Array, Array]:
+  """What queries T and keys S add to the gradients of q, k and v, f32."""
+  dtype = q_BTNX.dtype
+  p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., None])
+  dp_BNTS = product('btnu,bsnu->bnts', do_BTNU, v_BSNU)
+  ds_BNTS = p_BNTS * (dp_BNTS - delta_BNT[..., None]) * scale
+  p_BNTS, ds_BNTS = p_BNTS.astype(dtype), ds_BNTS.astype(dtype)
+  return (
+    product('bnts,bsnx->btnx', ds_BNTS, k_BSNX),
+    product('bnts,btnx->bsnx', ds_BNTS, q_BTNX),
+    product('bnts,btnu->bsnu', p_BNTS, do_BTNU),
+  )
 
 
 def join(

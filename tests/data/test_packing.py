@@ -1,4 +1,4 @@
-"""FIM, random splits, cutting and examples."""
+"""FIM, random splits of tokens, splitting of documents, examples."""
 
 import collections
 
@@ -71,13 +71,13 @@ def test_random_splits_keep_the_text(bpe):
 
 
 @hypothesis.given(total=st.integers(1, 50), length=st.integers(1, 12))
-def test_cut_loses_nothing_and_isolated_keeps_the_start(total, length):
+def test_splitting_loses_nothing_and_isolated_keeps_the_start(total, length):
   document = {'tokens': np.arange(total), 'learned': np.ones(total)}
-  pieces = packing.cut(document, length, isolated=False)
+  pieces = packing.split_document(document, length, isolated=False)
   tokens = np.concatenate([p['tokens'] for p in pieces])
   np.testing.assert_array_equal(tokens, np.arange(total))
   assert max(p['tokens'].size for p in pieces) <= length
-  (only,) = packing.cut(document, length, isolated=True)
+  (only,) = packing.split_document(document, length, isolated=True)
   np.testing.assert_array_equal(only['tokens'], np.arange(min(total, length)))
 
 
