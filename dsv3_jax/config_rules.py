@@ -194,11 +194,11 @@ def _model(config: Any) -> Iterator[Rule]:
     f'model.moe.product={moe.product!r} must be auto with '
     f'precision={config.precision!r}, which has its own grouped matmul',
   )
-  longest = int(rope.original_seq_len * max(rope.factor, 1.0))
+  longest = min(int(rope.original_seq_len * max(rope.factor, 1.0)), 1 << 20)
   yield (
     model.max_seq_len <= longest,
     f'model.max_seq_len={model.max_seq_len} must be <= {longest} = '
-    'model.rope.original_seq_len * model.rope.factor (YaRN)',
+    'model.rope.original_seq_len * model.rope.factor (YaRN), at most 2^20',
   )
   yield rope.theta > 1, f'model.rope.theta={rope.theta} must be > 1'
   yield (

@@ -104,7 +104,7 @@ def _model():
     'mtp': {  # TR 2.2
       'depth': 1,  # 0: no MTP module
       'hidden': 'post_norm',  # NP: h^0 after or before ('pre_norm') the norm
-      'normalizer': 'T',  # eq. 24 divides by T; 'valid': by the targets
+      'normalizer': 'T',  # eq. 24, as the main loss; 'valid': own targets
     },
   }
 

@@ -134,10 +134,10 @@ def loss(rows, cfg, batch, tokens_BZ, segments_BZ, mtp_weight):
       weights.append(terms[1])
     return tuple(np.concatenate(x) for x in (logits, targets, weights))
 
-  main = losses.main_loss(*depth_terms(0))
-  normalizer, by_t = cfg.model.mtp.normalizer, float(len(used) * length)
+  main, main_weight = losses.main_loss(*depth_terms(0)), sum(depth_terms(0)[2])
+  normalizer = cfg.model.mtp.normalizer
   depth_losses = [
-    losses.mtp_depth_loss(*depth_terms(k), normalizer, by_t)
+    losses.mtp_depth_loss(*depth_terms(k), normalizer, main_weight)
     for k in range(1, cfg.model.mtp.depth + 1)
   ]
   total_balance, loads = 0.0, []

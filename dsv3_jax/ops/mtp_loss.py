@@ -5,8 +5,9 @@ t_{i+k+1}, for i = 1..T-k. Each depth's loss is a weighted sum of
 cross-entropies; `depth_targets` gives its targets and weights:
 
   loss      sum over the main targets / how many count
-  mtp_loss  mean over depths of: a depth's sum / (T * sequences) (eq. 24) or,
-            with `mtp.normalizer='valid'`, / how many of its targets count
+  mtp_loss  mean over depths of: a depth's sum / how many MAIN targets count
+            (eq. 24: T of a full row) or, with `mtp.normalizer='valid'`, / how
+            many of its own count
   total     loss + lambda mtp_loss + balance loss
 
 `nn/model.py` (`Model.loss`) and, under a pipeline,
@@ -72,8 +73,10 @@ def loss_scales(
 ) -> dict[str, Array]:
   """1 / (what each loss is averaged over), from all of a step's micro-batches.
 
-  The main loss is a mean over the targets that count; MTP's is divided by T of
-  every sequence (eq. 24) or, with `normalizer='valid'`, by its own targets.
+  The main loss is a mean over the targets that count: T of a full row, fewer
+  where rows hold padding or prompts of chats. MTP's is divided by the same
+  number, as eq. 24 divides both by T, or, with `normalizer='valid'`, by the
+  number of its own targets. So lambda keeps its weight when few targets count.
   A row of padding only is not a sequence: it fills a batch that the ramp has
   not filled yet. Counts are those of all devices; each adds its share.
 
@@ -86,14 +89,14 @@ def loss_scales(
   sequences = collectives.psum(sequences, sharding.BATCH_AXES)
   everywhere = lambda x: collectives.psum(jnp.sum(x), sharding.BATCH_AXES)
   inverse = lambda count: 1.0 / jnp.maximum(count, 1.0)
-  mtp_counts = []
-  for k in range(1, cfg.depth + 1):
-    counted = mtp_weights(weights, segments, k, isolated)
-    by_valid = cfg.normalizer == 'valid'
-    mtp_counts.append(everywhere(counted) if by_valid else sequences * length)
+  main = inverse(everywhere(weights))
+  mtp = [main] * cfg.depth
+  if cfg.normalizer == 'valid':
+    counted = lambda k: mtp_weights(weights, segments, k, isolated)
+    mtp = [inverse(everywhere(counted(k + 1))) for k in range(cfg.depth)]
   return {
-    'main': inverse(everywhere(weights)),
-    'mtp': [inverse(count) for count in mtp_counts],
+    'main': main,
+    'mtp': mtp,
     'balance': rows * inverse(sequences),
   }
 

@@ -15,24 +15,23 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config
 
+MAX_POSITIONS = 1 << 20  # so that a position times 12 bits fits 32 bits
+
 
 def frequencies(cfg: config.ModelConfig) -> np.ndarray:
-  """Angle per position of each pair, f32[R/2], radians (TR 4.3).
-
-  A constant of the model: computed in float64 by NumPy, rounded once.
-  """
+  """Angle per position of each pair, float64[R/2], radians (TR 4.3)."""
   rope, rotary_dim = cfg.rope, cfg.mla.qk_rope_head_dim
   index = np.arange(rotary_dim // 2, dtype=np.float64)
   plain = rope.theta ** (-2.0 * index / rotary_dim)
   if not cfg.yarn:
-    return plain.astype(np.float32)
+    return plain
   low = math.floor(_rotation_dim(rope, rotary_dim, rope.beta_fast))
   high = math.ceil(_rotation_dim(rope, rotary_dim, rope.beta_slow))
   low, high = max(low, 0), min(high, rotary_dim - 1)
   span = (high - low) or 0.001  # equal bounds: a step, not a division by 0
   smooth = 1.0 - np.clip((index - low) / span, 0.0, 1.0)
   slowed = plain / rope.factor
-  return (slowed * (1.0 - smooth) + plain * smooth).astype(np.float32)
+  return slowed * (1.0 - smooth) + plain * smooth
 
 
 def _rotation_dim(
@@ -69,9 +68,27 @@ def tables(
   cfg: config.ModelConfig, positions_BT: Int[Array, 'B T']
 ) -> tuple[Float[Array, 'B T r'], Float[Array, 'B T r']]:
   """cos and sin of each position's angles, f32[B, T, R/2]."""
-  angles_BTr = positions_BT[..., None].astype(jnp.float32) * frequencies(cfg)
+  angles_BTr = _angles(frequencies(cfg), positions_BT)
   factor = rotation_factor(cfg)
   return jnp.cos(angles_BTr) * factor, jnp.sin(angles_BTr) * factor
+
+
+def _angles(
+  frequencies_r: np.ndarray, positions_BT: Int[Array, 'B T']
+) -> Float[Array, 'B T r']:
+  """position * frequency in [-pi, pi), exact to f32 below MAX_POSITIONS.
+
+  An f32 product of 131,071 radians would be off by 0.004. Only its fraction of
+  a turn counts, and integers give that exactly: with the frequency as a
+  fraction of 2^44 of a turn, in words of 32 and 12 bits, the product modulo one
+  turn is what uint32 keeps of it.
+  """
+  word_r = np.rint(frequencies_r / (2.0 * np.pi) * 2.0**44).astype(np.uint64)
+  high_r, low_r = (word_r >> 12).astype(np.uint32), np.uint32(word_r & 0xFFF)
+  positions_BT1 = positions_BT[..., None].astype(jnp.uint32)
+  turns_BTr = positions_BT1 * high_r + ((positions_BT1 * low_r) >> 12)
+  signed_BTr = jax.lax.bitcast_convert_type(turns_BTr, jnp.int32)
+  return signed_BTr.astype(jnp.float32) * np.float32(2.0 * np.pi / 2.0**32)
 
 
 def rotate(

@@ -1,5 +1,6 @@
 """Rotary positions: published constants, oracle, and what rotations keep."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,14 +44,14 @@ def test_softmax_scale_is_the_published_one(experiment, extended, length):
 def test_frequencies_of_the_671b_model(length):
   cfg = published(v3_671b, length)
   got = rope.frequencies(cfg)
-  assert got.dtype == np.float32
-  np.testing.assert_allclose(got, oracle_frequencies(cfg), rtol=1e-7)
+  assert got.dtype == np.float64
+  np.testing.assert_allclose(got, oracle_frequencies(cfg), rtol=1e-14)
   plain = oracle.frequencies(64, 10000.0)
   if length == 4096:
-    np.testing.assert_allclose(got, plain, rtol=1e-7)
+    np.testing.assert_allclose(got, plain, rtol=1e-14)
   else:  # pairs up to 10 keep their speed, from 23 on they are 40 times slower
-    np.testing.assert_allclose(got[:11], plain[:11], rtol=1e-7)
-    np.testing.assert_allclose(got[23:], plain[23:] / 40.0, rtol=1e-7)
+    np.testing.assert_allclose(got[:11], plain[:11], rtol=1e-14)
+    np.testing.assert_allclose(got[23:], plain[23:] / 40.0, rtol=1e-14)
     between = got[11:23] / plain[11:23]
     assert np.all((between < 1.0) & (between > 1.0 / 40.0))
     assert np.all(np.diff(between) < 0.0)
@@ -65,7 +66,7 @@ def test_yarn_frequencies_match_the_oracle_at_any_size(dim, original):
     model__max_seq_len=2 * original,
   ).model
   want = oracle_frequencies(cfg)
-  np.testing.assert_allclose(rope.frequencies(cfg), want, rtol=1e-7)
+  np.testing.assert_allclose(rope.frequencies(cfg), want, rtol=1e-14)
 
 
 def test_unequal_mscales_change_the_rotated_part_only():
@@ -93,9 +94,27 @@ def test_rotate_matches_the_oracle(max_seq_len, heads):
   x = rng.normal(size=(2, 5, *heads, 6))
   got = rope.rotate(jnp.float32(x), *rope.tables(cfg, jnp.array(positions_BT)))
   want = oracle.rotate_interleaved(x, positions_BT, oracle_frequencies(cfg))
-  # f32 angles: up to half an ulp of 640 radians.
-  np.testing.assert_allclose(got, want, rtol=0.0, atol=2e-4)
+  np.testing.assert_allclose(got, want, rtol=0.0, atol=1e-6)
   assert got.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('experiment', [v3_671b, v3_16b])
+def test_angles_are_exact_at_128k_and_beyond(experiment):
+  """cos and sin of every 37th position up to 163,840, and of the largest.
+
+  The bars are the roundings of f32: two of an angle below pi (2.4e-7) and one
+  of the result; a frequency of 44 bits adds 2e-7 at the largest position.
+  """
+  cfg = published(experiment, 163840)
+  ends = [131071, 163839, rope.MAX_POSITIONS - 1]
+  positions_T = np.concatenate([np.arange(0, 163840, 37), ends])
+  got = jax.jit(rope.tables, static_argnums=0)(cfg, positions_T[None])
+  angles_Tr = positions_T[:, None] * oracle_frequencies(cfg)
+  for table, function in zip(got, (np.cos, np.sin), strict=True):
+    assert table.dtype == jnp.float32
+    difference_Tr = np.abs(table[0] - function(angles_Tr))
+    assert np.max(difference_Tr[:-1]) < 4e-7, np.max(difference_Tr[:-1])
+    assert np.max(difference_Tr[-1]) < 6e-7, np.max(difference_Tr[-1])
 
 
 def test_neighbours_are_rotated_as_one_pair():
