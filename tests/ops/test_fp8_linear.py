@@ -10,7 +10,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -20,7 +19,7 @@ from dsv3_jax.ops import experts as expert_ops
 from pallas_kernels.fp8_matmul import e5m6, reference
 from tests import tolerances
 from tests.oracles import fp8_formats as formats
-from tests.oracles import fp8_gemm, fp8_layers
+from tests.oracles import fp8_gemm, fp8_layers, fp8_ops
 
 POLICY = precision.POLICIES['fp8']
 BLOCKWISE = precision.POLICIES['fp8_block_dgrad']
@@ -30,11 +29,6 @@ POW2_FLOOR = formats.Scaling(pow2=True, floor=precision.ACTIVATION_FLOOR)
 # Outputs of products are BF16: half a step at the largest, and as much where
 # two such are added.
 BF16 = 2.0**-8
-
-
-def bf16(x):
-  """The nearest BF16 numbers, in float64."""
-  return np.asarray(x, np.float32).astype(ml_dtypes.bfloat16).astype(float)
 
 
 def multiply(x, ids, gates, experts, policy):
@@ -157,19 +151,6 @@ def test_inputs_are_quantised_once_for_all_their_linears():
   assert text.count('new_dtype=float8_e4m3fn') == 1
 
 
-def swiglu_oracle(gate, up, w_down, dy, gates=None):
-  """Forward and backward of the op, with its roundings."""
-  hidden = fp8_layers.swiglu(gate, up, gates)
-  y = fp8_gemm.fprop(hidden, w_down, FLOOR)
-  dhidden = bf16(fp8_gemm.dgrad(dy, w_down))
-  again, dgate, dup, _ = fp8_layers.swiglu_cached(
-    gate, up, dhidden, gates, FLOOR
-  )
-  columns = lambda x, rule: formats.fake(x.T, formats.ROW, rule).T
-  dw = columns(again, FLOOR).T @ columns(dy, formats.PLAIN)
-  return y, dgate, dup, dw
-
-
 def test_swiglu_lives_on_its_fp8_copies():
   gate, up = normal(0, 150, 200), normal(1, 150, 200)
   w, dy = normal(2, 200, 72), normal(3, 150, 72, scale=1e-6)
@@ -181,53 +162,16 @@ def test_swiglu_lives_on_its_fp8_copies():
   grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
   args = (jnp.float32(gate), jnp.float32(up), jnp.float32(w))
   (dgate, dup, dw), y = grad(*args)
-  want = swiglu_oracle(gate, up, w, dy)
+  want = fp8_ops.swiglu_linear(gate, up, w, dy, FLOOR)
   for got, wanted in zip((y, dgate, dup), want[:3], strict=True):
     close(got, wanted, BF16)
   close(dw, want[3], 1e-5)
 
 
-def experts_oracle(x, ids, gates, weights, dy):
-  """y, dx and the gradients of the three weights, expert by expert."""
-  order = np.argsort(ids.reshape(-1), kind='stable')
-  counts = np.bincount(ids.reshape(-1), minlength=len(weights[0]))
-  tokens = order // ids.shape[1]
-  gates_A = gates.reshape(-1)[order]
-  sent = formats.fake(x, formats.ROW, POW2_FLOOR)
-  dsent = formats.fake(dy, formats.ROW, POW2)
-  y, dx = np.zeros_like(x), np.zeros_like(x)
-  grads = [np.zeros_like(w) for w in weights]
-  columns = lambda x, rule: formats.fake(x.T, formats.ROW, rule).T
-  ends = np.cumsum(counts)
-  for e, end in enumerate(ends):
-    mine = slice(end - counts[e], end)
-    if not counts[e]:
-      continue
-    rows, gate_A = tokens[mine], gates_A[mine]
-    blocks = [formats.fake(w[e], (128, 128)) for w in weights]
-    gate, up = (bf16(sent[rows] @ w) for w in blocks[:2])
-    hidden = fp8_layers.swiglu(gate, up, gate_A)
-    hidden = formats.fake(hidden, formats.ROW, FLOOR)
-    np.add.at(y, rows, bf16(hidden @ blocks[2]))
-    dhidden = bf16(dsent[rows] @ blocks[2].T)
-    again, dgate, dup, _ = fp8_layers.swiglu_cached(
-      gate, up, dhidden, gate_A, FLOOR
-    )
-    row = lambda x: formats.fake(x, formats.ROW)
-    dx_e = bf16(row(dgate) @ blocks[0].T) + bf16(row(dup) @ blocks[1].T)
-    np.add.at(dx, rows, bf16(dx_e))
-    x_columns = columns(sent[rows], POW2_FLOOR)
-    grads[0][e] = x_columns.T @ columns(dgate, formats.PLAIN)
-    grads[1][e] = x_columns.T @ columns(dup, formats.PLAIN)
-    dy_columns = columns(dsent[rows], POW2)
-    grads[2][e] = columns(again, FLOOR).T @ dy_columns
-  return y, dx, grads
-
-
 def check_experts(ids, seed=0, dim=130, width=72, experts=5):
   rng = np.random.default_rng(seed)
   x, dy = normal(seed, len(ids), dim), normal(9, len(ids), dim, scale=1e-6)
-  gates = bf16(rng.uniform(0.1, 1.0, ids.shape))
+  gates = fp8_ops.bf16(rng.uniform(0.1, 1.0, ids.shape))
   shapes = ((dim, width), (dim, width), (width, dim))
   weights = [
     normal(i, experts, *s, scale=0.1) for i, s in enumerate(shapes, start=1)
@@ -241,9 +185,11 @@ def check_experts(ids, seed=0, dim=130, width=72, experts=5):
   grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
   f32 = [jnp.float32(w) for w in weights]
   (dx, dgates, grads), y = grad(jnp.float32(x), jnp.float32(gates), f32)
-  want_y, want_dx, wanted = experts_oracle(x, ids, gates, weights, dy)
+  args = (x, ids, gates, weights, dy, precision.ACTIVATION_FLOOR)
+  want_y, want_dx, want_dgates, wanted = fp8_ops.experts(*args)
   close(y, want_y, 2 * BF16)
   close_but_for_borders(dx, want_dx)
+  close_but_for_borders(dgates, want_dgates)
   for got, want in zip(grads, wanted, strict=True):
     close_but_for_borders(got, want)
   return x, gates, weights, dy, dgates
