@@ -78,9 +78,9 @@ for word in sys.argv[1:]: print("              -", json.dumps(word))' "$@"
 EOF
 }
 
-made=$(manifest "$@")
+jobset=$(manifest "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
-  echo "$made"
+  echo "$jobset"
   exit
 fi
-kubectl apply -f - <<< "$made"
+kubectl apply -f - <<< "$jobset"
