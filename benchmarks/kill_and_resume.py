@@ -6,7 +6,7 @@ A tiny experiment trains in a process of its own, saving every second step; this
 one kills it with SIGKILL after a random time, again and again. After each kill
 every committed step is hashed and the newest may not have gone back. The run
 then goes on to its end, and its last checkpoint is compared, file contents and
-all, with that of a run that nobody disturbed.
+all, with that of a run without kills.
 """
 
 import argparse

@@ -142,7 +142,7 @@ def test_void_tokens_go_nowhere_and_change_nothing():
   valid_M = np.arange(TOKENS) % 3 > 0
   want = np.array(alone()(x_MD, ids_MK, gates_MK, experts))
   want[~valid_M] = 0.0
-  x_MD[~valid_M] = np.nan  # whoever computed them would show it
+  x_MD[~valid_M] = np.nan  # would show in the output
   expert_Z = [*range(EXPERTS), *range(EXPERTS)]
   args = (x_MD, ids_MK, gates_MK, valid_M, experts)
   np.testing.assert_array_equal(over((1, 4))(expert_Z, *args), want)
