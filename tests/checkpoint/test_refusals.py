@@ -159,7 +159,7 @@ def test_tensors_that_do_not_fit_are_named(folder, change, expected):
   [('embed_tokens', 'model.embed_tokens'), ('shared_head.head', 'lm_head')],
 )
 def test_a_copy_that_differs_is_named(folder, copy, of):
-  """MTP modules share embedding and head: one's own copy is never dropped silently."""
+  """MTP modules share both: their own copies are never dropped silently."""
 
   def change(arrays):
     arrays[f'model.layers.3.{copy}.weight'][-1, -1] += 1
