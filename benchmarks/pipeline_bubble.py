@@ -12,7 +12,7 @@ Forward, input half and weight half sleep equally long, a pair as long as its
 parts. `spmd` is the loop over ticks that training runs (`executor.TickLoop`
 with its table, branches, buffers and exchange; embedding and head do nothing),
 `mpmd` a thread a rank (`pipeline.threaded`), both on fake CPU devices. The
-bubble is 1 - (work of a rank) / (whole time), the best of the runs; it includes
+bubble is 1 - (work of a rank) / (total time), the best of the runs; it includes
 the cost of starting an action and of exchanging its result. `ideal` is the
 schedule without a common clock, `lockstep` the schedule in ticks, each as long
 as its longest action.
@@ -241,7 +241,7 @@ def simulated(schedule: actions.Schedule) -> tuple[float, float]:
 def measure(
   kind: str, ranks: int, microbatches: int, seconds: float, runs: int
 ) -> report.Row:
-  """Bubbles of a schedule, as parts of the whole time."""
+  """Bubbles of a schedule, as parts of the total time."""
   per_rank = schedules.stages_per_rank(kind)
   schedule = schedules.make_schedule(
     kind,
@@ -270,11 +270,13 @@ def draw(rows: Sequence[report.Row], path: pathlib.Path) -> None:
     len(panels), figsize=(9, 2.4 * len(panels)), sharex=True, squeeze=False
   )
   for axis, panel in zip(axes[:, 0], panels, strict=True):
-    mine = [r for r in rows if (r['ranks'], r['micro-batches']) == panel]
+    panel_rows = [r for r in rows if (r['ranks'], r['micro-batches']) == panel]
     for i, name in enumerate(('ideal', 'lockstep', 'spmd', 'mpmd')):
-      at = np.arange(len(mine)) + 0.2 * (i - 1.5)
-      axis.bar(at, [row[name] for row in mine], 0.18, label=name)
-    axis.set_xticks(range(len(mine)), [row['schedule'] for row in mine])
+      at = np.arange(len(panel_rows)) + 0.2 * (i - 1.5)
+      axis.bar(at, [row[name] for row in panel_rows], 0.18, label=name)
+    axis.set_xticks(
+      range(len(panel_rows)), [row['schedule'] for row in panel_rows]
+    )
     axis.set_title(f'{panel[0]} ranks, {panel[1]} micro-batches', fontsize=9)
     axis.set_ylabel('bubble')
   axes[0, 0].legend(ncols=4, fontsize=8)

@@ -50,7 +50,7 @@ def test_a_wrong_environment_is_one_line(given, expected):
   assert '\n' not in str(caught.value)
 
 
-def test_what_the_environment_tells():
+def test_what_the_environment_sets():
   given = dict(zip(processes.ENVIRONMENT, ('[::1]:80', '3', '2'), strict=True))
   assert processes.from_environment(given) == ('[::1]:80', 3, 2)
   assert processes.from_environment({}) is None
@@ -123,7 +123,7 @@ def lines(output):
 
 
 @pytest.mark.slow
-def test_processes_agree_and_fail_together(tmp_path):
+def test_processes_agree_and_an_error_of_one_ends_all(tmp_path):
   code, output = job(tmp_path, JOIN.format(then=''))
   assert (code, lines(output)) == (0, ['only the first says 0']), output
   then = (
@@ -191,7 +191,7 @@ def train(experiment, workdir, *args, **extra):
 
 
 def wait_for(child, condition):
-  """Reads what a job says, up to when it holds; returns that."""
+  """Reads the output of a job until `condition` holds; returns it."""
   output = ''
   while not condition(output):
     line = child.stdout.readline()

@@ -200,10 +200,10 @@ def experts_oracle(x, ids, gates, weights, dy):
   columns = lambda x, rule: formats.fake(x.T, formats.ROW, rule).T
   ends = np.cumsum(counts)
   for e, end in enumerate(ends):
-    mine = slice(end - counts[e], end)
+    segment = slice(end - counts[e], end)
     if not counts[e]:
       continue
-    rows, gate_A = tokens[mine], gates_A[mine]
+    rows, gate_A = tokens[segment], gates_A[segment]
     blocks = [formats.fake(w[e], (128, 128)) for w in weights]
     gate, up = (bf16(sent[rows] @ w) for w in blocks[:2])
     hidden = fp8_layers.swiglu(gate, up, gate_A)

@@ -190,9 +190,13 @@ def test_both_orientations_of_a_weight_are_the_same_numbers():
   turned, straight = jax.jit(reference.quantize_weight)(w_EDF)
   assert turned.shape == (2, 300, 200) and turned.scales.shape == (2, 3, 2)
   for e in range(2):
-    cut = lambda q, e=e: quantized.Quantized(q.values[e], q.scales[e], q.tile)
-    assert_quantized(cut(straight), w_EDF[e], quantized.BLOCK, oracle.PLAIN)
-    np.testing.assert_array_equal(exact(cut(turned)), exact(cut(straight)).T)
+    expert = lambda q, e=e: quantized.Quantized(
+      q.values[e], q.scales[e], q.tile
+    )
+    assert_quantized(expert(straight), w_EDF[e], quantized.BLOCK, oracle.PLAIN)
+    np.testing.assert_array_equal(
+      exact(expert(turned)), exact(expert(straight)).T
+    )
   with pytest.raises(ValueError, match=r'tile=\(1, 128\)'):
     reference.transpose(quantize(w_EDF[0]))
 
