@@ -166,7 +166,10 @@ def load(
       leaves, cfg, dtype, mesh, inference_mesh.RULES
     )
   return LLM(
-    *(cfg, params, router, source.read_tokenizer(directory)),
+    cfg,
+    params,
+    router,
+    source.read_tokenizer(directory),
     num_speculative_tokens=num_speculative_tokens,
     fp8_cache=fp8_cache,
     mesh=mesh,

@@ -62,7 +62,7 @@ class Passes:
       part_BT = tokens_BT[:, start:end]
       at_Bt = jnp.zeros_like(part_BT) + jnp.arange(part_BT.shape[1])
       args = (part_BT, start + at_Bt, at_Bt, table_Bb, router, caches)
-      outputs = net.apply(variables, *args, method='cached')
+      outputs = net.apply(variables, *args, method='forward_cached')
       runner.append(outputs[0])
       caches, load_LE = outputs[2], load_LE + outputs[3]
     return jnp.concatenate(runner, axis=1), load_LE[None]

@@ -250,7 +250,7 @@ def test_answers_to_one_prompt_draft_each_for_itself(
   flat = params | {'head': {'w': 0.5 * params['head']['w']}}
   tokens, draws = (
     prompt(7, size),
-    [requests.SamplingParams(temperature=1.0, stream=i) for i in (0, 1, 2)],
+    [requests.SamplingParams(temperature=1.0, rng_stream=i) for i in (0, 1, 2)],
   )
   plain, want = model_runner.ModelRunner(CONFIG, flat, router), []
   for draw in draws:

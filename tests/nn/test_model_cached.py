@@ -57,7 +57,7 @@ def step(cfg, absorbed, implementation='auto'):
 
   def run(params, tokens_BT, index_BT, last_B, *args):
     args = (tokens_BT, index_BT, last_B[:, None], *args)
-    outputs = net.apply({'params': params}, *args, method='cached')
+    outputs = net.apply({'params': params}, *args, method='forward_cached')
     return outputs[0][:, 0], outputs[2]
 
   return jax.jit(run)

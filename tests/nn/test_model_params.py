@@ -195,7 +195,7 @@ def test_the_absorbed_form_is_a_named_scope():
   run = lambda p: net.apply(
     {'params': p},
     *(zeros, zeros, zeros, zeros, router, caches),
-    method='cached',
+    method='forward_cached',
   )
   names = scopes(jax.jit(run).lower(params))
   assert {'attention_absorbed', 'q_proj', 'kv_down'} <= names
