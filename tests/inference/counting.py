@@ -68,7 +68,7 @@ class Runner(model_runner.ModelRunner):
           caches[rows.table_Bb[b, at // size], at % size] = token
 
   def _output(self, rows, caches, b, places):
-    """Tokens that follow some of a row, how many are new, and speculative ones."""
+    """New tokens of a row, how many are accepted, and speculative tokens."""
     index_T, vocab = rows.index_BT[b], self.cfg.model.vocab_size
     blocks_b = rows.table_Bb[b][rows.table_Bb[b] < len(caches)]
     row = caches[blocks_b].reshape(-1)

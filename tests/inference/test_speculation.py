@@ -47,7 +47,7 @@ def prompt(seed, size):
 def test_counted_traffic_gets_the_same_tokens(
   num_speculative_tokens, num_blocks
 ):
-  """Some tokens are rejected, blocks run out, clients go away, requests stop."""
+  """Tokens are rejected, blocks run out, clients go away, requests stop."""
   rng = np.random.default_rng(num_speculative_tokens)
   runner = counting.Runner(num_speculative_tokens=num_speculative_tokens)
   model_engine = engine.Engine(
