@@ -304,8 +304,8 @@ class _Forward(NamedTuple):
     speculative_Bk, caches = self._draft(
       variables, router, step_input, draft_input, caches, arrays
     )
-    count_B = jnp.ones_like(token_B)
-    output = StepOutput(token_B[:, None], count_B, speculative_Bk)
+    token_B1 = token_B[:, None]
+    output = StepOutput(token_B1, jnp.ones_like(token_B), speculative_Bk)
     return output, caches, load_LE
 
   def verify(self, variables, router, step_input, caches, arrays):
