@@ -19,7 +19,7 @@ def test_61_layers_over_16_stages():
   cuts = layer_partition.split_layers(61, 16, costs)
   assert cuts == (*((i, i + 4) for i in range(0, 60, 4)), (60, 61))
   figures = tables.stage_costs(cuts, costs)
-  assert [float(each) for each in figures] == [4.0] * 15 + [4.9]
+  assert [float(figure) for figure in figures] == [4.0] * 15 + [4.9]
   assert round(float(sum(figures)) / 16, 2) == 4.06
 
 
@@ -51,10 +51,10 @@ def test_no_cut_is_better(layers, data, embedding, head, mtp):
   )
 
   def rating(cuts):
-    each = [sum(layers[first:end]) for first, end in cuts]
-    each[0] += embedding
-    each[-1] += head + mtp
-    return max(each), sum(cost * cost for cost in each)
+    per_stage = [sum(layers[first:end]) for first, end in cuts]
+    per_stage[0] += embedding
+    per_stage[-1] += head + mtp
+    return max(per_stage), sum(cost * cost for cost in per_stage)
 
   stages = layer_partition.split_layers(len(layers), parts, costs)
   assert rating(stages) == min(map(rating, every_cut(len(layers), parts)))
