@@ -78,7 +78,7 @@ class GradientSums:
     self, stage_pass: instructions.StagePass, state: State, stats: Tree
   ) -> State:
     """Adds the balance loss and the expert loads of a stage's forward pass."""
-    kind, state = self.program.kinds[stage_pass.kind], dict(state)
+    kind, state = self.program.kinds[stage_pass.stage_kind], dict(state)
     state['balance'] += stats['balance'] * self.scales['balance']
     state['mtp_load'] += 0 if not kind.last else stats['mtp_load']
     loads = list(state['load'])

@@ -1,4 +1,4 @@
-"""Layers split into stages against every partition, and against the report's model."""
+"""Layers split into stages against every partition and the report's model."""
 
 import itertools
 
