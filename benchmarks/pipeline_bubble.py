@@ -120,11 +120,18 @@ class ChunkOperands:
   program: instructions.PipelineProgram
   chunks: list[stage_params.ChunkParams]
 
-  def weights(self, half):
-    return self.chunks[half.chunk].layers
+  def weights(self, stage_pass):
+    return self.chunks[stage_pass.chunk].layers
 
-  def consts(self, half, microbatch):
+  def consts(self, stage_pass, microbatch):
     return ()
+
+
+class NoMasters(stage_params.MasterConverter):
+  """Stands for the converter, which is used only after the loop."""
+
+  def __init__(self):
+    pass
 
 
 def no_stats() -> dict:
@@ -136,13 +143,13 @@ def no_stats() -> dict:
 def tick_loop(
   program: instructions.PipelineProgram,
   weights: Sequence[dict],
-  parts: dict,
+  split_stages: dict,
   shape: tuple[int, ...],
 ) -> executor.TickLoop:
   """The loop over ticks of training, with other stages and no vocabulary.
 
   Args:
-    weights: of each chunk. parts: of each kind of stage.
+    weights: of each chunk. split_stages: of each kind of stage.
   """
   none_nE = jnp.zeros((0, 1))
   chunks = [
@@ -156,13 +163,24 @@ def tick_loop(
     program=program,
     vocab=NoVocab(shape),
     stages=stage_compute.StageCompute(
-      ChunkOperands(program, chunks), parts, scales, depth=0, num_experts=1
+      ChunkOperands(program, chunks),
+      split_stages,
+      scales,
+      mtp_depth=0,
+      num_experts=1,
     ),
     sums=gradient_sums.GradientSums(
-      program, chunks, tail, vocab_params, scales, depth=0, num_experts=1
+      program,
+      chunks,
+      tail,
+      vocab_params,
+      scales,
+      mtp_depth=0,
+      num_experts=1,
+      converter=NoMasters(),
     ),
     shape=shape,
-    dtype=jnp.float32,
+    dtype='float32',
   )
 
 
@@ -172,11 +190,13 @@ def sleeping_loop(
   """The loop over ticks of training, with stages that sleep."""
   count = len(instructions.chunks(program.schedule)[0])
   shape_of = lambda kind: (1, *_SHAPE) if kind.last else _SHAPE
-  parts = {
+  split_stages = {
     number: Sleeping(pace, shape_of(kind), no_stats())
     for number, kind in enumerate(program.kinds)
   }
-  return tick_loop(program, [{'w': jnp.zeros(())}] * count, parts, _SHAPE)
+  return tick_loop(
+    program, [{'w': jnp.zeros(())}] * count, split_stages, _SHAPE
+  )
 
 
 def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
@@ -189,14 +209,16 @@ def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
   auto = (jax.sharding.AxisType.Auto,)
   mesh = jax.make_mesh((schedule.ranks,), (stage_params.AXIS,), axis_types=auto)
 
-  def run(fields_tick_rank, globals_tick_direction):
+  def run(fields_tick_rank, vocab_fields_tick_direction):
     loop = sleeping_loop(program, pace)
 
     def tick(t, state):
-      return loop.tick(state, fields_tick_rank[t, 0], globals_tick_direction[t])
+      return loop.tick(
+        state, fields_tick_rank[t, 0], vocab_fields_tick_direction[t]
+      )
 
     state = jax.lax.fori_loop(
-      0, len(globals_tick_direction), tick, loop.start()
+      0, len(vocab_fields_tick_direction), tick, loop.start()
     )
     # All of it is wanted, or the compiler would leave out what is not.
     return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))[None]
@@ -207,7 +229,7 @@ def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
     'out_specs': spec(stage_params.AXIS),
   }
   step = jax.jit(sharding.shard_map_step(run, mesh, **specs))
-  args = program.fields_tick_rank, program.globals_tick_direction
+  args = program.fields_tick_rank, program.vocab_fields_tick_direction
 
   def measure():
     begun = time.perf_counter()
