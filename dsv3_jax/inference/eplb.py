@@ -25,8 +25,8 @@ a GPU if loads say so, and must if there are more of them than GPUs on the node.
 
 Ties go to the lower index. A layer's placement depends on its own loads only,
 not on their unit (for powers of two: to the bit). Letters: Z expert slots, W
-GPUs (packs; in step 1 nodes); X independent problems, as the nodes of all
-layers, with e experts and z slots each; Y items to pack.
+GPUs (packs; in step 1 nodes); B independent problems, as the nodes of all
+layers, with e experts and z slots each.
 """
 
 from typing import NamedTuple
@@ -80,23 +80,23 @@ def rebalance_experts(
   expert_LE = _by_node(weight_LE, num_groups, num_nodes)
   # From here on experts are numbered within their node.
   weight_LE = np.take_along_axis(weight_LE, expert_LE, axis=1)
-  weight_Xe = weight_LE.reshape(layers * num_nodes, -1)
-  slot_expert_Xz, replica_Xz, count_Xe = _replicate(
-    weight_Xe, num_replicas // num_nodes
+  weight_Be = weight_LE.reshape(layers * num_nodes, -1)
+  slot_expert_Bz, replica_Bz, count_Be = _replicate(
+    weight_Be, num_replicas // num_nodes
   )
-  slot_load_Xz = np.take_along_axis(
-    weight_Xe / count_Xe, slot_expert_Xz, axis=1
+  slot_load_Bz = np.take_along_axis(
+    weight_Be / count_Be, slot_expert_Bz, axis=1
   )
-  order_Xz = _pack(slot_load_Xz, num_gpus // num_nodes)
-  placed_Xz = np.take_along_axis(slot_expert_Xz, order_Xz, axis=1)
-  replica_Xz = np.take_along_axis(replica_Xz, order_Xz, axis=1)
+  order_Bz = _pack(slot_load_Bz, num_gpus // num_nodes)
+  placed_Bz = np.take_along_axis(slot_expert_Bz, order_Bz, axis=1)
+  replica_Bz = np.take_along_axis(replica_Bz, order_Bz, axis=1)
   # Back to the numbers of the model.
-  expert_Xe = expert_LE.reshape(weight_Xe.shape)
-  expert_Xz = np.take_along_axis(expert_Xe, placed_Xz, axis=1)
-  phy2log = expert_Xz.reshape(layers, num_replicas).astype(np.int32)
-  replica_LZ = replica_Xz.reshape(layers, num_replicas)
+  expert_Be = expert_LE.reshape(weight_Be.shape)
+  expert_Bz = np.take_along_axis(expert_Be, placed_Bz, axis=1)
+  phy2log = expert_Bz.reshape(layers, num_replicas).astype(np.int32)
+  replica_LZ = replica_Bz.reshape(layers, num_replicas)
   logcnt = np.empty((layers, experts), np.int32)
-  np.put_along_axis(logcnt, expert_LE, count_Xe.reshape(layers, experts), 1)
+  np.put_along_axis(logcnt, expert_LE, count_Be.reshape(layers, experts), 1)
   log2phy = np.full((layers, experts, np.max(logcnt)), -1, np.int32)
   layer_L1 = np.arange(layers)[:, None]
   log2phy[layer_L1, phy2log, replica_LZ] = np.arange(num_replicas)
@@ -172,43 +172,43 @@ def _by_node(weight_LE, num_groups, num_nodes):
   return expert_LGg.reshape(weight_LE.shape)
 
 
-def _pack(weight_XY, num_packs):
-  """The items pack by pack, [X, Y]: equally many in each, of similar weight."""
-  rows, items = weight_XY.shape
+def _pack(weight_BZ, num_packs):
+  """The items pack by pack, [B, Z]: equally many in each, of similar weight."""
+  rows, items = weight_BZ.shape
   room = items // num_packs
   if room == 1:
     return np.tile(np.arange(items), (rows, 1))
-  row_X = np.arange(rows)
-  load_XW = np.zeros((rows, num_packs))
-  filled_XW = np.zeros((rows, num_packs), np.int64)
-  order_XY = np.empty((rows, items), np.int64)
-  for item_X in np.argsort(-weight_XY, axis=1, kind='stable').T:
-    open_XW = np.where(filled_XW < room, load_XW, np.inf)
-    pack_X = np.argmin(open_XW, axis=1)
-    at = row_X, pack_X
-    order_XY[row_X, pack_X * room + filled_XW[at]] = item_X
-    load_XW[at] += weight_XY[row_X, item_X]
-    filled_XW[at] += 1
-  return order_XY
+  row_B = np.arange(rows)
+  load_BW = np.zeros((rows, num_packs))
+  filled_BW = np.zeros((rows, num_packs), np.int64)
+  order_BZ = np.empty((rows, items), np.int64)
+  for item_B in np.argsort(-weight_BZ, axis=1, kind='stable').T:
+    open_BW = np.where(filled_BW < room, load_BW, np.inf)
+    pack_B = np.argmin(open_BW, axis=1)
+    at = row_B, pack_B
+    order_BZ[row_B, pack_B * room + filled_BW[at]] = item_B
+    load_BW[at] += weight_BZ[row_B, item_B]
+    filled_BW[at] += 1
+  return order_BZ
 
 
-def _replicate(weight_XE, slots):
+def _replicate(weight_BE, slots):
   """Each expert once, then replicas of the highest load a replica.
 
   Returns, for each slot, its expert and its number among the expert's replicas
-  [X, slots]; and the number of replicas of each expert [X, E].
+  [B, slots]; and the number of replicas of each expert [B, E].
   """
-  rows, experts = weight_XE.shape
-  row_X = np.arange(rows)
-  expert_XZ = np.tile(np.arange(slots), (rows, 1))
-  replica_XZ = np.zeros((rows, slots), np.int64)
-  count_XE = np.ones((rows, experts), np.int64)
+  rows, experts = weight_BE.shape
+  row_B = np.arange(rows)
+  expert_BZ = np.tile(np.arange(slots), (rows, 1))
+  replica_BZ = np.zeros((rows, slots), np.int64)
+  count_BE = np.ones((rows, experts), np.int64)
   for slot in range(experts, slots):
-    expert_X = np.argmax(weight_XE / count_XE, axis=1)
-    expert_XZ[:, slot] = expert_X
-    replica_XZ[:, slot] = count_XE[row_X, expert_X]
-    count_XE[row_X, expert_X] += 1
-  return expert_XZ, replica_XZ, count_XE
+    expert_B = np.argmax(weight_BE / count_BE, axis=1)
+    expert_BZ[:, slot] = expert_B
+    replica_BZ[:, slot] = count_BE[row_B, expert_B]
+    count_BE[row_B, expert_B] += 1
+  return expert_BZ, replica_BZ, count_BE
 
 
 def _relative(weight_LE):

@@ -234,9 +234,9 @@ def test_a_killed_process_loses_nothing(experiment, tmp_path):
 
   steps = len(got)
   assert f'step {steps} is saved' in rest
-  further = f'--config.train.total_tokens={(steps + 1) * STEP_TOKENS}'
+  one_step_more = f'--config.train.total_tokens={(steps + 1) * STEP_TOKENS}'
   quiet = '--config.eval.max_bytes=100'
-  child = train(experiment, rough, further, quiet, DEVICES='8')
+  child = train(experiment, rough, one_step_more, quiet, DEVICES='8')
   output, _ = child.communicate(timeout=300)
   assert child.returncode == 0, output
   assert f'goes on after step {steps}' in output

@@ -169,8 +169,8 @@ def test_leading_dims_and_bf16_input():
   for tile in TILES:
     q = quantize(x_BIJ, tile, pow2=True)
     one = functools.partial(reference.quantize, tile=tile, pow2=True)
-    mapped = jax.jit(jax.vmap(one))(x_BIJ)
-    jax.tree.map(np.testing.assert_array_equal, mapped, q)
+    vmapped = jax.jit(jax.vmap(one))(x_BIJ)
+    jax.tree.map(np.testing.assert_array_equal, vmapped, q)
     for b, x_IJ in enumerate(np.asarray(x_BIJ, np.float64)):
       part = quantized.Quantized(q.values[b], q.scales[b], tile)
       assert_quantized(part, x_IJ, tile, POW2)

@@ -209,24 +209,26 @@ def test_non_finite_step_changes_nothing_but_the_guard(value):
 
 def test_spike_is_skipped_and_training_goes_on():
   _, step, state, batch, hyper = tiny_step(train__spike_sigmas=4.0)
-  guard = state['guard'] | {
+  spike_state = state['guard'] | {
     'mean': jnp.float32(0.1),
     'variance': jnp.float32(0.01),
     'count': jnp.int32(100),
   }
-  new, metrics = step(state | {'guard': guard}, batch, jnp.int32(2), hyper)
+  new, metrics = step(
+    state | {'guard': spike_state}, batch, jnp.int32(2), hyper
+  )
   assert bool(metrics['skipped'])
   assert not bool(metrics['halted'])
-  assert equal(new, state | {'guard': guard | {'skips': jnp.int32(1)}})
+  assert equal(new, state | {'guard': spike_state | {'skips': jnp.int32(1)}})
   # Five in a row: the loss has moved for good, and counts.
   for skips, skipped in ((4, True), (5, False)):
-    worn = guard | {'skips': jnp.int32(skips)}
+    worn = spike_state | {'skips': jnp.int32(skips)}
     new, metrics = step(state | {'guard': worn}, batch, jnp.int32(2), hyper)
     assert bool(metrics['skipped']) == skipped
   assert (new['guard']['count'], new['guard']['skips']) == (1, 0)
   assert new['guard']['mean'] == metrics['loss']
   assert not equal(new['params'], state['params'])
-  calm = guard | {'mean': metrics['loss']}
+  calm = spike_state | {'mean': metrics['loss']}
   new, metrics = step(state | {'guard': calm}, batch, jnp.int32(2), hyper)
   assert not bool(metrics['skipped'])
   assert not equal(new['params'], state['params'])
