@@ -7,7 +7,7 @@ a core's vector memory? Needs the `libtpu` wheel beside JAX, no device:
     python -m benchmarks.compile_kernels_tpu [--chip=v5p ...] [--only=grouped]
 
 Prints a row for each kernel and shape, a column for each chip: seconds that the
-compiler took, or the first words of its refusal, then the whole of it below.
+compiler took, or the first words of its refusal, then all of it below.
 Answers nothing about speed or about numbers. The last row is a control that has
 to be refused: its blocks are too large for any chip.
 """
@@ -222,11 +222,11 @@ def compile_for(program: Program, chip: Chip) -> str:
   return f'{time.perf_counter() - start:.1f} s'
 
 
-def main():
+def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--chip', action='append', choices=CHIPS)
   parser.add_argument('--only', default='', help='part of a name')
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   chips = args.chip or list(CHIPS)
   print('| kernel |', ' | '.join(chips), '|')
   print('| --- |', ' | '.join('---' for _ in chips), '|')

@@ -73,14 +73,14 @@ def published() -> config.MoeConfig:
   return config.from_config_dict(v3_671b.get_config()).model.moe
 
 
-def routed(
+def routed_ffn(
   x_MD: jax.Array,
   chosen: routing.Routing,
   experts: expert_ops.Experts,
   policy: precision.Policy,
   axes: all_to_all.Axes,
 ) -> jax.Array:
-  """The routed product as the policy wants it."""
+  """The routed experts' output, in the policy's precision."""
   args = x_MD, chosen.ids_MK, chosen.gates_MK, experts
   options = expert_ops.ExpertOptions(axes=axes, policy=policy)
   return expert_ops.expert_ffn(*args, options)
@@ -121,12 +121,12 @@ class Layer:
       ones = config.ParallelConfig(
         **ones, schedule='dualpipe', fsdp=(), deterministic=False
       )
-      whole = jax.sharding.PartitionSpec()
+      replicated = jax.sharding.PartitionSpec()
       step = jax.shard_map(
         step,
         mesh=sharding.make_mesh(ones),
-        in_specs=whole,
-        out_specs=whole,
+        in_specs=replicated,
+        out_specs=replicated,
         check_vma=False,
       )
     args = self._params, self._x_MD, self._dy_MD
@@ -141,7 +141,7 @@ class Layer:
       chosen = routing.route(x_MD, params['router'], zeros_E, self._moe)
       experts = expert_ops.Experts(*map(self._weight, params['experts']))
       shared = map(self._weight, params['shared'])
-      y_MD = routed(x_MD, chosen, experts, self._policy, axes)
+      y_MD = routed_ffn(x_MD, chosen, experts, self._policy, axes)
       return y_MD + linear.swiglu(x_MD, *shared, self._policy)
 
     y_MD, pull = jax.vjp(forward, params, x_MD)
@@ -237,19 +237,20 @@ def count(
   def device(x_MD):
     bias_E = jnp.zeros(moe.num_experts)
     ids_MK = routing.route(x_MD, w_DE, bias_E, moe).ids_MK
-    sent = lambda axes: all_to_all.rows_sent(
+    rows = lambda axes: all_to_all.rows_sent(
       all_to_all.make_plan(ids_MK, num_local, axes, 'padded')
     )
-    return sent((AXES,)), sent(AXES)
+    return rows((AXES,)), rows(AXES)
 
-  everywhere = jax.vmap(jax.vmap(device, axis_name='expert'), axis_name='node')
+  devices = jax.vmap(jax.vmap(device, axis_name='expert'), axis_name='node')
   with forced():
-    sent = jax.tree.map(np.array, jax.jit(everywhere)(x))
+    sent = jax.tree.map(np.array, jax.jit(devices)(x))
   (joint,), (to_node, to_peer) = sent
   total = nodes * peers * tokens
-  away = lambda sent, own: np.sum(sent * (1 - own))
+  others = lambda rows, own: np.sum(rows * (1 - own))
   two = Rows(
-    away(to_node, np.eye(nodes)[:, None]), away(to_peer, np.eye(peers)[None])
+    others(to_node, np.eye(nodes)[:, None]),
+    others(to_peer, np.eye(peers)[None]),
   )
   one = rows_of(joint, nodes, peers)
   return {
@@ -274,30 +275,31 @@ def payload(axes: all_to_all.Axes, d_model: int, moe: config.MoeConfig) -> int:
         *(fp8_linear.Weight(w, *reference.quantize_weight(w)) for w in ws)
       )
       chosen = routing.Routing(ids_MK, gates_MK, gates_MK)
-      return routed(x_MD, chosen, experts, precision.POLICIES['fp8'], axes)
+      return routed_ffn(x_MD, chosen, experts, precision.POLICIES['fp8'], axes)
 
     y_MD, pull = jax.vjp(forward, x_MD, gates_MK)
     return pull(y_MD)
 
-  cut = jax.sharding.PartitionSpec(AXES)
-  mapped = jax.shard_map(
-    device, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False
+  by_token = jax.sharding.PartitionSpec(AXES)
+  sharded = jax.shard_map(
+    device, mesh=mesh, in_specs=by_token, out_specs=by_token, check_vma=False
   )
-  traced = jax.make_jaxpr(mapped)(x_MD, ids_MK, gates_MK, ws)
+  traced = jax.make_jaxpr(sharded)(x_MD, ids_MK, gates_MK, ws)
   hops = len(axes)
-  sent = [v.aval for v in _sent(traced.jaxpr)]
-  return sum(a.dtype.itemsize * int(np.prod(a.shape[1:])) for a in sent) // hops
+  avals = [v.aval for v in _all_to_all_inputs(traced.jaxpr)]
+  row_bytes = lambda a: a.dtype.itemsize * int(np.prod(a.shape[1:]))
+  return sum(map(row_bytes, avals)) // hops
 
 
-def _sent(jaxpr):
-  """Inputs of all collectives of a program, also of inner ones."""
+def _all_to_all_inputs(jaxpr):
+  """Inputs of all all-to-alls of a program, also of inner ones."""
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'all_to_all':
       yield eqn.invars[0]
     for inner in jax.tree.leaves(list(eqn.params.values())):
       inner = getattr(inner, 'jaxpr', inner)
       if hasattr(inner, 'eqns'):
-        yield from _sent(inner)
+        yield from _all_to_all_inputs(inner)
 
 
 def traffic(
@@ -345,13 +347,14 @@ def main(argv: list[str] | None = None) -> int:
     rows.append(row)
   net = config.from_config_dict(v3_671b.get_config()).model
   tokens = 2 if args.dry_run else 64
-  moved = report.Rows(args)
+  traffic_rows = report.Rows(args)
   for row in traffic(net.moe, net.d_model, tokens, PEERS):
-    moved.append(row)
+    traffic_rows.append(row)
   about = (
-    f'{ABOUT} {sizes}.\n\n{report.table(moved)}\n\n{TRAFFIC} {tokens} random '
-    f'tokens a device, d_model {net.d_model}, {net.moe.num_experts} experts '
-    f'top-{net.moe.top_k} in {net.moe.num_groups} groups.\n'
+    f'{ABOUT} {sizes}.\n\n{report.table(traffic_rows)}\n\n{TRAFFIC} '
+    f'{tokens} random tokens a device, d_model {net.d_model}, '
+    f'{net.moe.num_experts} experts top-{net.moe.top_k} in '
+    f'{net.moe.num_groups} groups.\n'
   )
   report.publish('ep_overhead', about, rows, args)
   return 0

@@ -91,11 +91,11 @@ def run(*args: str) -> tuple[float, float, int, str]:
   return seconds, cpu, usage.ru_maxrss * 1024, output
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--folder', type=pathlib.Path, required=True)
   parser.add_argument('--experts', type=int, default=32)
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   folder = args.folder
   folder.mkdir(parents=True)
   source, run_dir = folder / 'source', folder / 'run'
@@ -118,7 +118,7 @@ def main() -> int:
     'load, BF16': (sys.executable, '-c', _LOAD, str(source)),
   }  # fmt: skip
   for name, command in steps.items():
-    copied = copy_rate(source, folder / 'copy')
+    plain_rate = copy_rate(source, folder / 'copy')
     seconds, cpu, peak, output = run(*command)
     beyond = ''
     if name.startswith('load'):
@@ -127,7 +127,8 @@ def main() -> int:
     rate = total / seconds
     print(
       f'| {name} | {seconds:.1f} | {cpu:.1f} | {rate / 1e9:.2f} | '
-      f'{rate / copied:.0%} of {copied / 1e9:.2f} | {peak / 1e9:.2f}{beyond} |',
+      f'{rate / plain_rate:.0%} of {plain_rate / 1e9:.2f} | '
+      f'{peak / 1e9:.2f}{beyond} |',
       flush=True,
     )
     if name == 'export, BF16':

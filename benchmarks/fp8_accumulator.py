@@ -164,12 +164,12 @@ without promotion and {biased[1, 0]:.2f} % with it.
 """
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
   parser = argparse.ArgumentParser(description=__doc__.split('\n', 1)[0])
   parser.add_argument('--size', type=int, default=512, help='rows, columns')
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--out', type=pathlib.Path, default=RESULTS)
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   rows = {k: repeat(normal, args.size, k, args.seeds) for k in DEPTHS}
   biased = repeat(positive, args.size, 4096, args.seeds)
   args.out.mkdir(parents=True, exist_ok=True)

@@ -79,7 +79,7 @@ def make_config(tokens: int, tiny: bool = False) -> config.Config:
 
 
 class Layer:
-  """A layer with random weights; `grads` is its whole training work."""
+  """A layer with random weights; `grads` is all of its training work."""
 
   def __init__(self, cfg: config.Config):
     net = model.build(cfg, training=True)
@@ -89,13 +89,13 @@ class Layer:
     keys = jax.random.split(jax.random.key(0), 3)
     draw = lambda key: jax.random.normal(key, (1, length, dim), jnp.bfloat16)
     self.x_BTD, self.dy_BTD = draw(keys[0]), draw(keys[1])
-    plain = dataclasses.replace(net.policy, fp8=False)
-    maker = block.Block(*fields[:2], plain, *fields[3:])
+    bf16 = dataclasses.replace(net.policy, fp8=False)
+    initializer = block.Block(*fields[:2], bf16, *fields[3:])
     short = jnp.zeros((1, 2, dim), jnp.bfloat16)
-    init = lambda key: maker.init(key, (short, None), *self._rest(2))
-    boxed = jax.jit(init)(keys[2])['params']
+    init = lambda key: initializer.init(key, (short, None), *self._rest(2))
+    partitioned = jax.jit(init)(keys[2])['params']
     self.params = jax.tree.map(
-      lambda x: x.value, boxed, is_leaf=lambda x: hasattr(x, 'names')
+      lambda x: x.value, partitioned, is_leaf=lambda x: hasattr(x, 'names')
     )
     self.quantize = functools.partial(model.quantize, net.policy)
 
@@ -125,7 +125,7 @@ def trace(layer: Layer) -> list[tuple[Call, int]]:
   """Quantisers that the layer's training work calls, and how often each."""
   calls, depth = [], [0]
 
-  def noting(module, name):
+  def recorded(module, name):
     function = getattr(module, name)
 
     def run(x, **options):
@@ -145,7 +145,7 @@ def trace(layer: Layer) -> list[tuple[Call, int]]:
 
   with contextlib.ExitStack() as stack:
     for module, name in QUANTISERS:
-      stack.enter_context(noting(module, name))
+      stack.enter_context(recorded(module, name))
     quantized = jax.eval_shape(layer.quantize, layer.params)
     jax.eval_shape(
       layer.grads, layer.params, quantized, layer.x_BTD, layer.dy_BTD
@@ -161,10 +161,10 @@ def measure(layer: Layer, timer: clock.Clock) -> list[report.Row]:
   """The layer, its weights, each kind of call, and their sum."""
   quantize = jax.jit(layer.quantize)
   quantized = quantize(layer.params)
-  whole = _median(
+  layer_time = _median(
     timer, layer.grads, layer.params, quantized, layer.x_BTD, layer.dy_BTD
   )
-  rows = [{'what': 'layer, forward and backward', **whole.row()}]
+  rows = [{'what': 'layer, forward and backward', **layer_time.row()}]
   total, number = 0.0, 0
   for call, count in trace(layer):
     leaves, tree = jax.tree.flatten(call.shapes)
@@ -180,13 +180,13 @@ def measure(layer: Layer, timer: clock.Clock) -> list[report.Row]:
         'shape': 'x'.join(map(str, leaves[0].shape)),
         'calls': count,
         **timing.row(),
-        'share_percent': 100 * count * timing.median / whole.median,
+        'share_percent': 100 * count * timing.median / layer_time.median,
       }
     )
-  share = 100 * total / whole.median
+  share = 100 * total / layer_time.median
   rows.append({'what': 'all', 'calls': number, 'share_percent': share})
-  once = _median(timer, layer.quantize, layer.params)
-  rows.append({'what': 'weights, once a step', **once.row()})
+  weights_time = _median(timer, layer.quantize, layer.params)
+  rows.append({'what': 'weights, once a step', **weights_time.row()})
   return rows
 
 

@@ -69,13 +69,13 @@ def losses(
   if len(_train_rows(path)) < args.steps:
     loop.run(configured(arm, seed, args), workdir)
   rows = _train_rows(path)
-  logged = np.array([rows[n] for n in range(1, args.steps + 1)])
+  loss_N = np.array([rows[n] for n in range(1, args.steps + 1)])
   held_out = [
     row['bits_per_byte']
     for row in map(json.loads, path.read_text().splitlines())
     if 'bits_per_byte' in row
   ]
-  return logged, held_out[-1]
+  return loss_N, held_out[-1]
 
 
 def _train_rows(path: pathlib.Path) -> dict[int, float]:

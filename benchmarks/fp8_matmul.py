@@ -9,7 +9,8 @@ product with one scale a tensor), and of PyTorch's block-scaled product?
 Random normal data. Beside each time stand the difference from the product of
 the *unquantised* operands (bound 1e-3) and the relative error to the reference
 with the same FP8 operands; both on 256 rows, all columns. Variants take turns.
-On a CPU, M and the number of experts are cut: the table says so in its shapes.
+On a CPU, M and the number of experts are smaller, as the shapes in the table
+show.
 """
 
 import os
@@ -69,29 +70,29 @@ def implementations() -> tuple[str, ...]:
 
 
 def all_works() -> list[fp8_work.Work]:
-  """V3's shapes, cut on a CPU."""
+  """V3's shapes, smaller on a CPU."""
   names = implementations()
   cpu = jax.default_backend() == 'cpu'
   works = []
   for name, case in cases.V3.items():
-    cut = case._replace(m=_CPU_ROWS) if cpu else case
-    works.append(fp8_work.product('forward', name, cut, names))
+    case = case._replace(m=_CPU_ROWS) if cpu else case
+    works.append(fp8_work.product('forward', name, case, names))
   for name, case in grouped_cases.V3.items():
     if cpu and name != 'down':
       continue
-    cut = case._replace(sizes=_CPU_GROUPS) if cpu else case
-    works.append(fp8_work.grouped(name, cut, names))
-    works.append(fp8_work.grouped_k(name, cut, names))
+    case = case._replace(sizes=_CPU_GROUPS) if cpu else case
+    works.append(fp8_work.grouped(name, case, names))
+    works.append(fp8_work.grouped_k(name, case, names))
   for name, case in cases.V3.items():
     if cpu and name != 'down':
       continue
-    cut = case._replace(m=2 * _CPU_ROWS) if cpu else case
-    works.append(fp8_work.product('weight gradient', name, cut, names))
+    case = case._replace(m=2 * _CPU_ROWS) if cpu else case
+    works.append(fp8_work.product('weight gradient', name, case, names))
   for op in ('rows', 'both', 'transposed'):
     for width in (7168, 2048):
       rows = 512 if cpu else 4096
       works.append(fp8_work.quantisation(op, rows, width, names))
-  # What matters most first, should the run be cut.
+  # What matters most first, should the run be stopped.
   first = ('attention_out', 'gate_up', 'x7168')
   return sorted(works, key=lambda work: not any(x in work.case for x in first))
 
@@ -138,8 +139,10 @@ def measure(
 def copy_rate(timer: clock.Clock, size: int) -> float:
   """Bytes read and written a second: the best of two ways to copy."""
   x = jax.random.bits(jax.random.key(0), (size // 4,), jnp.uint32)
-  ways = {'copy': jax.jit(jnp.copy), 'xor': jax.jit(lambda x: x ^ 1)}
-  runs = {name: lambda way=way: way(x) for name, way in ways.items()}
+  kernels = {'copy': jax.jit(jnp.copy), 'xor': jax.jit(lambda x: x ^ 1)}
+  runs = {
+    name: lambda kernel=kernel: kernel(x) for name, kernel in kernels.items()
+  }
   for run in runs.values():
     jax.block_until_ready(run())
   times = timer.time(runs, dict.fromkeys(runs, 1))
@@ -155,19 +158,19 @@ def one_work(
 ) -> Iterator[report.Row]:
   """Times and checks all variants of a work on `sets` sets of inputs."""
   draw = jax.jit(work.draw)
-  drawn = [draw(jax.random.fold_in(key, at)) for at in range(sets)]
+  operands = [draw(jax.random.fold_in(key, at)) for at in range(sets)]
   head = {'op': work.op, 'case': work.case}
-  prepared, units, runs, outs, notes = {}, {}, {}, {}, {}
+  inputs_of, units, runs, outs, notes = {}, {}, {}, {}, {}
   for name, variant in work.variants.items():
-    if variant.inputs not in prepared:
+    if variant.inputs not in inputs_of:
       make = variant.inputs
       make = make if make is fp8_work.same else jax.jit(make)
-      prepared[variant.inputs] = [make(*arrays) for arrays in drawn]
-    inputs = prepared[variant.inputs]
+      inputs_of[variant.inputs] = [make(*arrays) for arrays in operands]
+    inputs = inputs_of[variant.inputs]
     if name == 'reference' and work.flop:  # slow; what it loads is no matter
       inputs = inputs[:1]
     units[name] = len(inputs)
-    every = lambda sets, run=variant.run: [run(*operands) for operands in sets]
+    every = lambda sets, run=variant.run: [run(*arrays) for arrays in sets]
     try:  # one that fails on this device must not end the others
       compiled = jax.jit(every).lower(inputs).compile()
       outs[name] = jax.block_until_ready(compiled(inputs))[0]
@@ -177,7 +180,7 @@ def one_work(
       continue
     runs[name] = lambda call=compiled, inputs=inputs: call(inputs)
     notes[name] = _note(name, compiled)
-  checks = _checks(work, drawn[0], outs)
+  checks = _checks(work, operands[0], outs)
   outs.clear()
   times = timer.time(runs, units)
   median = lambda name: times[name].median if name in times else None
@@ -211,17 +214,19 @@ def _note(name: str, compiled) -> str:
   return ''
 
 
-def _checks(work: fp8_work.Work, drawn, outs) -> dict[str, report.Row]:
+def _checks(work: fp8_work.Work, operands, outs) -> dict[str, report.Row]:
   """Differences of each variant, on some rows."""
-  exact = np.asarray(jax.jit(lambda *x: _some(work.exact(*x)))(*drawn))
+  exact = np.asarray(
+    jax.jit(lambda *x: _checked_rows(work.exact(*x)))(*operands)
+  )
   checks, got = {}, {}
   for name, out in outs.items():
     if not work.variants[name].comparable:
       continue
     ours = bool(work.variants[name].implementation)
     decode = work.decode if ours else lambda out: out
-    some = jax.jit(lambda out, decode=decode: _some(decode(out)))
-    got[name] = np.asarray(some(out), np.float32)
+    rows = jax.jit(lambda out, decode=decode: _checked_rows(decode(out)))
+    got[name] = np.asarray(rows(out), np.float32)
     checks[name] = {'difference': numerics.difference(got[name], exact)}
     wrong = not checks[name]['difference'] < numerics.FP8_DIFFERENCE
     if ours and name != 'reference' and 'reference' in got:
@@ -240,7 +245,7 @@ def _bound(out) -> float:
   return 1 / 14
 
 
-def _some(out):
+def _checked_rows(out):
   """At most `CHECKED_ROWS` rows, the first and the last among them."""
   out = out.reshape(-1, out.shape[-1])
   at = np.linspace(0, out.shape[0] - 1, min(CHECKED_ROWS, out.shape[0]))
@@ -275,8 +280,8 @@ def rival_rows(
     row['tflop_per_second'] = work.flop / times.median / 1e12
     row['difference'] = answer['difference']
     if 'milliseconds_median' in ours.get('pallas', {}):
-      mine = ours['pallas']['milliseconds_median'] * 1e-3
-      row['pallas_speed_over_this'] = times.median / mine
+      seconds = ours['pallas']['milliseconds_median'] * 1e-3
+      row['pallas_speed_over_this'] = times.median / seconds
     yield row
 
 

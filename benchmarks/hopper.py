@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
   start, ended = time.monotonic(), {}
   for name in names:
     end = start + PARTS[name] * args.seconds / SECONDS
-    ended[name] = _start(name, args, end - time.monotonic())
+    ended[name] = run_process(name, args, end - time.monotonic())
     print(f'{name}: {ended[name]}', flush=True)
   text = render(args.output, ended, time.monotonic() - start)
   (args.output / 'hopper.md').write_text(text, encoding='utf-8')
@@ -99,7 +99,7 @@ def run_part(args: argparse.Namespace) -> int:
   return int(any(row.get('wrong') for row in rows))
 
 
-def _start(name: str, args: argparse.Namespace, seconds: float) -> str:
+def run_process(name: str, args: argparse.Namespace, seconds: float) -> str:
   """Runs a part as a process; 'done', or how it ended otherwise."""
   folder = args.output
   if name in _BENCHMARKS:
@@ -131,7 +131,7 @@ def _start(name: str, args: argparse.Namespace, seconds: float) -> str:
 
 
 def render(folder: pathlib.Path, ended: dict[str, str], seconds: float) -> str:
-  """One document of what the parts wrote, whole or cut."""
+  """One document of what the parts wrote, complete or not."""
   rows = {}
   for name in ended:
     path = folder / f'{name}.jsonl'

@@ -6,7 +6,7 @@ A tiny experiment trains in a process of its own, saving every second step; this
 one kills it with SIGKILL after a random time, again and again. After each kill
 every committed step is hashed and the newest may not have gone back. The run
 then goes on to its end, and its last checkpoint is compared, file contents and
-all, with that of a run that nobody disturbed.
+all, with that of a run without kills.
 """
 
 import argparse
@@ -58,40 +58,41 @@ def kill_and_resume(
       args = [sys.executable, '-c', _CHILD, str(config_path), str(workdir)]
       return subprocess.Popen(args, env=env, stdout=log, stderr=log)
 
-  calm, rough = folder / 'calm', folder / 'rough'
-  begun = time.monotonic()
-  assert start(calm).wait() == 0, (folder / 'log.txt').read_text()[-2000:]
-  whole = time.monotonic() - begun
+  reference, killed = folder / 'reference', folder / 'killed'
+  start_time = time.monotonic()
+  log = folder / 'log.txt'
+  assert start(reference).wait() == 0, log.read_text()[-2000:]
+  run_seconds = time.monotonic() - start_time
   counts = {'kills': 0, 'during_a_save': 0, 'finished_early': 0, 'newest': 0}
   newest = 0
   while counts['kills'] < kills:
-    left = _unfinished(rough)
-    child = start(rough)
+    unfinished = _unfinished(killed)
+    child = start(killed)
     # Most time passes before the first step: wait for a line of this child.
-    lines = _progress(rough)
-    while child.poll() is None and _progress(rough) == lines:
+    lines = _progress(killed)
+    while child.poll() is None and _progress(killed) == lines:
       time.sleep(0.01)
-    time.sleep(rng.uniform(0.0, 0.3 * whole * rng.random()))
+    time.sleep(rng.uniform(0.0, 0.3 * run_seconds * rng.random()))
     child.send_signal(signal.SIGKILL)
     code = child.wait()
-    saving = bool(_unfinished(rough) - left)
+    saving = bool(_unfinished(killed) - unfinished)
     if code == 0:  # it came to its end first: begin a new run
-      _compare(cfg, calm, rough)
+      _compare(cfg, reference, killed)
       counts['finished_early'] += 1
-      rough, newest = folder / f'rough{counts["finished_early"]}', 0
+      killed, newest = folder / f'killed{counts["finished_early"]}', 0
       continue
     counts['kills'] += 1
     counts['during_a_save'] += saving
-    kept = store.Store(rough / 'checkpoints', keep=10**6)
-    assert (kept.latest() or 0) >= newest, 'a committed step is gone'
-    newest = kept.latest() or 0
-    for step in kept.steps():
-      kept.verify(step)
-    kept.close()
+    checkpoints = store.Store(killed / 'checkpoints', keep=10**6)
+    assert (checkpoints.latest() or 0) >= newest, 'a committed step is gone'
+    newest = checkpoints.latest() or 0
+    for step in checkpoints.steps():
+      checkpoints.verify(step)
+    checkpoints.close()
     counts['newest'] = max(counts['newest'], newest)
     print(json.dumps(counts), flush=True)
-  assert start(rough).wait() == 0, (folder / 'log.txt').read_text()[-2000:]
-  _compare(cfg, calm, rough)
+  assert start(killed).wait() == 0, log.read_text()[-2000:]
+  _compare(cfg, reference, killed)
   return counts
 
 
@@ -108,17 +109,17 @@ def _unfinished(workdir: pathlib.Path) -> set[tuple[str, int]]:
 
 
 def _compare(
-  cfg: config.Config, calm: pathlib.Path, rough: pathlib.Path
+  cfg: config.Config, reference: pathlib.Path, killed: pathlib.Path
 ) -> None:
   """Checks that both runs ended in the same bits and logged the same losses."""
   state = steps.state_shapes(cfg)
   ema = state['params'] if cfg.optim.ema_decay else {}
   ends = []
-  for workdir in (calm, rough):
-    kept = store.Store(workdir / 'checkpoints', keep=10**6)
-    last = kept.latest()
-    arrays, extras = kept.restore(last, {'train': state, 'ema': ema})
-    kept.close()
+  for workdir in (reference, killed):
+    checkpoints = store.Store(workdir / 'checkpoints', keep=10**6)
+    last = checkpoints.latest()
+    arrays, extras = checkpoints.restore(last, {'train': state, 'ema': ema})
+    checkpoints.close()
     bits = [x.tobytes() for x in jax.tree.leaves(arrays)]
     ends.append((last, bits, extras))
   assert ends[0] == ends[1], 'the killed run ended in other bits'
@@ -128,16 +129,16 @@ def _compare(
       for line in metrics.read_metrics(w)
       if line['kind'] == 'train'
     ]
-    for w in (calm, rough)
+    for w in (reference, killed)
   ]
   assert losses[0] == losses[1], 'the killed run logged other losses'
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--kills', type=int, default=200)
   parser.add_argument('--seed', type=int, default=0)
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   source = quickstart.get_config('runlocal')
   with source.unlocked():
     source.train.update(log_every=1, total_tokens=8 * 64 * 40)

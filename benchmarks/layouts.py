@@ -147,8 +147,8 @@ def make_config(axes: dict, changes: dict) -> config.Config:
 def alone(cfg: config.Config) -> config.Config:
   """The same experiment on one device."""
   ones = dict.fromkeys(sharding.AXES, 1)
-  whole = {'schedule': 'dualpipe', 'fsdp': ()}
-  parallel = dataclasses.replace(cfg.parallel, **ones, **whole)
+  unsharded = {'schedule': 'dualpipe', 'fsdp': ()}
+  parallel = dataclasses.replace(cfg.parallel, **ones, **unsharded)
   return dataclasses.replace(cfg, parallel=parallel)
 
 
@@ -159,14 +159,14 @@ def batch(cfg: config.Config, seed: int) -> model.Batch:
   shape = (count, train.microbatch_size, cfg.data.seq_len)
   tokens = rng.integers(1, cfg.model.vocab_size, (*shape[:2], shape[2] + 1))
   at = np.arange(shape[2])
-  cut = rng.integers(2, shape[2], (*shape[:2], 1))
+  boundary = rng.integers(2, shape[2], (*shape[:2], 1))
   end = rng.integers(shape[2] // 2, 2 * shape[2], (*shape[:2], 1))
-  segments = np.where(at < cut, 1, 2) * (at < end)
+  segments = np.where(at < boundary, 1, 2) * (at < end)
   isolated = cfg.data.isolate_samples
-  positions = np.where((at >= cut) & isolated, at - cut, at)
+  positions = np.where((at >= boundary) & isolated, at - boundary, at)
   weights = segments > 0
   if isolated:  # the next sample's first token is no target
-    weights &= at != cut - 1
+    weights &= at != boundary - 1
   ints = lambda x: jnp.asarray(np.broadcast_to(x, shape), jnp.int32)
   return model.Batch(
     tokens_BT=ints(tokens[..., :-1]),
@@ -196,7 +196,7 @@ def start(cfg: config.Config) -> steps.State:
 
 @functools.lru_cache(maxsize=4)
 def run(cfg: config.Config, num_steps: int) -> list[tuple[dict, dict]]:
-  """States in the model's form after each step, and what was metrics of it."""
+  """States in the model's form and metrics after each step."""
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   state = jax.device_put(start(alone(cfg)), trainer.model_shardings())
   state = trainer.from_model(state)

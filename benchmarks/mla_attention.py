@@ -72,9 +72,9 @@ def shapes(dry_run: bool) -> dict[str, cases.Case]:
     return {name: cases.SMALL[name] for name in ('ragged', 'packed')}
   if jax.default_backend() != 'cpu':
     return cases.V3
-  cut = {'length': 512, 'heads': 4}
-  packed = cases.V3['packed']._replace(samples=(125, 3, 250, 75), **cut)
-  return {'pretrain': cases.V3['pretrain']._replace(**cut), 'packed': packed}
+  small = {'length': 512, 'heads': 4}
+  packed = cases.V3['packed']._replace(samples=(125, 3, 250, 75), **small)
+  return {'pretrain': cases.V3['pretrain']._replace(**small), 'packed': packed}
 
 
 def draw(case: cases.Case, key: jax.Array) -> tuple:
@@ -110,7 +110,7 @@ def variants(case: cases.Case, segments_BT) -> dict[str, Callable]:
   """Implementations of (q, k_nope, k_rope, v) -> o."""
   ours = lambda which: (
     lambda *operands: api.attention(
-      *operands, segments_BT, scale=_scale(case), implementation=which
+      *operands, segments_BT, scale=default_scale(case), implementation=which
     )[0]
   )
   named = [name for name in mla_decode.implementations() if name != 'reference']
@@ -118,18 +118,18 @@ def variants(case: cases.Case, segments_BT) -> dict[str, Callable]:
     named[:0] = ['reference', 'xla']
   calls = {name: ours(name) for name in named}
   if jax.default_backend() == 'gpu' and segments_BT is None:
-    calls['cudnn'] = _with_keys(_cudnn)
-    calls['tokamax'] = _with_keys(_tokamax)
+    calls['cudnn'] = repeat_rotary_key(_cudnn)
+    calls['tokamax'] = repeat_rotary_key(_tokamax)
   return calls
 
 
-def _scale(case: cases.Case) -> float:
+def default_scale(case: cases.Case) -> float:
   """The scale that rivals use by default."""
   return (case.nope + case.rope) ** -0.5
 
 
-def _with_keys(run: Callable) -> Callable:
-  """Of q, k and v, where all heads have the rotary key."""
+def repeat_rotary_key(run: Callable) -> Callable:
+  """`run` takes q, k and v, whose keys have the rotary part in every head."""
 
   def call(q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU):
     shape = (*k_nope_BSNH.shape[:3], k_rope_BSR.shape[-1])
@@ -167,12 +167,12 @@ def one_case(
 ) -> Iterator[report.Row]:
   """Times and checks all implementations, forward and backward."""
   *operands, segments_BT, do_BTNU = draw(case, jax.random.key(0))
-  exact = _exact(operands, segments_BT, do_BTNU, _scale(case))
+  exact = exact_results(operands, segments_BT, do_BTNU, default_scale(case))
   head = {'case': name, 'shape': shape_of(case)}
   runs, checks = {which: {} for which in PASSES}, {}
   for variant, call in variants(case, segments_BT).items():
     try:  # one that fails on this device must not end the others
-      forward, backward, outs = _prepare(call, operands, do_BTNU)
+      forward, backward, outs = compile_passes(call, operands, do_BTNU)
     except mla_decode.REFUSALS as error:
       why = ' '.join(str(error).split())[:200]
       yield head | {'implementation': variant, 'note': f'refused: {why}'}
@@ -210,16 +210,18 @@ def shape_of(case: cases.Case) -> str:
   return text + (f', samples {case.samples}' if case.samples else '')
 
 
-def _prepare(call: Callable, operands: list, do_BTNU):
+def compile_passes(call: Callable, operands: list, do_BTNU):
   """Both passes without arguments, and some of their results."""
   forward = jax.jit(call).lower(*operands).compile()
   _, pull = jax.jit(functools.partial(jax.vjp, call))(*operands)
   backward = jax.jit(lambda pull, do: pull(do)).lower(pull, do_BTNU).compile()
-  outs = _some([forward(*operands), *backward(pull, do_BTNU)])
+  outs = _two_heads([forward(*operands), *backward(pull, do_BTNU)])
   return lambda: forward(*operands), lambda: backward(pull, do_BTNU), outs
 
 
-def _exact(operands, segments_BT, do_BTNU, scale: float) -> list[np.ndarray]:
+def exact_results(
+  operands, segments_BT, do_BTNU, scale: float
+) -> list[np.ndarray]:
   """o and gradients by the reference in f32, a head at a time."""
   f32 = lambda x: x.astype(jnp.float32)
   q_BTNX, k_nope_BSNH, k_rope_BSR, v_BSNU = map(f32, operands)
@@ -241,13 +243,13 @@ def _exact(operands, segments_BT, do_BTNU, scale: float) -> list[np.ndarray]:
 
   with jax.default_matmul_precision('highest'):
     outs = every((q_BTNX, k_nope_BSNH, v_BSNU, f32(do_BTNU)))
-  return _some(outs)
+  return _two_heads(outs)
 
 
-def _some(outs) -> list[np.ndarray]:
+def _two_heads(outs) -> list[np.ndarray]:
   """The first and the last head, f32."""
-  cut = [x[:, :, np.array([0, -1])] if x.ndim == 4 else x for x in outs]
-  return [np.asarray(x, np.float32) for x in cut]
+  heads = [x[:, :, np.array([0, -1])] if x.ndim == 4 else x for x in outs]
+  return [np.asarray(x, np.float32) for x in heads]
 
 
 def torch_rows(
@@ -276,9 +278,9 @@ def torch_rows(
     row |= times.row()
     row['tflop_per_second'] = count(case)[answer['pass']] / times.median / 1e12
     ours = head | {'pass': answer['pass'], 'implementation': 'pallas'}
-    mine = [x for x in rows if ours.items() <= x.items()]
-    if mine:
-      seconds = mine[0]['milliseconds_median'] * 1e-3
+    pallas = [x for x in rows if ours.items() <= x.items()]
+    if pallas:
+      seconds = pallas[0]['milliseconds_median'] * 1e-3
       row['pallas_speed_over_this'] = times.median / seconds
     yield row
 

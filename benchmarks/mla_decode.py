@@ -67,8 +67,8 @@ def shapes(dry_run: bool) -> dict[str, cases.Case]:
     return {name: cases.SMALL[name] for name in ('ragged', 'speculative')}
   if jax.default_backend() != 'cpu':
     return cases.V3
-  cut = lambda case: tuple(min(n, 1024) for n in case.lengths[-2:])
-  return {n: case._replace(lengths=cut(case)) for n, case in cases.V3.items()}
+  short = lambda case: tuple(min(n, 1024) for n in case.lengths[-2:])
+  return {n: case._replace(lengths=short(case)) for n, case in cases.V3.items()}
 
 
 def implementations() -> tuple[str, ...]:
@@ -111,19 +111,19 @@ def measure_ceilings(
 def draw(case: cases.Case, kind: str, key: jax.Array) -> tuple:
   """Arguments of `api.decode` before the scale."""
   keys = jax.random.split(key, 4)
-  used = [-(-length // api.PAGE) for length in case.lengths]
+  num_pages = [-(-length // api.PAGE) for length in case.lengths]
   normal = functools.partial(jax.random.normal, dtype=jnp.bfloat16)
-  page = lambda key, width: normal(key, (sum(used), api.PAGE, width))
+  page = lambda key, width: normal(key, (sum(num_pages), api.PAGE, width))
   cache = api.LatentPages(
     page(keys[0], case.latent), page(keys[1], case.rotary)
   )
   if kind == 'fp8':
     cache = jax.jit(api.quantize)(cache)
-  shape = (len(used), case.queries, case.heads, case.latent + case.rotary)
-  order = np.asarray(jax.random.permutation(keys[3], sum(used)))
-  table_Bb = np.zeros((len(used), case.blocks), np.int32)
-  ends = np.cumsum(used)
-  for row, (end, count) in enumerate(zip(ends, used, strict=True)):
+  shape = (len(num_pages), case.queries, case.heads, case.latent + case.rotary)
+  order = np.asarray(jax.random.permutation(keys[3], sum(num_pages)))
+  table_Bb = np.zeros((len(num_pages), case.blocks), np.int32)
+  ends = np.cumsum(num_pages)
+  for row, (end, count) in enumerate(zip(ends, num_pages, strict=True)):
     table_Bb[row, :count] = order[end - count : end]
   lengths_B = jnp.asarray(case.lengths, jnp.int32)
   # Scores of about one, of which many tokens have their part.
@@ -198,9 +198,9 @@ def _difference(args: tuple, out: tuple) -> float:
   at = np.unique(np.linspace(0, len(q_BTNY) - 1, CHECKED_ROWS).astype(int))
   pages = jnp.unique(table_Bb[at])
   table_Bb = jnp.searchsorted(pages, table_Bb[at]).astype(jnp.int32)
-  mine = jax.tree.map(lambda x: x[pages], cache)
-  mine = api.dequantize(mine, q_BTNY.dtype)
-  wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q_BTNY[at], mine))
+  latents = jax.tree.map(lambda x: x[pages], cache)
+  latents = api.dequantize(latents, q_BTNY.dtype)
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), (q_BTNY[at], latents))
   with jax.default_matmul_precision('highest'):
     want = reference.decode(*wide, table_Bb, lengths_B[at], SCALE)[0]
   return numerics.difference(np.asarray(out[0][at], np.float32), want)

@@ -50,7 +50,8 @@ NEEDLE, QUESTION = 256, 256 + KINDS**2
 ANSWER = QUESTION + KINDS
 _TEXT_WEIGHT = 0.1  # of a byte's loss beside that of a value
 _PEAK, _EXTENSION_LR, _WARMUP = 4e-3, 1e-3, 50
-_PIECES = ((0.12, 32), (0.25, 64), (0.45, 128), (1.0, SHORT))  # until when
+# (share of the steps until which it is used, tokens of a sample)
+SAMPLE_LENGTHS = ((0.12, 32), (0.25, 64), (0.45, 128), (1.0, SHORT))
 _FACTOR = 10.0  # YaRN's s: as far beyond the length used as the report's 40
 
 
@@ -119,10 +120,10 @@ def training_row(rng, text: np.ndarray, length: int):
   that cannot be predicted: needles, questions, answers before their needle.
   """
   needles = draw_needles(rng, int(rng.integers(4, min(KINDS, length // 4) + 1)))
-  asked = needles[rng.integers(len(needles), size=length // 8)]
-  filler = draw_text(rng, text, length + 1 - len(needles) - 2 * len(asked))
+  questions = needles[rng.integers(len(needles), size=length // 8)]
+  filler = draw_text(rng, text, length + 1 - len(needles) - 2 * len(questions))
   events = [[n] for n in spell(needles)]
-  events += [[QUESTION + key, ANSWER + value] for key, value in asked]
+  events += [[QUESTION + key, ANSWER + value] for key, value in questions]
   at = rng.integers(len(filler) + 1, size=len(events))
   order = np.argsort(at)
   sizes = [len(events[i]) for i in order]
@@ -138,31 +139,31 @@ def training_row(rng, text: np.ndarray, length: int):
   return tokens, weights[1:]
 
 
-def piece_at(done: float, cfg: config.Config) -> int:
+def sample_length(done: float, cfg: config.Config) -> int:
   """Length of a sample; retrieval heads form sooner on short samples."""
   if cfg.model.yarn:
     return cfg.data.seq_len
-  return next(piece for until, piece in _PIECES if done < until)
+  return next(length for until, length in SAMPLE_LENGTHS if done < until)
 
 
-def training_batch(rng, text, cfg: config.Config, piece: int) -> model.Batch:
-  """One micro-batch of one step; rows hold samples of `piece` tokens."""
-  samples = [training_row(rng, text, piece) for _ in range(TOKENS // piece)]
+def training_batch(rng, text, cfg: config.Config, length: int) -> model.Batch:
+  """One micro-batch of one step; rows hold samples of `length` tokens."""
+  samples = [training_row(rng, text, length) for _ in range(TOKENS // length)]
   tokens, weights = map(np.stack, zip(*samples, strict=True))
   return _batch(tokens[:, :-1], tokens[:, 1:], weights, cfg.data.seq_len)
 
 
 def _batch(tokens_BT, targets_BT, weights_BT, length: int) -> model.Batch:
   """Packs samples, one in each row of `tokens_BT`, into rows of `length`."""
-  count, piece = tokens_BT.shape
-  whole = lambda x: np.broadcast_to(x, (count, piece)).reshape(1, -1, length)
-  ints = lambda x: whole(x).astype(np.int32)
+  shape = count, sample_len = tokens_BT.shape
+  pack = lambda x: np.broadcast_to(x, shape).reshape(1, -1, length)
+  ints = lambda x: pack(x).astype(np.int32)
   return model.Batch(
     tokens_BT=ints(tokens_BT),
     targets_BT=ints(targets_BT),
-    positions_BT=ints(np.arange(piece)),
+    positions_BT=ints(np.arange(sample_len)),
     segments_BT=ints(1 + np.arange(count)[:, None]),
-    weights_BT=whole(weights_BT).astype(np.float32),
+    weights_BT=pack(weights_BT).astype(np.float32),
   )
 
 
@@ -182,9 +183,10 @@ def train(cfg, start: Weights | None, text, num_steps, lr, seed) -> Weights:
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   state = trainer.init(jax.random.key(cfg.seed))
   if start is not None:
-    places = trainer.shardings()
-    fresh = {'params': start.params, 'router': start.router}
-    state |= jax.device_put(fresh, {name: places[name] for name in fresh})
+    shardings = trainer.shardings()
+    weights = {'params': start.params, 'router': start.router}
+    shardings = {name: shardings[name] for name in weights}
+    state |= jax.device_put(weights, shardings)
   step, rng = (
     jax.jit(trainer.step, donate_argnums=0),
     np.random.default_rng(seed),
@@ -196,8 +198,9 @@ def train(cfg, start: Weights | None, text, num_steps, lr, seed) -> Weights:
     rate *= min(1.0, (number + 1) / warmup)
     hyper = {'lr': rate, 'mtp_weight': 0.0, 'bias_rate': 1e-3}
     hyper = {name: jnp.float32(value) for name, value in hyper.items()}
-    drawn = training_batch(rng, text, cfg, piece_at(number / num_steps, cfg))
-    rows = jax.device_put(drawn, trainer.batch_sharding())
+    length = sample_length(number / num_steps, cfg)
+    batch = training_batch(rng, text, cfg, length)
+    rows = jax.device_put(batch, trainer.batch_sharding())
     state, metrics = step(state, rows, trainer.num_microbatches(1), hyper)
     if (number + 1) % 50 == 0:
       seconds = time.monotonic() - begun
@@ -227,15 +230,15 @@ def accuracy(weights, text, length, depth, *, yarn, count, seed) -> float:
   """Share of `count` test rows whose value is found."""
   # One model for all lengths, built for the longest, as in practice.
   cfg, rng = make_config(LONG, yarn=yarn), np.random.default_rng(seed)
-  answer, right = _answer(cfg), 0
-  at_once = min(count, max(1, 2 * TOKENS // length))
-  for start in range(0, count, at_once):
-    rows = [test_row(rng, text, length, depth) for _ in range(at_once)]
+  answer, num_right = _answer(cfg), 0
+  batch_size = min(count, max(1, 2 * TOKENS // length))
+  for start in range(0, count, batch_size):
+    rows = [test_row(rng, text, length, depth) for _ in range(batch_size)]
     tokens, values = map(np.stack, zip(*rows, strict=True))
     batch = jax.tree.map(lambda x: x[0], _batch(tokens, tokens, tokens, length))
     predicted = np.asarray(answer(weights, batch))[: count - start]
-    right += int(np.sum(predicted == values[: len(predicted)]))
-  return right / count
+    num_right += int(np.sum(predicted == values[: len(predicted)]))
+  return num_right / count
 
 
 def measure(stage, weights, text, args, *, yarn) -> list[report.Row]:
@@ -249,8 +252,8 @@ def measure(stage, weights, text, args, *, yarn) -> list[report.Row]:
         'seed': [length, int(4 * depth)],
       }
       share = accuracy(weights, text, length, depth, **options)
-      where = {'model': stage, 'tokens': length, 'depth': depth}
-      rows.append(where | {'found': share})
+      cell = {'model': stage, 'tokens': length, 'depth': depth}
+      rows.append(cell | {'found': share})
   return rows
 
 
@@ -291,18 +294,18 @@ def run(args: argparse.Namespace) -> list[report.Row]:
   short = make_config(SHORT, yarn=False)
   text, rows = read_text(short), report.Rows(args)
   half = len(text) // 2  # one half for training, the other for tests
-  learnt, asked = text[:half], text[half:]
+  train_text, test_text = text[:half], text[half:]
 
-  def tell(stage, weights, *, yarn):
-    for row in measure(stage, weights, asked, args, yarn=yarn):
+  def add_rows(stage, weights, *, yarn):
+    for row in measure(stage, weights, test_text, args, yarn=yarn):
       rows.append(row)
 
-  weights = train(short, None, learnt, args.steps, _PEAK, 0)
-  tell('before', weights, yarn=False)
-  tell('yarn', weights, yarn=True)
+  weights = train(short, None, train_text, args.steps, _PEAK, 0)
+  add_rows('before', weights, yarn=False)
+  add_rows('yarn', weights, yarn=True)
   long = make_config(LONG, yarn=True, context=args.context)
-  weights = train(long, weights, learnt, args.extension, _EXTENSION_LR, 1)
-  tell('after', weights, yarn=True)
+  weights = train(long, weights, train_text, args.extension, _EXTENSION_LR, 1)
+  add_rows('after', weights, yarn=True)
   return rows
 
 

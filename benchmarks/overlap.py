@@ -33,7 +33,7 @@ from dsv3_jax.parallel.pipeline import executor
 from dsv3_jax.training import step as steps
 from experiments import base
 
-_MODEL = {
+SETTINGS = {
   'precision': 'bf16',
   'model.vocab_size': 1024,
   'model.d_model': 2048,
@@ -72,7 +72,7 @@ _START = re.compile(
   r'\s*(?:ROOT )?%?(\S+) = .* (?:(?:ragged-)?all-to-all|async)-start\('
 )
 _DONE = re.compile(r' (?:(?:ragged-)?all-to-all|async)-done\(%?([\w.\-]+)')
-_AT_ONCE = re.compile(r' (?:ragged-)?all-to-all\(')
+_BLOCKING = re.compile(r' (?:ragged-)?all-to-all\(')
 
 
 class Count(NamedTuple):
@@ -104,14 +104,14 @@ def count(text: str) -> Count:
         )
         started, hidden = started + 1, hidden + bool(inside)
         products += inside
-  return Count(started, hidden, products, len(_AT_ONCE.findall(text)))
+  return Count(started, hidden, products, len(_BLOCKING.findall(text)))
 
 
 def make_config() -> config.Config:
   """Two stages, experts on eight devices."""
   source = base.get_config()
   with source.unlocked():
-    source.update_from_flattened_dict(_MODEL)
+    source.update_from_flattened_dict(SETTINGS)
   return config.from_config_dict(source)
 
 
@@ -131,13 +131,17 @@ def lower(
     scales = {'main': one, 'balance': one, 'mtp': [], 'mtp_weight': one}
     loop = executor.make_tick_loop(pipe, params, router, batch_nBT, scales)
     # Numbers that XLA does not know, or it would compute with zeros.
-    some = batch_nBT.weights_BT[0, 0, 0]
+    unknown = batch_nBT.weights_BT[0, 0, 0]
     state = jax.tree.map(
-      lambda x: x | (some > 0) if x.dtype == bool else x + some.astype(x.dtype),
+      lambda x: (
+        x | (unknown > 0) if x.dtype == bool else x + unknown.astype(x.dtype)
+      ),
       loop.start(),
     )
-    x_BTD = jnp.zeros(loop.shape, loop.dtype) + some.astype(loop.dtype)
-    row = dict.fromkeys((*loop.field_names(), 'turn'), some.astype(jnp.int32))
+    x_BTD = jnp.zeros(loop.shape, loop.dtype) + unknown.astype(loop.dtype)
+    row = dict.fromkeys(
+      (*loop.field_names(), 'turn'), unknown.astype(jnp.int32)
+    )
     embedded = [(x_BTD, [])] * len(pipe.program.schedule.homes)
     state = loop.act(branch, embedded, row, state)
     return jax.tree.map(lambda x: x[None], state)
@@ -169,8 +173,8 @@ def _arguments(cfg, pipe, mesh, specs):
   batch_nBT = model.Batch(ints, ints, ints, ints, floats)
 
   def place(tree, spec):
-    where = jax.sharding.NamedSharding(mesh, spec)
-    put = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
+    placement = jax.sharding.NamedSharding(mesh, spec)
+    put = lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placement)
     return jax.tree.map(put, tree)
 
   return (

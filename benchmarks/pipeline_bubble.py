@@ -12,7 +12,7 @@ Forward, input half and weight half sleep equally long, a pair as long as its
 parts. `spmd` is the loop over ticks that training runs (`executor.TickLoop`
 with its table, branches, buffers and exchange; embedding and head do nothing),
 `mpmd` a thread a rank (`pipeline.threaded`), both on fake CPU devices. The
-bubble is 1 - (work of a rank) / (whole time), the best of the runs; it includes
+bubble is 1 - (work of a rank) / (total time), the best of the runs; it includes
 the cost of starting an action and of exchanging its result. `ideal` is the
 schedule without a common clock, `lockstep` the schedule in ticks, each as long
 as its longest action.
@@ -120,11 +120,18 @@ class ChunkOperands:
   program: instructions.PipelineProgram
   chunks: list[stage_params.ChunkParams]
 
-  def weights(self, half):
-    return self.chunks[half.chunk].layers
+  def weights(self, stage_pass):
+    return self.chunks[stage_pass.chunk].layers
 
-  def consts(self, half, microbatch):
+  def consts(self, stage_pass, microbatch):
     return ()
+
+
+class NoMasters(stage_params.MasterConverter):
+  """Stands for the converter, which is used only after the loop."""
+
+  def __init__(self):
+    pass
 
 
 def no_stats() -> dict:
@@ -136,13 +143,13 @@ def no_stats() -> dict:
 def tick_loop(
   program: instructions.PipelineProgram,
   weights: Sequence[dict],
-  parts: dict,
+  split_stages: dict,
   shape: tuple[int, ...],
 ) -> executor.TickLoop:
   """The loop over ticks of training, with other stages and no vocabulary.
 
   Args:
-    weights: of each chunk. parts: of each kind of stage.
+    weights: of each chunk. split_stages: of each kind of stage.
   """
   none_nE = jnp.zeros((0, 1))
   chunks = [
@@ -156,13 +163,24 @@ def tick_loop(
     program=program,
     vocab=NoVocab(shape),
     stages=stage_compute.StageCompute(
-      ChunkOperands(program, chunks), parts, scales, depth=0, num_experts=1
+      ChunkOperands(program, chunks),
+      split_stages,
+      scales,
+      mtp_depth=0,
+      num_experts=1,
     ),
     sums=gradient_sums.GradientSums(
-      program, chunks, tail, vocab_params, scales, depth=0, num_experts=1
+      program,
+      chunks,
+      tail,
+      vocab_params,
+      scales,
+      mtp_depth=0,
+      num_experts=1,
+      converter=NoMasters(),
     ),
     shape=shape,
-    dtype=jnp.float32,
+    dtype='float32',
   )
 
 
@@ -172,11 +190,13 @@ def sleeping_loop(
   """The loop over ticks of training, with stages that sleep."""
   count = len(instructions.chunks(program.schedule)[0])
   shape_of = lambda kind: (1, *_SHAPE) if kind.last else _SHAPE
-  parts = {
+  split_stages = {
     number: Sleeping(pace, shape_of(kind), no_stats())
     for number, kind in enumerate(program.kinds)
   }
-  return tick_loop(program, [{'w': jnp.zeros(())}] * count, parts, _SHAPE)
+  return tick_loop(
+    program, [{'w': jnp.zeros(())}] * count, split_stages, _SHAPE
+  )
 
 
 def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
@@ -189,14 +209,16 @@ def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
   auto = (jax.sharding.AxisType.Auto,)
   mesh = jax.make_mesh((schedule.ranks,), (stage_params.AXIS,), axis_types=auto)
 
-  def run(fields_tick_rank, globals_tick_direction):
+  def run(fields_tick_rank, vocab_fields_tick_direction):
     loop = sleeping_loop(program, pace)
 
     def tick(t, state):
-      return loop.tick(state, fields_tick_rank[t, 0], globals_tick_direction[t])
+      return loop.tick(
+        state, fields_tick_rank[t, 0], vocab_fields_tick_direction[t]
+      )
 
     state = jax.lax.fori_loop(
-      0, len(globals_tick_direction), tick, loop.start()
+      0, len(vocab_fields_tick_direction), tick, loop.start()
     )
     # All of it is wanted, or the compiler would leave out what is not.
     return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(state))[None]
@@ -207,7 +229,7 @@ def spmd(schedule: actions.Schedule, pace: Pace) -> Callable[[], float]:
     'out_specs': spec(stage_params.AXIS),
   }
   step = jax.jit(sharding.shard_map_step(run, mesh, **specs))
-  args = program.fields_tick_rank, program.globals_tick_direction
+  args = program.fields_tick_rank, program.vocab_fields_tick_direction
 
   def measure():
     begun = time.perf_counter()
@@ -241,7 +263,7 @@ def simulated(schedule: actions.Schedule) -> tuple[float, float]:
 def measure(
   kind: str, ranks: int, microbatches: int, seconds: float, runs: int
 ) -> report.Row:
-  """Bubbles of a schedule, as parts of the whole time."""
+  """Bubbles of a schedule, as parts of the total time."""
   per_rank = schedules.stages_per_rank(kind)
   schedule = schedules.make_schedule(
     kind,
@@ -270,11 +292,13 @@ def draw(rows: Sequence[report.Row], path: pathlib.Path) -> None:
     len(panels), figsize=(9, 2.4 * len(panels)), sharex=True, squeeze=False
   )
   for axis, panel in zip(axes[:, 0], panels, strict=True):
-    mine = [r for r in rows if (r['ranks'], r['micro-batches']) == panel]
+    panel_rows = [r for r in rows if (r['ranks'], r['micro-batches']) == panel]
     for i, name in enumerate(('ideal', 'lockstep', 'spmd', 'mpmd')):
-      at = np.arange(len(mine)) + 0.2 * (i - 1.5)
-      axis.bar(at, [row[name] for row in mine], 0.18, label=name)
-    axis.set_xticks(range(len(mine)), [row['schedule'] for row in mine])
+      at = np.arange(len(panel_rows)) + 0.2 * (i - 1.5)
+      axis.bar(at, [row[name] for row in panel_rows], 0.18, label=name)
+    axis.set_xticks(
+      range(len(panel_rows)), [row['schedule'] for row in panel_rows]
+    )
     axis.set_title(f'{panel[0]} ranks, {panel[1]} micro-batches', fontsize=9)
     axis.set_ylabel('bubble')
   axes[0, 0].legend(ncols=4, fontsize=8)

@@ -123,12 +123,12 @@ def parts(net: config.ModelConfig, tokens: int) -> dict[str, Part]:
   layout = sort(ids_MK)
   if rows == 1:
     layout = layout._replace(source_J=layout.source_J[: ids_MK.size])
-  there = jax.jit(lambda x, at: expert_blocks.permute(x, at, moe.top_k))
-  back = jax.jit(
+  permute = jax.jit(lambda x, at: expert_blocks.permute(x, at, moe.top_k))
+  unpermute = jax.jit(
     lambda y, at: expert_blocks.unpermute(y, at, moe.top_k, moe.num_experts)
   )
-  y_JD = there(x_MD, layout)
-  used = ids_MK.size * net.d_model * x_MD.dtype.itemsize
+  y_JD = permute(x_MD, layout)
+  copied = ids_MK.size * net.d_model * x_MD.dtype.itemsize
   return {
     'gate': Part(lambda: gate(x_MD, w_DE, bias_E), x_MD.nbytes + w_DE.nbytes),
     'logits': Part(lambda: logits(x_MD, w_DE), x_MD.nbytes + w_DE.nbytes),
@@ -136,8 +136,8 @@ def parts(net: config.ModelConfig, tokens: int) -> dict[str, Part]:
       lambda: sort(ids_MK),
       ids_MK.nbytes + sum(x.nbytes for x in jax.tree.leaves(layout)),
     ),
-    'permute': Part(lambda: there(x_MD, layout), x_MD.nbytes + used),
-    'unpermute': Part(lambda: back(y_JD, layout), used + x_MD.nbytes),
+    'permute': Part(lambda: permute(x_MD, layout), x_MD.nbytes + copied),
+    'unpermute': Part(lambda: unpermute(y_JD, layout), copied + x_MD.nbytes),
   }
 
 

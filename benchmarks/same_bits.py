@@ -142,7 +142,7 @@ def _python(tree: pathlib.Path, code: str, *argv: str) -> str:
     'PYTHONPATH': str(tree),
     'JAX_NUM_CPU_DEVICES': '8',
   }
-  ended = subprocess.run(
+  completed = subprocess.run(
     [sys.executable, '-c', code, *argv],
     cwd=tree,
     env=environment,
@@ -150,9 +150,9 @@ def _python(tree: pathlib.Path, code: str, *argv: str) -> str:
     text=True,
     check=False,
   )
-  if ended.returncode:
-    raise SystemExit(f'{tree}: {" ".join(argv)}:\n{ended.stderr[-4000:]}')
-  return ended.stdout
+  if completed.returncode:
+    raise SystemExit(f'{tree}: {" ".join(argv)}:\n{completed.stderr[-4000:]}')
+  return completed.stdout
 
 
 def _lines(path: pathlib.Path) -> list[dict]:
@@ -189,33 +189,34 @@ def run_commit(git: list[str], commit: str, only: str) -> dict:
       subprocess.run([*git, 'worktree', 'prune'], check=True)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--before', required=True, help='commit to compare with')
   parser.add_argument('--only', default='', choices=['', *CASES])
   parser.add_argument(
     '--keep', type=pathlib.Path, help='file to cache the other results in'
   )
-  given = parser.parse_args()
+  args = parser.parse_args(argv)
   here = pathlib.Path(__file__).resolve().parents[1]
   git = ['git', '-C', str(here)]
-  parsed = subprocess.run(
-    [*git, 'rev-parse', '--verify', f'{given.before}^{{commit}}'],
+  rev_parse = subprocess.run(
+    [*git, 'rev-parse', '--verify', f'{args.before}^{{commit}}'],
     capture_output=True,
     text=True,
     check=False,
   )
-  if parsed.returncode:
-    parser.error(f'--before={given.before} is no commit of this clone')
-  key = f'{parsed.stdout.strip()} {given.only}'
-  kept = {}
-  if given.keep and given.keep.exists():
-    kept = json.loads(given.keep.read_text(encoding='utf-8'))
-  if key not in kept:
-    kept[key] = run_commit(git, parsed.stdout.strip(), given.only)
-  if given.keep:
-    given.keep.write_text(json.dumps(kept), encoding='utf-8')
-  lines = differences(kept[key], run(here, given.only))
+  if rev_parse.returncode:
+    parser.error(f'--before={args.before} is no commit of this clone')
+  commit = rev_parse.stdout.strip()
+  key = f'{commit} {args.only}'
+  cached = {}
+  if args.keep and args.keep.exists():
+    cached = json.loads(args.keep.read_text(encoding='utf-8'))
+  if key not in cached:
+    cached[key] = run_commit(git, commit, args.only)
+  if args.keep:
+    args.keep.write_text(json.dumps(cached), encoding='utf-8')
+  lines = differences(cached[key], run(here, args.only))
   print('\n'.join(lines))
   return int(any(not line.endswith('equal') for line in lines))
 

@@ -21,9 +21,7 @@ import sys
 import time
 import warnings
 
-os.environ['OMP_NUM_THREADS'] = '2'
-if hasattr(os, 'sched_setaffinity'):  # what XLA counts; Linux only
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
+os.environ['OMP_NUM_THREADS'] = '2'  # read when PyTorch is imported
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +60,8 @@ class Ours:
     self._step = jax.jit(steps.make_train_step(cfg), donate_argnums=0)
     self._logits = jax.jit(lambda *args: model.build(cfg).apply(*args)[0])
     # Copies, as training donates its buffers.
-    kept = jax.tree.map(jnp.copy, self.state)
-    args = (cfg, kept['params'], kept['router'])
+    state = jax.tree.map(jnp.copy, self.state)
+    args = (cfg, state['params'], state['router'])
     self.runner = model_runner.ModelRunner(*args)
 
   def weights(self) -> dict[str, np.ndarray]:
@@ -230,7 +228,7 @@ def measure(cfg: config.Config, rounds: int) -> tuple[dict, str, dict]:
   train = tokens[:BATCH]
   ours = Ours(cfg)
   theirs = Theirs(cfg, ours.weights())
-  checked = compare(ours, theirs, train)
+  differences = compare(ours, theirs, train)
 
   def timed(side):
     start = time.perf_counter()
@@ -262,10 +260,10 @@ def measure(cfg: config.Config, rounds: int) -> tuple[dict, str, dict]:
           best[task, side] = min(best.get((task, side), result), result)
     again = ceilings()
     peak = {name: max(peak[name], again[name]) for name in peak}
-  return best, checked, peak
+  return best, differences, peak
 
 
-def render(cfg: config.Config, best: dict, checked: str, peak: dict) -> str:
+def render(cfg: config.Config, best: dict, differences: str, peak: dict) -> str:
   """The table, as Markdown."""
   net = cfg.model
   per_token = flops.flops_per_token(net, LENGTH)
@@ -297,8 +295,10 @@ def render(cfg: config.Config, best: dict, checked: str, peak: dict) -> str:
       f'{shares[0]} | {shares[1]} |'
     )
   about = (
-    f'{checked}. Ceilings in the same run: {peak["flops"] / 1e9:.0f} GFLOP/s '
-    f'f32 matmul, {peak["bytes"] / 1e9:.1f} GB/s read. {_where()}'
+    f'{differences}. Ceilings in the same run: '
+    f'{peak["flops"] / 1e9:.0f} GFLOP/s f32 matmul, '
+    f'{peak["bytes"] / 1e9:.1f} GB/s read. '
+    f'{_where()}'
   )
   return '\n'.join(lines) + '\n\n' + about + '\n'
 
@@ -321,11 +321,13 @@ def _where() -> str:
   )
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--output', type=pathlib.Path)
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
+  if hasattr(os, 'sched_setaffinity'):  # what XLA counts; Linux only
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:2])
   warnings.simplefilter('ignore')
   torch.set_num_threads(2)
   torch.manual_seed(0)

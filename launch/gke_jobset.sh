@@ -78,9 +78,9 @@ for word in sys.argv[1:]: print("              -", json.dumps(word))' "$@"
 EOF
 }
 
-text=$(manifest "$@")
+jobset=$(manifest "$@")
 if [[ -n ${DRY_RUN:-} ]]; then
-  echo "$text"
+  echo "$jobset"
   exit
 fi
-kubectl apply -f - <<< "$text"
+kubectl apply -f - <<< "$jobset"

@@ -88,9 +88,9 @@ if [[ -n ${DRY_RUN:-} ]]; then
   exit
 fi
 
-asked= # a job that was asked to stop does not start again
-trap 'asked=1; stop TERM' TERM
-trap 'asked=1; stop INT' INT
+stopping= # a job that gets a signal does not start again
+trap 'stopping=1; stop TERM' TERM
+trap 'stopping=1; stop INT' INT
 trap 'stop KILL' EXIT
 
 for ((attempt = 1; ; attempt++)); do
@@ -99,6 +99,6 @@ for ((attempt = 1; ; attempt++)); do
   case $code in
     0 | 2 | 75 | 76 | 77) exit "$code" ;; # see docs/training.md, exit codes
   esac
-  [[ -z $asked ]] && ((attempt <= RESTARTS)) || exit "$code"
+  [[ -z $stopping ]] && ((attempt <= RESTARTS)) || exit "$code"
   echo "local.sh: a process ended with $code; restart $attempt of $RESTARTS" >&2
 done

@@ -28,7 +28,7 @@ def assert_matches(grads, oracle, values, seed=0, dtype='float32'):
     assert grad.shape == leaves[i].shape, names[i]
     for _ in range(2):
       direction = rng.normal(size=grad.shape)
-      moved = [
+      values_at = [
         oracle(
           jax.tree.unflatten(
             structure,
@@ -37,7 +37,7 @@ def assert_matches(grads, oracle, values, seed=0, dtype='float32'):
         )
         for step in (_STEP, -_STEP)
       ]
-      want = (moved[0] - moved[1]) / (2.0 * _STEP)
+      want = (values_at[0] - values_at[1]) / (2.0 * _STEP)
       error = abs(np.sum(grad * direction) - want)
       limit = tolerances.TOLERANCE[dtype] * np.linalg.norm(grad) + 1e-8
       assert error <= limit, f'{names[i]}: slope off by {error}, limit {limit}'

@@ -175,11 +175,11 @@ def balance_loss(scores_BTE, ids_BTK, valid_BT, cfg):
     return balance.batch_balance_loss(*args)
   parts = []
   for scores, ids, valid in zip(scores_BTE, ids_BTK, valid_BT, strict=True):
-    own = (scores, ids)
+    choice = (scores, ids)
     limits = (moe.num_groups, moe.top_groups)
     parts += [
-      balance.v2_expert_loss(*own, b.v2_expert_alpha, valid),
-      balance.v2_device_loss(*own, b.v2_device_alpha, limits[0], valid),
-      balance.v2_communication_loss(*own, b.v2_comm_alpha, *limits, valid),
+      balance.v2_expert_loss(*choice, b.v2_expert_alpha, valid),
+      balance.v2_device_loss(*choice, b.v2_device_alpha, limits[0], valid),
+      balance.v2_communication_loss(*choice, b.v2_comm_alpha, *limits, valid),
     ]
   return math.fsum(parts) / len(scores_BTE)

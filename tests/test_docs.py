@@ -25,6 +25,10 @@ _PATH = re.compile(
 # `file.py`: `name`, `name`
 _FUNCTIONS = re.compile(r'`([\w./-]+\.py)`:((?:[,\s]+(?:and )?`\w+`)+)')
 _MODULE = re.compile(r'(?:python -m benchmarks\.|dsv3 bench )(\w+)')
+# As a script it cannot import `benchmarks.common`.
+_SCRIPT = re.compile(
+  r'\bpython[\d.]*\s+(?:-\w+\s+)*(?:\./)?(benchmarks/[\w/]+\.py)'
+)
 
 
 def paths(text):
@@ -78,6 +82,8 @@ def problems(page, root=ROOT):
   for name in _MODULE.findall(text):
     if name != 'NAME' and not (root / 'benchmarks' / f'{name}.py').exists():
       yield f'{page}: no benchmark {name}'
+  for path in _SCRIPT.findall(text):
+    yield f'{page}: {path} runs as python -m only'
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -142,6 +148,8 @@ def test_no_link_is_left_to_an_untracked_file():
     ('`a.py`: `f`, `g`', 'a.py has no g'),
     ('`a.py`:\n`g`', 'a.py has no g'),
     ('`dsv3 bench gone`', 'no benchmark gone'),
+    ('    python benchmarks/a.py --x', 'benchmarks/a.py runs as python -m'),
+    ('`A=1 python3 -u\nbenchmarks/a.py`', 'benchmarks/a.py runs as python -m'),
   ],
 )
 def test_each_check_can_fail(tmp_path, text, reported):

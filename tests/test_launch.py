@@ -70,10 +70,10 @@ def test_gke_jobset_has_a_pod_for_each_process():
   pod = spec['template']['spec']
   (container,) = pod['containers']
   assert container['command'] + container['args'] == ['dsv3', 'train', *ARGS]
-  given = {
+  variables = {
     variable['name']: variable.get('value') for variable in container['env']
   }
-  assert given == {
+  assert variables == {
     'JAX_COORDINATOR_ADDRESS': 'run-workers-0-0.run:8476',
     'JAX_NUM_PROCESSES': '4',
     'JAX_PROCESS_ID': None,  # the pod's index
@@ -82,9 +82,9 @@ def test_gke_jobset_has_a_pod_for_each_process():
 
 @pytest.mark.parametrize('name', ['tpu_pod.sh', 'gke_jobset.sh'])
 def test_what_a_launcher_needs_it_asks_for(name):
-  code, stdout, why = dry(name)
+  code, stdout, stderr = dry(name)
   assert (code, stdout) == (1, '')
-  assert len(why.splitlines()) == 1
+  assert len(stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize('path', sorted(FOLDER.iterdir()), ids=lambda p: p.name)

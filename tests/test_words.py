@@ -1,4 +1,4 @@
-"""One word a thing: names and phrases that the source no longer uses.
+"""One word a thing: names and phrases that the code no longer uses.
 
 docs/glossary.md has the words that it does use, beside the field's.
 """
@@ -12,7 +12,16 @@ import tokenize
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SCOPE = ('dsv3_jax', 'pallas_kernels', 'benchmarks', 'experiments')
+# Globs of folders and files.
+SCOPE = (
+  'dsv3_jax',
+  'pallas_kernels',
+  'benchmarks',
+  'experiments',
+  'launch',
+  'tests',
+)
+EXCEPT = ('tests/test_words.py',)  # has the phrases in its strings
 CONTENTS = 'a name for what it holds'
 
 # Variables, parameters, attributes, functions and classes -> the word to use.
@@ -39,6 +48,24 @@ NAMES = {
   'Told': 'TokenOutput',
   'Made': 'StepOutput',
   'Ask': 'ChatRequest',
+  'amount': 'num_microbatches',
+  'guard': 'spike_state',
+  'mapped': 'shard_map_step',
+  'drafts': 'speculative_tokens',
+  'alike': 'batch_invariant',
+  'further': 'shard_largest_dim',
+  'tell': 'broadcast',
+  'talk': 'chat',
+  'warming': 'warmup',
+  'Plan': 'whose plan: ExchangePlan',
+  'Layout': 'ParamLayout, StateLayout',
+  'Stage': 'PipelineStage',
+  'Run': 'TrainingRun',
+  'Cache': 'LatentCache',
+  'Session': 'Engine',
+  'Steps': 'ModelRunner',
+  'Pool': 'BlockPool',
+  'Cut': 'ShardedSpec',
 }
 # Where the old spelling stays, for who wrote it into a script.
 ALLOWED = {
@@ -59,23 +86,28 @@ PHRASES = {
 }
 
 
-def python_files(root, scope=SCOPE):
-  """Files below folders, or files, of `root`."""
-  for name in scope:
-    path = root / name
-    yield from sorted(path.rglob('*.py')) if path.is_dir() else (path,)
+def code_files(root, scope=SCOPE):
+  """Python files and shell scripts of `root`; scope: globs."""
+  for place in (place for pattern in scope for place in root.glob(pattern)):
+    for path in sorted(place.rglob('*')) if place.is_dir() else (place,):
+      where = path.relative_to(root).as_posix()
+      if path.suffix in ('.py', '.sh') and where not in EXCEPT:
+        yield where, path.read_text('utf-8')
 
 
 def problems(root, scope=SCOPE):
   """A line for each retired word, with the one to use."""
-  for path in python_files(root, scope):
-    where, text = path.relative_to(root).as_posix(), path.read_text('utf-8')
-    tree = ast.parse(text)
-    for line, name in names(tree):
-      word = name.lstrip('_')
+  for where, text in code_files(root, scope):
+    if where.endswith('.sh'):
+      named, written = shell_names(text), shell_comments(text)
+    else:
+      tree = ast.parse(text)
+      named, written = names(tree), [*comments(text), *strings(tree)]
+    for line, name in named:
+      word = name.strip('_')
       if word in NAMES and where not in ALLOWED.get(word, ()):
         yield f'{where}:{line}: {name} -> {NAMES[word]}'
-    for line, prose in [*comments(text), *strings(tree)]:
+    for line, prose in written:
       for phrase, use in PHRASES.items():
         if re.search(rf'\b{phrase}\b', ' '.join(prose.split()), re.I):
           yield f'{where}:{line}: {phrase!r} -> {use}'
@@ -126,7 +158,20 @@ def strings(tree):
       yield node.lineno, node.value
 
 
-def test_the_source_uses_no_retired_word():
+def shell_names(text):
+  """(line, name) of the variables and functions of a shell script."""
+  name = re.compile(r'(?<![\w$-])(?:for (\w+) in|(\w+)\+?=|(\w+)\(\) )')
+  for line, words in enumerate(text.splitlines(), 1):
+    for groups in name.findall(words):
+      yield line, ''.join(groups)
+
+
+def shell_comments(text):
+  """(1, text) of all of a shell script."""
+  yield 1, re.sub(r'^ *#', '', text, flags=re.MULTILINE)
+
+
+def test_the_code_uses_no_retired_word():
   retired = list(problems(ROOT))
   assert not retired, '\n' + '\n'.join(retired)
 
@@ -155,12 +200,31 @@ def test_each_name_can_fail(tmp_path, word):
     'try: pass\nexcept E as told: pass',
     'match a:\n  case [told]: pass',
     '_told = 1',
+    'told_ = 1',
     '(told := 1)',
   ],
 )
 def test_each_kind_of_name_can_fail(tmp_path, text):
   (tmp_path / 'a.py').write_text(text, encoding='utf-8')
   assert len(list(problems(tmp_path, ['a.py']))) == 1
+
+
+@pytest.mark.parametrize(
+  'text',
+  [
+    'told=1',
+    '  local told=1',
+    'trap "told=1; stop" TERM',
+    'told+=(1)',
+    'for told in a b; do',
+    'told() {',
+    '# A job that is\n# told to stop.',
+    'a=1 # a job that is told to stop',
+  ],
+)
+def test_shell_scripts_can_fail(tmp_path, text):
+  (tmp_path / 'a.sh').write_text(text + '\n', encoding='utf-8')
+  assert len(list(problems(tmp_path, ['a.sh']))) == 1
 
 
 @pytest.mark.parametrize('phrase', PHRASES)

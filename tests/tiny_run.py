@@ -85,13 +85,13 @@ def until(cfg, steps, **axes):
 
 def committed(cfg, workdir, step):
   """Every array and document of a committed step."""
-  kept = store.Store(workdir / 'checkpoints', keep=10)
+  checkpoints = store.Store(workdir / 'checkpoints', keep=10)
   like = steps.state_shapes(cfg)
   ema = like['params'] if cfg.optim.ema_decay else {}
   try:
-    return kept.restore(step, {'train': like, 'ema': ema})
+    return checkpoints.restore(step, {'train': like, 'ema': ema})
   finally:
-    kept.close()
+    checkpoints.close()
 
 
 def read_metrics(workdir):

@@ -166,13 +166,13 @@ def quantisation(
     'both': quantizers.both,
     'transposed': quantizers.transposed,
   }[op]
-  given = same
+  inputs = same
   if op == 'transposed':
-    given = lambda x_MD: (reference.quantize(x_MD),)
+    inputs = lambda x_MD: (reference.quantize(x_MD),)
   variants = {}
   for choice in implementations:
     run = functools.partial(make, implementation=choice)
-    variants[choice] = Variant(run, given, choice)
+    variants[choice] = Variant(run, inputs, choice)
 
   def decode(out):  # the transpose of the input
     if op == 'rows':

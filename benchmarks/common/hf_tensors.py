@@ -1,4 +1,4 @@
-"""A model as the tensors of transformers' classes, whole and in memory."""
+"""A model as the tensors of transformers' classes, unsharded and in memory."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,5 +17,5 @@ def tensors(
   for place in hf_names.places(cfg):
     leaves = place.tensor.leaves
     parts = [hf_names.get(state, leaf.path)[leaf.index] for leaf in leaves]
-    joined = place.join([np.asarray(part) for part in parts])
-    yield place.tensor.name, np.ascontiguousarray(joined)
+    array = place.join([np.asarray(part) for part in parts])
+    yield place.tensor.name, np.ascontiguousarray(array)

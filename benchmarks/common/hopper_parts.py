@@ -183,12 +183,12 @@ def checks(mode: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
     row = {'kernel': kernel.kind, 'case': kernel.name, 'how': kernel.mode}
     repeats = 2 if dry_run else 20
     try:
-      yield row | _check(kernel, jax.random.key(number), repeats)
+      yield row | check_kernel(kernel, jax.random.key(number), repeats)
     except _REFUSALS as error:
       yield row | {'wrong': True, 'note': _reason(error)}
 
 
-def _check(
+def check_kernel(
   kernel: Kernel | attention_checks.Kernel, key: jax.Array, repeats: int
 ) -> report.Row:
   """Three draws of operands; each must give the same bits `repeats` times."""
@@ -264,10 +264,10 @@ def sweep(mode: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
     if time.monotonic() > end:
       yield {'kernel': kernel.kind, 'case': kernel.name, 'note': 'no time'}
       continue
-    yield from _sweep_one(kernel, jax.random.key(number), dry_run)
+    yield from sweep_kernel(kernel, jax.random.key(number), dry_run)
 
 
-def _sweep_one(
+def sweep_kernel(
   kernel: Kernel, key: jax.Array, dry_run: bool
 ) -> Iterator[report.Row]:
   sets = [kernel.draw(jax.random.fold_in(key, at)) for at in range(2)]

@@ -35,24 +35,24 @@ class Rivals:
       text=True,
     )
     self.absent, self.versions = '', ''
-    hello = self._read()
-    self.absent = hello.get('absent', '')
-    self.versions = hello.get('versions', '')
+    answer = self._read()
+    self.absent = answer.get('absent', '')
+    self.versions = answer.get('versions', '')
 
   def time(self, m: int, n: int, k: int, block: bool) -> list[dict[str, Any]]:
     """Rows of [m, k] x [n, k]^T; block: b has 128 x 128 scales, BF16 out."""
-    return self._ask({'m': m, 'n': n, 'k': k, 'block': block})
+    return self._request({'m': m, 'n': n, 'k': k, 'block': block})
 
   def attend(
     self, shape: tuple[int, int, int], x: int, u: int
   ) -> list[dict[str, Any]]:
     """Rows of causal attention. shape: sequences, tokens, heads; u: values."""
-    return self._ask({'shape': shape, 'x': x, 'u': u})
+    return self._request({'shape': shape, 'x': x, 'u': u})
 
-  def _ask(self, ask: dict[str, Any]) -> list[dict[str, Any]]:
+  def _request(self, request: dict[str, Any]) -> list[dict[str, Any]]:
     if self.absent:
       return []
-    print(json.dumps(ask), file=self._child.stdin, flush=True)
+    print(json.dumps(request), file=self._child.stdin, flush=True)
     answer = self._read()
     self.absent = answer.get('absent', '')
     return answer.get('rows', [])
@@ -81,9 +81,9 @@ def serve() -> int:
   versions = f'torch {torch.__version__}, CUDA {torch.version.cuda}, {cublas}'
   _answer({'versions': versions})
   for line in sys.stdin:
-    ask = json.loads(line)
-    measure = _attend if 'shape' in ask else _measure
-    _answer({'rows': measure(torch, **ask)})
+    request = json.loads(line)
+    measure = _attend if 'shape' in request else _measure
+    _answer({'rows': measure(torch, **request)})
   return 0
 
 
@@ -139,7 +139,7 @@ def _measure(torch, m: int, n: int, k: int, block: bool) -> list[dict]:
   recipes = {
     'torch bf16': _bf16,
     'torch _scaled_mm, one scale a tensor': _per_tensor,
-    'torch _scaled_mm, block scales': _blocks,
+    'torch _scaled_mm, block scales': block_scaled,
   }
   rows = []
   for name, prepare in recipes.items():
@@ -172,7 +172,7 @@ def _per_tensor(torch, a, b, block, out):
   return lambda: torch._scaled_mm(a8, b8.T, *scales, out_dtype=out)
 
 
-def _blocks(torch, a, b, block, out):
+def block_scaled(torch, a, b, block, out):
   """Scales as cuBLASLt wants them.
 
   1 x 128: [rows, K / 128], rows contiguous. 128 x 128: [K / 128, rows / 128],

@@ -53,7 +53,7 @@ def engine_flags(values: flags.FlagValues) -> None:
     about = f'Devices over which {dims} are sharded.'
     flags.DEFINE_integer(f'parallel.{axis}', 1, about, **add)
   flags.DEFINE_integer(
-    'redundant_experts', 0, 'Slots for copies of experts.', **add
+    'redundant_experts', 0, 'Redundant experts: slots for replicas.', **add
   )
   about = 'Steps from one rebalance of experts to the next; 0: never.'
   flags.DEFINE_integer('rebalance_every', 0, about, **add)

@@ -150,7 +150,7 @@ def define_chat(values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def chat(values: flags.FlagValues) -> None:
-  """Talks in the terminal; an empty line or end of input ends it."""
+  """A chat in the terminal, until an empty line or the end of the input."""
   with contextlib.suppress(KeyboardInterrupt):  # one way to leave
     _chat(values)
 
@@ -162,7 +162,10 @@ def _chat(values: flags.FlagValues) -> None:
   from dsv3_jax.inference import chat
   from dsv3_jax.inference import request as requests
 
-  messages = [*chat.opening(values.system), {'role': 'user', 'content': ''}]
+  messages = [
+    *chat.initial_messages(values.system),
+    {'role': 'user', 'content': ''},
+  ]
   first = chat.encode(tokenizer, messages)
   name = 'the prompt, before a word is said,'
   requests.check_prompt(cfg.model, first, values.max_new_tokens or 1, name)

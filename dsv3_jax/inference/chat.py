@@ -8,7 +8,7 @@ from dsv3_jax.inference import detokenizer, engine, llm
 from dsv3_jax.inference import request as requests
 
 
-def opening(system: str) -> list[dict]:
+def initial_messages(system: str) -> list[dict]:
   """The messages before the first message of the user."""
   return [{'role': 'system', 'content': system}] if system else []
 
@@ -36,7 +36,7 @@ class Conversation:
     self._engine = engine.Engine(
       model.runner, num_blocks=num_blocks, max_rows=1
     )
-    self.messages = opening(system)
+    self.messages = initial_messages(system)
 
   def say(self, text: str) -> Iterator[tuple[bool, str]]:
     """Yields pieces of the answer, each with whether it is a thought.

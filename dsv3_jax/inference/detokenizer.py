@@ -60,10 +60,10 @@ class Stops:
     if places:
       self.stopped, self._held = True, ''
       return text[: min(places)]
-    size = max((_begun(text, stop) for stop in self._stops), default=0)
-    cut = len(text) - size
-    self._held = text[cut:]
-    return text[:cut]
+    size = max((_partial_match(text, stop) for stop in self._stops), default=0)
+    end = len(text) - size
+    self._held = text[end:]
+    return text[:end]
 
   def end(self) -> str:
     """The text held back."""
@@ -91,9 +91,10 @@ class Thoughts:
     pieces = []
     if self.inside:
       thought, end_tag, rest = text.partition(END_THINK)
-      cut = len(thought) - (0 if end_tag else _begun(thought, END_THINK))
-      pieces.append((True, thought[:cut]))
-      self._held = thought[cut:]
+      held = 0 if end_tag else _partial_match(thought, END_THINK)
+      end = len(thought) - held
+      pieces.append((True, thought[:end]))
+      self._held = thought[end:]
       self.inside, text = not end_tag, rest
     pieces.append((False, text))
     return [piece for piece in pieces if piece[1]]
@@ -104,7 +105,7 @@ class Thoughts:
     return [(self.inside, held)] if held else []
 
 
-def _begun(text: str, word: str) -> int:
+def _partial_match(text: str, word: str) -> int:
   """How many characters at the end of the text are a beginning of the word."""
   for size in range(min(len(word) - 1, len(text)), 0, -1):
     if text.endswith(word[:size]):

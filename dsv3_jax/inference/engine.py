@@ -20,7 +20,7 @@ from dsv3_jax.inference import block_pool, model_runner, sampling, scheduler
 from dsv3_jax.inference import request as requests
 from pallas_kernels.mla_decode import api as mla_decode
 
-BLOCK_SIZE = mla_decode.PAGE  # tokens; also the smallest prefill
+BLOCK_SIZE = mla_decode.PAGE  # a kernel's page; also the smallest prefill
 # Rows of a batch invariant decode step where no option sets them.
 BATCH_INVARIANT_ROWS = 16
 
@@ -176,9 +176,9 @@ class Engine:
     Raises:
       InputError: as `check`.
     """
+    stops = frozenset(stop_ids)
     request = requests.Request(
-      *(list(prompt), max_new_tokens, sampling_params, frozenset(stop_ids)),
-      shares_prompt_with,
+      list(prompt), max_new_tokens, sampling_params, stops, shares_prompt_with
     )
     self.add(request)
     return request
@@ -293,8 +293,8 @@ class Engine:
   ) -> int:
     """Appends the new tokens, up to the first stop token; returns how many."""
     new = output.tokens_Bt[b][: output.count_B[b]]
-    ends = [i for i, t in enumerate(new, 1) if t in request.stop_ids]
-    new = new[: min(ends, default=len(new))]
+    stops = [i for i, t in enumerate(new, 1) if t in request.stop_ids]
+    new = new[: min(stops, default=len(new))]
     request.all_tokens += new
     request.speculative_tokens = output.speculative_Bk[b]
     return len(new)
@@ -337,10 +337,8 @@ class Engine:
       blocks = table.blocks[: step_input.table_Bb.shape[1]]
       step_input.table_Bb[b, : len(blocks)] = blocks
       arrays.keys_B2[b], params = request.key_2, request.sampling
-      arrays.temperature_B[b], arrays.top_k_B[b] = (
-        params.temperature,
-        params.top_k,
-      )
+      arrays.temperature_B[b] = params.temperature
+      arrays.top_k_B[b] = params.top_k
       arrays.top_p_B[b] = params.top_p
     return rows, step_input, arrays
 
@@ -355,7 +353,7 @@ class Engine:
     return [next(free[rank]) for rank in ranks], per_rank * num_ranks
 
   def num_table_blocks(self, longest: int, width: int) -> int:
-    """Blocks of a step's block tables, padding and later drafts included.
+    """Blocks of a step's block tables; padding and speculation included.
 
     Args:
       longest: most tokens that the cache holds of a row.
@@ -375,7 +373,7 @@ class Engine:
       index_BT=full(-1, num_rows, width),
       last_B=full(0, num_rows),
       after_B=full(-1, num_rows),
-      # Entries behind a row's blocks are out of range: nothing is written.
+      # Entries behind a row's blocks are out of range: writes are dropped.
       table_Bb=full(no_block, num_rows, num_blocks),
     )
     temperature_B, top_p_B = np.zeros((2, num_rows), np.float32)
@@ -391,7 +389,7 @@ def _pairs(schedule: scheduler.ScheduledStep) -> list[tuple]:
 
 def _key(params: requests.SamplingParams) -> np.ndarray:
   """Data of a request's PRNG key."""
-  key = jax.random.fold_in(jax.random.key(params.seed), params.stream)
+  key = jax.random.fold_in(jax.random.key(params.seed), params.rng_stream)
   return np.asarray(jax.random.key_data(key))
 
 

@@ -1,14 +1,14 @@
 """Which GPU holds which expert, from the load of each expert (TR 3.4).
 
-In inference busy experts have copies (redundant experts), so that no GPU waits
-long for another. A slot is room for one expert on one GPU. Slots are numbered
-node by node, and within a node GPU by GPU. `rebalance_experts` fills them as
-the released load balancer (EPLB) does:
+In inference busy experts are replicated (redundant experts), so that no GPU
+waits long for another. A slot is room for one expert on one GPU. Slots are
+numbered node by node, and within a node GPU by GPU. `rebalance_experts` fills
+them as the released load balancer (EPLB) does:
 
   1. groups of experts go to nodes, by the load of a group
-  2. each node fills its spare slots, one by one, with another copy of the
-     expert whose copies have the highest load each
-  3. the copies of a node go to its GPUs, by the load of a copy
+  2. each node fills its spare slots, one by one, with another replica of the
+     expert whose replicas have the highest load each
+  3. the replicas of a node go to its GPUs, by the load of a replica
 
 Steps 1 and 3 pack equally many items into each of several packs. Items are
 taken in the order of falling load; each goes to the lightest pack with room. If
@@ -16,17 +16,17 @@ the number of groups is not a multiple of the number of nodes (the global
 policy, as in decoding), step 1 is left out and the other two treat all GPUs as
 one node.
 
-Quality: step 2 minimises the highest load of a copy. In step 3 the loads of a
-node's GPUs differ by at most the difference between its highest and its lowest
-copy. With two slots a GPU the highest load is the lowest possible for these
-copies. With more slots a better packing may exist; without copies even the
-plain placement can be better. Copies of one expert may share a GPU if loads say
-so, and must if there are more of them than GPUs on the node.
+Quality: step 2 minimises the highest load of a replica. In step 3 the loads of
+a node's GPUs differ by at most the difference between its highest and its
+lowest replica. With two slots a GPU the highest load is the lowest possible for
+these replicas. With more slots a better packing may exist; without redundant
+experts even the plain placement can be better. Replicas of one expert may share
+a GPU if loads say so, and must if there are more of them than GPUs on the node.
 
 Ties go to the lower index. A layer's placement depends on its own loads only,
 not on their unit (for powers of two: to the bit). Letters: Z expert slots, W
-GPUs (packs; in step 1 nodes); X independent problems, as the nodes of all
-layers, with e experts and z slots each; Y items to pack.
+GPUs (packs; in step 1 nodes); B independent problems, as the nodes of all
+layers, with e experts and z slots each.
 """
 
 from typing import NamedTuple
@@ -42,7 +42,7 @@ class Placement(NamedTuple):
   """Experts of slots and slots of experts; all int32.
 
   phy2log [L, Z]: the expert in each slot. log2phy [L, E, most]: the slots of
-  each expert, in the order in which step 2 made the copies; -1 behind them.
+  each expert, in the order in which step 2 adds replicas; -1 behind them.
   logcnt [L, E]: how many slots it has; their maximum is `most`.
   """
 
@@ -58,13 +58,13 @@ def rebalance_experts(
   num_nodes: int,
   num_gpus: int,
 ) -> Placement:
-  """Places experts and copies of busy ones, each layer independently (EPLB).
+  """Places experts and replicas of busy ones, each layer by itself (EPLB).
 
   Args:
     weight_LE: load of each expert in any unit, such as tokens.
     num_replicas: slots on all GPUs together.
     num_groups: of consecutive experts (TR 2.1.2). If it is a multiple of
-      num_nodes, all copies of a group are on one node.
+      num_nodes, all replicas of a group are on one node.
 
   Raises:
     InputError: loads are no matrix of finite numbers >= 0; num_gpus is not
@@ -80,37 +80,37 @@ def rebalance_experts(
   expert_LE = _by_node(weight_LE, num_groups, num_nodes)
   # From here on experts are numbered within their node.
   weight_LE = np.take_along_axis(weight_LE, expert_LE, axis=1)
-  weight_Xe = weight_LE.reshape(layers * num_nodes, -1)
-  slot_expert_Xz, copy_Xz, count_Xe = _replicate(
-    weight_Xe, num_replicas // num_nodes
+  weight_Be = weight_LE.reshape(layers * num_nodes, -1)
+  slot_expert_Bz, replica_Bz, count_Be = _replicate(
+    weight_Be, num_replicas // num_nodes
   )
-  slot_load_Xz = np.take_along_axis(
-    weight_Xe / count_Xe, slot_expert_Xz, axis=1
+  slot_load_Bz = np.take_along_axis(
+    weight_Be / count_Be, slot_expert_Bz, axis=1
   )
-  order_Xz = _pack(slot_load_Xz, num_gpus // num_nodes)
-  placed_Xz = np.take_along_axis(slot_expert_Xz, order_Xz, axis=1)
-  copy_Xz = np.take_along_axis(copy_Xz, order_Xz, axis=1)
+  order_Bz = _pack(slot_load_Bz, num_gpus // num_nodes)
+  placed_Bz = np.take_along_axis(slot_expert_Bz, order_Bz, axis=1)
+  replica_Bz = np.take_along_axis(replica_Bz, order_Bz, axis=1)
   # Back to the numbers of the model.
-  expert_Xe = expert_LE.reshape(weight_Xe.shape)
-  expert_Xz = np.take_along_axis(expert_Xe, placed_Xz, axis=1)
-  phy2log = expert_Xz.reshape(layers, num_replicas).astype(np.int32)
-  copy_LZ = copy_Xz.reshape(layers, num_replicas)
+  expert_Be = expert_LE.reshape(weight_Be.shape)
+  expert_Bz = np.take_along_axis(expert_Be, placed_Bz, axis=1)
+  phy2log = expert_Bz.reshape(layers, num_replicas).astype(np.int32)
+  replica_LZ = replica_Bz.reshape(layers, num_replicas)
   logcnt = np.empty((layers, experts), np.int32)
-  np.put_along_axis(logcnt, expert_LE, count_Xe.reshape(layers, experts), 1)
+  np.put_along_axis(logcnt, expert_LE, count_Be.reshape(layers, experts), 1)
   log2phy = np.full((layers, experts, np.max(logcnt)), -1, np.int32)
   layer_L1 = np.arange(layers)[:, None]
-  log2phy[layer_L1, phy2log, copy_LZ] = np.arange(num_replicas)
+  log2phy[layer_L1, phy2log, replica_LZ] = np.arange(num_replicas)
   return Placement(phy2log, log2phy, logcnt)
 
 
 def loads(
   weight_LE: npt.ArrayLike, phy2log: Int[np.ndarray, 'L Z'], num_gpus: int
 ) -> Float[np.ndarray, 'L W']:
-  """Load of each GPU if the copies of an expert share its load equally.
+  """Load of each GPU if the replicas of an expert share its load equally.
 
   Args:
     weight_LE: as in `rebalance_experts`; each layer has a finite sum.
-    phy2log: any placement; without copies it is arange(E) in every layer.
+    phy2log: any placement; without redundant experts arange(E) in a layer.
 
   Returns:
     float64, in the unit of weight_LE.
@@ -172,43 +172,43 @@ def _by_node(weight_LE, num_groups, num_nodes):
   return expert_LGg.reshape(weight_LE.shape)
 
 
-def _pack(weight_XY, num_packs):
-  """The items pack by pack, [X, Y]: equally many in each, of similar weight."""
-  rows, items = weight_XY.shape
+def _pack(weight_BZ, num_packs):
+  """The items pack by pack, [B, Z]: equally many in each, of similar weight."""
+  rows, items = weight_BZ.shape
   room = items // num_packs
   if room == 1:
     return np.tile(np.arange(items), (rows, 1))
-  row_X = np.arange(rows)
-  load_XW = np.zeros((rows, num_packs))
-  filled_XW = np.zeros((rows, num_packs), np.int64)
-  order_XY = np.empty((rows, items), np.int64)
-  for item_X in np.argsort(-weight_XY, axis=1, kind='stable').T:
-    open_XW = np.where(filled_XW < room, load_XW, np.inf)
-    pack_X = np.argmin(open_XW, axis=1)
-    at = row_X, pack_X
-    order_XY[row_X, pack_X * room + filled_XW[at]] = item_X
-    load_XW[at] += weight_XY[row_X, item_X]
-    filled_XW[at] += 1
-  return order_XY
+  row_B = np.arange(rows)
+  load_BW = np.zeros((rows, num_packs))
+  filled_BW = np.zeros((rows, num_packs), np.int64)
+  order_BZ = np.empty((rows, items), np.int64)
+  for item_B in np.argsort(-weight_BZ, axis=1, kind='stable').T:
+    open_BW = np.where(filled_BW < room, load_BW, np.inf)
+    pack_B = np.argmin(open_BW, axis=1)
+    at = row_B, pack_B
+    order_BZ[row_B, pack_B * room + filled_BW[at]] = item_B
+    load_BW[at] += weight_BZ[row_B, item_B]
+    filled_BW[at] += 1
+  return order_BZ
 
 
-def _replicate(weight_XE, slots):
-  """Each expert once, then copies of those with the highest load a copy.
+def _replicate(weight_BE, slots):
+  """Each expert once, then replicas of the highest load a replica.
 
-  Returns, for each slot, its expert and its number among the expert's copies
-  [X, slots]; and the number of copies of each expert [X, E].
+  Returns, for each slot, its expert and its number among the expert's replicas
+  [B, slots]; and the number of replicas of each expert [B, E].
   """
-  rows, experts = weight_XE.shape
-  row_X = np.arange(rows)
-  expert_XZ = np.tile(np.arange(slots), (rows, 1))
-  copy_XZ = np.zeros((rows, slots), np.int64)
-  count_XE = np.ones((rows, experts), np.int64)
+  rows, experts = weight_BE.shape
+  row_B = np.arange(rows)
+  expert_BZ = np.tile(np.arange(slots), (rows, 1))
+  replica_BZ = np.zeros((rows, slots), np.int64)
+  count_BE = np.ones((rows, experts), np.int64)
   for slot in range(experts, slots):
-    expert_X = np.argmax(weight_XE / count_XE, axis=1)
-    expert_XZ[:, slot] = expert_X
-    copy_XZ[:, slot] = count_XE[row_X, expert_X]
-    count_XE[row_X, expert_X] += 1
-  return expert_XZ, copy_XZ, count_XE
+    expert_B = np.argmax(weight_BE / count_BE, axis=1)
+    expert_BZ[:, slot] = expert_B
+    replica_BZ[:, slot] = count_BE[row_B, expert_B]
+    count_BE[row_B, expert_B] += 1
+  return expert_BZ, replica_BZ, count_BE
 
 
 def _relative(weight_LE):

@@ -78,9 +78,9 @@ def generate(
   )
   submitted = []
   for i, prompt in enumerate(prompts):
-    own = dataclasses.replace(params, stream=i)
+    row_params = dataclasses.replace(params, rng_stream=i)
     submitted.append(
-      model_engine.submit(prompt, max_new_tokens, own, [stop_id])
+      model_engine.submit(prompt, max_new_tokens, row_params, [stop_id])
     )
   decoded, reported = 0, 0
   first = submitted[: model_engine.max_running]

@@ -165,13 +165,10 @@ def load(
     params, router = source.to_devices(
       leaves, cfg, dtype, mesh, inference_mesh.RULES
     )
-  return LLM(
-    *(cfg, params, router, source.read_tokenizer(directory)),
-    num_speculative_tokens=num_speculative_tokens,
-    fp8_cache=fp8_cache,
-    mesh=mesh,
-    plan=plan,
-  )
+  tokenizer = source.read_tokenizer(directory)
+  options = {'fp8_cache': fp8_cache, 'mesh': mesh, 'plan': plan}
+  options['num_speculative_tokens'] = num_speculative_tokens
+  return LLM(cfg, params, router, tokenizer, **options)
 
 
 def _rename_old(options: dict[str, Any], stacklevel: int = 3) -> dict[str, Any]:

@@ -42,9 +42,10 @@ def make_mesh(
 class InferenceMesh:
   """How a model lies on a mesh, or on one device.
 
-  params: a partition spec for each parameter. num_ranks: devices, or groups of
-  them along `model`, that have rows of their own. num_holders: the same, that
-  have experts of their own.
+  params: a partition spec for each parameter.
+  num_ranks: of data parallelism: devices, or groups of them along `model`, that
+    have rows of their own.
+  num_expert_ranks: of expert parallelism: those that have experts of their own.
   """
 
   def __init__(
@@ -63,7 +64,7 @@ class InferenceMesh:
     config_rules.check_inference(cfg.model, self.sizes)
     count = lambda axes: math.prod(self.sizes[axis] for axis in axes)
     self.num_ranks = count(sharding.BATCH_AXES)
-    self.num_holders = count(sharding.EXPERT_AXES)
+    self.num_expert_ranks = count(sharding.EXPERT_AXES)
     self.params = model.param_specs(model.build(cfg), RULES, self.sizes)
 
   def place(self, tree: Any, specs: Any) -> Any:

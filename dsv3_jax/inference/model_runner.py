@@ -31,9 +31,9 @@ from pallas_kernels.mla_decode import api as mla_decode
 class StepInput(NamedTuple):
   """Tokens to compute.
 
-  index_BT: int32, position of each token in its row, -1 for padding. last_B:
-  which of a row's tokens is the last. after_B: the token behind the last, -1 if
-  it is to be sampled. table_Bb: block table of each row.
+  index_BT: int32, position of each token in its row, -1 for padding.
+  last_B: which of a row's tokens is the last. after_B: the token behind it, -1
+  if it is to be sampled. table_Bb: block table of each row.
   """
 
   tokens_BT: np.ndarray
@@ -44,7 +44,10 @@ class StepInput(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-  """New tokens of each row, the first `count_B` of `tokens_Bt`, and drafts."""
+  """New tokens of each row, and speculative tokens that may follow them.
+
+  The first `count_B` of `tokens_Bt` are new.
+  """
 
   tokens_Bt: Int[Array, 'B t']
   count_B: Int[Array, 'B']
@@ -95,13 +98,16 @@ class ModelRunner:
     self.num_ranks = self._mesh.num_ranks
     params = self._mesh.place(params, self._mesh.params)
     self.router = self._mesh.place(router, inference_mesh.REPLICATED)
-    self._plain = {'params': params}
+    self._plain_variables = {'params': params}
     specs = {'params': self._mesh.params}
     if plan is not None:
       self.rebalancer = redundant_experts.ExpertRebalancer(
         cfg, self._mesh, plan, params
       )
-      self._plain, specs['redundant_slots'] = {}, inference_mesh.REPLICATED
+      self._plain_variables, specs['redundant_slots'] = (
+        {},
+        inference_mesh.REPLICATED,
+      )
     naive, absorbed = model.build(cfg), model.build(cfg, absorbed=True)
     first = _Forward(naive, absorbed, num_speculative_tokens)
     later = _Forward(absorbed, absorbed, num_speculative_tokens)
@@ -116,7 +122,11 @@ class ModelRunner:
   @property
   def variables(self) -> dict:
     """Variables of the model: parameters and slots of redundant experts."""
-    return self._plain if self.rebalancer is None else self.rebalancer.variables
+    return (
+      self._plain_variables
+      if self.rebalancer is None
+      else self.rebalancer.variables
+    )
 
   @property
   def params(self) -> dict:
@@ -126,7 +136,10 @@ class ModelRunner:
     """`num_blocks` blocks of `block_size` tokens, for each rank."""
     make = functools.partial(
       empty_caches,
-      *(self.cfg.model, num_blocks * self.num_ranks, block_size, self.dtype),
+      self.cfg.model,
+      num_blocks * self.num_ranks,
+      block_size,
+      self.dtype,
       drafting=self.num_speculative_tokens > 0,
       fp8=self.fp8_cache,
     )
@@ -184,11 +197,11 @@ class ModelRunner:
     return caches
 
   def _compile(self, forward, specs):
-    """A jitted step; see `_counted` for its arguments."""
+    """A jitted step; see `_step_and_count` for its arguments."""
     rows, caches = inference_mesh.ROWS, inference_mesh.BLOCKS
     in_specs = (specs, inference_mesh.REPLICATED, rows, caches, rows, rows)
     return self._mesh.jit(
-      functools.partial(_counted, forward),
+      functools.partial(_step_and_count, forward),
       in_specs,
       (rows, caches, rows),
       donate_argnums=3,
@@ -243,6 +256,18 @@ def empty_caches(
   )
 
 
+class _DraftInput(NamedTuple):
+  """What the MTP module drafts from.
+
+  previous_BTD: hidden states of the step's tokens. next_BT: the token behind
+  each of them. at_B1: index of each row's last accepted token.
+  """
+
+  previous_BTD: Array
+  next_BT: Array
+  at_B1: Array
+
+
 class _Forward(NamedTuple):
   """The functions that steps compile.
 
@@ -259,9 +284,13 @@ class _Forward(NamedTuple):
     tokens_BT, last_B1 = step_input.tokens_BT, step_input.last_B[:, None]
     logits_B1V, previous_BTD, caches, load_LE = self.net.apply(
       variables,
-      *(tokens_BT, step_input.index_BT, last_B1, step_input.table_Bb),
-      *(router, caches),
-      method='cached',
+      tokens_BT,
+      step_input.index_BT,
+      last_B1,
+      step_input.table_Bb,
+      router,
+      caches,
+      method='forward_cached',
     )
     # A sample depends on its position in the row only, not on the chunks.
     place_B1 = jnp.take_along_axis(step_input.index_BT, last_B1, axis=1)
@@ -271,11 +300,12 @@ class _Forward(NamedTuple):
     is_last_BT = jnp.arange(tokens_BT.shape[1]) == last_B1
     next_BT = jnp.roll(tokens_BT, -1, axis=1)
     next_BT = jnp.where(is_last_BT, follows_B[:, None], next_BT)
-    known = (previous_BTD, next_BT, last_B1)
-    drafts_Bk, caches = self._draft(
-      variables, router, step_input, known, caches, arrays
+    draft_input = _DraftInput(previous_BTD, next_BT, last_B1)
+    speculative_Bk, caches = self._draft(
+      variables, router, step_input, draft_input, caches, arrays
     )
-    output = StepOutput(token_B[:, None], jnp.ones_like(token_B), drafts_Bk)
+    token_B1 = token_B[:, None]
+    output = StepOutput(token_B1, jnp.ones_like(token_B), speculative_Bk)
     return output, caches, load_LE
 
   def verify(self, variables, router, step_input, caches, arrays):
@@ -285,9 +315,13 @@ class _Forward(NamedTuple):
     at_BT = jnp.broadcast_to(jnp.arange(width), (batch, width))
     logits_BTV, previous_BTD, caches, load_LE = self.net.apply(
       variables,
-      *(step_input.tokens_BT, index_BT, at_BT, step_input.table_Bb),
-      *(router, caches),
-      method='cached',
+      step_input.tokens_BT,
+      index_BT,
+      at_BT,
+      step_input.table_Bb,
+      router,
+      caches,
+      method='forward_cached',
     )
     arrays_M = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), arrays)
     logits_MV = logits_BTV.reshape(batch * width, -1)
@@ -296,42 +330,50 @@ class _Forward(NamedTuple):
     agrees_Bk = token_BT[:, :-1] == step_input.tokens_BT[:, 1:]
     agrees_Bk &= index_BT[:, 1:] >= 0
     accepted_B1 = jnp.sum(jnp.cumprod(agrees_Bk, axis=1), axis=1, keepdims=True)
-    known = (previous_BTD, token_BT, accepted_B1)
-    drafts_Bk, caches = self._draft(
-      variables, router, step_input, known, caches, arrays
+    draft_input = _DraftInput(previous_BTD, token_BT, accepted_B1)
+    speculative_Bk, caches = self._draft(
+      variables, router, step_input, draft_input, caches, arrays
     )
-    output = StepOutput(token_BT, accepted_B1[:, 0] + 1, drafts_Bk)
+    output = StepOutput(token_BT, accepted_B1[:, 0] + 1, speculative_Bk)
     return output, caches, load_LE
 
-  def _draft(self, variables, router, step_input, known, caches, arrays):
-    """Drafts, by the MTP module, the tokens behind `next_BT[at_B1]`.
+  def _draft(self, variables, router, step_input, draft_input, caches, arrays):
+    """Drafts, by the MTP module, the speculative tokens of the next step.
 
-    The first draft comes from one pass over all tokens of the step, which also
-    fills the module's cache. Each further draft comes from the module's own
-    hidden state; the latents that it writes are overwritten when the tokens are
-    known. Drafts are sampled as the main model will sample: with the random
-    numbers of the same position.
+    The first comes from one pass over all tokens of the step, which also fills
+    the module's cache. Each further one comes from the module's own hidden
+    state; the latents that it writes are overwritten when the tokens are known.
+    Tokens are drafted with the random numbers that the main model will sample
+    with: those of the same position.
     """
-    previous_BTD, next_BT, at_B1 = known
-    index_BT, net, drafts = step_input.index_BT, self.net, []
+    previous_BTD, next_BT, at_B1 = draft_input
+    index_BT, net, speculative = step_input.index_BT, self.net, []
     place_B1 = jnp.take_along_axis(index_BT, at_B1, axis=1)
     for _ in range(self.num_speculative_tokens):
       logits_B1V, previous_BTD, caches = net.apply(
         variables,
-        *(previous_BTD, next_BT, index_BT, at_B1, step_input.table_Bb),
-        *(router, caches),
-        method='drafted',
+        previous_BTD,
+        next_BT,
+        index_BT,
+        at_B1,
+        step_input.table_Bb,
+        router,
+        caches,
+        method='draft',
       )
       place_B1 = jnp.where(place_B1 < 0, place_B1, place_B1 + 1)
-      draft_B = sampling.sample(logits_B1V[:, 0], arrays, place_B1[:, 0])
-      drafts.append(draft_B)
-      net, next_BT, index_BT = self.absorbed, draft_B[:, None], place_B1
+      token_B = sampling.sample(logits_B1V[:, 0], arrays, place_B1[:, 0])
+      speculative.append(token_B)
+      net, next_BT, index_BT = self.absorbed, token_B[:, None], place_B1
       at_B1 = jnp.zeros_like(at_B1)
-    empty_B0 = jnp.zeros((len(at_B1), 0), jnp.int32)
-    return jnp.stack(drafts, axis=1) if drafts else empty_B0, caches
+    if not speculative:
+      return jnp.zeros((len(at_B1), 0), jnp.int32), caches
+    return jnp.stack(speculative, axis=1), caches
 
 
-def _counted(forward, variables, router, step_input, caches, arrays, load_PLE):
+def _step_and_count(
+  forward, variables, router, step_input, caches, arrays, load_PLE
+):
   """A step on one rank; adds its expert load to that of earlier steps."""
   output, caches, load_LE = forward(
     variables, router, step_input, caches, arrays

@@ -1,10 +1,11 @@
 """Redundant experts, rebalanced while the model runs (TR 3.4).
 
-Busy experts have copies. Steps count how many tokens each expert gets.
-`rebalance` places experts and their copies for that load (`eplb`) and moves
-weights between slots on the devices. Which expert is in a slot is an input of
-the steps, and all shapes stay the same: nothing is recompiled, and no token
-changes (`ops.redundant_experts`). MTP modules have no redundant experts.
+Redundant experts are replicas of busy experts. A slot is room for one expert on
+one device. Steps count how many tokens each expert gets. `rebalance` assigns
+experts to slots for that load (`eplb`) and moves weights between slots on the
+devices. Which expert is in a slot is an input of the steps, and all shapes stay
+the same: nothing is recompiled, and no token changes (`ops.redundant_experts`).
+MTP modules have no redundant experts.
 
 Letters: Z expert slots, z those of one device, r = Z - E + 1 slots that an
 expert can have at most, P ranks, W devices that have experts.
@@ -108,7 +109,7 @@ class ExpertRebalancer:
   def _place(self, load_LE) -> eplb.Placement:
     """A placement with `log2phy` padded to its largest possible size."""
     spare, moe = self._plan.redundant, self._cfg.moe
-    sizes = (self._mesh.sizes['node'], self._mesh.num_holders)
+    sizes = (self._mesh.sizes['node'], self._mesh.num_expert_ranks)
     placement = eplb.rebalance_experts(
       load_LE, moe.num_experts + spare, moe.num_groups, *sizes
     )
@@ -124,24 +125,24 @@ class ExpertRebalancer:
     spec = inference_mesh.REPLICATED
     place = lambda x: self._mesh.place(jnp.asarray(x), spec)
     slots, count = self._placement.log2phy, self._placement.logcnt
-    stack, copies = dict(params['moe_layers']), {}
+    stack, redundant_slots = dict(params['moe_layers']), {}
     for i, name in enumerate(self._names):
       at = slice(None) if self._cfg.scan_layers else i
       moe = dict(stack[name]['moe'])
       for matrix, move in self._moves.items():
         moe[matrix] = move(moe[matrix], source_LZ[at])
       stack[name] = stack[name] | {'moe': moe}
-      copies[name] = {
+      redundant_slots[name] = {
         'moe': {'slots': place(slots[at]), 'count': place(count[at])}
       }
     return {
       'params': params | {'moe_layers': stack},
-      'redundant_slots': {'moe_layers': copies},
+      'redundant_slots': {'moe_layers': redundant_slots},
     }
 
   def _balancedness(self, load_LE, phy2log) -> float:
-    holders = self._mesh.num_holders
-    load_LW = eplb.loads(load_LE, phy2log, holders)
+    num_expert_ranks = self._mesh.num_expert_ranks
+    load_LW = eplb.loads(load_LE, phy2log, num_expert_ranks)
     return float(np.mean(eplb.balancedness(load_LW)))
 
 
@@ -155,7 +156,7 @@ def check(
   Raises:
     InputError: they cannot, a number is negative, or there are no experts.
   """
-  spare, holders = plan.redundant, mesh.num_holders
+  spare, num_expert_ranks = plan.redundant, mesh.num_expert_ranks
   for name, value in (
     ('redundant_experts', spare),
     ('rebalance_every', plan.every),
@@ -168,12 +169,13 @@ def check(
       f'{cfg.num_dense_layers} of model.num_layers={cfg.num_layers}'
     )
   slots = cfg.moe.num_experts + spare
-  if slots % holders:
-    below = spare - slots % holders
+  if slots % num_expert_ranks:
+    below = spare - slots % num_expert_ranks
     raise errors.InputError(
       f'redundant_experts={spare} beside model.moe.num_experts='
       f'{cfg.moe.num_experts} must fill a multiple of parallel.node * '
-      f'parallel.expert = {holders} slots: {below} or {below + holders}'
+      f'parallel.expert = {num_expert_ranks} slots: {below} or '
+      f'{below + num_expert_ranks}'
     )
 
 

@@ -1,4 +1,4 @@
-"""A request, how its tokens are sampled, and what the engine says about it."""
+"""A request, its sampling parameters, and the engine's output for it."""
 
 import dataclasses
 import enum
@@ -17,14 +17,15 @@ FinishReason = Literal['stop', 'length', 'aborted']
 class SamplingParams:
   """How the tokens of a request are sampled; see `sampling.SamplingArrays`.
 
-  stream: gives requests of the same seed different random numbers.
+  rng_stream: number of a random stream; requests of one seed with different
+    streams have independent random numbers.
   """
 
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
   seed: int = 0
-  stream: int = 0
+  rng_stream: int = 0
 
 
 GREEDY = SamplingParams()
@@ -42,16 +43,17 @@ class RequestState(enum.Enum):
 class Request:
   """A request to the engine, from its prompt to its last token.
 
-  shares_prompt_with: an earlier request with the same prompt. While that one
-    prefills the prompt, this one runs without blocks; then it shares them.
+  shares_prompt_with: an earlier request with the same prompt. While that
+    request prefills the prompt, this one is running but has no blocks. It then
+    takes a reference to the other's blocks.
   all_tokens: the prompt and the tokens generated so far.
   number: its place in the order of arrival.
   rank: whose cache holds its tokens.
-  num_cached_tokens: how many tokens of its prompt it found in the prefix cache
-    when it was first admitted, or shared; None before that.
-  speculative_tokens: drafts of the tokens that follow `all_tokens`.
-  num_reported: a preempted request generates some tokens again; so many of
-    `all_tokens` need no second `TokenOutput`.
+  num_cached_tokens: tokens of the prompt that it did not compute, because the
+    prefix cache or the other request had them. None until that is known.
+  speculative_tokens: draft tokens behind `all_tokens`, not verified yet.
+  num_reported: how many of `all_tokens` had a `TokenOutput` before a
+    preemption. These are not reported again when they are regenerated.
   key_2: data of its PRNG key.
   """
 
@@ -90,7 +92,7 @@ class Request:
 
   @property
   def is_uncached(self) -> bool:
-    """It runs, and the cache holds none of its tokens."""
+    """It is running, and the cache holds none of its tokens."""
     return self.block_table.length == 0
 
   @property

@@ -10,10 +10,12 @@ from jaxtyping import Array, Float, Int, UInt32
 class SamplingArrays(NamedTuple):
   """Sampling parameters of each row.
 
-  keys_B2: data of PRNG keys (`jax.random.key_data`), so that the random numbers
-  of a row do not depend on other rows. temperature_B: 0 is greedy. top_k_B:
-  only the k likeliest tokens; 0 is all. top_p_B: of these the fewest whose
-  share of their mass reaches it; 1 keeps all.
+  keys_B2: PRNG keys, as `jax.random.key_data`. Each row has its own, so that
+    its random numbers do not depend on other rows.
+  temperature_B: 0 is greedy.
+  top_k_B: keeps the k likeliest tokens; 0 keeps all.
+  top_p_B: nucleus. Keeps the fewest of the top-k tokens whose share of the
+    top-k probability is at least top_p; 1 keeps all.
   """
 
   keys_B2: UInt32[Array, 'B 2']

@@ -1,10 +1,10 @@
 """Continuous batching: which requests run, and what the next step computes.
 
-The tokens of a request are its prompt and the tokens generated so far. The
-cache holds the first of them. The others are computed: many tokens, or the
-first one, in chunks (prefill); the last one together with the last ones of
-other requests (decode). Requests join and leave between steps, first come,
-first served.
+The tokens of a request are its prompt and the tokens generated so far. Prefill
+steps compute them in chunks; the last chunk samples the next token. From then
+on only the last token is not in the cache. A decode step computes it, for all
+such requests together, and samples the next one. Requests join and leave
+between steps, first come, first served.
 
 A rank is a device of the mesh with rows of its own, or several devices that
 share their rows (`sharding.BATCH_AXES`). One queue stands before all ranks;
@@ -12,9 +12,9 @@ each rank has a block pool. A running request lives on one rank: its blocks are
 there, and all of its tokens are computed there.
 
 If the blocks of a rank run out, the youngest request there is preempted: it
-releases its blocks and waits again, in its place in the order of arrival.
-Its tokens are computed again later, perhaps on another rank, except those that
-the prefix cache still holds. So the oldest request always makes progress. This
+releases its blocks and waits again, in its place in the order of arrival. Its
+tokens are recomputed later, perhaps on another rank, except those that the
+prefix cache still holds. So the oldest request always makes progress. This
 module touches no arrays.
 """
 
@@ -33,11 +33,13 @@ FINISHED = requests.RequestState.FINISHED
 
 @dataclasses.dataclass(frozen=True)
 class ScheduledStep:
-  """Of each request, the next `counts` tokens that the cache does not hold.
+  """Requests of a step, and how many tokens of each it computes.
 
-  Speculative tokens count too. `copies` are done first; they number the blocks
-  of all ranks, one rank after the other. A request whose uncomputed tokens are
-  all in the step gets its next token from it.
+  counts: of each request, the next tokens that the cache does not hold, with
+  its speculative tokens. If the step computes all that are left, it also
+  samples the next token.
+  copies: done before the step; they number the blocks of all ranks, one rank
+  after the other.
   """
 
   requests: list[requests.Request]
@@ -68,9 +70,9 @@ class Scheduler:
     chunk: most tokens of a prefill on each rank.
     lookahead: places behind its tokens for which a request has blocks too, for
       speculative tokens.
-    batch_invariant: tokens of prompts are always computed by prefills of one
-      request, and generated tokens, which other requests never share, by
-      decode steps, whether the request is preempted or not.
+    batch_invariant: a prefill computes prompt tokens of one request only, and
+      decode steps compute all generated tokens, also after a preemption.
+      Generated tokens do not enter the prefix cache.
     """
     if max_rows < 1 or chunk < 1:
       raise ValueError(f'max_rows={max_rows} and chunk={chunk} must be >= 1')
@@ -146,7 +148,7 @@ class Scheduler:
     return [_join(steps) for steps in (uncached, cached) if steps]
 
   def decode(self) -> ScheduledStep | None:
-    """The last token of each request with no other left, and its drafts."""
+    """Last and speculative tokens of all requests that are ready to decode."""
     steps = [self._decode(rank) for rank in range(len(self.pools))]
     steps = [step for step in steps if step.requests]
     return _join(steps) if steps else None
@@ -162,7 +164,7 @@ class Scheduler:
       if table.length == length:
         other.block_table = pool.fork(table)
         other.shares_prompt_with = None
-        # Its last token is computed again: the next one is sampled from it.
+        # The last token is computed again, to sample the next one from it.
         other.block_table.length = other.num_cached_tokens = length - 1
 
   def _next_chunk(self, rank: int) -> ScheduledStep | None:
@@ -197,7 +199,7 @@ class Scheduler:
         try:
           new = pool.extend(request.block_table, self._num_places(request))
         except block_pool.OutOfBlocks:
-          # The youngest one: it is the last whose turn comes in this loop.
+          # The loop goes from old to young: the youngest is not in `chosen`.
           self._preempt(running[-1])
           self.preempted += 1
         else:
@@ -205,7 +207,7 @@ class Scheduler:
           copies += [block_pool.BlockCopy(first + a, first + b) for a, b in new]
           chosen.append(request)
           break
-    for request in chosen:  # a draft of the last token of all has no use
+    for request in chosen:  # k speculative tokens give at most k + 1 tokens
       most = max(request.max_length - len(request.all_tokens) - 1, 0)
       del request.speculative_tokens[most:]
     counts = [1 + len(request.speculative_tokens) for request in chosen]
@@ -214,8 +216,8 @@ class Scheduler:
   def _admit(self, request: requests.Request) -> bool:
     """Admits a request to the best rank that has room for it.
 
-    The best rank has the fewest rows, where each block of the request that its
-    prefix cache holds counts as a row less; then the most available blocks.
+    The best rank has the lowest cost: its rows, minus the blocks of the request
+    that its prefix cache holds. Of several, the one with most available blocks.
     """
 
     def cost(rank):
@@ -232,12 +234,12 @@ class Scheduler:
       rank = request.shares_prompt_with.rank
       if rank in free:
         free = [rank]  # where the blocks to share are
-      else:  # the requests behind it need not wait
+      else:  # it must not hold up the requests behind it
         request.shares_prompt_with = None
     return any(self._admit_to(rank, request) for rank in sorted(free, key=cost))
 
   def _admit_to(self, rank: int, request: requests.Request) -> bool:
-    """Admits a request if the rank has blocks for all tokens it has so far."""
+    """Admits a request if the rank has blocks for the tokens so far."""
     if self.batch_invariant or not _waits_for_shared_prompt(request):
       request.shares_prompt_with = None
     pool, table = self.pools[rank], block_pool.BlockTable()
@@ -276,7 +278,7 @@ class Scheduler:
     bisect.insort(self.waiting, request, key=_number)
 
   def _release(self, request: requests.Request) -> None:
-    """Releases its blocks; requests that wait to share them queue again."""
+    """Releases its blocks; preempts requests that wait to share them."""
     for other in self._sharers(request):
       self._preempt(other)
     self.pools[request.rank].release(request.block_table)
@@ -289,12 +291,12 @@ class Scheduler:
 
 
 def _waits_for_shared_prompt(request: requests.Request) -> bool:
-  """The other request still prefills the prompt, of more than one token."""
+  """Another request is prefilling the prompt, which has two or more tokens."""
   other = request.shares_prompt_with
   length = len(request.all_tokens)
   if other is None or other.state is not RUNNING or length < 2:
     return False
-  # A preempted one that already has an answer would go past the shared prompt.
+  # If it was preempted with generated tokens, its prefill has these too.
   return len(other.all_tokens) == length and other.block_table.length < length
 
 

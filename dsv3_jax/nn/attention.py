@@ -1,4 +1,13 @@
-"""Multi-head latent attention as a module: weights, and the choice of form."""
+"""Multi-head latent attention as a module: weights, and the three modes.
+
+  train    no cache; naive form, queries see the batch's own tokens
+  prefill  naive form; the latents are written to the cache too
+  decode   absorbed form, queries see what the cache holds; also later chunks
+           of a prompt
+
+All have the same parameters and projections; decision 21 says why they are one
+module. The maths is in `ops.mla` and `ops.attention`.
+"""
 
 from typing import NamedTuple
 
@@ -22,8 +31,8 @@ class AttentionContext(NamedTuple):
   cos_BTr, sin_BTr: rotations of the positions of this device's tokens.
   valid_BS: f32, 0 on padding. segments_BS: int32, or None when tokens may
   attend across samples; both of whole rows, also where `context` shards them.
-  index_BT: int32, place of each token in its row, or None without a cache;
-  negative ones belong to no row. table_Bb: int32, pages of the rows.
+  index_BT: int32, place of each token in its row, negative on padding.
+  table_Bb: int32, block table of each row. Both None without a cache.
   """
 
   cos_BTr: Array
@@ -50,13 +59,9 @@ def make_context(
 
 
 class LatentAttention(nn.Module):
-  """MLA (TR 2.1.1), in one of two forms with the same parameters.
+  """MLA (TR 2.1.1).
 
-  absorbed: decoding. Queries attend to the cache up to their own index; a row's
-  tokens are consecutive, and those of no row come behind them. Otherwise naive:
-  training and prefill. Queries attend to the batch's own tokens, whose latents
-  are written to the cache, if there is one; where `context` shards the rows,
-  the latents of other devices are gathered.
+  absorbed: it decodes; otherwise it trains or, with a cache, prefills.
   """
 
   cfg: config.ModelConfig
@@ -83,29 +88,42 @@ class LatentAttention(nn.Module):
     if cache is not None:
       cache = latent_cache.write(cache, latents, *where)
     queries = mla.split_query(q_BTNX, context.cos_BTr, context.sin_BTr)
-    if self.absorbed:
-      pages = latent_cache.layer_pages(cache, *where)
-      o_BTNU, packed = self._decode(queries, pages, w_uk_CNH, w_uv_CNU), None
+    weights, packed = (w_uk_CNH, w_uv_CNU), None
+    if cache is None:
+      o_BTNU, packed = self._train(queries, latents, context, *weights)
+    elif self.absorbed:
+      blocks = latent_cache.layer_blocks(cache, *where)
+      o_BTNU = self._decode(queries, blocks, *weights)
     else:
-      if latent_cache.is_fp8(cache):  # the same values as in the absorbed form
-        latents = latent_cache.rounded(latents)
-      o_BTNU, packed = self._attend(
-        queries, latents, context.segments_BS, w_uk_CNH, w_uv_CNU
-      )
+      o_BTNU, packed = self._prefill(queries, latents, cache, context, *weights)
     shape = (m.num_heads, m.v_head_dim, cfg.d_model)
     w_o_NUD = self._weight('w_o', shape, 'heads', 'head_dim', 'embed')
     return self._output(o_BTNU, packed, w_o_NUD), cache
 
-  def _decode(self, queries, pages, w_uk_CNH, w_uv_CNU):
-    """Absorbed: queries attend to the cached latents."""
-    scale, implementation = self._scale(), self.policy.implementation
-    weights = (w_uk_CNH, w_uv_CNU)
+  def _decode(self, queries, blocks, w_uk_CNH, w_uv_CNU):
+    """Absorbed form: attends to the cache, up to each query's own index.
+
+    The tokens of a row are consecutive; padding comes behind them.
+    """
     return mla.attend_absorbed(
-      *queries, *pages, *weights, scale, implementation
+      *queries,
+      *blocks,
+      w_uk_CNH,
+      w_uv_CNU,
+      self._scale(),
+      self.policy.implementation,
     )
 
-  def _attend(self, queries, latents, segments_BS, w_uk_CNH, w_uv_CNU):
-    """Naive: keys and values of all heads.
+  def _prefill(self, queries, latents, cache, context, w_uk_CNH, w_uv_CNU):
+    """As training, with the latents as decode steps will read them."""
+    if latent_cache.is_fp8(cache):
+      latents = latent_cache.rounded(latents)
+    return self._train(queries, latents, context, w_uk_CNH, w_uv_CNU)
+
+  def _train(self, queries, latents, context, w_uk_CNH, w_uv_CNU):
+    """Naive form: keys and values of all heads.
+
+    Where `context` shards the rows, the latents of other devices are gathered.
 
     Returns:
       The output and, under FP8, its E5M6 form for the backward pass.
@@ -120,8 +138,12 @@ class LatentAttention(nn.Module):
       v_BSNU = linear.project(c, w_uv_CNU, policy).reshape(shape)
     keys = (k_nope_BSNH, latents.k_rope_BSR, v_BSNU)
     return attention.causal(
-      *(q_BTNX, *keys, segments_BS, self._scale()),
-      *(policy.fp8, policy.implementation),
+      q_BTNX,
+      *keys,
+      context.segments_BS,
+      self._scale(),
+      pack=policy.fp8,
+      implementation=policy.implementation,
     )
 
   def _output(self, o_BTNU, packed, w_o_NUD) -> Float[Array, 'B T D']:

@@ -88,9 +88,15 @@ class Stack(nn.Module):
     context: attention.AttentionContext,
   ) -> tuple[Array, attention.LatentCache | None, moe.MoeStats | None]:
     """Runs all blocks; statistics come stacked over the layers."""
-    fields = (self.cfg, self.balance, self.policy, self.is_moe, self.absorbed)
     index_L = jnp.arange(self.length)
     block = with_remat(self.cfg, scanned=self.cfg.scan_layers)
+    fields = {
+      'cfg': self.cfg,
+      'balance': self.balance,
+      'policy': self.policy,
+      'is_moe': self.is_moe,
+      'absorbed': self.absorbed,
+    }
     carry = (x_BTD, cache)
     if self.cfg.scan_layers:
       scanned = nn.scan(
@@ -100,12 +106,12 @@ class Stack(nn.Module):
         in_axes=(0, 0, nn.broadcast),
         length=self.length,
         metadata_params={nn.PARTITION_NAME: 'layers'},
-      )(*fields, name='layers')
+      )(**fields, name='layers')
       carry, stats = scanned(carry, bias_LE, index_L, context)
       return *carry, stats
     layer_stats = []
     for i in range(self.length):
-      layer = block(*fields, name=f'layer_{i}')
+      layer = block(**fields, name=f'layer_{i}')
       carry, stats = layer(carry, bias_LE[i], index_L[i], context)
       layer_stats.append(stats)
     return *carry, jax.tree.map(lambda *xs: jnp.stack(xs), *layer_stats)

@@ -1,4 +1,7 @@
-"""The latent cache of a stack of layers: what MLA keeps a token (TR 2.1.1)."""
+"""The latent cache of a stack of layers: what MLA keeps a token (TR 2.1.1).
+
+The cache is paged. A block of the engine is a page of the kernels.
+"""
 
 from typing import NamedTuple
 
@@ -13,9 +16,9 @@ from pallas_kernels.mla_decode import api as mla_decode
 
 
 class LatentCache(NamedTuple):
-  """Latents of all layers of one stack, in p pages of s tokens.
+  """Latents of all layers of one stack, in p blocks of s tokens.
 
-  Key i of row r is in page table_Bb[r, i // s], at place i % s. Latents are in
+  Key i of row r is in block table_Bb[r, i // s], at place i % s. Latents are in
   the rotary keys' dtype, or `Quantized` with a scale for each 128 of a token.
   """
 
@@ -26,16 +29,17 @@ class LatentCache(NamedTuple):
 def empty_cache(
   cfg: config.ModelConfig,
   num_layers: int,
-  pages: int,
-  size: int,
+  num_blocks: int,
+  block_size: int,
   dtype,
   *,
   fp8: bool,
 ) -> LatentCache:
-  """A cache of zeros: pages of `size` tokens."""
+  """A cache of zeros: blocks of `block_size` tokens."""
 
   def shapes():
-    zeros = lambda width: jnp.zeros((num_layers, pages, size, width), dtype)
+    shape = (num_layers, num_blocks, block_size)
+    zeros = lambda width: jnp.zeros((*shape, width), dtype)
     widths = (cfg.mla.kv_lora_rank, cfg.mla.qk_rope_head_dim)
     return _stored(mla_decode.LatentPages(*map(zeros, widths)), fp8)
 
@@ -52,14 +56,14 @@ def write(
 ) -> LatentCache:
   """Writes latents of a layer at their indices.
 
-  Those of no row (index_BT < 0) or past a row's pages are dropped.
+  Those of padding (index_BT < 0) or past a row's blocks are dropped.
   """
-  _, pages, size, _ = cache.c_LpsC.shape
-  page_BT = jnp.take_along_axis(
-    table_Bb, index_BT // size, axis=1, mode='fill', fill_value=pages
+  _, num_blocks, size, _ = cache.c_LpsC.shape
+  block_BT = jnp.take_along_axis(
+    table_Bb, index_BT // size, axis=1, mode='fill', fill_value=num_blocks
   )
-  page_BT = jnp.where(index_BT < 0, pages, page_BT)
-  at = (layer, page_BT, index_BT % size)
+  block_BT = jnp.where(index_BT < 0, num_blocks, block_BT)
+  at = (layer, block_BT, index_BT % size)
 
   def put(old, new):
     bits = mla_decode.bits
@@ -82,23 +86,26 @@ def rounded(latents: mla.Latents) -> mla.Latents:
   return mla.Latents(read.c_psC, read.k_rope_psR)
 
 
-def layer_pages(
+def layer_blocks(
   cache: LatentCache,
   index_BT: Int[Array, 'B T'],
   table_Bb: Int[Array, 'B b'],
   layer: Int[Array, ''],
 ) -> tuple[mla_decode.LatentPages, Int[Array, 'B b'], Int[Array, 'B']]:
-  """The pages of all layers without a copy, a layer's table, and lengths.
+  """A layer's blocks as pages of the kernels: pages, table and lengths.
 
-  A row's tokens are consecutive from index_BT[:, 0], which gives its length.
-  Padding behind them belongs to no row; what it attends to does not matter.
+  The pages are those of all layers, so that nothing is copied; the table points
+  to those of the layer. A row's tokens are consecutive from index_BT[:, 0],
+  which gives its length. Padding comes behind them; what it attends to does not
+  matter.
   """
-  _, count, size, _ = cache.c_LpsC.shape
+  _, num_blocks, size, _ = cache.c_LpsC.shape
   flat = lambda x: x.reshape(-1, *x.shape[2:])
-  # Where a row has no page, one of its own stands: another's may not be finite.
-  own_B1 = jnp.minimum(table_Bb[:, :1], count - 1)
-  table_Bb = jnp.where(table_Bb < count, table_Bb, own_B1)
-  table_Bb += layer * count
+  # Entries without a block point to the row's first: another row's block may
+  # hold values that are not finite.
+  own_B1 = jnp.minimum(table_Bb[:, :1], num_blocks - 1)
+  table_Bb = jnp.where(table_Bb < num_blocks, table_Bb, own_B1)
+  table_Bb += layer * num_blocks
   first_B, length = index_BT[:, 0], index_BT.shape[1]
   lengths_B = jnp.where(first_B < 0, 0, first_B + length)
   # Speculative tokens may pass the end of the table.

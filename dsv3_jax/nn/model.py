@@ -1,11 +1,11 @@
 """The whole network: embedding, dense and MoE stacks, head, MTP modules.
 
 Methods, for `Model.apply(..., method=...)`:
-  __call__     logits of the main model and of each MTP depth
-  loss         training losses of one micro-batch, and expert loads
-  token_losses cross-entropy of each main target
-  cached       logits of some tokens, through a latent cache
-  drafted      logits of the first MTP module for the next tokens, likewise
+  __call__        logits of the main model and of each MTP depth
+  loss            training losses of one micro-batch, and expert loads
+  token_losses    cross-entropy of each main target
+  forward_cached  logits of some tokens, through a latent cache
+  draft           logits of the first MTP module, through its own cache
 The router's biases are an input, `{'moe': [layers, E], 'mtp': [depth, E]}`;
 each is there only if there are such layers.
 """
@@ -69,17 +69,20 @@ class Model(nn.Module):
 
   def setup(self):
     cfg, common = self.cfg, (self.cfg, self.balance, self.policy)
+    make_stack = functools.partial(block.Stack, absorbed=self.absorbed)
     self.embed = layers.Embedding(cfg, self.policy)
     if cfg.num_dense_layers:
-      args = (*common, False, self.absorbed)
-      self.dense_layers = block.Stack(cfg.num_dense_layers, *args)
+      self.dense_layers = make_stack(
+        cfg.num_dense_layers, *common, is_moe=False
+      )
     if cfg.num_moe_layers:
-      args = (*common, True, self.absorbed)
-      self.moe_layers = block.Stack(cfg.num_moe_layers, *args)
+      self.moe_layers = make_stack(cfg.num_moe_layers, *common, is_moe=True)
     self.final_norm = layers.RMSNorm(cfg)
     self.head = layers.Head(cfg, self.policy)
-    args = (*common, self.absorbed)
-    self.mtp = [mtp.MtpModule(*args) for _ in range(cfg.mtp.depth)]
+    self.mtp = [
+      mtp.MtpModule(*common, absorbed=self.absorbed)
+      for _ in range(cfg.mtp.depth)
+    ]
 
   def __call__(
     self, batch: Batch, router: Router
@@ -124,7 +127,7 @@ class Model(nn.Module):
     loads = {'load': stats.load_E, 'mtp_load': mtp_stats.load_E}
     return mtp_loss.total(parts, scales), parts | loads
 
-  def cached(
+  def forward_cached(
     self,
     tokens_BT: Int[Array, 'B T'],
     index_BT: Int[Array, 'B T'],
@@ -139,10 +142,10 @@ class Model(nn.Module):
 
     Args:
       index_BT: place of each token in its row, also its rotary position;
-        negative ones belong to no row. table_Bb: pages of each row.
+        negative on padding. table_Bb: block table of each row.
     Returns:
-      Also the hidden states that `drafted` takes, and how many tokens each
-      expert got, those of no row left out.
+      Also the hidden states that `draft` takes, and how many tokens each
+      expert got, padding left out.
     """
     context = _cached_context(self.cfg, index_BT, table_Bb)
     raw_BTD, caches, stats = self._stacks(tokens_BT, router, context, caches)
@@ -152,7 +155,7 @@ class Model(nn.Module):
     logits_BtV = _logits(h_BtD, self.head())
     return logits_BtV, previous_BTD, caches, stats.load_E
 
-  def drafted(
+  def draft(
     self,
     previous_BTD: Float[Array, 'B T D'],
     next_BT: Int[Array, 'B T'],
@@ -162,12 +165,13 @@ class Model(nn.Module):
     router: Router,
     caches: Caches,
   ) -> tuple[Float[Array, 'B 1 V'], Float[Array, 'B 1 D'], Caches]:
-    """Logits of the tokens after `next_BT`, which follow those of `cached`.
+    """Logits after the tokens `next_BT`, by the first MTP module (TR 2.2).
 
-    By the first MTP module (TR 2.2), whose own cache it fills.
+    Fills the module's own cache.
 
     Args:
-      previous_BTD: hidden states of `cached`, or of this for one token more.
+      previous_BTD: hidden states of `forward_cached`, or of this method for one
+        token more. next_BT: the token behind each of them.
       at_B1: the tokens whose logits and hidden states are returned.
     """
     context = _cached_context(self.cfg, index_BT, table_Bb)
@@ -224,10 +228,11 @@ def make_context(
 
 
 def _cached_context(cfg, index_BT, table_Bb) -> attention.AttentionContext:
-  """The context of rows with a cache; tokens of no row do not count."""
+  """The context of rows with a cache; padding does not count."""
   valid_BT = (index_BT >= 0).astype(jnp.float32)
-  args = (index_BT, valid_BT, None, index_BT, table_Bb)
-  return attention.make_context(cfg, *args)
+  return attention.make_context(
+    cfg, index_BT, valid_BT, index_BT=index_BT, table_Bb=table_Bb
+  )
 
 
 def tokens_ahead(batch: Batch, depth: int) -> list[Int[Array, 'B T']]:

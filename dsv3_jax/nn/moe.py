@@ -1,7 +1,7 @@
 """DeepSeekMoE as a module: router, shared expert, routed experts (TR 2.1.2).
 
-Inference can hold redundant experts (TR 3.4): the collection 'redundant_slots'
-then holds the slots of each, and the weights of experts are those of slots.
+Inference can have redundant experts (TR 3.4). The weights are then one matrix a
+slot, and the collection 'redundant_slots' holds which slots each expert has.
 """
 
 from typing import NamedTuple
@@ -67,8 +67,13 @@ class DeepSeekMoE(nn.Module):
     )
     flat = lambda x: x.reshape(-1, x.shape[-1])
     y_MD = expert_ops.expert_ffn(
-      *(flat(x_BTD), flat(ids_BTK), flat(gates_BTK), experts),
-      *(self._options(), redundant, valid_BT.reshape(-1)),
+      flat(x_BTD),
+      flat(ids_BTK),
+      flat(gates_BTK),
+      experts,
+      self._options(),
+      redundant,
+      valid_BT.reshape(-1),
     )
     y_BTD = y_MD.reshape(x_BTD.shape)
     if moe.num_shared_experts:

@@ -55,7 +55,12 @@ class MtpModule(nn.Module):
       x_MD = linear.project(merged_M2D, w_proj, self.policy)
       x_BTD = x_MD.reshape(h_BTD.shape)
       body = block.with_remat(cfg, scanned=False)(
-        cfg, self.balance, self.policy, True, self.absorbed, name='block'
+        cfg,
+        self.balance,
+        self.policy,
+        is_moe=True,
+        absorbed=self.absorbed,
+        name='block',
       )
       carry, stats = body((x_BTD, cache), bias_E, jnp.array(0), context)
       x_BTD, cache = carry

@@ -5,6 +5,8 @@ are outside: they are sharded over the vocabulary on all ranks. Layers are
 unrolled, so that a backward pass can be split into its input and weight halves.
 """
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -40,16 +42,22 @@ class PipelineStage(nn.Module):
       ahead: of the last stage, Emb(t_{i+k}) for each MTP depth; else empty.
       router: biases of this stage's MoE layers and of the MTP modules.
     """
-    cfg, common = self.cfg, (self.cfg, self.balance, self.policy)
+    cfg = self.cfg
     context = model.make_context(cfg, batch, self.isolated)
-    make = block.with_remat(cfg, scanned=False)
+    make_block = functools.partial(
+      block.with_remat(cfg, scanned=False),
+      cfg,
+      self.balance,
+      self.policy,
+      absorbed=False,
+    )
     no_bias, at = jnp.zeros(0, jnp.float32), jnp.array(0)
     carry, loads, balances = (x_BTD, None), [], []
     for i in range(self.num_dense):
-      layer = make(*common, False, False, name=f'dense_{i}')
+      layer = make_block(is_moe=False, name=f'dense_{i}')
       carry, _ = layer(carry, no_bias, at, context)
     for i in range(self.num_moe):
-      layer = make(*common, True, False, name=f'moe_{i}')
+      layer = make_block(is_moe=True, name=f'moe_{i}')
       carry, layer_stats = layer(carry, router['moe'][i], at, context)
       loads.append(layer_stats.load_E)
       balances.append(layer_stats.balance)
@@ -64,7 +72,8 @@ class PipelineStage(nn.Module):
       return raw_BTD, stats
     h_BTD = layers.RMSNorm(cfg, name='final_norm')(raw_BTD)
     modules = [
-      mtp.MtpModule(*common, name=f'mtp_{k}') for k in range(cfg.mtp.depth)
+      mtp.MtpModule(cfg, self.balance, self.policy, name=f'mtp_{k}')
+      for k in range(cfg.mtp.depth)
     ]
     deeper, mtp_stats = mtp.chain(
       cfg, modules, h_BTD, raw_BTD, ahead, router, context

@@ -1,9 +1,9 @@
 """Gradients of a step's micro-batches, without a pipeline and with one.
 
-`Accumulation` is what a training step knows of its micro-batches. Without a
-pipeline they run one after another on the whole model; with one, by the table
-of a schedule. How many of them a step uses is an operand, so that a batch ramp
-does not recompile.
+A training step sums gradients through an `Accumulation`. Without a pipeline
+micro-batches run one after another on the whole model; with a pipeline they run
+by the table of a schedule. How many of them a step uses is an operand, so a
+batch ramp does not recompile.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ class Accumulation(Protocol):
   """Sums gradients over the micro-batches of a step."""
 
   def num_microbatches(self, count: int) -> Tree:
-    """The step's operand that says how many micro-batches are used."""
+    """The step's operand for `count` micro-batches."""
 
   def num_microbatches_specs(self) -> Tree:
     """The partition of that operand."""
@@ -78,8 +78,8 @@ class SequentialAccumulation:
 class PipelinedAccumulation:
   """The stages of a pipeline, by the table of a schedule.
 
-  compile_program: of a number of micro-batches, with the branches of the full
-  step.
+  compile_program: makes the program of a step with fewer micro-batches, with
+  the branches of the full step.
   """
 
   pipe: executor.Pipeline
@@ -92,9 +92,9 @@ class PipelinedAccumulation:
     return executor.InstructionTable(Spec(None, 'pipe'), Spec(), Spec())
 
   def in_use(
-    self, num_microbatches: executor.InstructionTable, capacity: int
+    self, table: executor.InstructionTable, capacity: int
   ) -> jax.Array:
-    return jnp.arange(capacity) < num_microbatches.counts[1]
+    return jnp.arange(capacity) < table.num_microbatches
 
   def gradients(self, *operands):
     return executor.gradients(self.pipe, *operands)
@@ -104,18 +104,18 @@ class PipelinedAccumulation:
 def _table(
   accumulation: PipelinedAccumulation, count: int
 ) -> executor.InstructionTable:
-  """The arrays of a step, as long as those of the longest."""
+  """The arrays of a step, padded to the length of the full step's."""
   full = accumulation.pipe.program
   program = accumulation.compile_program(count)
   assert program.branches == full.branches
   assert program.transfers == full.transfers
   assert all(program.slots[k] <= full.slots[k] for k in program.slots)
-  ticks, most = len(program.fields_tick_rank), len(full.fields_tick_rank)
-  pad = lambda x: np.pad(x, [(0, most - ticks)] + [(0, 0)] * (x.ndim - 1))
+  num_ticks, length = len(program.fields_tick_rank), len(full.fields_tick_rank)
+  pad = lambda x: np.pad(x, [(0, length - num_ticks)] + [(0, 0)] * (x.ndim - 1))
   return executor.InstructionTable(
     jnp.asarray(pad(program.fields_tick_rank)),
-    jnp.asarray(pad(program.globals_tick_direction)),
-    jnp.array([ticks, count], jnp.int32),
+    jnp.asarray(pad(program.vocab_fields_tick_direction)),
+    jnp.array([num_ticks, count], jnp.int32),
   )
 
 
@@ -124,7 +124,7 @@ def gradient_of(
 ) -> Callable[[Tree, model.Batch], tuple[Tree, dict[str, jax.Array]]]:
   """Gradients and loss parts of a micro-batch, `(params, batch) -> ...`."""
   net = model.build(cfg, training=True)
-  # Once a step: the micro-batches share the FP8 forms of the weights.
+  # FP8 forms of the weights are computed once a step, for all micro-batches.
   quantized = model.quantize(net.policy, params)
 
   def loss(params, batch):
@@ -132,5 +132,5 @@ def gradient_of(
     total, parts = net.apply(variables, batch, router, scales, method='loss')
     return total, parts | {'total': total}
 
-  # Its shapes are asked for before it is used: it is traced once for both.
+  # Callers first ask for its shapes, then use it. jit traces it once for both.
   return jax.jit(jax.grad(loss, has_aux=True), inline=True)

@@ -2,9 +2,9 @@
 
 Two things depend on whether there is a pipeline: the form of the parameters
 (`param_layout`) and how gradients of micro-batches are summed
-(`accumulation`). `make` chooses both; what uses them has one path. Either way
-masters and moments exist once (`zero`). Checkpoints, evaluation and sampling
-see the model's own form only.
+(`accumulation`). `make` chooses both; their callers do not distinguish the two
+cases. In both cases masters and moments exist once (`zero`). Checkpoints,
+evaluation and sampling see the model's own form only.
 """
 
 import dataclasses
@@ -29,7 +29,8 @@ from dsv3_jax.parallel.schedules import make as schedules
 
 Tree = Any
 Spec = sharding.Spec
-# In MoE layers; embedding and head are sharded over all ranks.
+# 1 is an MoE layer. Embedding and head cost no stage anything: all ranks share
+# them.
 COSTS = layer_partition.Costs(head=0, mtp=1.1)
 
 
@@ -37,17 +38,28 @@ COSTS = layer_partition.Costs(head=0, mtp=1.1)
 class StateLayout:
   """Form and placement of a training state, and how its gradients are summed.
 
-  placed: a `zero.Placement` for every parameter, in the state's form.
-  model_placed: likewise, in the model's form, on a mesh without a pipeline.
-  rules: by which they were made.
+  Attributes:
+    placed: a `zero.Placement` for every parameter, in the state's form.
+    sizes: devices along each mesh axis.
+    rules: the sharding rules of `placed`.
   """
 
   cfg: config.Config
   param_layout: param_layout.ParamLayout
   accumulation: accumulation.Accumulation
   placed: Tree
-  model_placed: Tree
+  sizes: Mapping[str, int]
   rules: sharding.ShardingRules
+
+  @functools.cached_property
+  def model_placed(self) -> Tree:
+    """Placements in the model's form, on a mesh without a pipeline."""
+    if self.sizes['pipe'] == 1:
+      return self.placed
+    # The mesh is `sharding.without_pipe`.
+    data = self.sizes['pipe'] * self.sizes['data']
+    sizes = {**self.sizes, 'pipe': 1, 'data': data}
+    return zero.model_placements(model.build(self.cfg), sizes)
 
   def from_model(self, params: Tree, router: Tree) -> tuple[Tree, Tree]:
     """Parameters and router biases in the state's form."""
@@ -69,7 +81,7 @@ def make(cfg: config.Config, sizes: Mapping[str, int]) -> StateLayout:
   net, rules = model.build(cfg), sharding.RULES
   fsdp = tuple(axis for axis in cfg.parallel.fsdp if sizes[axis] > 1)
   rules = dataclasses.replace(rules, fsdp=fsdp)
-  if cfg.parallel.deterministic:  # whole experts see whole sequences
+  if cfg.parallel.deterministic:  # experts are replicated
     rules = dataclasses.replace(rules, experts=None)
   if sizes['pipe'] == 1:
     placed = zero.model_placements(net, sizes, rules)
@@ -78,18 +90,17 @@ def make(cfg: config.Config, sizes: Mapping[str, int]) -> StateLayout:
       param_layout.IdentityLayout(),
       accumulation.SequentialAccumulation(cfg),
       placed,
-      model_placed=placed,
-      rules=rules,
+      sizes,
+      rules,
     )
   pipe = make_pipeline(cfg)
   shapes = jax.eval_shape(pipe.layout.from_model, model.param_shapes(net))
   specs = model.param_specs(net, rules, sizes)
-  # Sharded over the vocabulary on all ranks, which no module does.
+  # Embedding and head are sharded over the vocabulary on all ranks. No module
+  # all-gathers them, so they are not sharded over `fsdp`.
   replicated = model.param_specs(net)
   specs |= {name: replicated[name] for name in ('embed', 'head')}
   specs = _slot_specs(pipe.layout, specs)
-  # As on `sharding.without_pipe`.
-  model_sizes = {**sizes, 'pipe': 1, 'data': sizes['pipe'] * sizes['data']}
   return StateLayout(
     cfg,
     pipe.layout,
@@ -97,8 +108,8 @@ def make(cfg: config.Config, sizes: Mapping[str, int]) -> StateLayout:
       pipe, functools.partial(_compile_program, pipe)
     ),
     zero.placements(specs, shapes, sizes),
-    model_placed=zero.model_placements(net, model_sizes),
-    rules=rules,
+    sizes,
+    rules,
   )
 
 
@@ -106,17 +117,17 @@ def make_pipeline(cfg: config.Config) -> executor.Pipeline:
   """Stages of about equal time, and the table of a full step."""
   train = cfg.train
   if train.batch_ramp_tokens:
-    # or raises
+    # Raises if the first batch of the ramp does not fit the schedule.
     make_schedule(cfg, train.batch_size_start // train.microbatch_size)
   schedule = make_schedule(cfg, train.batch_size // train.microbatch_size)
   costs = dataclasses.replace(COSTS, mtp=COSTS.mtp * cfg.model.mtp.depth)
-  cuts = layer_partition.split_layers(
+  layer_ranges = layer_partition.split_layers(
     cfg.model.num_layers, schedule.stages, costs
   )
   held = instructions.chunks(schedule)
-  if len(schedule.homes) > 1:  # one master each
+  if len(schedule.homes) > 1:  # two ranks run a stage, one has its master
     held = tuple((rank,) for rank in range(schedule.ranks))
-  layout = param_layout.make(cfg.model, cuts, held)
+  layout = param_layout.make(cfg.model, layer_ranges, held)
   program = instructions.compile_schedule(schedule, _kinds(layout))
   return executor.Pipeline(cfg, layout, program)
 
@@ -147,7 +158,8 @@ def make_schedule(
     'stages': per_rank * cfg.parallel.pipe,
     'microbatches': num_microbatches,
   }
-  # In ticks a forward beside a whole backward would wait for half of it.
+  # A tick lasts as long as its longest action. Split backwards take about as
+  # long as forwards; beside a full backward a forward would wait.
   halves = kind in schedules.UNIDIRECTIONAL
   try:
     return schedules.make_schedule(kind, **sizes, split_backward=halves)

@@ -1,11 +1,12 @@
 """ZeRO-1: master weights and optimizer state exist once (TR 3.2).
 
-A parameter has two partitions. Modules take its compute form: experts are
-sharded over their axes, everything else is replicated, or sharded over
-`parallel.fsdp` and gathered by the module. Its master, like the moments, is
-sharded further, over every axis along which the compute form is replicated. A
-step all-gathers compute forms from masters once, sums the gradients of all
-micro-batches locally, and reduce-scatters each sum to its master.
+A parameter has two partitions. Modules read its compute form: experts are
+sharded over their axes; everything else is replicated, or sharded over
+`parallel.fsdp` and all-gathered by the module. Its master, like the moments,
+has one dim sharded over more axes (`sharding.shard_largest_dim`): as many as
+possible of those along which the compute form is replicated. A step all-gathers
+compute forms from masters once, sums the gradients of all micro-batches
+locally, and reduce-scatters each sum to its master.
 """
 
 from collections.abc import Mapping
@@ -24,9 +25,12 @@ Tree = Any
 class Placement(NamedTuple):
   """Where one parameter is.
 
-  compute, master: partitions. dim: the dim in which the master is sharded
-  further, over `axes`; () where no dim can be divided. sums: axes over which
-  gradients are summed, as their devices see other tokens.
+  Attributes:
+    compute: partition of the compute form.
+    master, dim, axes: a `sharding.ShardedSpec`: the master's partition, in
+      which `dim` is also sharded over `axes`; () where no dim can be divided.
+    sums: axes over which gradients are summed, since devices along them see
+      different tokens.
   """
 
   compute: Spec
@@ -40,7 +44,8 @@ def placements(specs: Tree, shapes: Tree, sizes: Mapping[str, int]) -> Tree:
   """A `Placement` for every parameter.
 
   Args:
-    specs: partitions of the compute forms. shapes: of the whole parameters.
+    specs: partitions of the compute forms.
+    shapes: of the whole parameters.
     sizes: devices along each mesh axis.
   """
   is_spec = lambda x: isinstance(x, Spec)
@@ -59,11 +64,11 @@ def model_placements(
 
 
 def _place(spec: Spec, shape: tuple[int, ...], sizes) -> Placement:
-  """Shards the master over all axes that the compute form does not use."""
+  """Shards the master over the axes along which gradients are summed."""
   used = {axis for axes in spec for axis in sharding.axes_of(axes)}
   # Ranks of a pipeline sum the gradients of parameters that they share.
-  repeated = (*sharding.TOKEN_AXES, 'pipe')
-  sums = tuple(axis for axis in repeated if axis not in used)
+  sums = (*sharding.TOKEN_AXES, 'pipe')
+  sums = tuple(axis for axis in sums if axis not in used)
   free = [axis for axis in sums if sizes[axis] > 1]
   dims = range(len(shape))
   return Placement(
@@ -83,7 +88,7 @@ def gather(masters: Tree, placed: Tree) -> Tree:
 
 
 def reduce(grads: Tree, placed: Tree) -> Tree:
-  """Sums gradients of compute forms over devices, each to its master."""
+  """Reduce-scatters gradients of compute forms to the masters' shards."""
 
   def one(g, place):
     reduced = tuple(axis for axis in place.sums if axis not in place.axes)

@@ -19,7 +19,7 @@ Callback = Callable[[requests.TokenOutput], Any]
 
 
 class QueueFull(Exception):
-  """As many requests wait as may wait: try again later."""
+  """The queue has no room for another request: try again later."""
 
 
 class Closed(Exception):

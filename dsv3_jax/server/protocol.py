@@ -90,10 +90,14 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatRequest:
-  """The parsed body of a call, for completions and chat.
+  """The parsed body of a call to either endpoint: chat or completions.
 
-  prompts: token ids. n: answers to each of them. max_tokens: None is as many as
-  fit. include_usage: a stream ends with the number of tokens.
+  A chat has one prompt, its messages in the chat template; a completion may
+  have several.
+
+  prompts: token ids. n: answers to each prompt. max_tokens: of an answer; None:
+  as many as fit. stream: answer with server-sent events. include_usage: the
+  last event has the number of tokens.
   """
 
   prompts: list[list[int]]

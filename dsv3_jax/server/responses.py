@@ -76,7 +76,7 @@ class ResponseStream:
     request = requests.Request(
       prompt,
       count,
-      dataclasses.replace(params, stream=len(self.requests)),
+      dataclasses.replace(params, rng_stream=len(self.requests)),
       frozenset([self._tokenizer.eos_id]),
       shares_prompt_with,
     )

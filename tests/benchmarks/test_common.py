@@ -11,10 +11,10 @@ from benchmarks.common import clock, report
 def test_variants_take_turns_and_each_comes_first():
   order = []
   variants = {name: lambda name=name: order.append(name) for name in 'abc'}
-  how = clock.Clock(seconds=0.0, sample_seconds=0.0, rounds=(3, 9))
-  times = how.time(variants, dict.fromkeys('abc', 1))
+  timer = clock.Clock(seconds=0.0, sample_seconds=0.0, rounds=(3, 9))
+  times = timer.time(variants, dict.fromkeys('abc', 1))
   assert order == list('abcbcacab')
-  assert {told.samples for told in times.values()} == {3}
+  assert {summary.samples for summary in times.values()} == {3}
 
 
 def test_time_is_that_of_one_piece_of_work(monkeypatch):
@@ -24,17 +24,17 @@ def test_time_is_that_of_one_piece_of_work(monkeypatch):
   def work(seconds):
     now[0] += seconds
 
-  how = clock.Clock(seconds=100.0, sample_seconds=1.0, rounds=(5, 5))
+  timer = clock.Clock(seconds=100.0, sample_seconds=1.0, rounds=(5, 5))
   variants = {'one': lambda: work(0.25), 'four': lambda: work(2.0)}
-  times = how.time(variants, {'one': 1, 'four': 4})
+  times = timer.time(variants, {'one': 1, 'four': 4})
   assert times['one'].median == times['one'].minimum == 0.25
   assert times['four'].median == 0.5
 
 
 def test_summary_has_median_and_spread():
-  told = clock.summary([5.0, 1.0, 2.0, 3.0, 4.0])
-  assert told[:2] == (3.0, 1.0)
-  row = told.row()
+  summary = clock.summary([5.0, 1.0, 2.0, 3.0, 4.0])
+  assert summary[:2] == (3.0, 1.0)
+  row = summary.row()
   assert row['milliseconds_median'] == 3000.0
   assert row['spread_percent'] == pytest.approx(100 * 3.2 / 3.0)
 
@@ -58,11 +58,11 @@ def test_rows_are_kept_as_they_come(tmp_path, capsys):
   rows.append({'milliseconds': 2.5})
   text = path.read_text()
   assert report.read_rows(text.splitlines()) == rows
-  cut = text[:-5].splitlines()
-  assert report.read_rows(cut) == rows[:1]
+  truncated = text[:-5].splitlines()
+  assert report.read_rows(truncated) == rows[:1]
 
 
-def test_results_are_appended_with_where_they_were_made(tmp_path, capsys):
+def test_results_are_appended_with_device_and_commit(tmp_path, capsys):
   output = tmp_path / 'new' / 'results.md'
   args = argparse.Namespace(json=False, output=output)
   for value in (1, 2):
@@ -82,5 +82,5 @@ def test_bad_flag_is_one_line(capsys):
   with pytest.raises(SystemExit) as ended:
     report.parser('fp8_matmul', 'About').parse_args(['--fast'])
   assert ended.value.code == 2
-  said = capsys.readouterr().err
-  assert said == 'dsv3: unrecognized arguments: --fast\n'
+  message = capsys.readouterr().err
+  assert message == 'dsv3: unrecognized arguments: --fast\n'

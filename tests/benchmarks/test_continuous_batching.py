@@ -23,13 +23,13 @@ def test_both_ways_answer_all():
 
 
 @pytest.mark.parametrize(
-  ('flag', 'said'),
+  ('flag', 'message'),
   [
     ('--requests=0', '--requests=0 must be at least 1'),
     ('--longest=3', '--longest=3 must be at least 8'),
   ],
 )
-def test_wrong_flags_are_one_line(capsys, flag, said):
+def test_wrong_flags_are_one_line(capsys, flag, message):
   with pytest.raises(SystemExit) as stopped:
     continuous_batching.main([flag])
-  assert stopped.value.code == 2 and said in capsys.readouterr().err
+  assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -16,7 +16,7 @@ def experts(**changes):
 
 
 def samples(*seconds, cpu):
-  return [ep_overhead.Sample(each, cpu) for each in seconds]
+  return [ep_overhead.Sample(wall, cpu) for wall in seconds]
 
 
 def test_ratios_are_to_the_plain_path_of_the_same_precision():
@@ -39,14 +39,18 @@ def test_forced_hops_lead_to_the_device_itself():
 
 def test_paths_do_the_same_work(monkeypatch):
   """A sum of one part is that part: not even rounding differs."""
-  moved, move = [], jax.lax.all_to_all
-  note = lambda *args, **how: moved.append(args) or move(*args, **how)
-  monkeypatch.setattr(jax.lax, 'all_to_all', note)
+  calls, all_to_all = [], jax.lax.all_to_all
+
+  def spy(*args, **options):
+    calls.append(args)
+    return all_to_all(*args, **options)
+
+  monkeypatch.setattr(jax.lax, 'all_to_all', spy)
   layer = ep_overhead.Layer(ep_overhead.DRY, 'bf16')
   plain = layer.run('plain')()
-  assert not moved
+  assert not calls
   forced = layer.run('two hops')()
-  assert moved
+  assert calls
   for want, got in zip(*map(jax.tree.leaves, (plain, forced)), strict=True):
     assert np.any(np.asarray(want))
     np.testing.assert_array_equal(got, want)
@@ -62,19 +66,19 @@ def test_rows_of_one_hop_are_split_by_node():
 
 
 def test_tokens_of_all_experts_go_everywhere_once():
-  found = ep_overhead.count(experts(), nodes=2, peers=4, tokens=3)
-  assert found['one hop'] == (4, 3)
-  assert found['two hops'] == (1, 2 * 3)  # and on from each of both nodes
+  rows = ep_overhead.count(experts(), nodes=2, peers=4, tokens=3)
+  assert rows['one hop'] == (4, 3)
+  assert rows['two hops'] == (1, 2 * 3)  # and on from each of both nodes
 
 
 def test_limited_routing_keeps_the_bound():
   """All experts of one group, so of one node: of half the tokens, another."""
   moe = experts(top_groups=1, top_k=4)
-  found = ep_overhead.count(moe, nodes=2, peers=4, tokens=64)
-  over_nodes = found['two hops'].over_nodes
+  rows = ep_overhead.count(moe, nodes=2, peers=4, tokens=64)
+  over_nodes = rows['two hops'].over_nodes
   assert 0.3 < over_nodes < 0.7
-  assert found['one hop'].over_nodes == 4 * over_nodes
-  assert found['two hops'].within_node == 3
+  assert rows['one hop'].over_nodes == 4 * over_nodes
+  assert rows['two hops'].within_node == 3
 
 
 @pytest.mark.parametrize('path', ['one hop', 'two hops'])
@@ -111,10 +115,10 @@ def test_table_has_both_routings_of_every_size(monkeypatch):
 def test_report_holds_both_tables(monkeypatch, tmp_path):
   names = ep_overhead.PRECISIONS
   measured = {(name, 'plain'): samples(1.0, cpu=1.0) for name in names}
-  told = lambda *args: ep_overhead.to_rows(measured)
-  monkeypatch.setattr(ep_overhead, 'measure', told)
-  moved = lambda *args: [{'nodes': 8, 'bound': 4}]
-  monkeypatch.setattr(ep_overhead, 'traffic', moved)
+  measure = lambda *args: ep_overhead.to_rows(measured)
+  monkeypatch.setattr(ep_overhead, 'measure', measure)
+  traffic = lambda *args: [{'nodes': 8, 'bound': 4}]
+  monkeypatch.setattr(ep_overhead, 'traffic', traffic)
   output = tmp_path / 'results.md'
   assert ep_overhead.main(['--dry_run', f'--output={output}']) == 0
   text = output.read_text(encoding='utf-8')

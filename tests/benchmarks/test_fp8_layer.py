@@ -20,23 +20,27 @@ def test_layer_is_one_of_the_published_model():
 
 def test_every_quantiser_of_the_layer_is_counted(layer):
   """Counted by hand from the report's linears (TR 3.3.1, 3.3.3)."""
-  found = {}
+  calls_of = {}
   for call, count in fp8_layer.trace(layer):
-    found[call.name] = found.get(call.name, 0) + count
+    calls_of[call.name] = calls_of.get(call.name, 0) + count
   # Forward: x, q latent, kv latent, attention's output, MoE's input for shared
   # and for routed experts; of each SwiGLU its product and both inputs.
-  assert found['quantizers.rows'] == 6 + 2 * 3 + 1  # + dy sent to the experts
-  assert found['e5m6.quantize'] == 1
-  assert found['e5m6.unpack'] == 2  # attention's backward pass, o_proj's Wgrad
+  assert (
+    calls_of['quantizers.rows'] == 6 + 2 * 3 + 1
+  )  # + dy sent to the experts
+  assert calls_of['e5m6.quantize'] == 1
+  assert (
+    calls_of['e5m6.unpack'] == 2
+  )  # attention's backward pass, o_proj's Wgrad
   # Backward, dy of: q down and up, kv down, k and v up, output, shared gate, up
   # and down, routed gate and up.
-  assert found['quantizers.both'] == 6 + 3 + 2
+  assert calls_of['quantizers.both'] == 6 + 3 + 2
   # Inputs of Wgrad: of these linears, and dy of the routed down projection.
-  assert found['quantizers.columns'] == 2 + 1  # SwiGLU products; E5M6
-  assert found['quantizers.transposed'] == 5 + 2 + 1 + 1
+  assert calls_of['quantizers.columns'] == 2 + 1  # SwiGLU products; E5M6
+  assert calls_of['quantizers.transposed'] == 5 + 2 + 1 + 1
 
 
-def test_shares_add_up(layer):
+def test_shares_sum_to_the_total(layer):
   rows = fp8_layer.measure(layer, clock.DRY)
   calls = [row for row in rows if row['what'].startswith(('quant', 'e5m6'))]
   (total,) = (row for row in rows if row['what'] == 'all')

@@ -21,20 +21,20 @@ def test_smoothing_is_the_weighted_mean_of_what_came():
 
 def test_a_loss_one_per_cent_higher_is_a_gap_of_one():
   base_SN = np.random.default_rng(0).uniform(2.0, 4.0, (3, 400))
-  told = gap.row('arm', 1.01 * base_SN, base_SN, [1.5])
+  row = gap.row('arm', 1.01 * base_SN, base_SN, [1.5])
   for memory in gap.MEMORIES:
-    assert told[f'ema_{memory}_largest_of_mean_percent'] == pytest.approx(1.0)
-    assert told[f'ema_{memory}_steps_within_bar_percent'] == 0.0
-  assert told['second_half_percent'] == pytest.approx(1.0)
-  assert told['second_half_standard_error'] < 1e-6
+    assert row[f'ema_{memory}_largest_of_mean_percent'] == pytest.approx(1.0)
+    assert row[f'ema_{memory}_steps_within_bar_percent'] == 0.0
+  assert row['second_half_percent'] == pytest.approx(1.0)
+  assert row['second_half_standard_error'] < 1e-6
 
 
 def test_the_first_tenth_does_not_count():
   base_SN = np.full((1, 100), 2.0)
   arm_SN = base_SN.copy()
   arm_SN[:, :2] = 1e3
-  told = gap.row('arm', arm_SN, base_SN, [1.5])
-  assert told['from_tenth_to_half_percent'] == 0.0
+  row = gap.row('arm', arm_SN, base_SN, [1.5])
+  assert row['from_tenth_to_half_percent'] == 0.0
 
 
 def test_spread_takes_every_pair_of_seeds():

@@ -96,9 +96,9 @@ def test_work_and_bytes_are_counted():
   grad = fp8_work.product('weight gradient', 'x', (64, 130, 256), _NAMES)
   assert grad.case == 'x 256x130x64' and grad.flop == work.flop
   experts = grouped_cases.Case((256, 256, 256), 72, 200)
-  each = 2 * 768 * 72 * 200
-  assert fp8_work.grouped('x', experts, _NAMES).flop == each
-  assert fp8_work.grouped_k('x', experts, _NAMES).flop == each
+  flop = 2 * 768 * 72 * 200
+  assert fp8_work.grouped('x', experts, _NAMES).flop == flop
+  assert fp8_work.grouped_k('x', experts, _NAMES).flop == flop
 
 
 def test_inputs_are_random_and_differ_between_sets():
@@ -140,7 +140,7 @@ def test_pytorch_gets_scales_in_the_layout_of_cublaslt(monkeypatch, block):
   monkeypatch.setattr(torch.nn.functional, 'scaled_mm', scaled_mm)
   generator = torch.Generator().manual_seed(0)
   a, b = (torch.randn(rows, k, generator=generator) for rows in (m, n))
-  run = torch_rivals._blocks(torch, a, b, block, torch.float32)
+  run = torch_rivals.block_scaled(torch, a, b, block, torch.float32)
   assert numerics.difference(run(), a @ b.T) < numerics.FP8_DIFFERENCE
 
 

@@ -29,7 +29,7 @@ def test_ratios_are_to_bf16():
 def test_every_precision_trains_in_turn():
   seconds = fp8_step.measure(rounds=2, runlocal=True)
   assert set(seconds) == {'f32', 'bf16', 'fp8'}
-  assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
+  assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
 
 
 def test_no_rounds_are_bad_input(capsys):

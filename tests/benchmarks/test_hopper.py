@@ -32,13 +32,13 @@ def test_dry_run_does_all_parts(tmp_path, capsys):
     assert f'| {kind} | tiny |' in text
 
 
-def test_a_part_that_hangs_is_cut_and_keeps_its_rows(tmp_path):
+def test_a_part_that_hangs_is_stopped_and_keeps_its_rows(tmp_path):
   args = argparse.Namespace(output=tmp_path, dry_run=True)
   (tmp_path / 'layer.jsonl').write_text('{"what": "row"}\n{"wha')
   start = time.monotonic()
-  said = hopper._start('layer', args, seconds=0.0)  # which needs many
-  assert said.startswith('cut off') and time.monotonic() - start < 10
-  text = hopper.render(tmp_path, {'layer': said}, 1.0)
+  message = hopper.run_process('layer', args, seconds=0.0)  # which needs many
+  assert message.startswith('cut off') and time.monotonic() - start < 10
+  text = hopper.render(tmp_path, {'layer': message}, 1.0)
   assert '## layer: cut off' in text and '| row |' in text
 
 
@@ -75,8 +75,8 @@ def one_kernel(monkeypatch, change):
 )
 def test_checks_find_what_is_wrong(monkeypatch, change, wrong):
   kernel = one_kernel(monkeypatch, change)
-  told = hopper_parts._check(kernel, jax.random.key(0), repeats=1)
-  assert told['wrong'] is wrong
+  row = hopper_parts.check_kernel(kernel, jax.random.key(0), repeats=1)
+  assert row['wrong'] is wrong
 
 
 def test_a_quantiser_must_give_the_bits_of_the_reference(monkeypatch):
@@ -86,8 +86,8 @@ def test_a_quantiser_must_give_the_bits_of_the_reference(monkeypatch):
       x, floor=floor
     )
     monkeypatch.setattr(hopper_parts.quantize_gpu, 'quantize_both', run)
-    told = hopper_parts._check(kernel, jax.random.key(0), repeats=1)
-    assert told['bound'] == 0 and told['wrong'] is wrong
+    row = hopper_parts.check_kernel(kernel, jax.random.key(0), repeats=1)
+    assert row['bound'] == 0 and row['wrong'] is wrong
 
 
 @pytest.mark.parametrize('at', [None, 0, 1, 2, 4])
@@ -112,8 +112,8 @@ def test_checks_find_a_wrong_result_of_attention(monkeypatch, at):
     monkeypatch.setattr(module, name, like(*run))
   case = attention_checks.attention_cases.SMALL['tiny']
   kernel = attention_checks.Kernel('attention', 'tiny', case, 'gpu')
-  told = hopper_parts._check(kernel, jax.random.key(0), repeats=1)
-  assert told['wrong'] is (at is not None), told
+  row = hopper_parts.check_kernel(kernel, jax.random.key(0), repeats=1)
+  assert row['wrong'] is (at is not None), row
 
 
 def test_checks_find_a_wrong_decoding(monkeypatch):
@@ -122,13 +122,13 @@ def test_checks_find_a_wrong_decoding(monkeypatch):
   kernel = attention_checks.Kernel('decode', 'tiny', case, 'gpu')
   for factor, wrong in ((1.0, False), (1.02, True)):
 
-    def decode(*args, interpret, factor=factor, **how):
-      o_BTNC, lse_BNT = reference(*args, **how)
+    def decode(*args, interpret, factor=factor, **options):
+      o_BTNC, lse_BNT = reference(*args, **options)
       return o_BTNC.at[0].mul(factor), lse_BNT
 
     monkeypatch.setattr(attention_checks.decode_gpu, 'decode', decode)
-    told = hopper_parts._check(kernel, jax.random.key(0), repeats=1)
-    assert told['wrong'] is wrong
+    row = hopper_parts.check_kernel(kernel, jax.random.key(0), repeats=1)
+    assert row['wrong'] is wrong
 
 
 def test_checks_find_bits_that_change(monkeypatch):
@@ -142,8 +142,8 @@ def test_checks_find_bits_that_change(monkeypatch):
     return (out.astype(jnp.float32) + tiny).astype(out.dtype)
 
   kernel = one_kernel(monkeypatch, noise)
-  told = hopper_parts._check(kernel, jax.random.key(0), repeats=2)
-  assert told['runs_with_other_bits'] > 0 and told['wrong']
+  row = hopper_parts.check_kernel(kernel, jax.random.key(0), repeats=2)
+  assert row['runs_with_other_bits'] > 0 and row['wrong']
 
 
 def test_a_kernel_that_raises_is_a_row(monkeypatch):
@@ -164,7 +164,9 @@ def test_a_kernel_that_raises_is_a_row(monkeypatch):
 def test_sweep_finds_the_fastest_with_the_same_bits():
   case = cases.Case(64, 64, 256)
   kernel = hopper_parts.Kernel('row', 'tiny', case, 'reference')
-  rows = list(hopper_parts._sweep_one(kernel, jax.random.key(0), dry_run=True))
+  rows = list(
+    hopper_parts.sweep_kernel(kernel, jax.random.key(0), dry_run=True)
+  )
   assert len(rows) == 6 and all(row['same_bits'] for row in rows)
   assert sum(row['best'] for row in rows) == 2  # of columns, then of strips
   best = next(row for row in rows if row['best'])
@@ -204,8 +206,8 @@ def test_aims_stand_beside_what_was_measured():
   rival = row | {'implementation': 'torch _scaled_mm, block scales'}
   rival['pallas_speed_over_this'] = 0.9
   share = {'what': 'all', 'share_percent': 7.0}
-  told = hopper.aims({'benchmark': [row, rival], 'layer': [share]})
-  assert [line['measured'] for line in told[:3]] == [1200.0, 1.6, 0.9]
-  assert [line['measured'] for line in told[3:-1]] == [None] * 4
-  assert told[-1]['measured'] == 7.0
+  aims = hopper.aims({'benchmark': [row, rival], 'layer': [share]})
+  assert [line['measured'] for line in aims[:3]] == [1200.0, 1.6, 0.9]
+  assert [line['measured'] for line in aims[3:-1]] == [None] * 4
+  assert aims[-1]['measured'] == 7.0
   assert hopper.aims({})[-1]['measured'] is None

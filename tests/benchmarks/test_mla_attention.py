@@ -50,8 +50,8 @@ def test_counts_by_hand():
   flop = mla_attention.count(case)
   assert flop['forward'] == 2 * 5 * 5 * (12 + 6)
   assert flop['backward'] == 2 * 5 * 5 * (3 * 12 + 2 * 6)
-  whole = mla_attention.count(cases.V3['pretrain'])
-  assert whole['forward'] == 128 * 4096 * 4097 * 320
+  published = mla_attention.count(cases.V3['pretrain'])
+  assert published['forward'] == 128 * 4096 * 4097 * 320
 
 
 def test_rivals_get_the_same_problem():
@@ -64,21 +64,21 @@ def test_rivals_get_the_same_problem():
       q, k, jnp.pad(v, ((0, 0),) * 3 + ((0, 12),)), is_causal=True
     )[..., :12]
 
-  *_, outs = mla_attention._prepare(
-    mla_attention._with_keys(rival), operands, do
+  *_, outs = mla_attention.compile_passes(
+    mla_attention.repeat_rotary_key(rival), operands, do
   )
-  scale = mla_attention._scale(case)
-  exact = mla_attention._exact(operands, None, do, scale)
+  scale = mla_attention.default_scale(case)
+  exact = mla_attention.exact_results(operands, None, do, scale)
   for got, want in zip(outs, exact, strict=True):
     assert numerics.difference(got, want) < 1e-4
 
 
-def test_a_wrong_gradient_is_told(monkeypatch, tmp_path):
+def test_a_wrong_gradient_fails_the_run(monkeypatch, tmp_path):
   attention = mla_attention.api.attention
 
-  def wrong(q, k_nope, k_rope, v, *rest, **how):
+  def wrong(q, k_nope, k_rope, v, *rest, **options):
     k_rope = jax.lax.stop_gradient(k_rope)
-    return attention(q, k_nope, k_rope, v, *rest, **how)
+    return attention(q, k_nope, k_rope, v, *rest, **options)
 
   monkeypatch.setattr(mla_attention.api, 'attention', wrong)
   flags = ['--only=ragged', f'--output={tmp_path}/table.md']

@@ -48,7 +48,7 @@ def test_counts_by_hand():
   assert moved == 4 * 656 + 20 * (2 * 576 + 2 * 512 + 4)
 
 
-def test_a_wrong_output_is_told(monkeypatch, tmp_path):
+def test_a_wrong_output_fails_the_run(monkeypatch, tmp_path):
   decode = mla_decode.api.decode
 
   def wrong(*args, **kwargs):

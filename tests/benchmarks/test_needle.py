@@ -52,18 +52,22 @@ def test_samples_in_a_row_stand_alone():
   batch = needle.training_batch(np.random.default_rng(0), TEXT, cfg, 64)
   assert batch.tokens_BT.shape == (1, needle.TOKENS // 256, 256)
   np.testing.assert_array_equal(batch.positions_BT[0, 0], np.arange(256) % 64)
-  each, counts = np.unique(batch.segments_BT, return_counts=True)
-  assert len(each) == needle.TOKENS // 64 and set(counts) == {64}
+  ids, counts = np.unique(batch.segments_BT, return_counts=True)
+  assert len(ids) == needle.TOKENS // 64 and set(counts) == {64}
   assert batch.weights_BT.dtype == np.float32
-  assert [needle.piece_at(x, cfg) for x in (0.0, 0.2, 0.5)] == [32, 64, 256]
+  assert [needle.sample_length(x, cfg) for x in (0.0, 0.2, 0.5)] == [
+    32,
+    64,
+    256,
+  ]
 
 
 @pytest.mark.slow
 def test_the_phase_runs_over_context(monkeypatch, tmp_path):
-  """Weights go on into rows twice as long, cut over two devices."""
+  """Weights go on into rows twice as long, sharded over two devices."""
   for name, value in {
     'SHORT': 64, 'LONG': 128, 'TOKENS': 256, 'LENGTHS': (128,),
-    'DEPTHS': (0.0, 1.0), '_PIECES': ((1.0, 64),),
+    'DEPTHS': (0.0, 1.0), 'SAMPLE_LENGTHS': ((1.0, 64),),
   }.items():  # fmt: skip
     monkeypatch.setattr(needle, name, value)
   monkeypatch.setattr(needle, 'read_text', lambda cfg: TEXT)

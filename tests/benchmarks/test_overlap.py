@@ -58,7 +58,7 @@ def test_the_branch_is_the_pipeline_s(monkeypatch):
   small = {'model.d_model': 32, 'model.moe.d_ff': 16, 'data.seq_len': 64}
   small |= {'model.mla.num_heads': 2, 'eval.stride': 32, 'parallel.expert': 4}
   small |= {'model.vocab_size': 64, 'eval.batch_size': 8}
-  monkeypatch.setattr(overlap, '_MODEL', overlap._MODEL | small)
+  monkeypatch.setattr(overlap, 'SETTINGS', overlap.SETTINGS | small)
   cfg = overlap.make_config()
   shape = [getattr(cfg.parallel, axis) for axis in sharding.AXES]
   mesh = jax.sharding.Mesh(

@@ -15,7 +15,7 @@ def test_ranks_sleep_at_the_same_time(kind):
     assert row['ideal'] - 0.01 < row[name] < 0.4, row
 
 
-def test_halves_cost_one_way_schedules_nothing_in_ticks():
+def test_halves_cost_unidirectional_schedules_nothing_in_ticks():
   for kind in schedules.UNIDIRECTIONAL:
     stages = 16 if kind == 'interleaved' else 8
     sizes = {'stages': stages, 'microbatches': 32, 'split_backward': True}
@@ -26,14 +26,14 @@ def test_halves_cost_one_way_schedules_nothing_in_ticks():
 
 
 @pytest.mark.parametrize(
-  ('flags', 'told'),
+  ('flags', 'message'),
   [
     (['--kinds=zb2p'], 'zb2p'),
     (['--ranks=3', '--kinds=dualpipe'], 'multiple of 2'),
     (['--milliseconds=0'], 'must be above 0'),
   ],
 )
-def test_wrong_flags_are_one_line(flags, told, capsys):
+def test_wrong_flags_are_one_line(flags, message, capsys):
   with pytest.raises(SystemExit, match='2'):
     pipeline_bubble.main(flags)
-  assert told in capsys.readouterr().err
+  assert message in capsys.readouterr().err

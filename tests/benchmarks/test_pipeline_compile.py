@@ -6,14 +6,14 @@ from benchmarks import pipeline_compile
 
 
 def test_bad_flags_are_one_line(capsys):
-  for flag, said in (
+  for flag, message in (
     ('--microbatches=8,x', "--microbatches='8,x' must be like 16,32"),
     ('--steps=0', '--steps=0 must be at least 1'),
   ):
     with pytest.raises(SystemExit) as ended:
       pipeline_compile.main([flag])
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from benchmarks import routing
 
 
 def test_parts_beside_floors_and_products(tmp_path, capsys):
-  path = tmp_path / 'told.md'
+  path = tmp_path / 'results.md'
   args = ['--dry_run', '--json', f'--output={path}']
   assert routing.main(args) == 0
   rows = list(map(json.loads, capsys.readouterr().out.splitlines()))

@@ -19,9 +19,8 @@ def test_a_difference_is_seen(after, end):
   assert line.endswith(end)
 
 
-def test_an_unknown_commit_is_one_line(monkeypatch, capsys):
-  monkeypatch.setattr('sys.argv', ['same_bits', '--before=no-such-commit'])
+def test_an_unknown_commit_is_one_line(capsys):
   with pytest.raises(SystemExit) as caught:
-    same_bits.main()
+    same_bits.main(['--before=no-such-commit'])
   assert caught.value.code == 2
   assert 'no-such-commit is no commit' in capsys.readouterr().err

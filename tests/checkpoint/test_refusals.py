@@ -24,7 +24,7 @@ SUMS = 'SHA256SUMS'
 @pytest.fixture(scope='module')
 def folders(tmp_path_factory):
   """Of each dtype, a folder of the same model; not to be changed."""
-  cfg, folder = exchanged.make('plain'), tmp_path_factory.mktemp('made')
+  cfg, folder = exchanged.make('plain'), tmp_path_factory.mktemp('checkpoints')
   weights = exchanged.random_weights(cfg)
   for dtype in ('float32', 'fp8'):
     exchanged.write(cfg, *weights, folder / dtype, dtype)
@@ -159,7 +159,7 @@ def test_tensors_that_do_not_fit_are_named(folder, change, expected):
   [('embed_tokens', 'model.embed_tokens'), ('shared_head.head', 'lm_head')],
 )
 def test_a_copy_that_differs_is_named(folder, copy, of):
-  """MTP modules share embedding and head: nobody's own is dropped silently."""
+  """MTP modules share both: their own copies are never dropped silently."""
 
   def change(arrays):
     arrays[f'model.layers.3.{copy}.weight'][-1, -1] += 1
@@ -226,14 +226,14 @@ def test_fp8_that_is_no_number_is_named(
 
 
 def test_damage_of_our_shards_is_named(folders, tmp_path):
-  for damage in ('flip', 'cut', 'unlink'):
+  for damage in ('flip', 'truncate', 'unlink'):
     folder = shutil.copytree(folders / 'float32', tmp_path / damage)
     path = sorted(folder.glob('*.safetensors'))[1]
     data = bytearray(path.read_bytes())
     if damage == 'flip':
       data[-5] ^= 2
       path.write_bytes(data)
-    elif damage == 'cut':
+    elif damage == 'truncate':
       path.write_bytes(data[:-7])
     else:
       path.unlink()

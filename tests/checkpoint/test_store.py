@@ -163,7 +163,7 @@ def flip(path):
   path.write_bytes(body)
 
 
-def cut(path):
+def truncate(path):
   path.write_bytes(path.read_bytes()[:-1])
 
 
@@ -185,7 +185,7 @@ def from_other_step(path):
 
 
 @pytest.mark.parametrize(
-  'damage', [flip, cut, pathlib.Path.unlink, swap_within, from_other_step]
+  'damage', [flip, truncate, pathlib.Path.unlink, swap_within, from_other_step]
 )
 @pytest.mark.parametrize('which', ['data', 'progress'])
 def test_damage_is_named_and_the_previous_step_offered(saved, damage, which):

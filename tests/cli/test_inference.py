@@ -145,13 +145,15 @@ def test_old_flags_work_and_warn_in_one_line(trained, capsys):
 
 
 def test_the_engine_is_as_the_flags_say(trained, monkeypatch, capsys):
-  made, load = [], dsv3_jax.load
-  spy = lambda *args, **options: made.append(load(*args, **options)) or made[-1]
+  models, load = [], dsv3_jax.load
+  spy = lambda *args, **options: (
+    models.append(load(*args, **options)) or models[-1]
+  )
   monkeypatch.setattr(dsv3_jax, 'load', spy)
   args = ['generate', f'--checkpoint={trained}', '--max_new_tokens=2']
   for more in ([], ['--fp8_cache']):
     assert cli.main([*args, *more]) == 0
-  kept = [loaded.runner.empty_caches(1, 64).moe for loaded in made]
+  kept = [loaded.runner.empty_caches(1, 64).moe for loaded in models]
   is_fp8 = [isinstance(c.c_LpsC, quantized.Quantized) for c in kept]
   assert is_fp8 == [False, True]
 
@@ -189,7 +191,7 @@ def test_a_mesh_gives_the_same_text(trained, capsys):
     assert cli.main(['generate', *args, *more]) == 0
     outputs.append(capsys.readouterr())
   assert outputs[0].out == outputs[1].out
-  speed = [json.loads(each.err.splitlines()[-1]) for each in outputs]
+  speed = [json.loads(output.err.splitlines()[-1]) for output in outputs]
   assert 'balancedness' not in speed[0]
   assert 0.5 <= speed[1]['balancedness'] <= 1
 
@@ -203,8 +205,8 @@ def test_a_mesh_that_the_model_does_not_fit_is_one_line(trained, capsys):
   assert '= 2 slots: 2 or 4' in capsys.readouterr().err
 
 
-def test_the_benchmark_of_drafts(trained, tmp_path, capsys):
-  path = tmp_path / 'told.md'
+def test_the_benchmark_of_speculation(trained, tmp_path, capsys):
+  path = tmp_path / 'speculation.md'
   args = ['--prompts=2', '--new_tokens=4', '--rounds=1', '--most=1', '--json']
   args += ['--prompt_tokens=20', f'--checkpoint={trained}', f'--output={path}']
   assert speculation.main(args) == 0
@@ -221,13 +223,13 @@ def test_the_benchmark_of_drafts(trained, tmp_path, capsys):
   assert stopped.value.code == 2
 
 
-def test_weights_that_a_step_with_drafts_reads():
+def test_weights_that_a_step_with_speculative_tokens_reads():
   model = config.from_config_dict(v3_671b.get_config()).model
   table = 129_280 * 7_168  # the embedding, and the head
   main, mtp = 671_026_419_200 - table, 11_610_068_224 + table
-  for drafts in (0, 1, 2):  # so many tokens reach every expert
-    read = speculation.weights_read(model, 4096, drafts)
-    assert read == pytest.approx(main + drafts * mtp)
+  for count in (0, 1, 2):  # so many tokens reach every expert
+    read = speculation.weights_read(model, 4096, count)
+    assert read == pytest.approx(main + count * mtp)
   alone = speculation.weights_read(model, 1, 0)
   active = 37_552_282_624 - table
   assert alone == pytest.approx(active, rel=1e-4)  # active has no router bias
@@ -244,7 +246,7 @@ def test_chat_answers_line_by_line_until_it_is_full(trained, env):
   assert 'the prompt has' in done.stderr and done.stderr.count('\n') == 1
 
 
-def test_serve_until_it_is_told_to_stop(trained, env):
+def test_serve_until_a_signal(trained, env):
   flags = ('--port=0', '--name=mine', '--max_rows=1', '--cache_tokens=64')
   args = command('serve', trained, *flags)
   with subprocess.Popen(
@@ -255,10 +257,10 @@ def test_serve_until_it_is_told_to_stop(trained, env):
       match = re.fullmatch(r'serving mine on (http://127\.0\.0\.1:\d+)\n', line)
       options = {'base_url': f'{match[1]}/v1', 'max_retries': 0}
       with openai.OpenAI(api_key='k', **options) as ask:
-        made = ask.completions.create(
+        response = ask.completions.create(
           model='mine', prompt='import ', max_tokens=6, temperature=0
         )
-        assert made.usage.completion_tokens in range(1, 7)
+        assert response.usage.completion_tokens in range(1, 7)
         parts = ask.chat.completions.create(
           model='mine',
           messages=[{'role': 'user', 'content': 'x = 1'}],

@@ -109,8 +109,8 @@ def test_shapes_and_dtypes(bpe):
 def test_rows_of_a_long_document_are_spread(bpe):
   """With a window, neighbours in a document are not neighbours in a batch."""
   book = [{'name': 'book', 'text': ' '.join(str(i) for i in range(4000))}]
-  whole = [bpe.bos_id, *bpe.encode(book[0]['text']).tolist()]
-  number = {tuple(whole[at : at + 12]): at // 13 for at in range(0, 2600, 13)}
+  tokens = [bpe.bos_id, *bpe.encode(book[0]['text']).tolist()]
+  number = {tuple(tokens[at : at + 12]): at // 13 for at in range(0, 2600, 13)}
   shares = {}
   for window in (1, 64):
     cfg = data_config(

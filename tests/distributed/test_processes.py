@@ -50,7 +50,7 @@ def test_a_wrong_environment_is_one_line(given, expected):
   assert '\n' not in str(caught.value)
 
 
-def test_what_the_environment_tells():
+def test_what_the_environment_sets():
   given = dict(zip(processes.ENVIRONMENT, ('[::1]:80', '3', '2'), strict=True))
   assert processes.from_environment(given) == ('[::1]:80', 3, 2)
   assert processes.from_environment({}) is None
@@ -123,7 +123,7 @@ def lines(output):
 
 
 @pytest.mark.slow
-def test_processes_agree_and_fail_together(tmp_path):
+def test_processes_agree_and_an_error_of_one_ends_all(tmp_path):
   code, output = job(tmp_path, JOIN.format(then=''))
   assert (code, lines(output)) == (0, ['only the first says 0']), output
   then = (
@@ -191,7 +191,7 @@ def train(experiment, workdir, *args, **extra):
 
 
 def wait_for(child, condition):
-  """Reads what a job says, up to when it holds; returns that."""
+  """Reads the output of a job until `condition` holds; returns it."""
   output = ''
   while not condition(output):
     line = child.stdout.readline()
@@ -234,9 +234,9 @@ def test_a_killed_process_loses_nothing(experiment, tmp_path):
 
   steps = len(got)
   assert f'step {steps} is saved' in rest
-  further = f'--config.train.total_tokens={(steps + 1) * STEP_TOKENS}'
+  one_step_more = f'--config.train.total_tokens={(steps + 1) * STEP_TOKENS}'
   quiet = '--config.eval.max_bytes=100'
-  child = train(experiment, rough, further, quiet, DEVICES='8')
+  child = train(experiment, rough, one_step_more, quiet, DEVICES='8')
   output, _ = child.communicate(timeout=300)
   assert child.returncode == 0, output
   assert f'goes on after step {steps}' in output

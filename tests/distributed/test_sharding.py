@@ -60,7 +60,7 @@ FSDP = sharding.ShardingRules(fsdp=('data', 'context', 'node', 'expert'))
     ((16, 20), ('embed', 'ffn'), Spec(('data', 'node', 'expert'), None)),
     ((6, 20), ('embed', 'ffn'), Spec(None, ('data', 'node'))),
     ((3, 5), ('embed', 'ffn'), Spec(None, None)),
-    # Not over what cuts the experts already; never layers, never vectors.
+    # Not over what shards the experts already; never layers, never vectors.
     (
       (8, 6, 5),
       ('experts', 'embed', 'ffn'),

@@ -68,7 +68,7 @@ class Runner(model_runner.ModelRunner):
           caches[rows.table_Bb[b, at // size], at % size] = token
 
   def _output(self, rows, caches, b, places):
-    """What follows some tokens of a row, how many are new, and drafts."""
+    """New tokens of a row, how many are accepted, and speculative tokens."""
     index_T, vocab = rows.index_BT[b], self.cfg.model.vocab_size
     blocks_b = rows.table_Bb[b][rows.table_Bb[b] < len(caches)]
     row = caches[blocks_b].reshape(-1)
@@ -79,12 +79,12 @@ class Runner(model_runner.ModelRunner):
         break
       count += 1
     end = index_T[places[count - 1]] + 1
-    drafts, known = [], [*row[:end], new[count - 1]]
+    speculative, known = [], [*row[:end], new[count - 1]]
     for _ in range(self.num_speculative_tokens):
       is_wrong = sum(known) % 3 == 0
-      drafts.append((self.following(known) + is_wrong) % vocab)
-      known.append(drafts[-1])
-    return new, count, drafts
+      speculative.append((self.following(known) + is_wrong) % vocab)
+      known.append(speculative[-1])
+    return new, count, speculative
 
   def following(self, row):
     return following(row, self.cfg.model.vocab_size)

@@ -40,10 +40,10 @@ def weights(cfg=CONFIG):
 class Passes:
   """Logits of all tokens of rows in one pass, and of one token more."""
 
-  def __init__(self, mesh, has_copies=False, cfg=CONFIG):
+  def __init__(self, mesh, has_redundant=False, cfg=CONFIG):
     self.cfg, self.place = cfg, inference_mesh.InferenceMesh(cfg, mesh)
     specs, rows = {'params': self.place.params}, inference_mesh.ROWS
-    if has_copies:
+    if has_redundant:
       specs['redundant_slots'] = inference_mesh.REPLICATED
     taken = (
       specs,
@@ -57,15 +57,15 @@ class Passes:
   def _run(self, variables, router, tokens_BT, table_Bb, caches):
     naive = model.build(self.cfg)
     absorbed = model.build(self.cfg, absorbed=True)
-    runner, load_LE = [], 0
+    logits, load_LE = [], 0
     for net, start, end in ((naive, 0, LENGTH), (absorbed, LENGTH, None)):
       part_BT = tokens_BT[:, start:end]
       at_Bt = jnp.zeros_like(part_BT) + jnp.arange(part_BT.shape[1])
       args = (part_BT, start + at_Bt, at_Bt, table_Bb, router, caches)
-      outputs = net.apply(variables, *args, method='cached')
-      runner.append(outputs[0])
+      outputs = net.apply(variables, *args, method='forward_cached')
+      logits.append(outputs[0])
       caches, load_LE = outputs[2], load_LE + outputs[3]
-    return jnp.concatenate(runner, axis=1), load_LE[None]
+    return jnp.concatenate(logits, axis=1), load_LE[None]
 
   def __call__(self, variables, router):
     """Logits, and how many tokens each expert got, by rank."""
@@ -105,26 +105,26 @@ REQUESTS = [
 
 
 def traffic(runner, **options):
-  """They come at different times; the session, and what each was told."""
+  """Requests that come at different times: the engine, and their tokens."""
   options = {'num_blocks': 7, 'max_rows': 2, 'min_rows': 2} | options
   # One size of a prefill and of block tables: fewer programs to compile.
-  session = engine.Engine(runner, **options, chunk=64, min_blocks=4)
+  model_engine = engine.Engine(runner, **options, chunk=64, min_blocks=4)
   submitted = []
   for case in REQUESTS:
-    submitted.append(session.submit(*case))
-    session.step()
+    submitted.append(model_engine.submit(*case))
+    model_engine.step()
   for _ in range(1000):
-    if session.is_idle:
+    if model_engine.is_idle:
       break
-    session.step()
+    model_engine.step()
   assert all(request.done for request in submitted)
-  assert session.stats().blocks_in_use == 0
-  return session, [request.tokens for request in submitted]
+  assert model_engine.stats().blocks_in_use == 0
+  return model_engine, [request.tokens for request in submitted]
 
 
 @functools.cache
 def expected():
-  """Of one device, as many rows and pages as two ranks have."""
+  """Of one device, as many rows and blocks as two ranks have."""
   runner = model_runner.ModelRunner(CONFIG, *weights())
   return traffic(runner, num_blocks=14, max_rows=4, min_rows=4)[1]
 

@@ -169,14 +169,14 @@ class Rows(stateful.RuleBasedStateMachine):
   def room_for_speculative_tokens_that_are_not_accepted(self, data):
     """Blocks are allocated, tokens written, and fewer of them accepted."""
     row, tokens = data.draw(st.sampled_from(self.rows))
-    drafts = data.draw(st.integers(1, 6))
+    num_speculative = data.draw(st.integers(1, 6))
     try:
-      copies = self.pool.extend(row, row.length + drafts)
+      copies = self.pool.extend(row, row.length + num_speculative)
     except block_pool.OutOfBlocks:
       return
     for source, target in copies:
       self.memory[target] = self.memory[source]
-    for at in range(row.length, row.length + drafts):
+    for at in range(row.length, row.length + num_speculative):
       self.memory[row.blocks[at // SIZE], at % SIZE] = 7
     self._write(row, tokens + [0])
     tokens.append(0)

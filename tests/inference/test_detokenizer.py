@@ -56,12 +56,12 @@ def test_text_that_is_never_whole_comes_all_the_same(tokenizer):
 
   first = tokenizer.encode('\u5b57').tolist()[0]  # never a whole character
   stream = detokenizer.Characters(decode)
-  made = [stream.feed(first) for _ in range(100)]
-  assert ''.join(made) + stream.end() == '\ufffd' * 100
+  pieces = [stream.feed(first) for _ in range(100)]
+  assert ''.join(pieces) + stream.end() == '\ufffd' * 100
   assert max(sizes) <= 17
 
 
-def cut(whole, places):
+def split(whole, places):
   places = sorted({p % (len(whole) + 1) for p in places})
   edges = [0, *places, len(whole)]
   return [whole[a:b] for a, b in itertools.pairwise(edges)]
@@ -75,19 +75,19 @@ PLACES = st.lists(st.integers(0, 99), max_size=8)
 
 
 @hypothesis.given(WORDS, PLACES, st.lists(st.sampled_from(['ab', 'bb', '\n'])))
-def test_stops_cut_at_the_first(whole, places, stops):
+def test_text_ends_at_the_first_stop(whole, places, stops):
   stream = detokenizer.Stops(stops)
-  made = ''.join(stream.feed(piece) for piece in cut(whole, places))
-  made += stream.end()
-  found = [whole.find(s) for s in stops if s in whole]
-  assert made == (whole[: min(found)] if found else whole)
-  assert stream.stopped == bool(found)
+  text = ''.join(stream.feed(piece) for piece in split(whole, places))
+  text += stream.end()
+  starts = [whole.find(s) for s in stops if s in whole]
+  assert text == (whole[: min(starts)] if starts else whole)
+  assert stream.stopped == bool(starts)
 
 
 @hypothesis.given(WORDS, PLACES)
 def test_a_thought_is_what_an_answer_begins_with(whole, places):
   stream, got = detokenizer.Thoughts(), {False: '', True: ''}
-  for piece in cut(whole, places):
+  for piece in split(whole, places):
     for inside, part in stream.feed(piece):
       got[inside] += part
   for inside, part in stream.end():

@@ -36,25 +36,25 @@ def prompt(seed, size):
   return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
 
 
-def run(session):
+def run(model_engine):
   turns = 0
-  while not session.is_idle:
-    session.step()
+  while not model_engine.is_idle:
+    model_engine.step()
     turns += 1
     assert turns < 1000
   return turns
 
 
-def session(runner, **options):
+def make_engine(runner, **options):
   return engine.Engine(
     runner, **({'num_blocks': 30, 'max_rows': 4, 'min_blocks': 8} | options)
   )
 
 
 def alone(runner, tokens, count, draw):
-  mine = session(runner)
-  request = mine.submit(tokens, count, draw)
-  run(mine)
+  model_engine = make_engine(runner)
+  request = model_engine.submit(tokens, count, draw)
+  run(model_engine)
   return request.tokens
 
 
@@ -76,68 +76,68 @@ def expected(runner):
   return [alone(runner, *case) for case in CASES]
 
 
-def test_twins_share_their_prompt(runner, expected):
+def test_requests_with_one_prompt_compute_it_once(runner, expected):
   """Each with its own draws, as if it were alone."""
-  mine = session(runner, chunk=64)
+  model_engine = make_engine(runner, chunk=64)
   tokens, count, _ = CASES[1]
   draws = [
     requests.GREEDY,
     CASES[1][2],
     requests.SamplingParams(temperature=1.0),
   ]
-  first = mine.submit(tokens, count, draws[0])
-  twins = [
-    mine.submit(tokens, count, draw, shares_prompt_with=first)
+  first = model_engine.submit(tokens, count, draws[0])
+  others = [
+    model_engine.submit(tokens, count, draw, shares_prompt_with=first)
     for draw in draws[1:]
   ]
-  run(mine)
-  assert [twin.num_cached_tokens for twin in twins] == [len(tokens) - 1] * 2
+  run(model_engine)
+  assert [r.num_cached_tokens for r in others] == [len(tokens) - 1] * 2
   assert first.tokens == alone(runner, tokens, count, draws[0])
-  assert twins[0].tokens == expected[1]
+  assert others[0].tokens == expected[1]
 
 
 @pytest.mark.parametrize('chunk', [64, 1024])
 def test_whoever_shares_the_steps(runner, expected, chunk):
   """They come at different times, to fewer rows than they are."""
-  mine = session(runner, max_rows=3, chunk=chunk)
+  model_engine = make_engine(runner, max_rows=3, chunk=chunk)
   submitted = []
   for case in CASES:
-    submitted.append(mine.submit(*case))
-    mine.step()
-  run(mine)
+    submitted.append(model_engine.submit(*case))
+    model_engine.step()
+  run(model_engine)
   assert [r.tokens for r in submitted] == expected
   assert all(r.done for r in submitted)
-  assert mine.stats().blocks_in_use == 0
+  assert model_engine.stats().blocks_in_use == 0
 
 
-def test_too_few_pages_only_make_it_longer(runner, expected):
-  mine = session(runner, num_blocks=7)
-  submitted = [mine.submit(*case) for case in CASES]
-  grows = mine.submit(prompt(6, 62), 80)
-  run(mine)
+def test_too_few_blocks_only_take_more_steps(runner, expected):
+  model_engine = make_engine(runner, num_blocks=7)
+  submitted = [model_engine.submit(*case) for case in CASES]
+  grows = model_engine.submit(prompt(6, 62), 80)
+  run(model_engine)
   assert [r.tokens for r in submitted] == expected
   assert grows.tokens == alone(runner, prompt(6, 62), 80, requests.GREEDY)
-  assert mine.stats().blocks_in_use == 0
+  assert model_engine.stats().blocks_in_use == 0
 
 
 def test_the_youngest_is_computed_anew_with_the_same_draws(runner):
   draw = requests.SamplingParams(temperature=1.0, seed=4)
   cases = [(prompt(7, 50), 100, draw), (prompt(8, 60), 90, draw)]
-  mine = session(runner, num_blocks=4)
-  submitted = [mine.submit(*case) for case in cases]
-  run(mine)
-  assert mine.stats().preempted >= 1
+  model_engine = make_engine(runner, num_blocks=4)
+  submitted = [model_engine.submit(*case) for case in cases]
+  run(model_engine)
+  assert model_engine.stats().preempted >= 1
   for request, case in zip(submitted, cases, strict=True):
     assert request.tokens == alone(runner, *case)
 
 
 def test_a_known_prompt_is_read_from_the_cache(runner):
-  mine = session(runner)
-  first = mine.submit(prompt(9, 200), 4)
-  run(mine)
-  again = mine.submit(prompt(9, 200), 4)
-  other = mine.submit([*prompt(9, 200)[:150], 1, 2, 3], 4)
-  turns = run(mine)
+  model_engine = make_engine(runner)
+  first = model_engine.submit(prompt(9, 200), 4)
+  run(model_engine)
+  again = model_engine.submit(prompt(9, 200), 4)
+  other = model_engine.submit([*prompt(9, 200)[:150], 1, 2, 3], 4)
+  turns = run(model_engine)
   assert (
     first.num_cached_tokens,
     again.num_cached_tokens,
@@ -150,24 +150,24 @@ def test_a_known_prompt_is_read_from_the_cache(runner):
 
 
 def test_a_request_that_is_cancelled_leaves_nothing(runner, expected):
-  mine = session(runner)
-  waits = [mine.submit(*case) for case in CASES]
-  mine.step()
-  mine.step()
+  model_engine = make_engine(runner)
+  waits = [model_engine.submit(*case) for case in CASES]
+  model_engine.step()
+  model_engine.step()
   for request in waits[1:]:
-    mine.cancel(request)
-    mine.cancel(request)
-  run(mine)
+    model_engine.cancel(request)
+    model_engine.cancel(request)
+  run(model_engine)
   assert waits[0].tokens == expected[0]
-  assert mine.stats().blocks_in_use == 0 and mine.is_idle
+  assert model_engine.stats().blocks_in_use == 0 and model_engine.is_idle
 
 
 def test_a_stop_token_ends_a_request(runner, expected):
-  mine = session(runner)
+  model_engine = make_engine(runner)
   tokens, count, draw = CASES[0]
   stop = expected[0][7]
-  request = mine.submit(tokens, count, draw, [stop, 10**6])
-  run(mine)
+  request = model_engine.submit(tokens, count, draw, [stop, 10**6])
+  run(model_engine)
   end = expected[0].index(stop) + 1
   assert request.tokens == expected[0][:end]
 
@@ -177,11 +177,11 @@ def test_traffic_compiles_nothing_anew(runner):
 
   def traffic(seed):
     rng = np.random.default_rng(seed)
-    mine = session(runner, max_rows=4, chunk=128)
+    model_engine = make_engine(runner, max_rows=4, chunk=128)
     for _ in range(12):
-      mine.submit(prompt(rng.integers(1e6), rng.integers(1, 300)), 20)
-      mine.step()
-    run(mine)
+      model_engine.submit(prompt(rng.integers(1e6), rng.integers(1, 300)), 20)
+      model_engine.step()
+    run(model_engine)
 
   counts = lambda: [
     f._cache_size()
@@ -205,10 +205,10 @@ def test_a_prompt_of_any_length_is_generated_from(size):
 
 
 def test_idle_rows_do_not_matter(runner):
-  """Three of four rows work; the fourth has no tokens and no pages."""
-  mine = session(runner)
-  submitted = [mine.submit(prompt(s, 10), 5) for s in (20, 21, 22)]
-  run(mine)
+  """Three of four rows work; the fourth has no tokens and no blocks."""
+  model_engine = make_engine(runner)
+  submitted = [model_engine.submit(prompt(s, 10), 5) for s in (20, 21, 22)]
+  run(model_engine)
   for s, request in zip((20, 21, 22), submitted, strict=True):
     assert request.tokens == alone(runner, prompt(s, 10), 5, requests.GREEDY)
 
@@ -224,13 +224,13 @@ def test_idle_rows_do_not_matter(runner):
   ],
 )
 def test_bad_requests_change_nothing(runner, tokens, count, message):
-  mine = session(runner, num_blocks=4)
+  model_engine = make_engine(runner, num_blocks=4)
   with pytest.raises(errors.InputError, match=message):
-    mine.submit(tokens, count)
-  assert mine.is_idle and mine.stats().waiting == 0
+    model_engine.submit(tokens, count)
+  assert model_engine.is_idle and model_engine.stats().waiting == 0
 
 
-def test_copies_of_pages_are_whole(runner):
+def test_whole_blocks_are_copied(runner):
   caches = runner.empty_caches(4, engine.BLOCK_SIZE)
   fill = lambda x: x + jnp.arange(4.0)[:, None, None]
   caches = runner.copy_blocks(

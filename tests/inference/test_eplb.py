@@ -16,7 +16,7 @@ from dsv3_jax import errors
 from dsv3_jax.inference import eplb
 from tests.oracles import expert_balance as oracle
 
-# Divisible by every number of copies up to 12: loads of copies are whole.
+# Divisible by every number of replicas up to 12: their loads are whole.
 _WHOLE = 27720
 
 
@@ -27,9 +27,9 @@ def sizes(draw):
   gpus = nodes * draw(st.integers(1, 3))
   groups = draw(st.integers(1, 3).map(lambda k: k * nodes) | st.integers(1, 7))
   experts = groups * draw(st.integers(1, 4))
-  each = -(-experts // gpus) + draw(st.integers(0, 2))
+  per_gpu = -(-experts // gpus) + draw(st.integers(0, 2))
   legal = {
-    'num_replicas': gpus * each,
+    'num_replicas': gpus * per_gpu,
     'num_groups': groups,
     'num_nodes': nodes,
     'num_gpus': gpus,
@@ -55,8 +55,8 @@ def test_every_slot_is_that_of_exact_arithmetic(drawn, data):
   for layer, row in enumerate(loads):
     slots = oracle.placed(row, *legal.values())
     assert phy2log[layer].tolist() == [expert for expert, _ in slots]
-    for slot, (expert, copy) in enumerate(slots):
-      assert log2phy[layer, expert, copy] == slot
+    for slot, (expert, replica) in enumerate(slots):
+      assert log2phy[layer, expert, replica] == slot
     assert logcnt[layer].sum() == len(slots)
 
 
@@ -86,9 +86,9 @@ def test_groups_stay_on_one_node(drawn, data):
   phy2log, _, _ = eplb.rebalance_experts(loads, **legal)
   group_LNz = phy2log.reshape(len(loads), nodes, -1) // (experts // groups)
   for group_Nz in group_LNz:
-    found = [set(group_z.tolist()) for group_z in group_Nz]
-    assert [len(own) for own in found] == [groups // nodes] * nodes
-    assert set.union(*found) == set(range(groups))
+    groups_N = [set(group_z.tolist()) for group_z in group_Nz]
+    assert [len(own) for own in groups_N] == [groups // nodes] * nodes
+    assert set.union(*groups_N) == set(range(groups))
 
 
 @hypothesis.given(sizes(), st.data())
@@ -113,8 +113,8 @@ def test_layers_units_and_types_do_not_matter(drawn, data):
 
 @hypothesis.given(sizes(), st.data())
 @hypothesis.settings(max_examples=150)
-def test_gpus_of_a_node_differ_by_less_than_their_copies(drawn, data):
-  """max - min load of GPUs <= max - min load of copies, within each node.
+def test_gpus_of_a_node_differ_by_less_than_their_replicas(drawn, data):
+  """max - min load of GPUs <= max - min load of replicas, within each node.
 
   Of two packs p and f with k items each, in the order of their coming: if no
   p_(i+1) came before f_i, then it is at most f_i, and sum p - sum f is at most
@@ -130,15 +130,15 @@ def test_gpus_of_a_node_differ_by_less_than_their_copies(drawn, data):
   hierarchical = legal['num_groups'] % legal['num_nodes'] == 0
   nodes = legal['num_nodes'] if hierarchical else 1
   gpu_LW = eplb.loads(loads, phy2log, legal['num_gpus'])
-  each_LZ = np.take_along_axis(loads / logcnt, phy2log, axis=1)
+  load_LZ = np.take_along_axis(loads / logcnt, phy2log, axis=1)
   spread = lambda x: np.ptp(x.reshape(len(loads), nodes, -1), axis=2)
-  assert np.all(spread(gpu_LW) <= spread(each_LZ))
+  assert np.all(spread(gpu_LW) <= spread(load_LZ))
 
 
 @hypothesis.given(
   st.lists(st.integers(0, 30), min_size=1, max_size=4), st.integers(0, 5)
 )
-def test_no_counts_make_the_busiest_copy_less_busy(loads, spare):
+def test_no_counts_make_the_busiest_replica_less_busy(loads, spare):
   experts = len(loads)
   slots = experts + spare
   _, _, logcnt = eplb.rebalance_experts([loads], slots, 1, 1, 1)
@@ -153,10 +153,10 @@ def test_two_slots_a_gpu_are_packed_as_well_as_can_be(gpus, data):
   experts = data.draw(st.integers(max(1, 2 * gpus - 3), 2 * gpus))
   scaled = np.array(matrix(data, experts, st.integers(0, 30))[:1]) * _WHOLE
   phy2log, _, logcnt = eplb.rebalance_experts(scaled, 2 * gpus, 1, 1, gpus)
-  each = (scaled / logcnt)[0, phy2log[0]]
+  load_Z = (scaled / logcnt)[0, phy2log[0]]
   slots = list(range(2 * gpus))
   least = min(
-    max(sum(each[slot] for slot in pack) for pack in packing)
+    max(sum(load_Z[slot] for slot in pack) for pack in packing)
     for packing in oracle.every_packing(slots, gpus)
   )
   assert np.max(eplb.loads(scaled, phy2log, gpus)) == least
@@ -179,11 +179,11 @@ def test_two_nodes_by_hand():
   """Pairs of experts weigh 30, 96, 60, 6.
 
   Nodes: 96 to the first, 60 and then 30 to the second, which is full, 6 to the
-  first. Node 0 has experts 2 3 6 7 and copies 90 twice: 30 6 5 1 30 30. Its
+  first. Node 0 has experts 2 3 6 7 and replicates 90 twice: 30 6 5 1 30 30. Its
   GPUs: 30 | 30, 30 to the first of equals, 6 and 5 to the second, 1. Node 1 has
-  4 5 0 1 and copies 30 (expert 4, the first of equals), then the other 30: 15
-  15 10 20 15 15. Its GPUs: 20 | 15, 15 to the second, 15 to the first (20 < 30)
-  15 to the second (30 < 35), 10.
+  4 5 0 1 and replicates 30 (expert 4, the first of equals), then the other 30:
+  15 15 10 20 15 15. Its GPUs: 20 | 15, 15 to the second, 15 to the first
+  (20 < 30) 15 to the second (30 < 35), 10.
   """
   loads = [[10, 20, 90, 6, 30, 30, 5, 1]]
   none = -1
@@ -209,7 +209,7 @@ def test_two_nodes_by_hand():
 
 @pytest.mark.parametrize(('groups', 'nodes'), [(3, 2), (1, 1), (2, 4), (1, 4)])
 def test_the_global_policy_by_hand(groups, nodes):
-  """12 and 8 are copied: 4 1 1 6 2 3 6 4 in the order of slots.
+  """12 and 8 are replicated: 4 1 1 6 2 3 6 4 in the order of slots.
 
   6 6 4 4 go to a GPU each, 3 to the first with 4, 2 to the other, 1 and 1.
   """
@@ -273,8 +273,8 @@ def test_loads_keep_the_total(drawn, data):
   np.testing.assert_allclose(
     load_LW.sum(axis=1), np.sum(loads, axis=1), rtol=1e-12
   )
-  found_L = eplb.balancedness(load_LW)
-  assert np.all((found_L > 0) & (found_L <= 1))
+  balancedness_L = eplb.balancedness(load_LW)
+  assert np.all((balancedness_L > 0) & (balancedness_L <= 1))
 
 
 def test_loads_by_hand():
@@ -291,7 +291,7 @@ _LEGAL = {'num_replicas': 12, 'num_groups': 4, 'num_nodes': 2, 'num_gpus': 4}
 
 
 @pytest.mark.parametrize(
-  ('changed', 'said'),
+  ('changed', 'message'),
   [
     ({'num_replicas': 10},
      'num_replicas=10 must be a multiple of num_gpus = 4 and >= the 8 experts: '
@@ -309,8 +309,8 @@ _LEGAL = {'num_replicas': 12, 'num_groups': 4, 'num_nodes': 2, 'num_gpus': 4}
     ({'num_nodes': 0}, 'num_nodes=0 must be >= 1'),
   ],
 )  # fmt: skip
-def test_sizes_that_are_refused(changed, said):
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+def test_sizes_that_are_refused(changed, message):
+  with pytest.raises(errors.InputError, match=re.escape(message)):
     eplb.rebalance_experts(np.ones((1, 8)), **(_LEGAL | changed))
 
 
@@ -331,8 +331,8 @@ def test_the_nearest_legal_sizes_are_named(name):
     refused += 1
     with pytest.raises(errors.InputError, match=f'{name}={value} ') as error:
       eplb.rebalance_experts(loads, **(sizes | {name: value}))
-    told = re.search(': (.*) (is|are) the nearest', str(error.value))
-    named = [int(word) for word in told.group(1).split(' and ')]
+    match = re.search(': (.*) (is|are) the nearest', str(error.value))
+    named = [int(word) for word in match.group(1).split(' and ')]
     assert all(map(legal, named))
     between = range(min(*named, value), max(*named, value) + 1)
     assert [n for n in between if legal(n)] == named
@@ -343,7 +343,7 @@ _GOOD = [[1.0] * 8, [1.0] * 8]
 
 
 @pytest.mark.parametrize(
-  ('weights', 'said'),
+  ('weights', 'message'),
   [
     ([[1, 2], [3, np.nan]], 'weight_LE[1, 1]=nan must be finite and >= 0'),
     ([[1, np.inf]], 'weight_LE[0, 1]=inf must be finite and >= 0'),
@@ -354,15 +354,15 @@ _GOOD = [[1.0] * 8, [1.0] * 8]
     ([['1', '2']], 'weight_LE is <U1 [1, 2], it must be numbers'),
   ],
 )
-def test_weights_that_are_refused(weights, said):
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+def test_weights_that_are_refused(weights, message):
+  with pytest.raises(errors.InputError, match=re.escape(message)):
     eplb.rebalance_experts(weights, 2, 1, 1, 1)
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+  with pytest.raises(errors.InputError, match=re.escape(message)):
     eplb.loads(weights, np.array([[0, 1]]), 1)
 
 
 @pytest.mark.parametrize(
-  ('phy2log', 'gpus', 'said'),
+  ('phy2log', 'gpus', 'message'),
   [
     ([[0, 1]], 1, 'phy2log has 1 layers, weight_LE has 2'),
     ([[0, 1, 1]] * 2, 2, 'phy2log has 3 slots, not a multiple of num_gpus = 2'),
@@ -373,8 +373,8 @@ def test_weights_that_are_refused(weights, said):
     ([[0, 1], [0, 0]], 2, 'phy2log[1] must have a slot for expert 1'),
   ],
 )
-def test_placements_that_are_refused(phy2log, gpus, said):
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+def test_placements_that_are_refused(phy2log, gpus, message):
+  with pytest.raises(errors.InputError, match=re.escape(message)):
     eplb.loads(np.ones((2, 2)), np.array(phy2log, np.int32), gpus)
 
 

@@ -1,4 +1,4 @@
-"""Copies of experts are placed anew; nobody but the clock can tell."""
+"""Rebalancing redundant experts changes no bit and compiles nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +36,8 @@ def runner_with(axes, cfg=meshes.CONFIG, **options):
 
 @pytest.mark.parametrize('axes', MESHES, ids=str)
 def test_no_bit_depends_on_where_experts_are(axes):
-  """Nor, on one device, on whether there are copies at all."""
-  passes = meshes.Passes(mesh_of(axes), has_copies=True)
+  """Nor, on one device, on whether there are redundant experts."""
+  passes = meshes.Passes(mesh_of(axes), has_redundant=True)
   runner = runner_with(axes, redundant=8)
   if axes:
     plain = runner_with(axes, redundant=0)
@@ -51,8 +51,8 @@ def test_no_bit_depends_on_where_experts_are(axes):
     got_BTV, got_RLE = passes(runner.variables, runner.router)
     np.testing.assert_array_equal(got_BTV, want_BTV)
     np.testing.assert_array_equal(got_RLE, load_PLE)
-    copies = jax.tree.leaves(runner.variables['redundant_slots'])
-    placements.add(b''.join(np.asarray(x).tobytes() for x in copies))
+    slots = jax.tree.leaves(runner.variables['redundant_slots'])
+    placements.add(b''.join(np.asarray(x).tobytes() for x in slots))
     runner.rebalancer.record_step(load)
     runner.rebalancer.rebalance()
   assert len(placements) == 3
@@ -61,7 +61,7 @@ def test_no_bit_depends_on_where_experts_are(axes):
 
 def test_the_load_is_spread_better_than_before():
   axes = {'expert': 4}
-  passes = meshes.Passes(mesh_of(axes), has_copies=True)
+  passes = meshes.Passes(mesh_of(axes), has_redundant=True)
   runner = runner_with(axes, redundant=8)
   assert runner.rebalancer.balancedness is None
   values = []
@@ -86,11 +86,11 @@ def test_requests_get_the_same_tokens_while_experts_move():
   assert meshes.traffic(runner)[1] == meshes.expected()
   known, often = meshes.compiled(runner), runner.rebalancer.rebalances
   assert often > 5
-  session, tokens = meshes.traffic(runner)
+  model_engine, tokens = meshes.traffic(runner)
   assert tokens == meshes.expected()
   assert runner.rebalancer.rebalances > often
   assert meshes.compiled(runner) == known
-  model = engine_thread.EngineThread(session, 1)
+  model = engine_thread.EngineThread(model_engine, 1)
   values = metrics.Telemetry(model).text().decode()
   model.close()
   lines = dict(line.split() for line in values.splitlines() if line[0] != '#')

@@ -30,7 +30,7 @@ def prompt(seed, size):
   return rng.integers(0, CONFIG.model.vocab_size, size).tolist()
 
 
-# Two begin alike, over a whole page.
+# Two begin alike, over a whole block.
 PROMPTS = [prompt(0, 120), prompt(1, 50), prompt(0, 120)[:70] + prompt(2, 5)]
 
 
@@ -44,7 +44,7 @@ def weights():
   return models.f32(params), models.f32(router)
 
 
-@pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'drafts'])
+@pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'speculative'])
 def runner(request, weights):
   return model_runner.ModelRunner(
     CONFIG, *weights, request.param, fp8_cache=True
@@ -52,38 +52,38 @@ def runner(request, weights):
 
 
 def traffic(runner, prompts, num_blocks=12, **options):
-  """Tokens of each request, and the session when all are at their ends."""
-  session = engine.Engine(
+  """Tokens of each request, and the engine when all are done."""
+  model_engine = engine.Engine(
     runner, num_blocks=num_blocks, max_rows=4, chunk=64, **options
   )
   draw = requests.SamplingParams(temperature=1.0, seed=5)
-  submitted = [session.submit(one, 40, draw) for one in prompts]
-  while not session.is_idle:
-    session.step()
-  assert session.stats().blocks_in_use == 0
-  return [request.tokens for request in submitted], session
+  submitted = [model_engine.submit(one, 40, draw) for one in prompts]
+  while not model_engine.is_idle:
+    model_engine.step()
+  assert model_engine.stats().blocks_in_use == 0
+  return [request.tokens for request in submitted], model_engine
 
 
 @pytest.fixture(scope='module')
 def alone(weights):
-  """Without drafts."""
+  """Without speculative tokens."""
   plain = model_runner.ModelRunner(CONFIG, *weights, fp8_cache=True)
   return [traffic(plain, [one])[0][0] for one in PROMPTS]
 
 
-def test_company_chunks_and_drafts_change_no_token(runner, alone):
-  tokens, session = traffic(runner, PROMPTS)
+def test_batches_chunks_and_speculation_change_no_token(runner, alone):
+  tokens, model_engine = traffic(runner, PROMPTS)
   assert tokens == alone
-  caches = session._caches
+  caches = model_engine._caches
   assert isinstance(caches.moe.c_LpsC, quantized.Quantized)
   assert caches.moe.c_LpsC.scales.shape[-1] == 2
   assert (caches.mtp is not None) == (runner.num_speculative_tokens > 0)
   assert all(np.any(np.float32(x)) for x in jax.tree.leaves(caches))
 
 
-def test_who_gives_way_goes_on_the_same(runner, alone):
-  tokens, session = traffic(runner, PROMPTS, num_blocks=4)
-  assert tokens == alone and session.stats().preempted > 0
+def test_a_preempted_request_has_the_same_tokens(runner, alone):
+  tokens, model_engine = traffic(runner, PROMPTS, num_blocks=4)
+  assert tokens == alone and model_engine.stats().preempted > 0
 
 
 def test_other_roundings_give_other_tokens(weights, alone):
@@ -95,14 +95,16 @@ def test_other_roundings_give_other_tokens(weights, alone):
 def test_a_mesh_keeps_the_same(weights, alone):
   mesh = inference_mesh.make_mesh(data=2, expert=2)
   runner = model_runner.ModelRunner(CONFIG, *weights, mesh=mesh, fp8_cache=True)
-  tokens, session = traffic(runner, PROMPTS)
+  tokens, model_engine = traffic(runner, PROMPTS)
   assert tokens == alone
-  latents = session._caches.moe.c_LpsC
+  latents = model_engine._caches.moe.c_LpsC
   assert isinstance(latents, quantized.Quantized)
   for leaf in jax.tree.leaves(latents):
-    assert leaf.shape[1] == 4 * 12  # pages of four ranks
+    assert leaf.shape[1] == 4 * 12  # blocks of four ranks
     assert leaf.addressable_shards[0].data.shape[1] == 12
-  caches = runner.copy_blocks([block_pool.BlockCopy(1, 2)], session._caches)
+  caches = runner.copy_blocks(
+    [block_pool.BlockCopy(1, 2)], model_engine._caches
+  )
   assert isinstance(caches.moe.c_LpsC, quantized.Quantized)
 
 
@@ -113,9 +115,9 @@ def test_a_mesh_keeps_the_same(weights, alone):
 def test_a_step_widens_no_whole_cache(weights, kind, precision, fp8):
   cfg = dataclasses.replace(CONFIG, precision=precision)
   runner = model_runner.ModelRunner(cfg, *weights, fp8_cache=fp8)
-  session = engine.Engine(runner, num_blocks=50, max_rows=2)
+  model_engine = engine.Engine(runner, num_blocks=50, max_rows=2)
   width = 1 if kind == 'decode' else 64
-  (rows, draws), caches = session._empty(2, width, 2), session._caches
+  (rows, draws), caches = model_engine._empty(2, width, 2), model_engine._caches
   args = (runner.variables, runner.router, rows, caches, draws, None)
   if kind == 'copy':
     args = (np.array([0], np.int32), np.array([1], np.int32), caches)

@@ -52,27 +52,27 @@ def test_greedy_is_the_full_forwards_argmax(net, weights):
 @pytest.mark.parametrize('temperature', [0.0, 1.0])
 def test_a_row_does_not_depend_on_the_others(net, temperature):
   options = {'temperature': temperature, 'top_p': 0.9, 'seed': 5}
-  together = generate.generate(net, _PROMPTS, 12, **options).tokens
+  batched = generate.generate(net, _PROMPTS, 12, **options).tokens
   first = generate.generate(net, _PROMPTS[:1], 12, **options).tokens
   swapped = generate.generate(
     net, [_PROMPTS[0], [8, 8, 8, 8]], 12, **options
   ).tokens
-  assert together[0] == first[0] == swapped[0]
+  assert batched[0] == first[0] == swapped[0]
 
 
 def test_more_prompts_than_rows_join_as_others_end(net, monkeypatch):
-  prompts = [prompt[:cut] for prompt in _PROMPTS for cut in (1, 2, 3)]
-  together = generate.generate(net, prompts, 9)
+  prompts = [prompt[:size] for prompt in _PROMPTS for size in (1, 2, 3)]
+  batched = generate.generate(net, prompts, 9)
   monkeypatch.setattr(generate, 'MAX_ROWS', 2)
   output = generate.generate(net, prompts, 9)
-  assert output.tokens == together.tokens
+  assert output.tokens == batched.tokens
   assert (
-    output.stats.decoded_rows == together.stats.decoded_rows == len(prompts) * 8
+    output.stats.decoded_rows == batched.stats.decoded_rows == len(prompts) * 8
   )
   assert (
     output.stats.decode_steps
     >= len(prompts) * 8 / 2
-    > together.stats.decode_steps
+    > batched.stats.decode_steps
   )
 
 
@@ -85,9 +85,9 @@ def test_who_waits_hears_of_each_as_it_ends_in_order(net, monkeypatch):
   heard, running = [], []
   step = engine.Engine.step
 
-  def watched(session):
+  def watched(model_engine):
     running.append(len(heard))
-    return step(session)
+    return step(model_engine)
 
   monkeypatch.setattr(engine.Engine, 'step', watched)
   output = generate.generate(

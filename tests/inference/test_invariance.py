@@ -1,4 +1,4 @@
-"""In an invariant session nothing that others do changes a bit of a request."""
+"""Batch invariance: other requests do not change a bit of a request."""
 
 import dataclasses
 
@@ -44,33 +44,32 @@ DRAW = requests.SamplingParams(temperature=1.0, top_p=0.95, seed=3)
 MINE = (prompt(0, 100), 60, DRAW)
 
 
-@pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'drafts'])
+@pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'speculative'])
 def runner(request):
   params, router = map(models.f32, models.random_params(CONFIG))
   return model_runner.ModelRunner(CONFIG, params, router, request.param)
 
 
-def session(runner, num_blocks=24):
+def make_engine(runner, num_blocks=24):
   options = {'num_blocks': num_blocks, 'max_rows': 4, 'chunk': 128}
   return engine.Engine(runner, **options, batch_invariant=True)
 
 
-def watched(session, request):
+def run_until_done(model_engine, request):
   """Runs until a request ends; its latents in the two main stacks."""
   while not request.done:
-    pages, length = (
-      list(request.block_table.blocks if request.block_table else []),
-      None,
-    )
     if request.block_table:
+      blocks = list(request.block_table.blocks)
       length = request.block_table.length
-      caches = session._caches[:2]
+      caches = model_engine._caches[:2]
       rows = [
-        np.asarray(x)[:, pages].reshape(x.shape[0], -1, x.shape[-1])[:, :length]
+        np.asarray(x)[:, blocks].reshape(x.shape[0], -1, x.shape[-1])[
+          :, :length
+        ]
         for cache in caches
         for x in cache
       ]
-    session.step()
+    model_engine.step()
   return Kept(request.tokens, rows)
 
 
@@ -84,76 +83,82 @@ def assert_same_bits(got, want):
 
 @pytest.fixture(scope='module')
 def alone(runner):
-  mine = session(runner)
-  return watched(mine, mine.submit(*MINE))
+  model_engine = make_engine(runner)
+  return run_until_done(model_engine, model_engine.submit(*MINE))
 
 
 def test_others_beside_it(runner, alone):
-  mine = session(runner)
+  model_engine = make_engine(runner)
   for seed, size in ((1, 5), (2, 130), (3, 64)):
-    mine.submit(
+    model_engine.submit(
       prompt(seed, size), 40, requests.SamplingParams(temperature=1.0)
     )
-    mine.step()
-  assert_same_bits(watched(mine, mine.submit(*MINE)), alone)
+    model_engine.step()
+  assert_same_bits(
+    run_until_done(model_engine, model_engine.submit(*MINE)), alone
+  )
 
 
 def test_a_beginning_that_others_left_in_the_cache(runner, alone):
-  mine = session(runner)
-  first = mine.submit(MINE[0][:80], 30)
+  model_engine = make_engine(runner)
+  first = model_engine.submit(MINE[0][:80], 30)
   while not first.done:
-    mine.step()
-  request = mine.submit(*MINE)
-  assert_same_bits(watched(mine, request), alone)
+    model_engine.step()
+  request = model_engine.submit(*MINE)
+  assert_same_bits(run_until_done(model_engine, request), alone)
   assert request.num_cached_tokens == 64
 
 
-def test_giving_way_to_an_older_one(runner, alone):
-  mine = session(runner, num_blocks=4)
-  mine.submit(prompt(5, 60), 130)
-  request = mine.submit(*MINE)
-  assert_same_bits(watched(mine, request), alone)
-  assert mine.stats().preempted > 0
+def test_preemption_by_an_older_request(runner, alone):
+  model_engine = make_engine(runner, num_blocks=4)
+  model_engine.submit(prompt(5, 60), 130)
+  request = model_engine.submit(*MINE)
+  assert_same_bits(run_until_done(model_engine, request), alone)
+  assert model_engine.stats().preempted > 0
 
 
 def test_any_traffic_has_the_same_sizes(runner, alone):
   counts = lambda: [
     f._cache_size() for f in (runner._prefill, runner._extend, runner._decode)
   ]
-  known, mine = counts(), session(runner)
+  known, model_engine = counts(), make_engine(runner)
   for seed, size in ((1, 5), (2, 130), (3, 64), (4, 1), (5, 198)):
-    mine.submit(
+    model_engine.submit(
       prompt(seed, size), 1 + seed % 2, requests.SamplingParams(seed=seed)
     )
-    mine.step()
-  while not mine.is_idle:
-    mine.step()
+    model_engine.step()
+  while not model_engine.is_idle:
+    model_engine.step()
   assert counts() == known and known[0] == 0
 
 
-def test_tokens_are_told_once_though_they_are_made_twice():
+def test_recomputed_tokens_are_reported_once():
   runner = counting.Runner(num_speculative_tokens=1)
-  mine = engine.Engine(runner, num_blocks=4, max_rows=2, batch_invariant=True)
-  submitted = [mine.submit([i] * 60, 130) for i in (3, 4)]
+  model_engine = engine.Engine(
+    runner, num_blocks=4, max_rows=2, batch_invariant=True
+  )
+  submitted = [model_engine.submit([i] * 60, 130) for i in (3, 4)]
   reported = {request: [] for request in submitted}
-  while not mine.is_idle:
-    for output in mine.step():
+  while not model_engine.is_idle:
+    for output in model_engine.step():
       tokens = reported[output.request]
       tokens.append(output.token)
       assert output.is_last == (len(tokens) == 130)
-  assert mine.stats().preempted > 0
+  assert model_engine.stats().preempted > 0
   for i, request in zip((3, 4), submitted, strict=True):
     assert reported[request] == request.tokens
     assert request.tokens == counting.continued([i] * 60, 130)
 
 
-def test_what_was_generated_is_not_found_by_others():
+def test_generated_tokens_do_not_enter_the_prefix_cache():
   runner = counting.Runner()
-  mine = engine.Engine(runner, num_blocks=20, max_rows=2, batch_invariant=True)
-  first = mine.submit([5] * 100, 100)
+  model_engine = engine.Engine(
+    runner, num_blocks=20, max_rows=2, batch_invariant=True
+  )
+  first = model_engine.submit([5] * 100, 100)
   while not first.done:
-    mine.step()
-  later = mine.submit([5] * 100 + first.tokens, 1)
+    model_engine.step()
+  later = model_engine.submit([5] * 100 + first.tokens, 1)
   while not later.done:
-    mine.step()
+    model_engine.step()
   assert later.num_cached_tokens == 64

@@ -1,4 +1,4 @@
-"""Inference on a mesh is that of one device, whatever is cut over what."""
+"""Inference on a mesh is that of one device, whatever is sharded."""
 
 import jax
 import jax.numpy as jnp
@@ -46,17 +46,22 @@ def test_logits_are_those_of_one_device(one_device, axes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ('axes', 'drafts'), [(ALL, 1), ({'node': 2, 'expert': 2}, 0)], ids=str
+  ('axes', 'num_speculative_tokens'),
+  [(ALL, 1), ({'node': 2, 'expert': 2}, 0)],
+  ids=str,
 )
-def test_requests_get_the_tokens_of_one_device(axes, drafts):
-  """Preempted, cached, drafted and drawn ones; and nothing is left behind."""
+def test_requests_get_the_tokens_of_one_device(axes, num_speculative_tokens):
+  """Also preempted, cached, speculative and sampled ones; no block is left."""
   mesh = inference_mesh.make_mesh(**axes)
   runner = model_runner.ModelRunner(
-    meshes.CONFIG, *meshes.weights(), drafts, mesh
+    meshes.CONFIG, *meshes.weights(), num_speculative_tokens, mesh
   )
-  session, tokens = meshes.traffic(runner)
+  model_engine, tokens = meshes.traffic(runner)
   assert tokens == meshes.expected()
-  assert session.stats().num_blocks == 7 * 4 and session.max_running == 2 * 4
+  assert (
+    model_engine.stats().num_blocks == 7 * 4
+    and model_engine.max_running == 2 * 4
+  )
   known = meshes.compiled(runner)
   _, tokens = meshes.traffic(runner)
   assert tokens == meshes.expected() and meshes.compiled(runner) == known
@@ -67,13 +72,13 @@ def test_what_shares_a_step_changes_nothing_on_a_mesh():
   """All together, and one after the other on either rank."""
   mesh = inference_mesh.make_mesh(data=2)
   runner = model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)
-  session, together = meshes.traffic(runner, batch_invariant=True)
-  for case, want in list(zip(meshes.REQUESTS, together, strict=True))[::3]:
-    request = session.submit(*case)
-    while not session.is_idle:
-      session.step()
+  model_engine, batched = meshes.traffic(runner, batch_invariant=True)
+  for case, want in list(zip(meshes.REQUESTS, batched, strict=True))[::3]:
+    request = model_engine.submit(*case)
+    while not model_engine.is_idle:
+      model_engine.step()
     assert request.tokens == want
-  assert together == meshes.expected()
+  assert batched == meshes.expected()
   assert meshes.compiled(runner)[:3] == [0, 1, 1]
 
 
@@ -89,7 +94,7 @@ def test_a_rank_may_have_no_prompt():
   assert generate.generate(net, prompts, 6).tokens == want
 
 
-def test_pages_are_copied_on_their_rank():
+def test_blocks_are_copied_on_their_rank():
   runner = model_runner.ModelRunner(
     meshes.CONFIG,
     *meshes.weights(),
@@ -110,7 +115,7 @@ def test_pages_are_copied_on_their_rank():
     assert np.all(got == want[:, None, None])
 
 
-def test_weights_lie_cut_and_latents_too():
+def test_weights_and_latents_are_sharded():
   mesh = inference_mesh.make_mesh(**ALL)
   runner = model_runner.ModelRunner(meshes.CONFIG, *meshes.weights(), mesh=mesh)
   shape = lambda x: x.addressable_shards[0].data.shape

@@ -14,12 +14,12 @@ def draw(probs_V, temperature, top_p, top_k=0, seed=0):
   """Counts of many draws from one distribution."""
   logits = jnp.log(jnp.asarray(probs_V, jnp.float32))
   rows = jnp.broadcast_to(logits, (_DRAWS, len(probs_V)))
-  each = lambda x: jnp.full(_DRAWS, x)
+  full = lambda x: jnp.full(_DRAWS, x)
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(seed), _DRAWS))
   arrays = sampling.SamplingArrays(
-    keys_B2, each(temperature), each(top_k), each(float(top_p))
+    keys_B2, full(temperature), full(top_k), full(float(top_p))
   )
-  ids = jax.jit(sampling.sample)(rows, arrays, each(7))
+  ids = jax.jit(sampling.sample)(rows, arrays, full(7))
   return np.bincount(ids, minlength=len(probs_V))
 
 
@@ -41,13 +41,13 @@ def test_temperature_sharpens_by_its_power():
   assert chi_squared(draw(probs, 0.5, 1.0), want) < 16.3  # 3 dof
 
 
-def test_nucleus_is_cut_and_renormalised():
+def test_the_nucleus_is_renormalised():
   probs = np.array([0.1, 0.4, 0.2, 0.3])
   want = np.array([0.0, 0.4, 0.2, 0.3]) / 0.9
   assert chi_squared(draw(probs, 1.0, 0.85), want) < 13.8  # 2 dof
 
 
-def test_top_k_is_cut_and_renormalised():
+def test_top_k_is_renormalised():
   probs = np.array([0.1, 0.4, 0.2, 0.3])
   want = np.array([0.0, 0.4, 0.0, 0.3]) / 0.7
   assert chi_squared(draw(probs, 1.0, 1.0, top_k=2), want) < 10.8  # 1 dof
@@ -62,16 +62,16 @@ def test_a_tiny_temperature_is_greedy(temperature):
   rng = np.random.default_rng(0)
   logits_BV = jnp.float32(rng.normal(0.0, 3.0, (40, 280)))
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(3), 40))
-  each = lambda x: jnp.full(40, x)
+  full = lambda x: jnp.full(40, x)
   arrays = sampling.SamplingArrays(
-    keys_B2, each(temperature), each(0), each(0.95)
+    keys_B2, full(temperature), full(0), full(0.95)
   )
-  ids = jax.jit(sampling.sample)(logits_BV, arrays, each(0))
+  ids = jax.jit(sampling.sample)(logits_BV, arrays, full(0))
   np.testing.assert_array_equal(ids, np.argmax(logits_BV, axis=-1))
 
 
-def test_rows_draw_as_each_is_told():
-  """Greedy, hot and cut rows in one batch."""
+def test_rows_have_their_own_sampling_parameters():
+  """Greedy, hot and top-k rows in one batch."""
   logits_BV = jnp.log(jnp.array([[0.1, 0.6, 0.3]] * 3000))
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(3), 3000))
   kind_B = np.arange(3000) % 3

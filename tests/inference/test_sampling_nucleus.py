@@ -11,9 +11,9 @@ from dsv3_jax.inference import sampling
 
 
 def draws(keys_B, temperature, top_p):
-  each = lambda x: jnp.full(len(keys_B), x)
+  full = lambda x: jnp.full(len(keys_B), x)
   return sampling.SamplingArrays(
-    jax.random.key_data(keys_B), each(temperature), each(0), each(top_p)
+    jax.random.key_data(keys_B), full(temperature), full(0), full(top_p)
   )
 
 

@@ -120,10 +120,10 @@ def test_every_request_gets_what_it_would_get_alone(
   for prompt, new, gap, stays, again in submitted:
     for _ in range(gap):
       player.step()
-    twin = None
+    shared = None
     if again and added:
-      twin, prompt, *_ = added[-1]
-    added.append((player.add(prompt, new, twin), prompt, new, stays))
+      shared, prompt, *_ = added[-1]
+    added.append((player.add(prompt, new, shared), prompt, new, stays))
     for running in player.scheduler.running_by_rank:
       assert len(running) <= rows
       numbers = [request.number for request in running]
@@ -142,14 +142,14 @@ def test_every_request_gets_what_it_would_get_alone(
   assert player.scheduler.blocks_in_use == 0
 
 
-def test_a_twin_takes_over_the_pages_of_its_rank():
+def test_a_shared_prompt_has_its_blocks_on_one_rank():
   player, prompt = Player(2, count=20), [0, 1, 2, 1] * 4
   first = player.add(prompt, 4)
   others = [player.add(prompt, 4, first) for _ in range(2)]
   player.step()
   assert [request.rank for request in (first, *others)] == [0, 0, 0]
   player.step()
-  # The last page is its own: its last token is computed once more.
+  # The last block is its own: its last token is computed once more.
   assert all(
     request.block_table.blocks[:3] == first.block_table.blocks[:3]
     for request in others
@@ -165,6 +165,11 @@ def test_rows_are_spread_evenly():
   player.step()
   counts = list(map(len, player.scheduler.running_by_rank))
   assert sorted(counts) == [1, 2, 2, 2]
+  for i in range(2):
+    player.add([2, i], 6)
+  player.step()
+  assert len(player.scheduler.running) == 8  # two rows on each of four ranks
+  assert len(player.scheduler.waiting) == 1
   player.finish()
 
 
@@ -184,7 +189,7 @@ def test_a_request_goes_to_where_its_prompt_is_known():
 
 
 def test_many_that_begin_alike_are_spread_all_the_same():
-  """One page in common does not outweigh a rank without work."""
+  """One block in common does not outweigh a rank without work."""
   player = Player(2, count=20, max_rows=4)
   player.add([0, 1, 2, 1], 2)
   player.finish()
@@ -195,8 +200,8 @@ def test_many_that_begin_alike_are_spread_all_the_same():
   player.finish()
 
 
-def test_who_gives_way_may_go_on_elsewhere():
-  """Rank 0 runs out of pages while rank 1 becomes idle."""
+def test_a_preempted_request_may_go_to_another_rank():
+  """Rank 0 runs out of blocks while rank 1 becomes idle."""
   player = Player(2, count=4, max_rows=2)
   first = player.add([0] * 7, 9)
   other = player.add([1] * 7, 1)

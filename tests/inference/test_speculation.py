@@ -47,10 +47,12 @@ def prompt(seed, size):
 def test_counted_traffic_gets_the_same_tokens(
   num_speculative_tokens, num_blocks
 ):
-  """Some drafts are wrong, pages run out, some clients go away, some stop."""
+  """Tokens are rejected, blocks run out, clients go away, requests stop."""
   rng = np.random.default_rng(num_speculative_tokens)
-  made = counting.Runner(num_speculative_tokens=num_speculative_tokens)
-  session = engine.Engine(made, num_blocks=num_blocks, max_rows=5, chunk=64)
+  runner = counting.Runner(num_speculative_tokens=num_speculative_tokens)
+  model_engine = engine.Engine(
+    runner, num_blocks=num_blocks, max_rows=5, chunk=64
+  )
   wanted, gone = [], []
   for number in range(60):
     tokens = rng.integers(0, 23, rng.integers(1, 150)).tolist()
@@ -58,33 +60,33 @@ def test_counted_traffic_gets_the_same_tokens(
     want = counting.continued(tokens, count)
     stop = want[-1] if number % 3 == 0 else -1
     want = want[: want.index(stop) + 1] if stop >= 0 else want
-    wanted.append((session.submit(tokens, count, stop_ids=[stop]), want))
+    wanted.append((model_engine.submit(tokens, count, stop_ids=[stop]), want))
     for _ in range(rng.integers(0, 9)):
-      session.step()
+      model_engine.step()
     if number % 7 == 0:
       gone.append(wanted.pop(rng.integers(len(wanted)))[0])
-      session.cancel(gone[-1])
-  while not session.is_idle:
-    session.step()
+      model_engine.cancel(gone[-1])
+  while not model_engine.is_idle:
+    model_engine.step()
   assert all(request.tokens == want for request, want in wanted)
-  assert session.stats().blocks_in_use == 0
-  assert (session.stats().preempted > 0) == (num_blocks == 8)
-  counts_seen = session.stats()
+  assert model_engine.stats().blocks_in_use == 0
+  assert (model_engine.stats().preempted > 0) == (num_blocks == 8)
+  counts_seen = model_engine.stats()
   assert 0.3 < counts_seen.acceptance < 0.8
   assert 1.3 < counts_seen.tokens_per_step <= 1 + num_speculative_tokens
 
 
-def test_drafts_make_steps_fewer():
+def test_speculative_tokens_save_steps():
   calls = []
   for num_speculative_tokens in (0, 1, 2):
-    made = counting.Runner(num_speculative_tokens=num_speculative_tokens)
-    session = engine.Engine(made, num_blocks=8, max_rows=1)
-    session.submit([3, 1, 4], 200)
-    while not session.is_idle:
-      session.step()
-    assert made.calls == 1 + session.stats().decoded_rows
-    assert session.stats().decoded_tokens == 199
-    calls.append(made.calls)
+    runner = counting.Runner(num_speculative_tokens=num_speculative_tokens)
+    model_engine = engine.Engine(runner, num_blocks=8, max_rows=1)
+    model_engine.submit([3, 1, 4], 200)
+    while not model_engine.is_idle:
+      model_engine.step()
+    assert runner.calls == 1 + model_engine.stats().decoded_rows
+    assert model_engine.stats().decoded_tokens == 199
+    calls.append(runner.calls)
   assert calls[0] == 200
   assert calls[1] < 0.75 * calls[0] and calls[2] < 0.85 * calls[1]
 
@@ -102,44 +104,45 @@ def test_tokens_are_those_of_plain_decoding(num_speculative_tokens, hidden):
   prompts = [prompt(1, 5), prompt(2, 130), prompt(3, 1), prompt(4, 64)]
   for options in ({}, {'temperature': 1.0, 'top_p': 0.9, 'seed': 3}):
     want = generate.generate(plain, prompts, 40, **options)
-    made = generate.generate(drafting, prompts, 40, **options)
-    assert made.tokens == want.tokens
+    output = generate.generate(drafting, prompts, 40, **options)
+    assert output.tokens == want.tokens
     assert want.stats.tokens_per_step == 1
-    assert made.stats.tokens_per_step > 1
+    assert output.stats.tokens_per_step > 1
 
 
-def test_drafts_that_are_always_right_give_a_step_all_it_can_have():
+def test_right_speculative_tokens_are_all_accepted():
   # Where all tokens are as likely, only the noise decides, which is the same.
   params, router = weights(CONFIG)
   flat = params | {'head': {'w': jnp.zeros_like(params['head']['w'])}}
   drafting = model_runner.ModelRunner(CONFIG, flat, router, 3)
   options = {'temperature': 1.0, 'seed': 2}
-  made = generate.generate(drafting, [[1, 2], [3]], 41, **options)
-  assert made.stats.acceptance == 1.0 and made.stats.tokens_per_step == 4.0
+  output = generate.generate(drafting, [[1, 2], [3]], 41, **options)
+  assert output.stats.acceptance == 1.0
+  assert output.stats.tokens_per_step == 4.0
   runner = model_runner.ModelRunner(CONFIG, flat, router)
   plain = generate.generate(runner, [[1, 2], [3]], 41, **options)
-  assert made.tokens == plain.tokens
-  assert len(set(made.tokens[0])) > 5
+  assert output.tokens == plain.tokens
+  assert len(set(output.tokens[0])) > 5
 
 
 @pytest.mark.parametrize('hidden', HIDDEN)
-def test_first_drafts_are_the_mtp_module_s_choice(hidden):
-  """However the latents came there: chunks, prefix cache, verified drafts."""
+def test_first_speculative_tokens_are_the_mtp_module_s_choice(hidden):
+  """However the latents came there: chunks, prefix cache, verified tokens."""
   cfg = small(model__mtp__hidden=hidden)
   params, router = weights(cfg)
-  made = model_runner.ModelRunner(cfg, params, router, 2)
-  session = engine.Engine(made, num_blocks=20, max_rows=3, chunk=64)
+  runner = model_runner.ModelRunner(cfg, params, router, 2)
+  model_engine = engine.Engine(runner, num_blocks=20, max_rows=3, chunk=64)
   seen = []
   for tokens in (prompt(5, 150), prompt(6, 3), prompt(5, 150)[:140] + [1, 2]):
-    request = session.submit(tokens, 20)
+    request = model_engine.submit(tokens, 20)
     while not request.done:
-      session.step()
+      model_engine.step()
       seen.append((list(request.all_tokens), list(request.speculative_tokens)))
   assert request.num_cached_tokens == 128
-  drafted = [(tokens, drafts[0]) for tokens, drafts in seen if drafts]
+  drafted = [(tokens, tail[0]) for tokens, tail in seen if tail]
   assert len(drafted) > 30
   for tokens, draft in drafted[::3]:
-    # The page that another's continuation filled ends with a latent of it.
+    # The block that another's continuation filled ends with a latent of it.
     logits_V = mtp_logits(cfg, params, router, tokens)
     assert logits_V.max() - logits_V[draft] < 1e-4
 
@@ -160,15 +163,15 @@ def mtp_logits(cfg, params, router, tokens):
 
 
 def test_drawn_tokens_have_the_model_s_distribution():
-  """10^5 rows of three tokens each, two of them behind drafts."""
+  """10^5 rows of three tokens each, two of them behind speculative tokens."""
   vocab, start, rows, rounds = 5, 2, 10_000, 10
   cfg = small(model__vocab_size=vocab)
   params, router = weights(cfg)
   params['head']['w'] *= 0.5  # or some triples would be too rare to count
-  made = model_runner.ModelRunner(cfg, params, router, 1)
+  runner = model_runner.ModelRunner(cfg, params, router, 1)
   counts, kept = np.zeros(vocab**3), 0
   for seed in range(rounds):
-    tokens_B3, kept_B = triples(made, start, rows, seed)
+    tokens_B3, kept_B = triples(runner, start, rows, seed)
     counts += np.bincount(tokens_B3 @ [vocab**2, vocab, 1], minlength=vocab**3)
     kept += np.sum(kept_B)
   expected = rows * rounds * triple_probabilities(cfg, params, router, start)
@@ -177,7 +180,7 @@ def test_drawn_tokens_have_the_model_s_distribution():
   assert 0.1 < kept / (rows * rounds) < 0.95  # both kinds were there
 
 
-def triples(made, start, rows, seed):
+def triples(runner, start, rows, seed):
   """Three tokens of each row, and whether its second step gave two."""
   keys_B = jax.random.split(jax.random.key(seed), rows)
   ones_B = np.ones(rows, np.float32)
@@ -185,7 +188,7 @@ def triples(made, start, rows, seed):
     *(np.asarray(jax.random.key_data(keys_B)), ones_B),
     *(np.zeros(rows, np.int32), ones_B),
   )
-  caches = made.empty_caches(rows, engine.BLOCK_SIZE)
+  caches = runner.empty_caches(rows, engine.BLOCK_SIZE)
   table_B1 = np.arange(rows, dtype=np.int32)[:, None]
   zeros_B, none_B = np.zeros((2, rows), np.int32)
   at = lambda x_BT, t_B: np.take_along_axis(x_BT, t_B[:, None], 1)[:, 0]
@@ -197,7 +200,7 @@ def triples(made, start, rows, seed):
     tokens_B2 = np.stack([last_B, draft_B], axis=1)
     arrays = (tokens_B2, index_B2, zeros_B, none_B, table_B1)
     rows = model_runner.StepInput(*(x.astype(np.int32) for x in arrays))
-    output, caches = made.decode(rows, caches, draws)
+    output, caches = runner.decode(rows, caches, draws)
     return *map(np.asarray, output), caches
 
   start_B = np.full(rows, start)
@@ -242,34 +245,37 @@ def test_a_model_without_mtp_cannot_draft():
 
 
 @pytest.mark.parametrize(('num_speculative_tokens', 'size'), [(1, 63), (2, 62)])
-def test_answers_to_one_prompt_draft_each_for_itself(
+def test_answers_to_one_prompt_have_their_own_speculative_tokens(
   num_speculative_tokens, size
 ):
-  """Where drafts of the first pass the end of a page, no other sees them."""
+  """No other sees those of the first, where they pass the end of a block."""
   params, router = weights(CONFIG)
   flat = params | {'head': {'w': 0.5 * params['head']['w']}}
   tokens, draws = (
     prompt(7, size),
-    [requests.SamplingParams(temperature=1.0, stream=i) for i in (0, 1, 2)],
+    [requests.SamplingParams(temperature=1.0, rng_stream=i) for i in (0, 1, 2)],
   )
   plain, want = model_runner.ModelRunner(CONFIG, flat, router), []
   for draw in draws:
-    session = engine.Engine(plain, num_blocks=8, max_rows=3)
-    request = session.submit(tokens, 20, draw)
+    model_engine = engine.Engine(plain, num_blocks=8, max_rows=3)
+    request = model_engine.submit(tokens, 20, draw)
     while not request.done:
-      session.step()
+      model_engine.step()
     want.append(request.tokens)
-  made = model_runner.ModelRunner(CONFIG, flat, router, num_speculative_tokens)
-  session = engine.Engine(made, num_blocks=8, max_rows=3)
-  first = session.submit(tokens, 20, draws[0])
+  runner = model_runner.ModelRunner(
+    CONFIG, flat, router, num_speculative_tokens
+  )
+  model_engine = engine.Engine(runner, num_blocks=8, max_rows=3)
+  first = model_engine.submit(tokens, 20, draws[0])
   rest = [
-    session.submit(tokens, 20, draw, shares_prompt_with=first)
+    model_engine.submit(tokens, 20, draw, shares_prompt_with=first)
     for draw in draws[1:]
   ]
-  while not session.is_idle:
-    session.step()
+  while not model_engine.is_idle:
+    model_engine.step()
   assert [request.tokens for request in (first, *rest)] == want
   assert (
-    session.stats().accepted_tokens > 0 and session.stats().blocks_in_use == 0
+    model_engine.stats().accepted_tokens > 0
+    and model_engine.stats().blocks_in_use == 0
   )
   assert [request.num_cached_tokens for request in rest] == [size - 1] * 2

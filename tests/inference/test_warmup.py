@@ -6,7 +6,7 @@ from dsv3_jax.inference import engine, warmup
 from tests.inference import counting
 
 
-def opened(
+def make_engine(
   room, max_rows=16, num_blocks=200, num_speculative_tokens=0, **options
 ):
   runner = counting.Runner(
@@ -21,9 +21,9 @@ def opened(
   )
 
 
-def recorded(session, monkeypatch):
+def recorded(model_engine, monkeypatch):
   """The sizes of steps from now on."""
-  seen, runner = set(), session.runner
+  seen, runner = set(), model_engine.runner
 
   def record(kind):
     run = getattr(runner, kind)
@@ -44,19 +44,19 @@ def recorded(session, monkeypatch):
   ('room', 'most_rows', 'count'), [(256, 16, 21), (4096, 16, 48), (64, 1, 3)]
 )
 def test_how_many(room, most_rows, count):
-  sizes = warmup.shapes(opened(room, most_rows), room)
+  sizes = warmup.shapes(make_engine(room, most_rows), room)
   assert len(set(sizes)) == len(sizes) == count
 
 
 def test_a_warm_up_runs_these_sizes_and_changes_nothing(monkeypatch):
-  session = opened(256)
-  seen = recorded(session, monkeypatch)
-  sizes = warmup.shapes(session, 256)
-  before = session._caches.copy()
+  model_engine = make_engine(256)
+  seen = recorded(model_engine, monkeypatch)
+  sizes = warmup.shapes(model_engine, 256)
+  before = model_engine._caches.copy()
   for size in sizes:
-    session.warm_up(size)
+    model_engine.warm_up(size)
   assert seen == set(sizes)
-  assert (session._caches == before).all() and session.is_idle
+  assert (model_engine._caches == before).all() and model_engine.is_idle
 
 
 @pytest.mark.parametrize('num_speculative_tokens', [0, 2])
@@ -64,41 +64,45 @@ def test_a_warm_up_runs_these_sizes_and_changes_nothing(monkeypatch):
 def test_one_request_at_a_time_meets_no_other_size(
   monkeypatch, room, num_speculative_tokens
 ):
-  session = opened(room, num_speculative_tokens=num_speculative_tokens)
-  seen = recorded(session, monkeypatch)
+  model_engine = make_engine(
+    room, num_speculative_tokens=num_speculative_tokens
+  )
+  seen = recorded(model_engine, monkeypatch)
   for length in range(1, room - 2, 37):
-    asked = [session.submit([1, 2] * (length // 2) + [3], 2)]
+    asked = [model_engine.submit([1, 2] * (length // 2) + [3], 2)]
     asked.append(
-      session.submit([1, 2] * (length // 2) + [4], 2, shares_prompt_with=None)
+      model_engine.submit(
+        [1, 2] * (length // 2) + [4], 2, shares_prompt_with=None
+      )
     )
-    session.cancel(asked[1])
-    while not session.is_idle:
-      session.step()
-  assert seen <= set(warmup.shapes(session, room))
+    model_engine.cancel(asked[1])
+    while not model_engine.is_idle:
+      model_engine.step()
+  assert seen <= set(warmup.shapes(model_engine, room))
 
 
 def test_bursts_of_short_prompts_meet_no_other_size(monkeypatch):
-  session = opened(256)
-  seen = recorded(session, monkeypatch)
+  model_engine = make_engine(256)
+  seen = recorded(model_engine, monkeypatch)
   for count in (2, 5, 16):
     for i in range(count):
-      session.submit([i, count] * 20, 100)
-    while not session.is_idle:
-      session.step()
-  assert seen <= set(warmup.shapes(session, 256))
+      model_engine.submit([i, count] * 20, 100)
+    while not model_engine.is_idle:
+      model_engine.step()
+  assert seen <= set(warmup.shapes(model_engine, 256))
 
 
 @pytest.mark.parametrize('num_speculative_tokens', [0, 1])
-def test_an_invariant_session_has_two_sizes(
+def test_a_batch_invariant_engine_has_two_sizes(
   monkeypatch, num_speculative_tokens
 ):
-  session = opened(
+  model_engine = make_engine(
     256, num_speculative_tokens=num_speculative_tokens, batch_invariant=True
   )
-  seen = recorded(session, monkeypatch)
+  seen = recorded(model_engine, monkeypatch)
   for i, length in enumerate((1, 70, 200)):
-    session.submit([i] * length, 9)
-  while not session.is_idle:
-    session.step()
-  sizes = warmup.shapes(session, 256)
+    model_engine.submit([i] * length, 9)
+  while not model_engine.is_idle:
+    model_engine.step()
+  sizes = warmup.shapes(model_engine, 256)
   assert seen == set(sizes) and len(sizes) == 2

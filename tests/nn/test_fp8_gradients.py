@@ -9,7 +9,9 @@ Scale and direction of a leaf are apart: a gradient that is 2 % too long has the
 right direction, and one that is not of this loss may have the right length.
 """
 
+import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,6 @@ from tests.oracles import fp8_gemm, fp8_ops
 # Every token goes to all experts: a choice that flips is another gradient.
 ALL_EXPERTS = {'model__moe__top_k': 4}
 FLOOR = precision.ACTIVATION_FLOOR
-KEY = {'model__scan_layers': False, 'model__remat': 'none'}
 
 
 def host(function, shapes, *args):
@@ -128,76 +129,97 @@ def _experts_bwd(residuals, dy):
 oracle_experts.defvjp(lambda *args: (oracle_experts(*args), args), _experts_bwd)
 
 
-def gradients(cfg):
-  """Loss and gradients where every expert gets every token."""
-  scanned = settings.small(**(FP8 | ALL_EXPERTS | {'model__scan_layers': True}))
+def gradients(name, dtype='bfloat16'):
+  """Loss and gradients in a precision, activations between products in dtype.
+
+  Every expert gets every token.
+  """
+  scanned, cfg = (
+    settings.small(**(FP8 | ALL_EXPERTS | {'precision': name} | scan))
+    for scan in ({'model__scan_layers': True}, {})
+  )
   params, router = models.random_params(scanned)
   params = shrunk(unstacked(models.f32(params)))
   batch, _ = models.make_batch(cfg, ([129], [60, 69]))
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
   args = (params, models.f32(router), batch, scales)
-  (total, _), grads = jax.jit(models.plain_loss_and_grads(cfg))(*args)
+  policy = dataclasses.replace(precision.POLICIES[name], compute=dtype)
+  with mock.patch.dict(precision.POLICIES, {name: policy}):
+    (total, _), grads = jax.jit(models.plain_loss_and_grads(cfg))(*args)
   return float(total), grads
 
 
-def errors(got, want):
-  """(|scale - 1|, 1 - cosine) of each leaf."""
+def assert_near(got, want, scale, direction):
+  """Holds every leaf: |<x, y> / <y, y> - 1| and 1 - cosine."""
   pairs = zip(
     jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
   )
-  return {
+  far = {
     jax.tree_util.keystr(path): tolerances.scale_and_direction(g, w)
     for (path, g), w in pairs
   }
+  worst = [max(x) for x in zip(*far.values(), strict=True)]
+  far = {k: x for k, x in far.items() if x[0] > scale or x[1] > direction}
+  assert not far, (worst, far)
 
 
 @pytest.fixture(scope='module')
 def shipped():
   """The model as it trains."""
-  return gradients(settings.small(**(FP8 | ALL_EXPERTS)))
+  return gradients('fp8')
 
 
-@pytest.mark.slow
-def test_fp8_gradients_are_those_of_the_oracles(shipped, monkeypatch):
+@pytest.fixture(scope='module')
+def exact():
+  return gradients('f32', 'float32')
+
+
+@pytest.fixture
+def oracles(monkeypatch):
+  """Linear, SwiGLU and experts are NumPy's."""
+  swiglu = lambda gate, up, w, policy: oracle_swiglu(gate, up, w.master)
+  experts = lambda x, gates, experts, plan, policy: oracle_experts(
+    x, gates, tuple(w.master for w in experts), plan.ids_IK
+  )
   monkeypatch.setattr(fp8_linear, 'linear', linear)
-  monkeypatch.setattr(
-    fp8_linear,
-    'swiglu_linear',
-    lambda gate, up, w, policy: oracle_swiglu(gate, up, w.master),
-  )
-  monkeypatch.setattr(
-    fp8_experts,
-    'multiply',
-    lambda x, gates, experts, plan, policy: oracle_experts(
-      x, gates, tuple(w.master for w in experts), plan.ids_IK
-    ),
-  )
-  want_total, want = gradients(settings.small(**(FP8 | ALL_EXPERTS)))
-  total, grads = shipped
-  print(total, want_total)
-  for name, e in errors(grads, want).items():
-    print(name, e)
-  assert 0
+  monkeypatch.setattr(fp8_linear, 'swiglu_linear', swiglu)
+  monkeypatch.setattr(fp8_experts, 'multiply', experts)
 
 
 @pytest.mark.slow
-def test_fp8_gradients_are_those_of_f32_within_its_rounding(shipped):
-  cfg = settings.small(**(FP8 | ALL_EXPERTS | {'precision': 'f32'}))
-  want_total, want = gradients(cfg)
-  total, grads = shipped
-  print(total, want_total)
-  for name, e in errors(grads, want).items():
-    print(name, e)
-  assert 0
+@pytest.mark.usefixtures('oracles')
+def test_fp8_gradients_are_those_of_the_oracles_in_f32(monkeypatch):
+  """With f32 between the products hardly a number changes its code."""
+  want_total, want = gradients('fp8', 'float32')
+  monkeypatch.undo()
+  total, grads = gradients('fp8', 'float32')
+  assert total == pytest.approx(want_total, rel=1e-6)
+  assert_near(grads, want, 1e-4, 1e-5)
 
 
 @pytest.mark.slow
-def test_bf16_gradients_are_those_of_f32_within_its_rounding():
-  cfg = settings.small(**(FP8 | ALL_EXPERTS | {'precision': 'f32'}))
-  want_total, want = gradients(cfg)
-  cfg = settings.small(**(FP8 | ALL_EXPERTS | {'precision': 'bf16'}))
-  total, grads = gradients(cfg)
-  print(total, want_total)
-  for name, e in errors(grads, want).items():
-    print(name, e)
-  assert 0
+@pytest.mark.usefixtures('oracles')
+def test_fp8_gradients_are_those_of_the_oracles(shipped):
+  """As shipped: BF16 moves one number in thirty by a step of FP8, each way.
+
+  Measured: scales within 3.5 %, 1 - cosine within 9.5e-3.
+  """
+  want_total, want = gradients('fp8')
+  assert shipped[0] == pytest.approx(want_total, rel=1e-3)
+  assert_near(shipped[1], want, 0.06, 0.015)
+
+
+@pytest.mark.slow
+def test_fp8_gradients_are_those_of_f32_within_its_rounding(shipped, exact):
+  """Measured: scales within 4.5 %, 1 - cosine within 0.026."""
+  assert shipped[0] == pytest.approx(exact[0], rel=2e-3)
+  assert shipped[0] != exact[0]
+  assert_near(shipped[1], exact[1], 0.07, 0.04)
+
+
+@pytest.mark.slow
+def test_bf16_gradients_are_those_of_f32_within_its_rounding(exact):
+  """Measured: scales within 0.24 %, 1 - cosine within 2e-4."""
+  total, grads = gradients('bf16')
+  assert total == pytest.approx(exact[0], rel=1e-3)
+  assert_near(grads, exact[1], 5e-3, 4e-4)

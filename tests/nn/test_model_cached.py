@@ -19,7 +19,7 @@ from tests.oracles import model as oracle
 
 SIZE = mla_decode.PAGE
 LENGTH, SPACE = SIZE + 6, 2 * SIZE
-TABLE_Bb = np.array([[4, 0], [1, 5], [3, 2]])  # pages lie anyhow
+TABLE_Bb = np.array([[4, 0], [1, 5], [3, 2]])  # blocks in any order
 CASES = {
   'scanned': {},
   'unrolled_yarn_no_dense': {
@@ -57,7 +57,7 @@ def step(cfg, absorbed, implementation='auto'):
 
   def run(params, tokens_BT, index_BT, last_B, *args):
     args = (tokens_BT, index_BT, last_B[:, None], *args)
-    outputs = net.apply({'params': params}, *args, method='cached')
+    outputs = net.apply({'params': params}, *args, method='forward_cached')
     return outputs[0][:, 0], outputs[2]
 
   return jax.jit(run)
@@ -153,7 +153,7 @@ def test_an_fp8_token_of_v3_has_656_bytes():
 
 
 def test_several_tokens_at_once_onto_a_cache():
-  # As for verifying drafts: three new tokens see the cache and one another.
+  # As for verifying: three new tokens see the cache and one another.
   cfg, params, router, tokens_BT = setup('scanned')
   full_BTV = full_logits(cfg, params, router, tokens_BT)
   index_BT = jnp.broadcast_to(jnp.arange(SIZE - 3), (3, SIZE - 3))
@@ -195,7 +195,7 @@ def test_the_cache_holds_c_plus_r_values_and_drops_what_is_past_its_end():
   _, written = step(cfg, False)(params, *args)
   for leaf in jax.tree.leaves(written):
     changed_ps = np.any(np.asarray(leaf), axis=(0, 3))
-    want = sorted([page, SIZE - 1] for page in TABLE_Bb[:, 1].tolist())
+    want = sorted([block, SIZE - 1] for block in TABLE_Bb[:, 1].tolist())
     assert np.argwhere(changed_ps).tolist() == want
 
 
@@ -221,7 +221,7 @@ def test_bf16_cache_stays_near_the_bf16_forward():
 
 
 def test_the_decode_kernel_gives_the_same():
-  """Interpreted: over a prompt of two pages, then a token and a draft."""
+  """Interpreted: a prompt of two blocks, then a token and a speculative one."""
   cfg, params, router, tokens_BT = setup('scanned')
   full_BTV = full_logits(cfg, params, router, tokens_BT)
   run, caches = step(cfg, True, 'pallas_interpret'), empty(cfg)

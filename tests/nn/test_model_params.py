@@ -134,11 +134,11 @@ def test_every_parameter_names_its_axes_and_has_a_spec(scan, rank):
   assert jax.tree.structure(params) == jax.tree.structure(
     specs, is_leaf=is_spec
   )
-  # Experts are cut over their axes, the vocabulary over a pipeline's ranks.
+  # Experts are sharded over their axes, the vocabulary over a pipeline's ranks.
   assert specs['embed']['w'] == jax.sharding.PartitionSpec('pipe', None)
-  cut = [s for s in jax.tree.leaves(specs, is_leaf=is_spec) if any(s)]
-  experts = [s for s in cut if ('node', 'expert') in s]
-  assert len(cut) == len(experts) + 2
+  sharded = [s for s in jax.tree.leaves(specs, is_leaf=is_spec) if any(s)]
+  experts = [s for s in sharded if ('node', 'expert') in s]
+  assert len(sharded) == len(experts) + 2
 
 
 def test_rules_reach_the_specs_of_scanned_parameters():
@@ -195,7 +195,7 @@ def test_the_absorbed_form_is_a_named_scope():
   run = lambda p: net.apply(
     {'params': p},
     *(zeros, zeros, zeros, zeros, router, caches),
-    method='cached',
+    method='forward_cached',
   )
   names = scopes(jax.jit(run).lower(params))
   assert {'attention_absorbed', 'q_proj', 'kv_down'} <= names

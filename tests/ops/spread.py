@@ -23,7 +23,7 @@ SIZES = (TOKENS, TOP_K, EXPERTS)
 
 
 def over(shape, body, data=1):
-  """`body` on each device of a node x expert mesh, its first dims cut.
+  """`body` on each device of a node x expert mesh, its first dims sharded.
 
   data: as many groups of these devices, each with its own part of the arrays.
   """
@@ -39,9 +39,9 @@ def mesh(shape, data=1):
 
 
 def on(mesh, body):
-  """As `over`, on a mesh that is there, or that is only talked about."""
-  cut = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
-  specs = {'in_specs': cut, 'out_specs': cut, 'check_vma': False}
+  """As `over`, on a mesh of devices, or an abstract one."""
+  spec = jax.sharding.PartitionSpec(sharding.BATCH_AXES)
+  specs = {'in_specs': spec, 'out_specs': spec, 'check_vma': False}
   return jax.jit(jax.shard_map(body, mesh=mesh, **specs))
 
 

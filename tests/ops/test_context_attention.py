@@ -18,7 +18,7 @@ Spec = jax.sharding.PartitionSpec
 
 
 def over(parts, body):
-  """`body` on each device of `context`, with whole arrays in and out."""
+  """`body` on each device of `context`, with replicated arrays in and out."""
   sizes = dict.fromkeys(sharding.AXES, 1) | {'context': parts}
   mesh = sharding.make_mesh(
     config.ParallelConfig(
@@ -44,7 +44,7 @@ def layer(x_BTD, w, positions_BS, segments_BS):
 
 
 def value_and_grads(values, dy_BSD, *rest):
-  """Whole output, and the sums of all devices' gradients."""
+  """Gathered output, and the sums of all devices' gradients."""
 
   def loss(values):
     x_BTD = collectives.shard_sequence(values['x'])
@@ -86,14 +86,14 @@ def test_pieces_go_out_and_come_back():
   x_BS = jnp.arange(32).reshape(2, 16)
 
   def body(x_BS):
-    own_BT = collectives.shard_sequence(x_BS)
-    every = jax.lax.all_gather(own_BT, 'context')
-    return every, collectives.all_gather_sequence(own_BT)
+    local_BT = collectives.shard_sequence(x_BS)
+    pieces = jax.lax.all_gather(local_BT, 'context')
+    return pieces, collectives.all_gather_sequence(local_BT)
 
-  every, whole = over(4, body)(x_BS)
+  pieces, gathered = over(4, body)(x_BS)
   want = [[0, 1, 14, 15], [2, 3, 12, 13], [4, 5, 10, 11], [6, 7, 8, 9]]
-  np.testing.assert_array_equal(every[:, 0], want)
-  np.testing.assert_array_equal(whole, x_BS)
+  np.testing.assert_array_equal(pieces[:, 0], want)
+  np.testing.assert_array_equal(gathered, x_BS)
   np.testing.assert_array_equal(collectives.shard_sequence(x_BS), x_BS)
 
 

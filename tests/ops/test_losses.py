@@ -76,7 +76,7 @@ def test_head_loss_is_the_plain_formula_however_cut(
 ):
   monkeypatch.setattr(cross_entropy, '_TOKENS_AT_ONCE', at_once)
   values, *rest = draw(2, batch, length)
-  # Seven times the loss: the backward pass scales what the forward pass made.
+  # Seven times the loss: the backward pass scales what the forward pass saved.
   grad = lambda f: jax.value_and_grad(lambda v: 7.0 * f(v, *rest))(f32(values))
   (got, grads), (want, want_grads) = grad(head_loss), grad(plain_loss)
   assert float(got) == pytest.approx(float(want), rel=1e-5)

@@ -54,9 +54,9 @@ def pages_of(latents):
   batch, length = latents.c_BSC.shape[:2]
   count = -(-length // mla_decode.PAGE)
   pad = ((0, 0), (0, count * mla_decode.PAGE - length), (0, 0))
-  cut = lambda x: jnp.pad(x, pad).reshape(-1, mla_decode.PAGE, x.shape[-1])
+  to_pages = lambda x: jnp.pad(x, pad).reshape(-1, mla_decode.PAGE, x.shape[-1])
   table_Bb = jnp.arange(batch * count, dtype=jnp.int32).reshape(batch, count)
-  return mla_decode.LatentPages(*map(cut, latents)), table_Bb
+  return mla_decode.LatentPages(*map(to_pages, latents)), table_Bb
 
 
 def oracle_forward(x_BTD, weights, positions_BT, segments_BT=None):

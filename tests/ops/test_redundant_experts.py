@@ -30,7 +30,7 @@ def draw(seed=0):
 
 
 def slots_of(expert_Z):
-  """The slots of each expert, of a list that says what is in each."""
+  """The slots of each expert, of a list of what is in each."""
   slots_Er = np.full((EXPERTS, len(expert_Z) - EXPERTS + 1), -1, np.int32)
   count_E = np.zeros(EXPERTS, np.int32)
   for slot, expert in enumerate(expert_Z):
@@ -43,7 +43,7 @@ def slots_of(expert_Z):
 def over(shape, dtype='float32'):
   """(expert_Z, x_MD, ids_MK, gates_MK, valid_M, experts) -> y_MD."""
   axes = tuple(a for a, n in zip(spread.AXES, shape, strict=True) if n > 1)
-  whole, cut = sharding.Spec(), sharding.Spec(spread.AXES)
+  replicated, sharded = sharding.Spec(), sharding.Spec(spread.AXES)
   options = expert_ops.ExpertOptions('blocks', BLOCK, axes)
 
   def body(redundant, x_MD, ids_MK, gates_MK, valid_M, experts):
@@ -51,7 +51,7 @@ def over(shape, dtype='float32'):
     return expert_ops.expert_ffn(*args, options, redundant, valid_M)
 
   if math.prod(shape) > 1:
-    specs = {'in_specs': (whole, *[cut] * 5), 'out_specs': cut}
+    specs = {'in_specs': (replicated, *[sharded] * 5), 'out_specs': sharded}
     mesh = spread.mesh(shape)
     body = jax.shard_map(body, mesh=mesh, check_vma=False, **specs)
   step = jax.jit(body)
@@ -142,7 +142,7 @@ def test_void_tokens_go_nowhere_and_change_nothing():
   valid_M = np.arange(TOKENS) % 3 > 0
   want = np.array(alone()(x_MD, ids_MK, gates_MK, experts))
   want[~valid_M] = 0.0
-  x_MD[~valid_M] = np.nan  # whoever computed them would show it
+  x_MD[~valid_M] = np.nan  # would show in the output
   expert_Z = [*range(EXPERTS), *range(EXPERTS)]
   args = (x_MD, ids_MK, gates_MK, valid_M, experts)
   np.testing.assert_array_equal(over((1, 4))(expert_Z, *args), want)
@@ -161,8 +161,8 @@ def test_slots_are_taken_in_turn(expert_Z, seed):
   np.testing.assert_array_equal(slots_in[slots], ids_MK[valid_M > 0])
   used = np.bincount(slots.ravel(), minlength=len(expert_Z))
   for expert in range(EXPERTS):
-    mine = used[slots_in == expert]
-    assert mine.max() - mine.min() <= 1
+    uses = used[slots_in == expert]
+    assert uses.max() - uses.min() <= 1
 
 
 _choose = jax.jit(redundant_experts.choose)
@@ -175,12 +175,12 @@ def test_devices_begin_with_different_slots():
     *map(jnp.asarray, slots_of(expert_Z))
   )
   mesh = spread.mesh((2, 4))
-  cut = sharding.Spec(sharding.BATCH_AXES)
-  mapped = sharding.shard_map_step(
+  spec = sharding.Spec(sharding.BATCH_AXES)
+  choose = sharding.shard_map_step(
     lambda ids_MK: redundant_experts.choose(ids_MK, jnp.ones(1), redundant),
     mesh,
-    in_specs=cut,
-    out_specs=cut,
+    in_specs=spec,
+    out_specs=spec,
   )
-  slots = jax.jit(mapped)(np.full((8, 1), 5, np.int32))
+  slots = jax.jit(choose)(np.full((8, 1), 5, np.int32))
   assert len(set(np.asarray(slots).ravel().tolist())) == 8

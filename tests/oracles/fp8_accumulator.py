@@ -27,7 +27,7 @@ def exponents(x):
   return np.where(x == 0, NOTHING, np.frexp(x)[1] - 1)
 
 
-def cut(x, exponent, bits):
+def truncate(x, exponent, bits):
   """Multiples of 2^(exponent - bits + 1), towards zero."""
   step = np.where(exponent == NOTHING, 1.0, np.exp2(exponent - bits + 1.0))
   return np.trunc(x / step) * step
@@ -37,8 +37,8 @@ def add_products(register_MN, products_MNW, bits=BITS):
   """The register after one instruction."""
   terms_MNW = np.concatenate([register_MN[..., None], products_MNW], axis=-1)
   exponent_MN1 = np.max(exponents(terms_MNW), axis=-1, keepdims=True)
-  sum_MN = np.sum(cut(terms_MNW, exponent_MN1, bits), axis=-1)
-  return cut(sum_MN, exponents(sum_MN), bits)
+  sum_MN = np.sum(truncate(terms_MNW, exponent_MN1, bits), axis=-1)
+  return truncate(sum_MN, exponents(sum_MN), bits)
 
 
 def accumulate(a_MK, b_KN, bits=BITS, chunk=CHUNK):

@@ -186,9 +186,9 @@ def test_batch_wise_loss_forgives_what_sequence_wise_does_not():
   scores_BTE = np.full((2, 3, 4), 1e-15)
   scores_BTE[0, :, :2] = 1.0
   scores_BTE[1, :, 2:] = 1.0
-  whole = balance.batch_balance_loss(scores_BTE, 2, 1.0)
+  batch_loss = balance.batch_balance_loss(scores_BTE, 2, 1.0)
   loss = balance.mean_sequence_balance_loss(scores_BTE, 2, 1.0)
-  assert whole == pytest.approx(1.0, rel=1e-10)
+  assert batch_loss == pytest.approx(1.0, rel=1e-10)
   assert loss == pytest.approx(2.0, rel=1e-10)
 
 

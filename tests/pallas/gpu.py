@@ -60,7 +60,7 @@ def multiplications(text: str) -> set[str]:
 
 
 class Machine(NamedTuple):
-  """What ptxas says of a kernel, and its instructions."""
+  """What ptxas reports of a kernel, and its instructions."""
 
   spilled: int
   sass: str
@@ -76,9 +76,9 @@ def compile_kernel(monkeypatch, folder: pathlib.Path, function, *args):
   monkeypatch.setenv('MOSAIC_GPU_DUMP_TO', str(folder))
   monkeypatch.setenv('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
   mesh = jax.sharding.Mesh(targets.h100(1, 1), ('x',))
-  whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
   args = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), args
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args
   )
   jax.jit(function).trace(*args).lower().compile()
   (report,) = (path.read_text() for path in folder.glob('*.ptxas'))

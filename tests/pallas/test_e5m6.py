@@ -27,8 +27,8 @@ def draw(seed, shape):
   x_MN[rng.uniform(size=shape) < 0.1] = 0
   x_MN = np.float32(x_MN)
   x_MN[np.abs(x_MN) < np.finfo(np.float32).tiny] = 0  # as a device may read it
-  few_IJ = x_MN.view(np.uint32) & 0xFFFF0000  # 8 bits: ties are frequent
-  return np.where(rng.uniform(size=shape) < 0.5, few_IJ.view(np.float32), x_MN)
+  few_MN = x_MN.view(np.uint32) & 0xFFFF0000  # 8 bits: ties are frequent
+  return np.where(rng.uniform(size=shape) < 0.5, few_MN.view(np.float32), x_MN)
 
 
 def assert_same(got, want):
@@ -77,8 +77,8 @@ def test_scales_values_and_bytes_are_the_oracles(shape):
   assert got.shape == shape and got.codes.dtype == jnp.uint8
   assert got.codes.shape == (shape[0], 3 * -(-shape[1] // 2))
   assert_same(unpack(got), np.float32(oracle.e5m6_copy(x_MN)))
-  scale_IJ = np.repeat(scales_ij, 128, axis=1)[:, : shape[1]]
-  values_MN = oracle.round_to(x_MN / scale_IJ, oracle.E5M6)
+  scale_MN = np.repeat(scales_ij, 128, axis=1)[:, : shape[1]]
+  values_MN = oracle.round_to(x_MN / scale_MN, oracle.E5M6)
   for row_J, codes in zip(values_MN, np.asarray(got.codes), strict=True):
     want = oracle.pack12(oracle.encode(row_J, oracle.E5M6))
     np.testing.assert_array_equal(codes, want)
@@ -101,8 +101,8 @@ def test_scales_are_those_of_the_e4m3_copy():
   q = reference.quantize(x_MN, pow2=True)
   packed = quantize(x_MN)
   np.testing.assert_array_equal(packed.scales, q.scales)
-  given_IJ = pack(x_MN, q.scales)
-  np.testing.assert_array_equal(given_IJ.codes, packed.codes)
+  given_MN = pack(x_MN, q.scales)
+  np.testing.assert_array_equal(given_MN.codes, packed.codes)
   # What is packed once stays what it is.
   again = pack(unpack(packed), packed.scales)
   np.testing.assert_array_equal(again.codes, packed.codes)
@@ -124,14 +124,14 @@ def test_nan_and_infinity_are_seen_and_stay_in_their_tile():
 
 @pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_any_float_dtype_and_leading_dims(dtype):
-  x_BIJ = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 150)), dtype)
-  got = quantize(x_BIJ)
+  x_BMN = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 150)), dtype)
+  got = quantize(x_BMN)
   assert got.shape == (2, 3, 150) and got.scales.shape == (2, 3, 2)
-  for x_MN, got_IJ in zip(x_BIJ, unpack(got), strict=True):
+  for x_MN, got_MN in zip(x_BMN, unpack(got), strict=True):
     want = oracle.e5m6_copy(np.asarray(x_MN, np.float64))
-    assert_same(got_IJ, np.float32(want))
-  mapped = jax.jit(jax.vmap(e5m6.quantize))(x_BIJ)
-  np.testing.assert_array_equal(mapped.codes, got.codes)
+    assert_same(got_MN, np.float32(want))
+  vmapped = jax.jit(jax.vmap(e5m6.quantize))(x_BMN)
+  np.testing.assert_array_equal(vmapped.codes, got.codes)
 
 
 def test_a_packed_array_is_three_quarters_of_bf16_and_a_pytree():

@@ -18,7 +18,7 @@ def normal(seed, *shape):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def whole(x_IJ):
+def one_scale(x_IJ):
   """One scale for all."""
   return quantize(x_IJ, x_IJ.shape)
 
@@ -67,7 +67,7 @@ def test_scales_of_tiles_are_applied_at_the_promotion():
 
 def test_instructions_of_other_lengths():
   """16 products: truncated twice as often, and never promoted."""
-  a, b = whole(normal(0, 3, 256)), whole(normal(1, 4, 256))
+  a, b = one_scale(normal(0, 3, 256)), one_scale(normal(1, 4, 256))
   scale = np.float32(a.scales.item()) * np.float32(b.scales.item())
   got_MN = matmul_limited(a, b, chunk=16, promote_every=0)
   want_MN = oracle.accumulate(values(a), values(b).T, chunk=16)
@@ -82,7 +82,7 @@ def test_promotion_repairs_what_4096_products_lose():
   """
   errors = {}
   for depth in (512, 4096):
-    a, b = whole(normal(0, 256, depth)), whole(normal(1, 256, depth))
+    a, b = one_scale(normal(0, 256, depth)), one_scale(normal(1, 256, depth))
     exact_MN = scaled(a) @ scaled(b).T
     for every in (0, 128):
       got_MN = matmul_limited(a, b, promote_every=every)
@@ -102,13 +102,13 @@ def test_with_promotion_it_is_near_the_product_of_training():
 
 
 def test_what_does_not_fit_is_named():
-  tiles, row = quantize(normal(0, 4, 256)), whole(normal(0, 4, 256))
+  tiles, row = quantize(normal(0, 4, 256)), one_scale(normal(0, 4, 256))
 
   def check(message, *args, **options):
     with pytest.raises(ValueError, match=message):
       limited.matmul_limited(*args, **options)
 
-  check('share K', row, whole(normal(0, 4, 128)))
+  check('share K', row, one_scale(normal(0, 4, 128)))
   check(r'a\.tile=\(1, 128\) must span K=256', tiles, row, promote_every=0)
   check(r'b\.tile=\(1, 128\) must span K=256', row, tiles, promote_every=0)
   check(r'promote_every=192 columns', tiles, row, promote_every=192)

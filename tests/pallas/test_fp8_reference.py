@@ -169,8 +169,8 @@ def test_leading_dims_and_bf16_input():
   for tile in TILES:
     q = quantize(x_BIJ, tile, pow2=True)
     one = functools.partial(reference.quantize, tile=tile, pow2=True)
-    mapped = jax.jit(jax.vmap(one))(x_BIJ)
-    jax.tree.map(np.testing.assert_array_equal, mapped, q)
+    vmapped = jax.jit(jax.vmap(one))(x_BIJ)
+    jax.tree.map(np.testing.assert_array_equal, vmapped, q)
     for b, x_IJ in enumerate(np.asarray(x_BIJ, np.float64)):
       part = quantized.Quantized(q.values[b], q.scales[b], tile)
       assert_quantized(part, x_IJ, tile, POW2)
@@ -190,9 +190,13 @@ def test_both_orientations_of_a_weight_are_the_same_numbers():
   turned, straight = jax.jit(reference.quantize_weight)(w_EDF)
   assert turned.shape == (2, 300, 200) and turned.scales.shape == (2, 3, 2)
   for e in range(2):
-    cut = lambda q, e=e: quantized.Quantized(q.values[e], q.scales[e], q.tile)
-    assert_quantized(cut(straight), w_EDF[e], quantized.BLOCK, oracle.PLAIN)
-    np.testing.assert_array_equal(exact(cut(turned)), exact(cut(straight)).T)
+    expert = lambda q, e=e: quantized.Quantized(
+      q.values[e], q.scales[e], q.tile
+    )
+    assert_quantized(expert(straight), w_EDF[e], quantized.BLOCK, oracle.PLAIN)
+    np.testing.assert_array_equal(
+      exact(expert(turned)), exact(expert(straight)).T
+    )
   with pytest.raises(ValueError, match=r'tile=\(1, 128\)'):
     reference.transpose(quantize(w_EDF[0]))
 

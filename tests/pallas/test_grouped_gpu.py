@@ -130,8 +130,8 @@ def struct(shape, tile):
   )
 
 
-def whole(case, weights: bool):
-  """A product of one case, and what it is lowered with."""
+def product(case, weights: bool):
+  """A product of one case, and the shapes that it is lowered with."""
   experts = len(case.sizes)
   padded = sum(-(-size // ROWS) * ROWS for size in case.sizes)
   table = (
@@ -161,7 +161,7 @@ def whole(case, weights: bool):
   ],
 )
 def test_shapes_are_lowered_to_wgmma_in_fp8(name, weights, columns):
-  run, args = whole((cases.V3 | cases.SMALL)[name], weights)
+  run, args = product((cases.V3 | cases.SMALL)[name], weights)
   want = {f'm64n{columns}k32.f32.e4m3.e4m3'}
   assert gpu.multiplications(gpu.lower(run, *args)) == want
 
@@ -169,7 +169,7 @@ def test_shapes_are_lowered_to_wgmma_in_fp8(name, weights, columns):
 @gpu.compiled
 @pytest.mark.parametrize('weights', [False, True])
 def test_registers_suffice(weights, monkeypatch, tmp_path):
-  run, args = whole(cases.V3['gate_up'], weights)
+  run, args = product(cases.V3['gate_up'], weights)
   machine = gpu.compile_kernel(monkeypatch, tmp_path, run, *args)
   assert machine.spilled == 0
   assert machine.count('QGMMA') == 4

@@ -146,8 +146,8 @@ def test_bounds_leave_out_no_pair_that_meets(queries, keys):
   first = np.asarray(blocks_gpu.first_keys(rows, queries, keys))
   end = np.asarray(blocks_gpu.end_queries(rows, queries, keys))
   for b, row in enumerate(rows):
-    meet = np.tril(row[:, None] == row)
-    for t, s in np.argwhere(meet):
+    same_sample = np.tril(row[:, None] == row)
+    for t, s in np.argwhere(same_sample):
       assert first[b, t // queries] <= s // keys
       assert t // queries < end[b, s // keys]
   fewer = first[:3] > 0, end[:3] < -(-length // queries)

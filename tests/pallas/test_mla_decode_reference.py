@@ -41,10 +41,10 @@ def test_an_fp8_cache_is_what_it_stands_for(name):
   ('name', 'splits'),
   [('ragged', 2), ('speculative', 3), ('empty_row', 2), ('tiny', 7)],
 )
-def test_parts_give_the_whole(name, splits):
+def test_splits_change_nothing(name, splits):
   args = decoding.draw(cases.SMALL[name], 'float32')
-  whole, in_parts = reference(*args), reference(*args, splits=splits)
-  decoding.assert_close(in_parts, whole, 'float32')
+  unsplit, split = reference(*args), reference(*args, splits=splits)
+  decoding.assert_close(split, unsplit, 'float32')
 
 
 @pytest.mark.usefixtures('optimized')
@@ -178,12 +178,12 @@ def test_fp8_round_trip_has_the_rounding_of_e4m3():
 def test_a_token_is_quantised_by_itself():
   """Appending to a page rounds no other token again."""
   args = decoding.draw(cases.SMALL['v3_heads_16'], poison=False)
-  whole = api.quantize(args.cache).c_psC
-  one = api.quantize(
+  pages = api.quantize(args.cache).c_psC
+  token = api.quantize(
     api.LatentPages(args.cache.c_psC[:, 3:4], args.cache.k_rope_psR[:, 3:4])
   ).c_psC
-  products.assert_bitwise(one.values, whole.values[:, 3:4])
-  products.assert_bitwise(one.scales, whole.scales[:, 3:4])
+  products.assert_bitwise(token.values, pages.values[:, 3:4])
+  products.assert_bitwise(token.scales, pages.scales[:, 3:4])
 
 
 def test_fp8_error_of_the_output_is_that_of_the_format():

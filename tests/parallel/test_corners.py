@@ -31,8 +31,11 @@ def trained(**axes):
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   state = jax.device_put(layouts.start(cfg), trainer.model_shardings())
   state = trainer.from_model(state)
-  guard = state['guard'] | {'count': jnp.int32(60), 'mean': jnp.float32(3.5)}
-  state['guard'] = guard | {'variance': jnp.float32(0.01)}
+  spike_state = state['guard'] | {
+    'count': jnp.int32(60),
+    'mean': jnp.float32(3.5),
+  }
+  state['guard'] = spike_state | {'variance': jnp.float32(0.01)}
   state = jax.device_put(state, trainer.shardings())
   step, values, compiled = trainer.jit(), [], []
   hyper = {name: jnp.float32(x) for name, x in layouts.HYPER.items()}

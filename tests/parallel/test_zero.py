@@ -1,4 +1,4 @@
-"""Where masters are: cut as far as they can be, each entry once."""
+"""Where masters are: sharded over as many axes as can be, each entry once."""
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,12 @@ def test_gather_reduce_and_norm_are_those_of_the_whole(shape):
     grads = zero.reduce({'w': g[0]}, placed)
     return whole['w'][None], grads['w'], zero.norm(grads, placed)
 
-  each, master = Spec(('data', 'expert')), placed['w'].master
+  per_device, master = Spec(('data', 'expert')), placed['w'].master
   run = sharding.shard_map_step(
-    body, mesh, in_specs=(master, each), out_specs=(each, master, Spec())
+    body,
+    mesh,
+    in_specs=(master, per_device),
+    out_specs=(per_device, master, Spec()),
   )
   whole, grads, norm = jax.jit(run)(w, g)
   for copy in whole:

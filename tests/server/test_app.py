@@ -35,14 +35,14 @@ def serving(
   max_rows=16,
   warm=(),
   runner=None,
-  **how,
+  **options,
 ):
   """(address, worker) of a server on a model that counts, or on `runner`."""
   runner = runner or counting.Runner(280, seconds, room=600)
-  session = engine.Engine(runner, num_blocks=100, max_rows=max_rows)
-  model = engine_thread.EngineThread(session, most_waiting, warm)
-  how = {'name': 'tiny', 'max_tokens': 500} | how
-  app = server_app.Server(model, tokenizer, **how).app()
+  model_engine = engine.Engine(runner, num_blocks=100, max_rows=max_rows)
+  model = engine_thread.EngineThread(model_engine, most_waiting, warm)
+  options = {'name': 'tiny', 'max_tokens': 500} | options
+  app = server_app.Server(model, tokenizer, **options).app()
   with socket.socket() as bound:
     bound.bind(('127.0.0.1', 0))
     config = uvicorn.Config(app, log_level='error', timeout_graceful_shutdown=1)
@@ -62,8 +62,8 @@ def serving(
 
 @pytest.fixture(scope='module')
 def served(tokenizer):
-  with serving(tokenizer) as found:
-    yield found
+  with serving(tokenizer) as server:
+    yield server
 
 
 def fetch(url, body=None, **headers):
@@ -98,32 +98,32 @@ def test_completions(served, tokenizer):
   ids = tokenizer.encode('Hello', add_bos=True).tolist()
   text, finish = text_of(tokenizer, ids, 9)
   with client(served[0]) as ask:
-    how = {'model': 'tiny', 'max_tokens': 9}
-    response = ask.completions.create(prompt='Hello', **how)
+    fields = {'model': 'tiny', 'max_tokens': 9}
+    response = ask.completions.create(prompt='Hello', **fields)
     assert (response.choices[0].text, response.choices[0].finish_reason) == (
       text,
       finish,
     )
     assert response.usage.prompt_tokens == len(ids)
-    two = ask.completions.create(prompt=[ids, ids[:1]], n=2, **how)
+    two = ask.completions.create(prompt=[ids, ids[:1]], n=2, **fields)
     texts = [choice.text for choice in two.choices]
     other, _ = text_of(tokenizer, ids[:1], 9)
     assert texts == [text, text, other, other]
-    parts = ask.completions.create(prompt=ids, stream=True, **how)
+    parts = ask.completions.create(prompt=ids, stream=True, **fields)
     assert ''.join(part.choices[0].text for part in parts) == text
 
 
 def test_chat_streams_what_it_says_at_once(served, tokenizer):
   text, finish = text_of(tokenizer, chat_ids(tokenizer, 'Hello'), 30)
-  how = {'model': 'tiny', 'max_completion_tokens': 30}
-  how['messages'] = [{'role': 'user', 'content': 'Hello'}]
+  fields = {'model': 'tiny', 'max_completion_tokens': 30}
+  fields['messages'] = [{'role': 'user', 'content': 'Hello'}]
   with client(served[0]) as ask:
-    response = ask.chat.completions.create(**how)
+    response = ask.chat.completions.create(**fields)
     assert response.choices[0].message.content == text
     assert response.choices[0].message.role == 'assistant'
     options = {'include_usage': True}
     parts = ask.chat.completions.create(
-      stream=True, stream_options=options, **how
+      stream=True, stream_options=options, **fields
     )
     *parts, last = list(parts)
     assert parts[0].choices[0].delta.role == 'assistant'
@@ -169,8 +169,8 @@ def test_the_model_has_one_name(served):
         call()
       assert caught.value.code == 'model_not_found'
       assert caught.value.type == 'invalid_request_error'
-  code, text_said, _ = fetch(f'{served[0]}/v1/nothing')
-  assert code == 404 and 'invalid_request_error' in text_said
+  code, body, _ = fetch(f'{served[0]}/v1/nothing')
+  assert code == 404 and 'invalid_request_error' in body
 
 
 def test_several_answers_compute_their_prompt_once(tokenizer):
@@ -189,20 +189,20 @@ def test_a_long_text_holds_up_nobody(tokenizer):
   begun, may_end = threading.Event(), threading.Event()
 
   class Slow(tokenizers.Tokenizer):
-    def encode(self, *args, **how):
+    def encode(self, *args, **options):
       begun.set()
       assert may_end.wait(30)
-      return super().encode(*args, **how)
+      return super().encode(*args, **options)
 
   slow = Slow(tokenizer.text)
   with serving(slow) as (address, _), client(address) as ask:
-    how = {'model': 'tiny', 'max_tokens': 1}
-    say = lambda: ask.completions.create(prompt='Hello', **how)
+    fields = {'model': 'tiny', 'max_tokens': 1}
+    say = lambda: ask.completions.create(prompt='Hello', **fields)
     thread = threading.Thread(target=say)
     thread.start()
     assert begun.wait(30)
     assert fetch(f'{address}/health')[0] == 200
-    response = ask.completions.create(prompt=[5], **how)
+    response = ask.completions.create(prompt=[5], **fields)
     assert response.usage.prompt_tokens == 1 and thread.is_alive()
     may_end.set()
     thread.join()
@@ -214,10 +214,10 @@ def test_it_is_unwell_until_it_is_warm(tokenizer, monkeypatch):
   monkeypatch.setattr(engine.Engine, 'warm_up', wait)
   warm = [engine.StepShape(1, 1, 1, 'decode')]
   with serving(tokenizer, warm=warm) as (address, _), client(address) as ask:
-    code, text_said, _ = fetch(f'{address}/health')
-    assert code == 503 and 'the model warms up' in text_said
-    how = {'model': 'tiny', 'prompt': [5], 'max_tokens': 1}
-    parts = ask.completions.create(stream=True, **how)
+    code, body, _ = fetch(f'{address}/health')
+    assert code == 503 and 'the model warms up' in body
+    fields = {'model': 'tiny', 'prompt': [5], 'max_tokens': 1}
+    parts = ask.completions.create(stream=True, **fields)
     may_end.set()
     assert len(list(parts)) == 1  # it has waited
     assert fetch(f'{address}/health')[0] == 200
@@ -238,7 +238,7 @@ def test_a_stop_cuts_the_text_and_frees_the_row(served, tokenizer):
 
 
 def idle(model):
-  """Waits until nothing runs; no page is anybody's then."""
+  """Waits until nothing runs; no block is in use then."""
   end = time.monotonic() + 20
   while model.running or model.waiting:
     assert time.monotonic() < end
@@ -255,12 +255,12 @@ def test_64_streams_at_once_get_their_own(served, tokenizer):
     parts = await ask.completions.create(
       model='tiny', prompt=ids, max_tokens=count, stream=True
     )
-    text_said = [part.choices[0].text async for part in parts]
-    assert ''.join(text_said) == text_of(tokenizer, ids, count)[0]
+    texts = [part.choices[0].text async for part in parts]
+    assert ''.join(texts) == text_of(tokenizer, ids, count)[0]
 
   async def all_of_them():
-    how = {'base_url': f'{address}/v1', 'api_key': 'x', 'max_retries': 0}
-    async with openai.AsyncOpenAI(**how) as ask:
+    options = {'base_url': f'{address}/v1', 'api_key': 'x', 'max_retries': 0}
+    async with openai.AsyncOpenAI(**options) as ask:
       await asyncio.gather(*(one(ask, i) for i in range(64)))
 
   before = model.counts['requests']
@@ -296,16 +296,16 @@ def test_who_goes_away_is_cancelled(tokenizer):
 def test_a_full_queue_is_429(tokenizer):
   with serving(tokenizer, 0.02, most_waiting=1, max_rows=1) as (address, model):
     ask = client(address)
-    how = {'model': 'tiny', 'prompt': [5], 'stream': True}
-    streams = [ask.completions.create(max_tokens=400, **how)]
+    fields = {'model': 'tiny', 'prompt': [5], 'stream': True}
+    streams = [ask.completions.create(max_tokens=400, **fields)]
     next(iter(streams[0]))
-    streams.append(ask.completions.create(max_tokens=2, **how))
+    streams.append(ask.completions.create(max_tokens=2, **fields))
     with pytest.raises(openai.RateLimitError, match='try again later'):
-      ask.completions.create(max_tokens=2, **how)
+      ask.completions.create(max_tokens=2, **fields)
     with pytest.raises(openai.RateLimitError):  # all or none of several
-      ask.completions.create(max_tokens=2, n=2, **how)
+      ask.completions.create(max_tokens=2, n=2, **fields)
     with pytest.raises(openai.BadRequestError, match='n \\* prompts=3 must'):
-      ask.completions.create(max_tokens=2, n=3, **how)
+      ask.completions.create(max_tokens=2, n=3, **fields)
     assert model.waiting == 1
     for stream in streams:
       stream.close()
@@ -316,8 +316,8 @@ def test_a_full_queue_is_429(tokenizer):
 def test_a_key_must_be_borne(tokenizer):
   with serving(tokenizer, api_key='secret') as (address, _):
     for wrong in ('Bearer', 'Bearer secre', 'Bearer secrets', 'Bearer s\u00e9'):
-      code, text_said, _ = fetch(f'{address}/v1/models', authorization=wrong)
-      assert code == 401 and 'the API key is missing or wrong' in text_said
+      code, body, _ = fetch(f'{address}/v1/models', authorization=wrong)
+      assert code == 401 and 'the API key is missing or wrong' in body
     assert fetch(f'{address}/v1/completions', b'{}')[0] == 401
     with client(address, 'secret') as ask:
       assert [m.id for m in ask.models.list()] == ['tiny']
@@ -325,7 +325,7 @@ def test_a_key_must_be_borne(tokenizer):
 
 
 @pytest.mark.parametrize(
-  ('path', 'body', 'text_said'),
+  ('path', 'body', 'message'),
   [
     ('completions', b'{', 'the body must be JSON'),
     ('completions', b'[' * 100_000, 'the body must be JSON'),
@@ -371,18 +371,18 @@ def test_a_key_must_be_borne(tokenizer):
     ),
   ],
 )
-def test_wrong_bodies_are_one_line(served, path, body, text_said):
+def test_wrong_bodies_are_one_line(served, path, body, message):
   code, text, _ = fetch(f'{served[0]}/v1/{path}', body)
   error = json.loads(text)['error']
   assert code == 400
-  assert text_said in error['message'] and '\n' not in error['message']
+  assert message in error['message'] and '\n' not in error['message']
   assert error['type'] == 'invalid_request_error'
   assert served[1].engine.is_idle
 
 
 def test_a_body_that_is_too_long_is_not_read(served):
-  code, text_said, _ = fetch(f'{served[0]}/v1/completions', b' ' * (2**20 + 1))
-  assert code == 413 and 'at most 1048576 bytes' in text_said
+  code, body, _ = fetch(f'{served[0]}/v1/completions', b' ' * (2**20 + 1))
+  assert code == 413 and 'at most 1048576 bytes' in body
 
 
 def test_metrics_count(tokenizer):
@@ -390,9 +390,9 @@ def test_metrics_count(tokenizer):
     with client(address) as ask:
       for _ in range(2):
         ask.completions.create(model='tiny', prompt=[3] * 200, max_tokens=5)
-    _, text_said, _ = fetch(f'{address}/metrics')
+    _, body, _ = fetch(f'{address}/metrics')
   lines = dict(
-    line.rsplit(' ', 1) for line in text_said.splitlines() if line[0] != '#'
+    line.rsplit(' ', 1) for line in body.splitlines() if line[0] != '#'
   )
   assert float(lines['dsv3_requests_total']) == 2
   assert float(lines['dsv3_prompt_tokens_total']) == 400

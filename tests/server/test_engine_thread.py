@@ -1,4 +1,4 @@
-"""A session in its own thread: nothing lost, nothing told twice."""
+"""The engine in its own thread: each token is reported once."""
 
 import queue
 import threading
@@ -16,17 +16,17 @@ from tests.inference import counting
 @pytest.fixture
 def start():
   """Makes workers that are closed in the end."""
-  threads_made = []
+  threads = []
 
   def begin(most_waiting=100, num_blocks=30, max_rows=4, **options):
-    session = engine.Engine(
+    model_engine = engine.Engine(
       counting.Runner(**options), num_blocks=num_blocks, max_rows=max_rows
     )
-    threads_made.append(engine_thread.EngineThread(session, most_waiting))
-    return threads_made[-1]
+    threads.append(engine_thread.EngineThread(model_engine, most_waiting))
+    return threads[-1]
 
   yield begin
-  for one in threads_made:
+  for one in threads:
     one.close()
 
 
@@ -73,7 +73,7 @@ def test_many_threads_get_their_own_tokens(start):
   assert model.engine.stats().blocks_in_use == 0
 
 
-def test_who_is_cancelled_is_told_no_more_and_gives_its_pages(start):
+def test_a_cancelled_request_is_silent_and_releases_its_blocks(start):
   model = start(seconds=0.01)
   stays = Client(model, [1, 2, 3], 60)
   goes = Client(model, [4, 5, 6], 300)
@@ -153,7 +153,7 @@ def test_idle_rows_count_as_room(start):
   assert model.waiting == 0
 
 
-def test_close_tells_those_who_wait(start):
+def test_close_aborts_those_who_wait(start):
   model = start(seconds=0.01)
   client = Client(model, [1], 300)
   client.outputs.get(timeout=20)

@@ -18,17 +18,17 @@ from dsv3_jax.data import tokenizer
 from dsv3_jax.server import main
 from tests.inference import counting
 
-made = counting.Runner(280, 0.02, room=600)
-decode = made.decode
+runner = counting.Runner(280, 0.02, room=600)
+decode = runner.decode
 def fails(*args):
-  if made.calls > {most}:
+  if runner.calls > {most}:
     raise RuntimeError('out of order')
   return decode(*args)
-made.decode = fails
+runner.decode = fails
 space = types.SimpleNamespace
 model = space(
-  runner=made,
-  config=made.cfg,
+  runner=runner,
+  config=runner.cfg,
   tokenizer=tokenizer.train(['Hello, world!', 'x = 1'] * 30, 275),
 )
 main.run(

@@ -25,14 +25,14 @@ class Runner(counting.Runner):
 
   def __init__(self, tokenizer, seconds):
     super().__init__(280, seconds, room=2000)
-    self._said = [*tokenizer.encode(SCRIPT), tokenizer.eos_id]
+    self._script_ids = [*tokenizer.encode(SCRIPT), tokenizer.eos_id]
     self._begin = tokenizer.assistant_id
 
   def following(self, row):
     row = row.tolist()
     if self._begin not in row:
       return 40 + len(row) % 7  # never ends
-    return self._said[row[::-1].index(self._begin)]
+    return self._script_ids[row[::-1].index(self._begin)]
 
 
 @pytest.fixture(scope='module')
@@ -49,8 +49,8 @@ def browser():
 def served():
   tokenizer = tokenizers.train(test_server.TEXTS * 30, 280)
   runner = Runner(tokenizer, 0.01)
-  with test_server.serving(tokenizer, runner=runner) as found:
-    yield found
+  with test_server.serving(tokenizer, runner=runner) as server:
+    yield server
 
 
 @pytest.fixture

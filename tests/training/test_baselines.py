@@ -40,17 +40,17 @@ def test_by_hand():
 @hypothesis.given(_documents, st.integers(0, _VOCAB - 1))
 def test_probabilities_of_what_may_follow_sum_to_one(documents, head):
   counts = counted(documents)
-  each = [counts.bits([np.array([head, w])]) for w in range(_VOCAB)]
+  bits = [counts.bits([np.array([head, w])]) for w in range(_VOCAB)]
   for name in ('unigram', 'bigram'):
-    assert sum(2.0 ** -b[name] for b in each) == pytest.approx(1.0)
+    assert sum(2.0 ** -b[name] for b in bits) == pytest.approx(1.0)
 
 
 @hypothesis.given(_documents)
-def test_bits_add_up_over_documents(documents):
+def test_bits_are_summed_over_documents(documents):
   counts = counted(documents)
   arrays = [np.array(d) for d in documents]
-  whole = counts.bits(arrays)
-  for name, value in whole.items():
+  total = counts.bits(arrays)
+  for name, value in total.items():
     assert value == pytest.approx(sum(counts.bits([a])[name] for a in arrays))
 
 

@@ -49,17 +49,17 @@ def test_parameters_may_be_donated_after_the_update():
 
 
 def test_goes_on_from_a_tree_to_the_bit():
-  whole, first = (ema.HostEma(0.9, models.f32(START)) for _ in range(2))
+  uninterrupted, first = (ema.HostEma(0.9, models.f32(START)) for _ in range(2))
   for n in range(1, 9):
-    whole.update(draw(n))
+    uninterrupted.update(draw(n))
   for n in range(1, 6):
     first.update(draw(n))
   second = ema.HostEma(0.9, first.tree())
   for n in range(6, 9):
     second.update(draw(n))
-  for name, value in whole.tree().items():
+  for name, value in uninterrupted.tree().items():
     np.testing.assert_array_equal(second.tree()[name], value)
-  for average in (whole, first, second):
+  for average in (uninterrupted, first, second):
     average.close()
 
 
@@ -75,16 +75,18 @@ def test_trees_that_go_in_or_out_are_copies():
 
 
 def test_parts_stay_where_the_parameters_are():
-  """Cut over two of three axes: each part once, and the same numbers."""
+  """Sharded over two of three axes: each part once, and the same numbers."""
   mesh = jax.make_mesh((2, 2, 2), ('x', 'y', 'z'))
-  cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('x', 'z'))
+  sharded = jax.sharding.NamedSharding(
+    mesh, jax.sharding.PartitionSpec('x', 'z')
+  )
   start = {'w': jnp.arange(32.0).reshape(4, 8)}
-  average = ema.HostEma(0.5, jax.device_put(start, cut))
+  average = ema.HostEma(0.5, jax.device_put(start, sharded))
   for n in range(3):
-    average.update(jax.device_put({'w': jnp.full((4, 8), float(n))}, cut))
+    average.update(jax.device_put({'w': jnp.full((4, 8), float(n))}, sharded))
   got = average.tree()['w']
   average.close()
-  assert got.sharding == cut
+  assert got.sharding == sharded
   want = np.asarray(start['w']) / 8 + (0.25 * 1 + 0.5 * 2)
   np.testing.assert_array_equal(got, want)
 

@@ -1,4 +1,4 @@
-"""Scores against the float64 oracle; figures made again by plain means."""
+"""Scores against the float64 oracle; figures recomputed by plain means."""
 
 import collections
 import dataclasses
@@ -47,10 +47,10 @@ def about():
 
 
 def with_eval(e, **changes):
-  how = dataclasses.replace(e.cfg.eval, **changes)
-  cfg = dataclasses.replace(e.cfg, eval=how)
-  cut = evaluate.open_windows(cfg, e.corpus, e.tokenizer)
-  return dataclasses.replace(e, cfg=cfg, windows=cut)
+  options = dataclasses.replace(e.cfg.eval, **changes)
+  cfg = dataclasses.replace(e.cfg, eval=options)
+  windows = evaluate.open_windows(cfg, e.corpus, e.tokenizer)
+  return dataclasses.replace(e, cfg=cfg, windows=windows)
 
 
 def windows(rows, seed=0):
@@ -111,18 +111,18 @@ def test_every_token_after_bos_is_scored_once_at_any_stride(about, stride):
   e = with_eval(about, stride=stride)
   head = e.params['head']['w']
   e = dataclasses.replace(e, params=e.params | {'head': {'w': 0.0 * head}})
-  told = evaluate.heldout(e)
+  scores = evaluate.heldout(e)
   sizes = [len(e.tokenizer.encode(text)) for text in TEXTS]
   assert max(sizes) > 2 * LENGTH and min(sizes) == 1
   num_bytes = sum(len(text.encode()) for text in TEXTS)
-  assert (told['scored_tokens'], told['scored_bytes']) == (
+  assert (scores['scored_tokens'], scores['scored_bytes']) == (
     sum(sizes),
     num_bytes,
   )
   assert num_bytes > sum(map(len, TEXTS))  # bytes are not letters
   # Where all tokens are as likely, each costs log2 V bits.
   bits = math.log2(VOCAB) * sum(sizes) / num_bytes
-  assert told['bits_per_byte'] == pytest.approx(bits, rel=1e-6)
+  assert scores['bits_per_byte'] == pytest.approx(bits, rel=1e-6)
 
 
 def test_baselines_are_counted_on_the_same_bytes(about):
@@ -159,10 +159,12 @@ def test_text_that_holds_nothing_is_refused(about):
 
 
 def test_only_the_texts_within_the_limit_are_read(about):
-  # In an order of their names' hashes, whole, and one at least.
+  # In an order of their names' hashes, complete, and one at least.
   few = evaluate.heldout(with_eval(about, max_bytes=1))
   assert few['scored_bytes'] in [len(text.encode()) for text in TEXTS]
-  told = evaluate.compare(with_eval(about, max_bytes=1))
+  baselines = evaluate.compare(with_eval(about, max_bytes=1))
   [text] = [t for t in TEXTS if len(t.encode()) == few['scored_bytes']]
   bits = 8 * len(zlib.compress(text.encode(), 9))
-  assert told['zlib_bits_per_byte'] == pytest.approx(bits / few['scored_bytes'])
+  assert baselines['zlib_bits_per_byte'] == pytest.approx(
+    bits / few['scored_bytes']
+  )

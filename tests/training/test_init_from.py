@@ -96,5 +96,5 @@ def test_a_phase_goes_on_without_the_run_before(tmp_path):
   shutil.rmtree(first)
   loop.run(phase(tmp_path, 'first', num_steps=2), second)
   lines = metrics.read_metrics(second)
-  told = [line['step'] for line in lines if line['kind'] == 'train']
-  assert told == [1, 2]
+  train_steps = [line['step'] for line in lines if line['kind'] == 'train']
+  assert train_steps == [1, 2]

@@ -17,7 +17,7 @@ def test_twenty_kills_lose_nothing(tmp_path, monkeypatch):
   )
   folder = tmp_path / 'runs'
   folder.mkdir()
-  told = kill_and_resume.kill_and_resume(cfg, folder, kills=20, seed=0)
-  assert told['kills'] == 20
-  assert told['during_a_save'] >= 1
-  assert told['newest'] >= 2
+  counts = kill_and_resume.kill_and_resume(cfg, folder, kills=20, seed=0)
+  assert counts['kills'] == 20
+  assert counts['during_a_save'] >= 1
+  assert counts['newest'] >= 2

@@ -45,7 +45,7 @@ def test_batch_ramp_does_not_recompile(folder):
 
 
 def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
-  """The error tells step and metrics; the last checkpoint stands."""
+  """The error has step and metrics; the last checkpoint stands."""
   cfg, workdir = tiny_run.make(folder), folder / 'nan'
   loop.run(tiny_run.until(cfg, 5), workdir)
   want, _ = tiny_run.committed(cfg, workdir, 5)
@@ -149,20 +149,18 @@ def equal(a, b):
   return bool(steps.same_bits(a, b))
 
 
-def test_micro_batches_add_up_to_one_batch():
+def test_micro_batches_sum_to_one_batch():
   """Two micro-batches of 2 rows == one of 4, to f32 rounding."""
   _, step, state, batch, hyper = tiny_step()
-  whole = jax.tree.map(lambda x: x.reshape(1, 4, -1), batch)
-  twice, told_twice = step(state, batch, jnp.int32(2), hyper)
-  once, told_once = step(state, whole, jnp.int32(1), hyper)
+  joined = jax.tree.map(lambda x: x.reshape(1, 4, -1), batch)
+  two, metrics_two = step(state, batch, jnp.int32(2), hyper)
+  one, metrics_one = step(state, joined, jnp.int32(1), hyper)
   for name in ('loss', 'mtp_loss', 'balance', 'grad_norm'):
-    np.testing.assert_allclose(told_twice[name], told_once[name], rtol=1e-5)
+    np.testing.assert_allclose(metrics_two[name], metrics_one[name], rtol=1e-5)
   grads = lambda s: s['opt'].mean  # after one step: 0.1 g
-  for a, b in zip(
-    *map(jax.tree.leaves, (grads(twice), grads(once))), strict=True
-  ):
+  for a, b in zip(*map(jax.tree.leaves, (grads(two), grads(one))), strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
-  assert equal(twice['router'], once['router'])
+  assert equal(two['router'], one['router'])
 
 
 def test_unused_micro_batches_do_not_count():
@@ -197,40 +195,42 @@ def test_non_finite_step_changes_nothing_but_the_guard(value):
   state['params']['head']['w'] = (
     state['params']['head']['w'].at[0, 0].set(value)
   )
-  new, told_ = step(state, batch, jnp.int32(2), hyper)
-  assert bool(told_['halted'])
+  new, metrics = step(state, batch, jnp.int32(2), hyper)
+  assert bool(metrics['halted'])
   for name in ('params', 'opt', 'router'):
     assert equal(new[name], state[name])
   # Nothing moves afterwards either, though the loss is finite again.
   new['params']['head']['w'] = jnp.zeros_like(new['params']['head']['w'])
-  after, told_ = step(new, batch, jnp.int32(2), hyper)
-  assert bool(told_['halted'])
-  assert np.isfinite(told_['loss'])
+  after, metrics = step(new, batch, jnp.int32(2), hyper)
+  assert bool(metrics['halted'])
+  assert np.isfinite(metrics['loss'])
   assert equal(after['params'], new['params'])
 
 
 def test_spike_is_skipped_and_training_goes_on():
   _, step, state, batch, hyper = tiny_step(train__spike_sigmas=4.0)
-  guard = state['guard'] | {
+  spike_state = state['guard'] | {
     'mean': jnp.float32(0.1),
     'variance': jnp.float32(0.01),
     'count': jnp.int32(100),
   }
-  new, told_ = step(state | {'guard': guard}, batch, jnp.int32(2), hyper)
-  assert bool(told_['skipped'])
-  assert not bool(told_['halted'])
-  assert equal(new, state | {'guard': guard | {'skips': jnp.int32(1)}})
+  new, metrics = step(
+    state | {'guard': spike_state}, batch, jnp.int32(2), hyper
+  )
+  assert bool(metrics['skipped'])
+  assert not bool(metrics['halted'])
+  assert equal(new, state | {'guard': spike_state | {'skips': jnp.int32(1)}})
   # Five in a row: the loss has moved for good, and counts.
   for skips, skipped in ((4, True), (5, False)):
-    worn = guard | {'skips': jnp.int32(skips)}
-    new, told_ = step(state | {'guard': worn}, batch, jnp.int32(2), hyper)
-    assert bool(told_['skipped']) == skipped
+    worn = spike_state | {'skips': jnp.int32(skips)}
+    new, metrics = step(state | {'guard': worn}, batch, jnp.int32(2), hyper)
+    assert bool(metrics['skipped']) == skipped
   assert (new['guard']['count'], new['guard']['skips']) == (1, 0)
-  assert new['guard']['mean'] == told_['loss']
+  assert new['guard']['mean'] == metrics['loss']
   assert not equal(new['params'], state['params'])
-  calm = guard | {'mean': told_['loss']}
-  new, told_ = step(state | {'guard': calm}, batch, jnp.int32(2), hyper)
-  assert not bool(told_['skipped'])
+  calm = spike_state | {'mean': metrics['loss']}
+  new, metrics = step(state | {'guard': calm}, batch, jnp.int32(2), hyper)
+  assert not bool(metrics['skipped'])
   assert not equal(new['params'], state['params'])
 
 

@@ -36,7 +36,7 @@ def record(step):
   }
 
 
-def test_an_ended_run_tells_its_last_evaluation_once(tmp_path):
+def test_an_ended_run_logs_its_last_evaluation_once(tmp_path):
   for again, left in ((False, ['train', 'eval']), (True, ['train'])):
     writer = metrics.MetricWriter(tmp_path, 0)
     writer.write('train', 3, 30, record(3))
@@ -59,8 +59,8 @@ def test_plot(tmp_path):
   writer = metrics.MetricWriter(tmp_path, 0)
   for step in (1, 2, 3):
     writer.write('train', step, step * 10, record(step))
-  told = {'loss_nats_per_token': 2.0, 'bits_per_byte': 1.5}
-  writer.write('eval', 3, 30, told)
+  scores = {'loss_nats_per_token': 2.0, 'bits_per_byte': 1.5}
+  writer.write('eval', 3, 30, scores)
   writer.close()
   metrics.plot_loss(tmp_path)
   head = (tmp_path / 'loss.png').read_bytes()[:24]

@@ -1,4 +1,4 @@
-"""Metric files that are resumed, cut or sparse."""
+"""Metric files that are resumed, truncated or sparse."""
 
 import json
 
@@ -12,22 +12,22 @@ from dsv3_jax.training import metrics
 def write(workdir, resume_step, steps):
   writer = metrics.MetricWriter(workdir, resume_step)
   for step in steps:
-    told = {'loss': 8.0 / step, 'mtp_loss': 0.0, 'max_violation': 0.1}
-    writer.write('train', step, 100 * step, told)
+    record = {'loss': 8.0 / step, 'mtp_loss': 0.0, 'max_violation': 0.1}
+    writer.write('train', step, 100 * step, record)
   writer.close()
 
 
-@hypothesis.given(cut=st.integers(1, 400), resume=st.integers(0, 6))
+@hypothesis.given(size=st.integers(1, 400), resume=st.integers(0, 6))
 @hypothesis.settings(max_examples=25)
-def test_a_file_cut_anywhere_goes_on_with_whole_lines(
-  tmp_path_factory, cut, resume
+def test_a_file_truncated_anywhere_goes_on_with_complete_lines(
+  tmp_path_factory, size, resume
 ):
-  workdir = tmp_path_factory.mktemp('cut')
+  workdir = tmp_path_factory.mktemp('truncated')
   write(workdir, 0, range(1, 6))
   path = workdir / 'metrics.jsonl'
-  whole = path.read_bytes()
-  path.write_bytes(whole[:cut])  # as a kill may leave it
-  complete = whole[:cut].count(b'\n')
+  truncated = path.read_bytes()[:size]  # as a kill may leave it
+  path.write_bytes(truncated)
+  complete = truncated.count(b'\n')
   kept = [r['step'] for r in metrics.read_metrics(workdir)]
   assert kept == list(range(1, complete + 1))
   write(workdir, resume, [resume + 1])
@@ -56,15 +56,15 @@ def test_a_line_says_what_was_written(tmp_path):
 def test_events_hold_the_same_numbers(tmp_path):
   write(tmp_path, 0, [1, 2])
   [path] = tmp_path.glob('events.out.tfevents.*')
-  data, found = path.read_bytes(), {}
+  data, value_of = path.read_bytes(), {}
   while data:  # a record: length, its checksum, the event, its checksum
     size = int.from_bytes(data[:8], 'little')
     event = event_pb2.Event.FromString(data[12 : 12 + size])
     for value in event.summary.value:
-      found[event.step, value.tag] = value.simple_value
+      value_of[event.step, value.tag] = value.simple_value
     data = data[12 + size + 4 :]
-  assert found[1, 'train/loss'] == 8.0 and found[2, 'train/loss'] == 4.0
-  assert len(found) == 6
+  assert value_of[1, 'train/loss'] == 8.0 and value_of[2, 'train/loss'] == 4.0
+  assert len(value_of) == 6
 
 
 def test_there_may_be_nothing_to_read_or_little_to_draw(tmp_path):

@@ -154,8 +154,8 @@ def test_the_step_clips_the_norm_of_all_gradients_together(limit):
   hyper = {name: jnp.float32(value) for name, value in hyper.items()}
   step = jax.jit(steps.make_train_step(cfg))
   micro = jax.tree.map(lambda x: x[None], batch)
-  new, told = step(state, micro, jnp.int32(1), hyper)
-  assert float(told['grad_norm']) == pytest.approx(norm, rel=1e-5)
-  assert float(told['max_violation']) == 0.0  # no experts, no imbalance
+  new, metrics = step(state, micro, jnp.int32(1), hyper)
+  assert float(metrics['grad_norm']) == pytest.approx(norm, rel=1e-5)
+  assert float(metrics['max_violation']) == 0.0  # no experts, no imbalance
   for path, mean in gradients.paths(new['opt'].mean):
     tolerances.assert_close(mean, (1 - cfg.optim.beta1) * clipped[str(path)])

@@ -1,9 +1,10 @@
 """Buffers of what one pass of a stage saves for a later one.
 
-A rank runs stages of several kinds. As one program serves all ranks, every rank
-has room for every kind: arrays of one shape and dtype share a buffer, and a
-slot has as many of them as the kind that has most. So a rank needs as many
-slots as it has micro-batches under way, of whichever stage.
+A rank runs stages of several kinds. One program serves all ranks, so every rank
+has room for every kind. Arrays of one shape and dtype share a buffer. A slot
+has room for the arrays of the kind that has most of them. A rank therefore
+needs as many slots as it holds micro-batches at a time, of all its stages
+together.
 
 Dims of a buffer: s slots, n places for arrays of one shape, then the shape.
 """

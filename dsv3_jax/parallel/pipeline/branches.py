@@ -1,12 +1,12 @@
-"""Branches of an SPMD program as loops of zero turns or one.
+"""Branches of an SPMD program as loops of zero or one iterations.
 
-What a loop carries stays in place, gradient sums above all. What passes through
-a conditional may be copied. A loop has two pitfalls of its own, which
-`run_branch` and `after_branches` avoid:
+A loop updates what it carries in place, such as the gradient sums. A
+conditional may copy it. Loops have two pitfalls, which `run_branch` and
+`after_branches` avoid:
 
-  The compiler hoists what does not depend on the turn out of the loop, so that
-  it would run in every tick, whichever branch is taken.
-  Loops that share no result may be reordered.
+  The compiler hoists whatever does not depend on the iteration out of the loop.
+  It would then run in every tick, whichever branch is taken.
+  The compiler may reorder loops that share no result.
 """
 
 from collections.abc import Callable
@@ -21,8 +21,8 @@ State = dict[str, Any]
 
 def when(condition: jax.Array, act: Callable[[Tree], Tree], state: Tree) -> Any:
   """`act(state)` if the condition holds, in place; else the state."""
-  turns = condition.astype(jnp.int32)
-  return jax.lax.fori_loop(0, turns, lambda _, state: act(state), state)
+  iterations = condition.astype(jnp.int32)
+  return jax.lax.fori_loop(0, iterations, lambda _, state: act(state), state)
 
 
 def run_branch(
@@ -34,28 +34,31 @@ def run_branch(
 ) -> State:
   """`act(embedded, row, state)` if the branch is taken; else the state.
 
-  Operands seem to depend on the turn, which `act` finds in the row as 'turn'
-  for operands that it reads out of the state itself.
+  The operands of `act` seem to depend on the iteration, so that nothing is
+  hoisted. `act` gets the iteration as row['iteration'] and applies `depend_on`
+  to operands that it reads from the state.
   """
 
-  def run_turn(turn, state):
-    late_row = {name: depend_on(value, turn) for name, value in row.items()}
-    late_embedded = jax.tree.map(lambda x: depend_on(x, turn), embedded)
-    return act(late_embedded, late_row | {'turn': turn}, state)
+  def run_iteration(iteration, state):
+    late_row = {name: depend_on(x, iteration) for name, x in row.items()}
+    late_embedded = jax.tree.map(lambda x: depend_on(x, iteration), embedded)
+    return act(late_embedded, late_row | {'iteration': iteration}, state)
 
-  return jax.lax.fori_loop(0, taken.astype(jnp.int32), run_turn, state)
+  iterations = taken.astype(jnp.int32)
+  return jax.lax.fori_loop(0, iterations, run_iteration, state)
 
 
-def depend_on(x: jax.Array, turn: jax.Array) -> jax.Array:
-  """x, but not known before a loop's turn."""
-  return jnp.where(turn < 0, jnp.zeros_like(x), x)
+def depend_on(x: jax.Array, iteration: jax.Array) -> jax.Array:
+  """x, which the compiler cannot compute before the loop's iteration."""
+  return jnp.where(iteration < 0, jnp.zeros_like(x), x)
 
 
 def after_branches(state: State) -> jax.Array:
-  """True, but only known when the loops of all branches have run.
+  """True, computed from the result of all branches' loops.
 
-  Otherwise a buffer that one loop reads and a later one writes would be copied.
-  And where an exchange blocks, a rank might wait in it before it has run its
-  own action, while others wait for the result of that action.
+  What depends on it runs after those loops. Otherwise a buffer that one loop
+  reads and a later one writes would be copied. And a rank might enter a
+  blocking exchange before it has run its own action, while other ranks wait for
+  that action's result: a deadlock.
   """
   return state['acted'] >= 0

@@ -1,13 +1,13 @@
 """What goes between the ranks of a pipeline at the end of a tick.
 
 A rank sends its newest activation and its newest input gradient along every
-transfer of the program: by `ppermute` to another rank or, at the turn of a V,
-to itself. All ranks take part in every tick. The table says in which slot of
-its buffers a rank writes what arrives; what is not wanted goes to the last
-slot.
+transfer of the program: by `ppermute` to another rank or, at the fold of
+DualPipeV, to itself. All ranks take part in every tick. The table gives the
+slot into which a rank writes what arrives. What no stage will read goes to the
+last slot.
 
-Buffers: 'in' holds inputs of stages, 'grad' gradients of their outputs, 'head'
-gradients that the head made. s counts slots.
+Buffers: 'in' holds inputs of stages. 'grad' holds gradients of their outputs,
+which the next stage computed; 'head' holds those that the head computed.
 """
 
 from typing import Any
@@ -29,22 +29,24 @@ _BUFFERS = {'y': 'in', 'dx': 'grad'}  # by what arrives
 def empty_buffers(
   program: instructions.PipelineProgram,
   shape: tuple[int, ...],
-  depth: int,
-  dtype: Any,
+  mtp_depth: int,
+  dtype: str,
 ) -> State:
-  """What is sent ('y', 'hidden', 'dx', 'dahead') and where it arrives.
+  """Zeros: what is sent ('y', 'hidden', 'dx', 'dmtp_x'), and where it arrives.
 
   Args:
-    shape: [B, T, D] of an activation. depth: of MTP.
+    shape: [B, T, D] of an activation.
+    mtp_depth: number of MTP modules.
+    dtype: of an activation.
   """
   slots = program.slots
   zeros = lambda *shape: jnp.zeros(shape, dtype)
-  hidden = (1 + depth, *shape)
+  hidden = (1 + mtp_depth, *shape)
   return {
     'y': zeros(*shape),
     'hidden': zeros(*hidden),
     'dx': zeros(*shape),
-    'dahead': zeros(depth, *shape),
+    'dmtp_x': zeros(mtp_depth, *shape),
     'in': zeros(slots.get('in', 0) + 1, *shape),
     'grad': zeros(slots.get('grad', 0) + 1, *shape),
     'head': zeros(slots['head'] + 1, *hidden),

@@ -1,21 +1,21 @@
 """Runs a schedule's table as one SPMD program (TR 3.2.1).
 
-Every rank of `pipe` runs the same loop over ticks. In a tick,
+Every rank of `pipe` runs the same loop over ticks (`TickLoop`). In a tick
 
-  1. all ranks look up the embeddings that a first or last stage needs now
-     (`vocab_parallel`);
-  2. each rank runs the branch that its row of the table names: a forward, a
-     backward or a half of one, or both overlapped, of one of its stages
-     (`stage_compute`); weight gradients and statistics are added to their sums
-     (`gradient_sums`);
-  3. activations and their gradients go to the next rank (`exchange`);
-  4. all ranks compute the head's loss and gradients for a last stage that has
-     just run, and the embedding's gradients.
+  1. all ranks look up the embeddings for the forward of a first stage and, for
+     the MTP modules, of a last stage (`vocab_parallel`);
+  2. each rank runs the branch that its row of the table names (`stage_compute`)
+     and adds weight gradients and statistics to their sums (`gradient_sums`). A
+     branch is a forward, a backward or a half of one, or a forward overlapped
+     with a backward;
+  3. activations and their gradients go to the neighbouring ranks (`exchange`);
+  4. if a last stage has run, all ranks compute its losses and the gradients of
+     the head; if a first or last stage's backward has run, they compute the
+     gradients of the embedding (`vocab_parallel`).
 
-Embedding and head are sharded over the vocabulary, so that no rank has more of
-them than another. The table is an input: another number of micro-batches
-compiles nothing anew. A branch that is not taken is a loop of zero turns
-(`branches`).
+Embedding and head are sharded over the vocabulary, so every rank has as much of
+them. The table is an input, so another number of micro-batches does not
+recompile. A branch that is not taken is a loop of zero iterations (`branches`).
 """
 
 import dataclasses
@@ -39,18 +39,30 @@ from dsv3_jax.parallel.pipeline import (
 
 Tree = Any
 State = dict[str, Any]
+# A rank's fields of one tick: `instructions.FIELDS` and slots of arrivals.
+Row = dict[str | instructions.Transfer, jax.Array]
 
 
 class InstructionTable(NamedTuple):
   """A program's arrays, padded to the longest step.
 
-  fields_tick_rank, globals_tick_direction: of `PipelineProgram`. counts: how
-  many ticks count, and how many micro-batches.
+  fields_tick_rank, vocab_fields_tick_direction: of `PipelineProgram`. counts:
+  number of ticks, number of micro-batches.
   """
 
   fields_tick_rank: jax.Array
-  globals_tick_direction: jax.Array
+  vocab_fields_tick_direction: jax.Array
   counts: jax.Array
+
+  @property
+  def num_ticks(self) -> jax.Array:
+    """Ticks of this step; the rest of the table is padding."""
+    return self.counts[0]
+
+  @property
+  def num_microbatches(self) -> jax.Array:
+    """Micro-batches of this step; the rest of the batch is padding."""
+    return self.counts[1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,24 +82,26 @@ def gradients(
   scales: dict[str, jax.Array],
   table: InstructionTable,
 ) -> tuple[Tree, dict[str, jax.Array]]:
-  """Gradients of a whole step and its loss parts, in a shard_map'ed function.
+  """Gradients and losses of a whole step, in a shard_map'ed function.
 
   Args:
-    params: of `PipelineLayout.from_model`, compute forms of this rank's part.
-    router: likewise, `{'moe': [1, c, n, E], 'mtp': [depth, E]}`; c counts
-      chunks of a rank, n slots of a chunk.
+    params: compute forms of this rank's parameters, in the form of
+      `PipelineLayout.from_model`.
+    router: this rank's biases, `{'moe': [1, c, n, E], 'mtp': [mtp_depth, E]}`;
+      c counts chunks of a rank, n slots of a chunk.
     scales: of `mtp_loss.loss_scales`, with 'mtp_weight'.
   Returns:
-    Gradients like `params`, of this device's tokens, and parts as `Model.loss`
-    has them, of all ranks; 'load' is [1, c, n, E], of this one's masters.
+    Gradients like `params`, of this device's tokens. Losses and expert loads by
+    the keys of `Model.loss`, summed over ranks; 'load' is [1, c, n, E], of the
+    stages whose masters this rank holds.
   """
   loop = make_tick_loop(pipe, params, router, batch_nBT, scales)
 
   def tick(t, state):
     fields = table.fields_tick_rank[t, 0]
-    return loop.tick(state, fields, table.globals_tick_direction[t])
+    return loop.tick(state, fields, table.vocab_fields_tick_direction[t])
 
-  state = jax.lax.fori_loop(0, table.counts[0], tick, loop.start())
+  state = jax.lax.fori_loop(0, table.num_ticks, tick, loop.start())
   return loop.sums.finish(state)
 
 
@@ -98,30 +112,37 @@ def make_tick_loop(
   batch_nBT: model.Batch,
   scales: dict[str, jax.Array],
 ) -> 'TickLoop':
-  """The loop of a model's step; arguments as of `gradients`."""
+  """The loop of a model's step; arguments as in `gradients`."""
   cfg, program = pipe.cfg, pipe.program
-  depth, num_experts = cfg.model.mtp.depth, cfg.model.moe.num_experts
+  mtp_depth, num_experts = cfg.model.mtp.depth, cfg.model.moe.num_experts
   vocab = vocab_parallel.VocabParallel(
     cfg, program.schedule, params, batch_nBT, scales
   )
   converter = stage_params.MasterConverter(cfg, pipe.layout, program.schedule)
   chunks = converter.from_masters(params, router)
-  tail = ['final_norm', *(f'mtp_{k}' for k in range(depth))]
+  tail = ['final_norm', *(f'mtp_{k}' for k in range(mtp_depth))]
   tail = converter.weights({name: params[name] for name in tail})
   operands = stage_compute.StageOperands(
     program, chunks, tail, batch_nBT, router
   )
   shape = vocab.shape
-  parts = stage_compute.split_stages(cfg, operands, shape)
-  ends = {name: params[name] for name in ('embed', 'head')}
+  split_stages = stage_compute.split_stages(cfg, operands, shape)
+  vocab_params = {name: params[name] for name in ('embed', 'head')}
   return TickLoop(
     program=program,
     vocab=vocab,
     stages=stage_compute.StageCompute(
-      operands, parts, scales, depth, num_experts
+      operands, split_stages, scales, mtp_depth, num_experts
     ),
     sums=gradient_sums.GradientSums(
-      program, chunks, tail, ends, scales, depth, num_experts, converter
+      program,
+      chunks,
+      tail,
+      vocab_params,
+      scales,
+      mtp_depth,
+      num_experts,
+      converter,
     ),
     shape=shape,
     dtype=precision.POLICIES[cfg.precision].compute,
@@ -130,38 +151,41 @@ def make_tick_loop(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TickLoop:
-  """What does not change from tick to tick, and what happens in one.
+  """The body of the loop over ticks, and what it reads in every tick.
 
-  vocab: a `VocabParallel` or a stand-in. shape, dtype: of an activation.
+  shape, dtype: of an activation.
   """
 
   program: instructions.PipelineProgram
-  vocab: Any
+  vocab: vocab_parallel.Vocab
   stages: stage_compute.StageCompute
   sums: gradient_sums.GradientSums
   shape: tuple[int, ...]
-  dtype: Any
+  dtype: str
 
   def start(self) -> State:
     """Empty buffers and sums."""
     buffers = exchange.empty_buffers(
-      self.program, self.shape, self.sums.depth, self.dtype
+      self.program, self.shape, self.sums.mtp_depth, self.dtype
     )
     buffers |= self.stages.empty_buffers()
     return {'acted': jnp.int32(0)} | buffers | self.sums.zeros()
 
-  def tick(self, state: State, fields, globals_) -> State:
-    """One tick: an action, the exchange, head and embedding's gradients.
+  def tick(
+    self, state: State, fields: jax.Array, vocab_fields_direction: jax.Array
+  ) -> State:
+    """One tick: embeddings, an action, the exchange, head and their gradients.
 
     Args:
-      fields: this rank's row of the table. globals_: of each direction.
+      fields: this tick's and rank's entry of `fields_tick_rank`.
+      vocab_fields_direction: this tick's of `vocab_fields_tick_direction`.
     """
     row = dict(zip(self.field_names(), fields, strict=True))
-    now = [
-      dict(zip(instructions.GLOBALS, values, strict=True))
-      for values in globals_
+    vocab_rows = [
+      dict(zip(instructions.VOCAB_FIELDS, values, strict=True))
+      for values in vocab_fields_direction
     ]
-    embedded = [self.vocab.embed(microbatches) for microbatches in now]
+    embedded = [self.vocab.embed(microbatches) for microbatches in vocab_rows]
     for number, branch in enumerate(self.program.branches):
       if number:
         act = lambda *args, branch=branch: self.act(branch, *args)
@@ -169,12 +193,12 @@ class TickLoop:
         state = branches.run_branch(taken, act, embedded, row, state)
     state = self.stages.save_new_residuals(state, row)
     state = exchange.exchange(self.program, state, row)
-    for direction, microbatches in enumerate(now):
+    for direction, microbatches in enumerate(vocab_rows):
       state = self._vocab_work(direction, microbatches, row, state)
     return state
 
-  def field_names(self) -> list[Any]:
-    """Keys of a row, in the order of its numbers."""
+  def field_names(self) -> list[str | instructions.Transfer]:
+    """Keys of a row, in the order of `fields_tick_rank`."""
     directions = range(len(self.program.schedule.homes))
     return [
       *instructions.FIELDS,
@@ -183,9 +207,9 @@ class TickLoop:
     ]
 
   def act(
-    self, branch: instructions.TickBranch, embedded, row: dict, state: State
+    self, branch: instructions.TickBranch, embedded, row: Row, state: State
   ) -> State:
-    """A branch's passes, backward first: it frees what forward may take."""
+    """Runs a branch: its backward first, which frees a slot for its forward."""
     state = state | {'acted': state['acted'] + 1}
     if branch.backward is not None:
       state, grads = self.stages.backward(branch.backward, row, state)
@@ -200,17 +224,17 @@ class TickLoop:
     return state
 
   def _vocab_work(self, direction, microbatches, row, state: State) -> State:
-    """Head and embedding gradient of a direction, if a stage needs them now."""
-    last, first_back, last_back = (
+    """Head and embedding gradients, if a direction's end stages have run."""
+    last_forward, first_backward, last_backward = (
       microbatches[name] for name in ('last_f', 'first_b', 'last_b')
     )
     state = branches.when(
-      (last >= 0) & branches.after_branches(state),
-      lambda state: self.vocab.head(direction, last, row, state),
+      (last_forward >= 0) & branches.after_branches(state),
+      lambda state: self.vocab.head(direction, last_forward, row, state),
       state,
     )
     return branches.when(
-      (first_back >= 0) | (last_back >= 0),
+      (first_backward >= 0) | (last_backward >= 0),
       lambda state: self.vocab.embed_gradient(direction, microbatches, state),
       state,
     )

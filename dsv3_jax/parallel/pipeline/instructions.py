@@ -1,13 +1,12 @@
 """A schedule as arrays of numbers: the table that one SPMD program runs.
 
-`compile_schedule` turns a schedule into int32 arrays: for every tick and rank
-which branch to run, on which micro-batch, and in which slots of the rank's
-buffers its operands are. A slot is used again once its value has been read, so
-that each buffer has as many slots as values are ever live together. The arrays
-are inputs of the compiled step: a batch ramp changes them and compiles nothing
-anew.
+`compile_schedule` turns a schedule into int32 arrays. For every tick and rank
+they say which branch to run, on which micro-batch, and in which slots of the
+rank's buffers its operands are. A slot is reused once its value has been read.
+Each buffer thus has as many slots as it holds values at a time. The arrays are
+inputs of the compiled step, so a batch ramp changes them without recompiling.
 
-A buffer has one more slot, the last. Arrivals that no one reads go there.
+A buffer has one more slot, the last, for arrivals that no stage reads.
 
 Dims of the arrays: tick, rank or direction, field. P counts ranks.
 """
@@ -24,10 +23,11 @@ from dsv3_jax.parallel.schedules import actions
 from dsv3_jax.parallel.schedules import ticks as tick_tables
 from dsv3_jax.parallel.schedules.actions import Action, Schedule
 
-# Of each tick and rank: the branch, then operands of its forward and backward.
-# in: the slot of the activation that F reads. residuals: what F saves for the
-# backward pass. grad: gradient of the output, by the next stage or the head.
-# carry: what I saves for W.
+# Fields of each tick and rank: the branch, then the micro-batch, direction and
+# slots of its forward (f_) and its backward (b_). Slots: f_in, the activation
+# that F reads; residuals, what F saves for the backward pass; b_grad, the
+# gradient of the output, from the next stage or the head; b_carry, what I saves
+# for W.
 FIELDS = (
   'branch',
   'f_microbatch',
@@ -40,15 +40,16 @@ FIELDS = (
   'b_grad',
   'b_carry',
 )
-# Of each tick and direction: the micro-batch whose first or last stage runs.
-GLOBALS = ('first_f', 'last_f', 'first_b', 'last_b')
+# Fields of each tick and direction: the micro-batch whose forward (f) or
+# backward (b) runs at the first or the last stage, for embedding and head.
+VOCAB_FIELDS = ('first_f', 'last_f', 'first_b', 'last_b')
 
 
 class Transfer(NamedTuple):
   """What goes from each rank to the one `hop` ranks on, every tick.
 
-  payload: 'y' (activations) or 'dx' (their gradients). hop: +1, -1, or 0 for
-  the turn of a V, from a rank to itself.
+  payload: 'y' (activations) or 'dx' (their gradients). hop: +1, -1, or 0 from a
+  rank to itself, at the fold of DualPipeV.
   """
 
   payload: str
@@ -58,24 +59,25 @@ class Transfer(NamedTuple):
 class StagePass(NamedTuple):
   """One pass through one of the rank's stages.
 
-  part: 'F', 'B', or a half of B: 'I' or 'W'. chunk: which of the rank's stages,
-  in the order of the forward pass. kind: index of `PipelineProgram.kinds`.
+  action_kind: 'F', 'B', or a half of B: 'I' or 'W'. chunk: which of the rank's
+  stages, in the order of the forward pass. stage_kind: index into
+  `PipelineProgram.kinds`.
   """
 
-  part: str
+  action_kind: str
   chunk: int
-  kind: int
+  stage_kind: int
 
 
 class TickBranch(NamedTuple):
-  """What a rank runs in a tick, without the numbers; (None, None) is idle."""
+  """What a rank runs in a tick, without operands; (None, None) is idle."""
 
   forward: StagePass | None
   backward: StagePass | None
 
   @property
   def overlapped(self) -> bool:
-    """A forward and a backward, which share the buffers."""
+    """Whether it is a forward and a backward, which share the buffers."""
     return self.forward is not None and self.backward is not None
 
 
@@ -83,11 +85,14 @@ class TickBranch(NamedTuple):
 class PipelineProgram:
   """A schedule as arrays.
 
-  kinds: of stages that differ in what they run, as given. branches: all that
-  occur; branch 0 is idle. transfers: all that are used. slots: of each buffer.
-  fields_tick_rank: `FIELDS`, then the slot for what arrives by each transfer,
-  then the slot for the head's gradient of each direction.
-  globals_tick_direction: `GLOBALS`, -1 where none.
+  Attributes:
+    kinds: the kinds of stages that occur; stages of one kind run the same code.
+    branches: all that occur; branch 0 is idle.
+    transfers: all that are used.
+    slots: number of slots of each buffer.
+    fields_tick_rank: `FIELDS`, then the slot for what arrives by each transfer,
+      then the slot for the head's gradient of each direction.
+    vocab_fields_tick_direction: `VOCAB_FIELDS`, -1 where no stage runs.
   """
 
   schedule: Schedule
@@ -96,7 +101,7 @@ class PipelineProgram:
   transfers: tuple[Transfer, ...]
   slots: dict[str, int]
   fields_tick_rank: np.ndarray
-  globals_tick_direction: np.ndarray
+  vocab_fields_tick_direction: np.ndarray
 
 
 def compile_schedule(
@@ -107,8 +112,8 @@ def compile_schedule(
   """The arrays of a schedule.
 
   Args:
-    kind_of: for each stage what distinguishes its program from others.
-    known: branches to be numbered first: those of a compiled program.
+    kind_of: the kind of each stage, such as a `stage_compute.StageKind`.
+    known: branches of an already compiled program; they keep their numbers.
   """
   kinds = tuple(dict.fromkeys(kind_of))
   numbers = [kinds.index(kind) for kind in kind_of]
@@ -134,22 +139,24 @@ def compile_schedule(
     transfers=transfers,
     slots=slots.counts,
     fields_tick_rank=np.concatenate([fields, arrivals], axis=-1),
-    globals_tick_direction=events.globals(),
+    vocab_fields_tick_direction=events.vocab_fields(),
   )
 
 
 def _branch(
   events: '_Events', action: Action, numbers: list[int]
 ) -> TickBranch:
-  def half(part, task):
+  def stage_pass(action_kind, task):
     if task is None:
       return None
-    return StagePass(part, events.chunk(task), numbers[task.stage])
+    return StagePass(action_kind, events.chunk(task), numbers[task.stage])
 
   overlapped = action.kind == actions.OVERLAPPED
   return TickBranch(
-    half(actions.FORWARD, action.forward),
-    half(actions.BACKWARD if overlapped else action.kind, action.backward),
+    stage_pass(actions.FORWARD, action.forward),
+    stage_pass(
+      actions.BACKWARD if overlapped else action.kind, action.backward
+    ),
   )
 
 
@@ -157,7 +164,8 @@ def _branch(
 def chunks(schedule: Schedule) -> tuple[tuple[int, ...], ...]:
   """The stages of each rank, ascending.
 
-  In this order both halves of DualPipe's ranks run the same branches.
+  Ascending also under DualPipe, so that both halves of its ranks run the same
+  branches.
   """
   return tuple(
     tuple(sorted(schedule.held(rank))) for rank in range(schedule.ranks)
@@ -192,23 +200,23 @@ class _Events:
     """The task's stage among those that its rank holds."""
     return chunks(self.schedule)[self.home(task)].index(task.stage)
 
-  def globals(self) -> np.ndarray:
-    """See `GLOBALS`."""
+  def vocab_fields(self) -> np.ndarray:
+    """See `VOCAB_FIELDS`."""
     directions = len(self.schedule.homes)
-    globals_ = np.full((self.ticks, directions, len(GLOBALS)), -1, np.int32)
+    fields = np.full((self.ticks, directions, len(VOCAB_FIELDS)), -1, np.int32)
     last = self.schedule.stages - 1
     for name, when in (('f', self.forward), ('b', self.backward)):
       for task, tick in when.items():
         direction = self.schedule.direction(task.microbatch)
         if task.stage == 0:
-          globals_[tick, direction, GLOBALS.index(f'first_{name}')] = (
+          fields[tick, direction, VOCAB_FIELDS.index(f'first_{name}')] = (
             task.microbatch
           )
         if task.stage == last:
-          globals_[tick, direction, GLOBALS.index(f'last_{name}')] = (
+          fields[tick, direction, VOCAB_FIELDS.index(f'last_{name}')] = (
             task.microbatch
           )
-    return globals_
+    return fields
 
 
 def _transfers(schedule: Schedule) -> tuple[Transfer, ...]:
@@ -223,7 +231,7 @@ def _transfers(schedule: Schedule) -> tuple[Transfer, ...]:
 
 
 class _Slots:
-  """In which slot of which buffer each value is, and in which ticks."""
+  """The slot of each value in its buffer, from the ticks in which it lives."""
 
   def __init__(self, events: _Events, transfers: tuple[Transfer, ...]):
     self._events, self._transfers = events, transfers
@@ -235,14 +243,15 @@ class _Slots:
       at.append((begin, end, task))
 
     for task, tick in events.forward.items():
-      back = events.backward[task]
-      live('residuals', task, tick, back)  # backward halves run first
+      backward = events.backward[task]
+      # In a tick the backward runs first, so a forward can reuse its slot.
+      live('residuals', task, tick, backward)
       if task.stage < last:
         after = actions.task(task.stage + 1, task.microbatch)
         live('in', after, tick, events.forward[after])
-        live('grad', task, events.backward[after], back)
+        live('grad', task, events.backward[after], backward)
       else:
-        live('head', task, tick, back)
+        live('head', task, tick, backward)
     for task, tick in events.weight.items():
       live('carry', task, events.backward[task], tick + 1)
     self.counts, self._slot = {}, {}

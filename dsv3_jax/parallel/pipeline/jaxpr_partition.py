@@ -1,11 +1,11 @@
 """Programs as flat lists of jaxpr equations, and where to cut them in two.
 
 Values that the early part computes and the late part reads cross the cut and
-are stored in between. `cut` stores the fewest bytes. No equation runs twice,
-except where that is cheap: equations of `_LAYOUT`, which only copy or cast, and
-`_LIGHT` equations and all-gathers of `given` alone (parameters).
-The early part may also run `_LIGHT` equations of the late one: a sum over
-tokens or a cast to FP8 is smaller than its operand.
+are stored in between. `cut` finds the cut that stores the fewest bytes. Only
+cheap equations may run in both parts: those of `_LAYOUT`, which copy or cast,
+and `_LIGHT` equations and all-gathers that read nothing but `given`
+(parameters). `_LIGHT` equations of the late part may move to the early part,
+since a sum over tokens or a cast to FP8 is smaller than its operand.
 """
 
 import math
@@ -27,13 +27,13 @@ _CALLS = (
   core.primitives.custom_jvp_call_p,
   core.primitives.custom_vjp_call_p,
 )
-_INFINITE = 1 << 62  # bytes; of what must not be cut
+_INFINITE = 1 << 62  # bytes; capacity of edges that must not be cut
 # Copies and casts: running them twice costs less than storing their results.
 _LAYOUT = """
 broadcast_in_dim convert_element_type copy expand_dims name pvary reshape
 squeeze transpose
 """
-# One pass over their inputs, which XLA fuses with what comes before.
+# They read their inputs once, and XLA fuses them with what computes those.
 _LIGHT = """
 abs add add_any and argmax argmin bitcast_convert_type cbrt ceil clamp
 concatenate cos div dynamic_slice eq erf exp exp2 expm1 floor ge gt integer_pow
@@ -150,7 +150,7 @@ def needed(
 def derivable(
   equations: Sequence[Equation], given: Iterable[core.Var]
 ) -> set[core.Var]:
-  """`given`, and what follows from it by light equations and all-gathers."""
+  """`given`, and what light equations and all-gathers compute from it."""
   known = set(given)
   for eqn in equations:
     if _is(eqn, _GATHERS) and known.issuperset(variables(eqn.invars)):
@@ -182,17 +182,17 @@ def cut(
     given: inputs of both parts.
     unknown: inputs of the late part only.
   Returns:
-    In `early`, its equations and those moved from the late part; in `late`, the
-    equations needed, copies of early ones among them.
+    early: the given equations and those moved from the late part. late: the
+    equations that it needs, among them copies of early ones.
   """
   outputs, known = list(outputs), derivable([*early, *late], given)
   late = needed([*_repeatable(early, known), *late], outputs)
-  ours = set(map(id, early))
-  taken = _taken(ours, late, outputs, known, set(unknown))
+  early_ids = set(map(id, early))
+  taken = _taken(early_ids, late, outputs, known, set(unknown))
   moved = [
     eqn
     for eqn in late
-    if id(eqn) not in ours
+    if id(eqn) not in early_ids
     and (id(eqn) in taken or known.issuperset(eqn.outvars))
   ]
   late = needed([eqn for eqn in late if id(eqn) not in taken], outputs)
@@ -210,31 +210,32 @@ def _repeatable(early, known):
       yield eqn
 
 
-def _taken(ours, late, outputs, known, unknown):
-  """Identities of the late equations that the early part runs.
+def _taken(early_ids, late, outputs, known, unknown):
+  """Ids of the late equations that the early part is to run.
+
+  The graph has a node for each equation that could be in either part, and one
+  for each variable, which is on the late side if a late equation reads it.
 
   Args:
-    ours: identities of its own.
-
-  The graph has a node for each equation that could be on either side, and one
-  for each variable, which is on the late side if a late equation reads it.
+    early_ids: ids of the early part's own equations.
   """
   maker, edges = {}, []
   for eqn in late:
     if known.issuperset(eqn.outvars):
-      continue  # each part that needs it runs it
+      continue  # it runs in each part that needs it
     read = [v for v in variables(eqn.invars) if v not in known]
-    made_by = [maker.get(v, 'early') for v in read]
-    movable = _is(eqn, _LIGHT) and 'late' not in made_by
+    producers = [maker.get(v, 'early') for v in read]
+    movable = _is(eqn, _LIGHT) and 'late' not in producers
     movable = movable and not unknown.intersection(read)
     node = id(eqn) if movable else 'late'
     maker.update((v, node) for v in eqn.outvars)
     edges += [(v, node, _INFINITE) for v in read]
-    if movable and id(eqn) not in ours:
-      # It cannot run early on what is computed late.
-      edges += [(node, by, _INFINITE) for by in made_by if by != 'early']
-  stored = [v for v in variables(outputs) if v not in known]
-  edges += [(v, 'late', _INFINITE) for v in stored]
+    if movable and id(eqn) not in early_ids:
+      # If it runs early, so must the equations whose results it reads.
+      edges += [(node, by, _INFINITE) for by in producers if by != 'early']
+  edges += [
+    (v, 'late', _INFINITE) for v in variables(outputs) if v not in known
+  ]
   tails = dict.fromkeys(tail for tail, _, _ in edges)
   for v in tails:
     if isinstance(v, core.Var) and v not in unknown:

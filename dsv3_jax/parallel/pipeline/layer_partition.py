@@ -13,18 +13,18 @@ from collections.abc import Callable
 from dsv3_jax import errors
 
 Cost = int | float | fractions.Fraction
-Cuts = tuple[tuple[int, int], ...]
+LayerRanges = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-  """Time of each part, in any unit; the defaults count in MoE layers.
+  """Time of each kind of layer, in any unit; by default one MoE layer is 1.
 
   Attributes:
-    layer: of every layer, or one number a layer.
-    embedding: on the first stage, on top of its layers.
-    head: on the last stage, likewise; 0 if it is sharded over the stages.
-    mtp: likewise, with its own pass through the head.
+    layer: one number for all layers, or one for each.
+    embedding: added to the first stage.
+    head: added to the last stage; 0 if the head is sharded over the stages.
+    mtp: added to the last stage, with its own pass through the head.
   """
 
   layer: Cost | tuple[Cost, ...] = 1
@@ -33,11 +33,11 @@ class Costs:
   mtp: Cost = 2.5
 
 
-def split_layers(num_layers: int, stages: int, costs: Costs) -> Cuts:
+def split_layers(num_layers: int, stages: int, costs: Costs) -> LayerRanges:
   """Splits layers into contiguous stages of at least one layer.
 
-  The largest cost of a stage is minimal; among such cuts the sum of squared
-  costs is. Exact, by dynamic programming over (stage, layer).
+  The largest cost of a stage is minimal. Among all such partitions the sum of
+  squared costs is minimal. Exact, by dynamic programming over (stage, layer).
 
   Returns:
     The first layer of each stage and the one after its last.
@@ -47,8 +47,10 @@ def split_layers(num_layers: int, stages: int, costs: Costs) -> Cuts:
       not finite, or not one a layer.
   """
   total = _totals(num_layers, stages, costs)
-  largest, _ = _best_cut(total, stages, max, None)
-  _, ends = _best_cut(total, stages, lambda sum_, x: sum_ + x * x, largest)
+  largest, _ = _best_partition(total, stages, max, None)
+  _, ends = _best_partition(
+    total, stages, lambda sum_, x: sum_ + x * x, largest
+  )
   return tuple(itertools.pairwise((0, *ends)))
 
 
@@ -59,8 +61,9 @@ def _totals(num_layers: int, stages: int, costs: Costs) -> list[Cost]:
       f'stages={stages} must be >= 1 and <= '
       f'model.num_layers={num_layers}: each has one layer at least'
     )
-  given = costs.layer
-  per_layer = list(given) if isinstance(given, tuple) else [given] * num_layers
+  per_layer = costs.layer
+  if not isinstance(per_layer, tuple):
+    per_layer = (per_layer,) * num_layers
   if len(per_layer) != num_layers:
     raise errors.InputError(
       f'costs.layer has {len(per_layer)} values, model.num_layers={num_layers}'
@@ -74,19 +77,19 @@ def _totals(num_layers: int, stages: int, costs: Costs) -> list[Cost]:
   return list(itertools.accumulate(exact, initial=fractions.Fraction(0)))
 
 
-def _best_cut(
+def _best_partition(
   total: list[Cost],
   stages: int,
   join: Callable[[Cost, Cost], Cost],
   bound: Cost | None,
 ) -> tuple[Cost, list[int]]:
-  """The cut with the least joined cost and no stage above the bound.
+  """The partition with the least joined cost and no stage above the bound.
 
   Returns:
     That cost, and the layer at which each stage ends.
   """
-  best: dict[int, Cost] = {0: 0}  # first layer not yet given out -> joined cost
-  froms = []
+  best: dict[int, Cost] = {0: 0}  # first layer without a stage -> joined cost
+  first_layers = []
   for _ in range(stages):
     options: dict[int, tuple[Cost, int]] = {}
     for first, joined in best.items():
@@ -98,10 +101,10 @@ def _best_cut(
         if end not in options or option < options[end]:
           options[end] = option
     best = {end: joined for end, (joined, _) in options.items()}
-    froms.append({end: first for end, (_, first) in options.items()})
+    first_layers.append({end: first for end, (_, first) in options.items()})
   end = len(total) - 1
   joined, ends = best[end], []
-  for row in reversed(froms):
+  for row in reversed(first_layers):
     ends.append(end)
     end = row[end]
   return joined, ends[::-1]

@@ -4,8 +4,8 @@ Without a pipeline the form is the model's own (`IdentityLayout`). A pipeline
 holds layers by rank, chunk and slot (`PipelineLayout`): the model's two stacks,
 dense and MoE, become [P, c, n, ...]. Each of P ranks has the masters of c
 stages, and each stage has n slots, as many as the fullest stage needs. Slots
-beyond a stage's own layers are zeros and never read. What is no layer stays as
-it is. Conversions are exact both ways.
+beyond a stage's own layers are zeros and never read. Embedding, head, final
+norm and MTP modules stay as they are. Conversions are exact both ways.
 
 P counts ranks, c chunks (stages) of a rank, n slots (layers) of a chunk, L
 layers of a stack.
@@ -101,9 +101,11 @@ class StageLayers:
 class PipelineLayout:
   """Layers by rank, chunk and slot.
 
-  stages: in the order of the forward pass. held: of each rank the stages whose
-  masters it has; every rank has as many, and every stage is once there.
-  scanned: the model's stacks are arrays [L, ...] (`model.scan_layers`).
+  Attributes:
+    stages: in the order of the forward pass.
+    held: for each rank the stages whose masters it has. All ranks have the same
+      number of stages, and every stage occurs once.
+    scanned: the model's stacks are arrays [L, ...] (`model.scan_layers`).
   """
 
   stages: tuple[StageLayers, ...]
@@ -111,7 +113,7 @@ class PipelineLayout:
   scanned: bool
 
   def slots(self, stack: str) -> int:
-    """Of a chunk: layers of the fullest stage."""
+    """Slots of a chunk: as many as the fullest stage has layers."""
     return max(stage.count(stack) for stage in self.stages)
 
   def layers_Pcn(self, stack: str) -> np.ndarray:
@@ -154,7 +156,7 @@ class PipelineLayout:
     return router
 
   def router_specs(self, router: Tree) -> Tree:
-    """Biases of MoE layers are where their layers are."""
+    """Biases of MoE layers are on the rank of their layers."""
     return {k: Spec(AXIS) if k == 'moe' else Spec() for k in router}
 
   def all_loads(self, load: jax.Array) -> jax.Array:
@@ -195,13 +197,13 @@ class PipelineLayout:
 
 def make(
   cfg: config.ModelConfig,
-  cuts: Sequence[tuple[int, int]],
+  layer_ranges: Sequence[tuple[int, int]],
   held: Sequence[Sequence[int]],
 ) -> PipelineLayout:
   """A layout of all layers.
 
   Args:
-    cuts: of each stage, its first layer and the one after its last.
+    layer_ranges: of each stage, its first layer and the one after its last.
     held: of each rank, the stages whose masters it has.
   """
   dense = cfg.num_dense_layers
@@ -210,7 +212,7 @@ def make(
       dense=(min(first, dense), min(end, dense)),
       moe=(max(first - dense, 0), max(end - dense, 0)),
     )
-    for first, end in cuts
+    for first, end in layer_ranges
   )
   return PipelineLayout(
     stages=stages, held=tuple(map(tuple, held)), scanned=cfg.scan_layers
@@ -218,5 +220,5 @@ def make(
 
 
 def _module(x) -> Any:
-  """NumPy for host arrays: they are not to go to a device."""
+  """NumPy for host arrays, which are to stay on the host; else jnp."""
   return np if isinstance(x, np.ndarray) else jnp

@@ -1,32 +1,31 @@
-"""Splits a stage's backward pass into two parts (TR 3.2.1).
+"""Splits a stage's backward pass into input and weight halves (TR 3.2.1).
 
   forward          F: params, x, consts       -> y, aux, residuals
   backward         B: params, residuals, dy   -> dx, dparams
   backward_input   I: params, residuals, dy   -> dx, carry
   backward_weight  W: params, carry           -> dparams
 
-The previous stage waits for I; W fills bubbles (ZB, DualPipe). Both come from
-the trace of `jax.vjp`, whose two programs are F and B: I is what dx depends on,
-W is the rest. No product and no loop runs twice, so that I and W together cost
-as much as B. `jaxpr_partition.cut` chooses what is stored in between:
+The previous stage waits for I; W fills bubbles (ZB, DualPipe). `jax.vjp` is
+traced into two programs, F and B. I is the equations of B on which dx depends,
+W is the rest. No product and no loop runs twice, so I and W together cost as
+much as B. `jaxpr_partition.cut` chooses what is stored between the programs:
 
-  residuals  what JAX saves, without parameters and what follows cheaply from
-             them, such as their BF16 casts; activations are saved before casts
-             and copies rather than after
-  carry      of every linear its input and its output's gradient; gradients of
-             norms are sums over tokens and are computed in I
+  residuals  from F to B or I: what JAX saves, without parameters and their
+             casts; activations are saved before casts and copies, not after
+  carry      from I to W: the input and the output gradient of every linear;
+             gradients of norms are sums over tokens, which I computes
 
-The unit is an equation. `scan`, `while` and `cond` are in I as a whole if dx
-needs any of their results: unroll layers, and separate loops for dx and dw.
-Collectives are in I if dx needs them. `jax.checkpoint` works: recomputation is
-part of B. But XLA may merge it with F if one computation holds both without a
-loop or a branch between them. Side effects, such as prints, are lost where no
-result needs their equation.
+An equation is never divided. `scan`, `while` and `cond` are in I as a whole if
+dx needs any of their results. So layers are to be unrolled, and loops for dx
+and dw to be separate. Collectives are in I if dx needs them. `jax.checkpoint`
+works: recomputation is part of B. But XLA may merge it with F if one
+computation holds both without a loop or a branch between them. An equation that
+no result needs is dropped, with its side effects, such as prints.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +40,8 @@ Shapes = tuple[jax.ShapeDtypeStruct, ...]
 class _Trees(NamedTuple):
   """Structures around the flat programs.
 
-  arguments: of (params, x, consts). outputs: shapes of (y, aux). x, trained:
-  numbers of the leaves that have gradients, and None for the others.
+  arguments: structure of (params, x, consts). outputs: shapes of (y, aux). x,
+  trained: trees with a leaf's number if it has a gradient, else None.
   """
 
   arguments: Any
@@ -51,12 +50,39 @@ class _Trees(NamedTuple):
   trained: Tree
 
 
+@runtime_checkable
+class StageFunctions(Protocol):
+  """F, B, I and W of one stage.
+
+  `SplitStage` has a model's. Benchmarks pass others.
+  """
+
+  residuals: Shapes
+  carry: Shapes
+
+  def forward(self, params: Tree, x: Tree, consts: Tree) -> tuple:
+    """F: (y, aux, residuals)."""
+
+  def backward(
+    self, params: Tree, residuals: Sequence, dy: Tree, daux: Tree
+  ) -> tuple[Tree, Tree]:
+    """B: (dx, dparams)."""
+
+  def backward_input(
+    self, params: Tree, residuals: Sequence, dy: Tree, daux: Tree
+  ) -> tuple[Tree, tuple]:
+    """I: (dx, carry)."""
+
+  def backward_weight(self, params: Tree, carry: Sequence) -> Tree:
+    """W: dparams."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitStage:
-  """The parts of one stage as pure functions, and what they store.
+  """F, B, I and W of one stage as pure functions, and what they store.
 
-  residuals, carry: shapes of these flat tuples of arrays. programs: the parts'
-  jaxprs by the functions' names.
+  residuals, carry: shapes of these flat tuples of arrays. programs: a jaxpr for
+  each function, by its name.
   """
 
   residuals: Shapes
@@ -122,7 +148,7 @@ class SplitStage:
     return [*jax.tree.leaves(params), *residuals, *cotangents]
 
   def _unflatten(self, tree, values):
-    """Values in the places of a tree's leaves, and the values left over."""
+    """The first values as leaves of a tree, and the remaining values."""
     structure = jax.tree.structure(tree)
     count = structure.num_leaves
     return jax.tree.unflatten(structure, values[:count]), values[count:]
@@ -138,49 +164,50 @@ def split_stage(
 ) -> SplitStage:
   """Splits `stage(params, x, consts) -> (y, aux)`, given arrays or shapes.
 
-  Call it where the parts will run: in the body of the shard_map, if the stage
-  has collectives. The parts are for exactly these shapes.
+  Call it where the functions will run: in the body of the shard_map, if the
+  stage has collectives. The functions are for exactly these shapes.
 
   Args:
-    params: at hand at every step, so never stored.
+    params: inputs of all functions, so they are never stored.
     x: activations; dx has its structure, with None for integers.
     consts: per micro-batch, without gradient, such as positions.
-    trained: takes params to those parts that get a gradient; dparams has the
-      structure of its result, with None for integers. Others, such as FP8 forms
-      of weights, get none.
+    trained: selects the params that get a gradient; dparams has the structure
+      of its result, with None for integers. Others, such as FP8 forms of
+      weights, get no gradient.
   """
   trees, forward, backward, inputs, transposed = _trace(
     stage, params, x, consts, trained
   )
-  own = inputs[: len(jax.tree.leaves(params))]
+  param_vars = inputs[: len(jax.tree.leaves(params))]
   values = forward.consts | backward.consts
-  known = [*own, *values]
+  known = [*param_vars, *values]
   num_dx = len(jax.tree.leaves(trees.x))
   dx, dparams = backward.outputs[:num_dx], backward.outputs[num_dx:]
-  whole = jaxpr_partition.cut(
+  forward_cut = jaxpr_partition.cut(
     forward.equations,
     backward.equations,
     backward.outputs,
     known,
     transposed,
   )
-  first = jaxpr_partition.needed(whole.late, dx)
-  ours = set(map(id, first))
-  rest = [eqn for eqn in whole.late if id(eqn) not in ours]
-  halves = jaxpr_partition.cut(first, rest, dparams, known)
-  residuals, carry = whole.crossing, halves.crossing
-  late = [*own, *residuals, *transposed]
-  parts = {
-    'forward': (whole.early, inputs, [*forward.outputs, *residuals]),
-    'backward_input': (halves.early, late, [*dx, *carry]),
-    'backward_weight': (halves.late, [*own, *carry], dparams),
-    'backward': (whole.late, late, backward.outputs),
+  for_dx = jaxpr_partition.needed(forward_cut.late, dx)
+  ids_for_dx = set(map(id, for_dx))
+  rest = [eqn for eqn in forward_cut.late if id(eqn) not in ids_for_dx]
+  backward_cut = jaxpr_partition.cut(for_dx, rest, dparams, known)
+  residuals, carry = forward_cut.crossing, backward_cut.crossing
+  late = [*param_vars, *residuals, *transposed]
+  programs = {
+    'forward': (forward_cut.early, inputs, [*forward.outputs, *residuals]),
+    'backward_input': (backward_cut.early, late, [*dx, *carry]),
+    'backward_weight': (backward_cut.late, [*param_vars, *carry], dparams),
+    'backward': (forward_cut.late, late, backward.outputs),
   }
   return SplitStage(
     residuals=_shapes(residuals),
     carry=_shapes(carry),
     programs={
-      k: jaxpr_partition.close(*part, values) for k, part in parts.items()
+      name: jaxpr_partition.close(*program, values)
+      for name, program in programs.items()
     },
     trees=trees,
   )

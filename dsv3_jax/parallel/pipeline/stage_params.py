@@ -1,8 +1,9 @@
 """The stages of a rank: from masters to compute weights, and gradients back.
 
-Under DualPipe rank r of P runs stages r and P - 1 - r and holds the master of
-one. Weights of the other come from the mirrored rank, and its gradients go back
-there. Under every other schedule a rank holds the masters of all its stages.
+Under DualPipe rank r of P runs stages r and P - 1 - r but holds the masters of
+stage r only. Weights of the other stage come from the mirrored rank P - 1 - r,
+and their gradients go back to it. Under every other schedule a rank holds the
+masters of all its stages.
 
 c counts chunks (stages) of a rank, n slots (layers) of a chunk.
 """
@@ -75,13 +76,13 @@ class MasterConverter:
     return ChunkParams(self.weights(named), bias_nE)
 
   def weights(self, named: Tree) -> StageWeights:
-    """Weights with their FP8 forms, if the precision has such."""
+    """Weights with their FP8 forms, which exist in FP8 training only."""
     policy = precision.POLICIES[self.cfg.precision]
     forms = model.quantize(policy, named)
     return StageWeights(named, forms.get('quantized', {}))
 
   def to_masters(self, chunks: list[Tree]) -> Tree:
-    """Sums for masters, from a tree like `layers.weights` of each chunk."""
+    """Sums of the masters, from sums like `layers.weights` of each chunk."""
     stacks_by_chunk = []
     for named in chunks:
       stacks = {}
@@ -94,7 +95,7 @@ class MasterConverter:
     return self.sums(stacks_by_chunk)
 
   def sums(self, chunks: list[Tree]) -> Tree:
-    """[n, ...] a chunk -> [1, c, n, ...] of the masters' stages."""
+    """[n, ...] for each chunk -> [1, c, n, ...] for the masters' stages."""
     if self.mirrored:
       own, other = self._lower_first(*chunks)
       add = lambda a, b: a + self._mirror(b)
@@ -102,7 +103,7 @@ class MasterConverter:
     return jax.tree.map(lambda *xs: jnp.stack(xs)[None], *chunks)
 
   def _lower_first(self, a: Tree, b: Tree) -> list[Tree]:
-    """(own, mirrored) -> (lower, upper stage), or the reverse: its inverse."""
+    """(own, mirrored) -> (lower, upper stage); it is its own inverse."""
     lower = jax.lax.axis_index(AXIS) < self.schedule.ranks // 2
     pick = lambda x, y: jax.tree.map(lambda x, y: jnp.where(lower, x, y), x, y)
     return [pick(a, b), pick(b, a)]

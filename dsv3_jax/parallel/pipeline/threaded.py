@@ -1,8 +1,8 @@
-"""Runs a schedule with a thread a rank and one compiled program an action.
+"""Reference: runs a schedule with a thread a rank, a program an action.
 
-Each rank runs its own order of actions and waits for its operands: no common
-clock, no table, no slots. This is the reference: tests compare the SPMD
-executor with it, and benchmarks measure bubbles by it.
+Training does not use it. Tests compare the SPMD executor with it, and
+benchmarks measure bubbles with it. Each rank runs its own order of actions and
+waits for its operands. There is no common clock, no table and no slot.
 
 A stage is a function `(params, x, consts) -> (y, aux)` of one micro-batch. The
 first stage has x = (). The last stage has its losses in aux and y = ().
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.parallel.pipeline import split_backward
 from dsv3_jax.parallel.schedules import actions, simulate, validate
 
 Tree = Any
@@ -26,11 +27,11 @@ Function = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 class ThreadedStage(NamedTuple):
   """A stage's functions and their operands.
 
-  parts: functions as of `split_backward.SplitStage`. consts: of each
-  micro-batch. daux: the gradient of aux, of every micro-batch.
+  consts: of each micro-batch. daux: the gradient of aux, the same for every
+  micro-batch.
   """
 
-  parts: Any
+  functions: split_backward.StageFunctions
   params: Tree
   consts: Sequence[Tree]
   daux: Tree
@@ -106,17 +107,20 @@ class ThreadedExecutor:
       *(task and task.stage for task in (action.backward, action.forward)),
     )
     if key not in self._programs:
-      back, ahead = (key[1] is not None), (key[2] is not None)
+      has_backward, has_forward = (stage is not None for stage in key[1:])
       name = {
         actions.INPUT: 'backward_input',
         actions.WEIGHT: 'backward_weight',
-      }
-      parts = lambda stage: self.stages[stage].parts
-      first = back and getattr(parts(key[1]), name.get(action.kind, 'backward'))
-      second = ahead and parts(key[2]).forward
+      }.get(action.kind, 'backward')
+      functions = lambda stage: self.stages[stage].functions
+      backward = has_backward and getattr(functions(key[1]), name)
+      forward = has_forward and functions(key[2]).forward
 
-      def run(backward, forward):
-        return back and first(*backward), ahead and second(*forward)
+      def run(backward_operands, forward_operands):
+        return (
+          has_backward and backward(*backward_operands),
+          has_forward and forward(*forward_operands),
+        )
 
       self._programs[key] = jax.jit(run)
     return self._programs[key]
@@ -131,7 +135,7 @@ class _Mail:
     self._steps, self._finished, self._error = 0, 0, None
 
   def put(self, results: dict[int, Tree], finished: bool = False) -> None:
-    """Adds the results of an action; also a sign of life."""
+    """Adds the results of an action, and reports progress to `watch`."""
     with self._changed:
       self._results |= results
       self._steps += 1
@@ -155,7 +159,12 @@ class _Mail:
       return self._results.pop(result)
 
   def watch(self, ranks: int, timeout: float) -> None:
-    """Returns when all ranks are done, raises when one failed or all wait."""
+    """Waits until all ranks are done.
+
+    Raises:
+      Exception: that of a rank.
+      TimeoutError: no rank has made progress for `timeout` seconds.
+    """
     with self._changed:
       while self._finished < ranks and not self._error:
         before = self._steps
@@ -209,18 +218,18 @@ class _Rank:
     program = self._executor.program(action)
     operands = self._backward_operands(action), self._forward_operands(action)
     self.starts.append(time.perf_counter())
-    back, ahead = jax.block_until_ready(program(*operands))
+    from_backward, from_forward = jax.block_until_ready(program(*operands))
     self.ends.append(time.perf_counter())
     results, width = {}, self._schedule.microbatches
     if (task := action.forward) is not None:
-      y, self.aux[task], self._residuals[task] = ahead
+      y, self.aux[task], self._residuals[task] = from_forward
       if task.stage < self._schedule.stages - 1:
         results[task.stage * width + task.microbatch] = y
     if (task := action.backward) is not None:
       if action.kind == actions.WEIGHT:
-        self._add(task, back)
+        self._add(task, from_backward)
       else:
-        dx, rest = back
+        dx, rest = from_backward
         if action.kind == actions.INPUT:
           self._carry[task] = rest
         else:

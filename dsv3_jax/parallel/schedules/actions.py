@@ -4,8 +4,8 @@ A *stage* is one of the pieces into which the layers are split, numbered in the
 order of the forward pass. A *task* is one micro-batch at one stage. A rank
 holds one stage or several and runs its actions in a fixed order.
 
-A schedule gives the order of actions, not their times: `simulate` does.
-Planning uses this module, so it does not import JAX.
+A schedule gives the order of actions; `simulate` gives their times. Planning
+uses this module, so it does not import JAX.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ Number = int | float | fractions.Fraction  # a time
 
 FORWARD = 'F'
 BACKWARD = 'B'  # full: gradients of the input and of the weights
-INPUT = 'I'  # the input half of a backward, which the previous stage needs
-WEIGHT = 'W'  # the weight half, which no other action needs
+INPUT = 'I'  # the input half of a backward; the previous stage waits for it
+WEIGHT = 'W'  # the weight half; no other action waits for it
 OVERLAPPED = 'FB'  # a forward and a full backward of two stages, overlapped
 
 
@@ -54,8 +54,8 @@ class Schedule:
     kind: one of `make.KINDS`.
     microbatches: of all directions together, numbered from 0.
     homes: `homes[direction][stage]` is the rank that holds the stage for the
-      micro-batches of that direction. With two directions the second half of
-      the micro-batches goes in the other.
+      micro-batches of that direction. With two directions the first half
+      of the micro-batches goes in direction 0, the second half in direction 1.
     orders: `orders[rank]` are the rank's actions, first to last.
   """
 
@@ -77,12 +77,12 @@ class Schedule:
     return microbatch * len(self.homes) // self.microbatches
 
   def held(self, rank: int) -> tuple[int, ...]:
-    """The stages of a rank; a stage's index here is its chunk."""
+    """The stages of a rank; the chunk of a stage is its index in this tuple."""
     return tuple(
       stage
       for home in self.homes
-      for stage, there in enumerate(home)
-      if there == rank
+      for stage, stage_rank in enumerate(home)
+      if stage_rank == rank
     )
 
 
@@ -105,11 +105,14 @@ def backward(kind: str, stage: int, microbatch: int) -> Action:
 
 @functools.cache
 def overlapped(
-  ahead: int, ahead_microbatch: int, back: int, back_microbatch: int
+  forward_stage: int,
+  forward_microbatch: int,
+  backward_stage: int,
+  backward_microbatch: int,
 ) -> Action:
-  """A forward at stage `ahead` overlapped with a backward at stage `back`."""
+  """A forward at one stage overlapped with a full backward at another."""
   return Action(
     kind=OVERLAPPED,
-    forward=task(ahead, ahead_microbatch),
-    backward=task(back, back_microbatch),
+    forward=task(forward_stage, forward_microbatch),
+    backward=task(backward_stage, backward_microbatch),
   )

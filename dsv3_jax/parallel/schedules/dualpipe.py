@@ -1,12 +1,15 @@
 """DualPipe and DualPipeV (TR 3.2.1; the released schedule's eight steps).
 
 A rank runs two chunks. Under DualPipe micro-batches enter at both ends, and
-each rank holds a stage for either direction. Under DualPipeV all enter at rank
-0, go to the last rank and turn there, so that rank r holds stages r and
-2 ranks - 1 - r. On each rank both are the same eight loops with other counts.
+each rank holds a stage for either direction. Under DualPipeV the pipeline is
+folded at the last rank: all micro-batches enter at rank 0, and rank r holds
+stages r and 2 ranks - 1 - r. Each half of DualPipe's ranks works like the ranks
+of DualPipeV, with the middle as its fold. So both schedules are the same eight
+loops with other counts.
 
-*Phase* 0 is the chunk that a micro-batch reaches first on a rank: that of the
-nearer end's direction under DualPipe, that of the way down under DualPipeV.
+A rank's *phase* 0 is one of its chunks, phase 1 the other. Under DualPipe phase
+0 is the stage of the micro-batches that enter at the nearer end. Under
+DualPipeV it is the stage before the fold.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,13 +27,14 @@ def dualpipe(ranks: int, microbatches: int) -> Orders:
     ranks: even, as many as stages.
     microbatches: of both directions; even and >= 2 ranks.
   """
-  half = microbatches // 2
+  per_direction = microbatches // 2
   orders = []
   for r in range(ranks):
-    near = min(r, ranks - 1 - r)
-    steps = eight_steps(ranks // 2, near, half - ranks + near + 1)
-    starts = (0, half) if r < ranks // 2 else (half, 0)
-    orders.append(_number(steps, (near, ranks - 1 - near), starts))
+    from_end = min(r, ranks - 1 - r)
+    rounds = per_direction - ranks + from_end + 1
+    steps = eight_steps(ranks // 2, from_end, rounds)
+    firsts = (0, per_direction) if r < ranks // 2 else (per_direction, 0)
+    orders.append(_number(steps, (from_end, ranks - 1 - from_end), firsts))
   return tuple(orders)
 
 
@@ -43,47 +47,53 @@ def dualpipev(ranks: int, microbatches: int) -> Orders:
   return tuple(orders)
 
 
-def eight_steps(depth: int, near: int, pairs: int) -> Iterator[str]:
+def eight_steps(
+  ranks_to_fold: int, from_end: int, rounds: int
+) -> Iterator[str]:
   """A rank's actions, as kinds with phases: F0, B1, I0, W, F0&B1, F1&B0.
 
   Args:
-    depth: ranks from an end to the turn (the middle under DualPipe).
-    near: this rank's distance from its end, 0 to depth - 1.
-    pairs: rounds of step 4.
+    ranks_to_fold: number of ranks from an end to the fold, both included: half
+      of DualPipe's ranks, all of DualPipeV's.
+    from_end: this rank's distance from its end, 0 to ranks_to_fold - 1.
+    rounds: how often step 4 is repeated.
   """
-  to_turn = depth - near - 1
-  for _ in range(2 * to_turn):  # step 1
+  from_fold = ranks_to_fold - 1 - from_end
+  for _ in range(2 * from_fold):  # step 1
     yield 'F0'
-  for _ in range(near + 1):  # step 2
+  for _ in range(from_end + 1):  # step 2
     yield 'F0'
     yield 'F1'
-  for _ in range(to_turn):  # step 3
+  for _ in range(from_fold):  # step 3
     yield 'I1'
     yield 'W'
     yield 'F1'
-  for i in range(pairs):  # step 4
-    if i == 0 and to_turn == 0:  # not overlapped: others wait for F0
+  for i in range(rounds):  # step 4
+    if i == 0 and from_fold == 0:
+      # Other actions wait for this F0. Overlapped with B1 it would end later.
       yield 'F0'
       yield 'B1'
     else:
       yield 'F0&B1'
     yield 'F1&B0'
-  for _ in range(to_turn):  # step 5
+  for _ in range(from_fold):  # step 5
     yield 'B1'
     yield 'F1&B0'
-  for i in range(near + 1):  # step 6: input halves from the middle on
-    half = (near + 1) // 2
-    yield 'I1' if i > half or (i == half and near % 2 == 1) else 'B1'
-    yield 'I0' if i >= half else 'B0'
-  for _ in range(to_turn):  # step 7
+  # Step 6 begins with full backwards. It splits those of its second half.
+  first_split = (from_end + 1) // 2
+  for i in range(from_end + 1):
+    split = i > first_split or (i == first_split and from_end % 2 == 1)
+    yield 'I1' if split else 'B1'
+    yield 'I0' if i >= first_split else 'B0'
+  for _ in range(from_fold):  # step 7
     yield 'W'
     yield 'I0'
-  for _ in range(near + 1):  # step 8
+  for _ in range(from_end + 1):  # step 8
     yield 'W'
 
 
 def _number(
-  steps: Iterable[str], stages: tuple[int, int], starts: tuple[int, int]
+  steps: Iterable[str], stages: tuple[int, int], firsts: tuple[int, int]
 ) -> tuple[Action, ...]:
   """Gives each step its micro-batches, in ascending order for each chunk.
 
@@ -91,29 +101,31 @@ def _number(
 
   Args:
     stages: of phase 0 and 1.
-    starts: the first micro-batch of each.
+    firsts: the first micro-batch of each phase.
   """
-  ahead, back = list(starts), list(starts)
+  next_forward, next_backward = list(firsts), list(firsts)
   queue: list[tuple[int, int]] = []
   order = []
-  for step in steps:  # no calls: a sweep spends most of its time here
+  # Simulating many sizes spends most of its time in this loop. It therefore
+  # calls no helpers.
+  for step in steps:
     if step == 'W':
       order.append(actions.backward(actions.WEIGHT, *queue.pop(0)))
       continue
     phase = int(step[1])
     if step[0] == actions.FORWARD:
-      first = (stages[phase], ahead[phase])
-      ahead[phase] += 1
+      forward = (stages[phase], next_forward[phase])
+      next_forward[phase] += 1
       if len(step) == 2:
-        order.append(actions.forward(*first))
+        order.append(actions.forward(*forward))
         continue
-      phase = 1 - phase
-    second = (stages[phase], back[phase])
-    back[phase] += 1
+      phase = 1 - phase  # F0&B1, F1&B0: the backward is of the other phase
+    backward = (stages[phase], next_backward[phase])
+    next_backward[phase] += 1
     if len(step) > 2:
-      order.append(actions.overlapped(*first, *second))
+      order.append(actions.overlapped(*forward, *backward))
     else:
-      order.append(actions.backward(step[0], *second))
+      order.append(actions.backward(step[0], *backward))
       if step[0] == actions.INPUT:
-        queue.append(second)
+        queue.append(backward)
   return tuple(order)

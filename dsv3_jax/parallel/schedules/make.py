@@ -22,14 +22,14 @@ The formulas of gpipe, 1f1b and interleaved are exact for any times. That of
 zb1p is exact where w <= f and w <= b-w; elsewhere the bubble is larger. Those
 of dualpipe and dualpipev are exact where f = b-w >= w, for any fb from
 max(f, b) to f+b. With b-w >= w and f < b-w the bubble is smaller, with f > b-w
-larger. With two ranks (one for the V) there is no bubble.
+larger. With two ranks (one for DualPipeV) there is no bubble.
 """
 
 from dsv3_jax import errors
 from dsv3_jax.parallel.schedules import dualpipe, unidirectional
 from dsv3_jax.parallel.schedules.actions import Number, Schedule
 
-# With full backwards, unless they are split.
+# Their backwards are full ones, unless `split_backward` splits them.
 UNIDIRECTIONAL = ('gpipe', '1f1b', 'interleaved')
 KINDS = (*UNIDIRECTIONAL, 'zb1p', 'dualpipe', 'dualpipev')
 
@@ -51,7 +51,7 @@ def make_schedule(
       second at the last rank.
     chunks: stages a rank under interleaved (None: 2); no other kind takes it.
     split_backward: each full backward becomes its two halves, W right after I,
-      so that a tick lasts as long as a half. Only for `UNIDIRECTIONAL`: the
+      so that a tick lasts as long as one half. Only for `UNIDIRECTIONAL`: the
       other kinds split some backwards by themselves.
 
   Raises:
@@ -129,10 +129,12 @@ def _check_size(
   if value >= least and value % step == 0:
     return
   below = value - value % step
-  near = f'{below} and {below + step} are the nearest'
+  nearest = f'{below} and {below + step} are the nearest'
   if value < least:
-    near = f'{least} is the nearest'
-  raise errors.InputError(f'{name}={value} must be {rule} under {kind}: {near}')
+    nearest = f'{least} is the nearest'
+  raise errors.InputError(
+    f'{name}={value} must be {rule} under {kind}: {nearest}'
+  )
 
 
 def parameter_copies(schedule: Schedule) -> list[int]:

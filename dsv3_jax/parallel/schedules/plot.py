@@ -46,20 +46,20 @@ def boxes(simulated: report.SimulatedSchedule) -> list[Box]:
     held = schedule.held(rank)
     when = timeline.starts[rank], timeline.ends[rank]
     for action, start, end in zip(order, *when, strict=True):
-      parts = [(action.kind, action.forward or action.backward)]
+      passes = [(action.kind, action.forward or action.backward)]
       if action.kind == actions.OVERLAPPED:
-        parts = [
+        passes = [
           (actions.FORWARD, action.forward),
           (actions.BACKWARD, action.backward),
         ]
-      for place, (kind, task) in enumerate(parts):
+      for place, (kind, task) in enumerate(passes):
         box = Box(
           kind=kind,
           chunk=held.index(task.stage),
           left=float(start),
           right=float(end),
-          top=rank + place / len(parts),
-          bottom=rank + (place + 1) / len(parts),
+          top=rank + place / len(passes),
+          bottom=rank + (place + 1) / len(passes),
           microbatch=task.microbatch,
         )
         drawn.append(box)
@@ -104,7 +104,8 @@ def _title(simulated: report.SimulatedSchedule) -> str:
 def _colour(kind: str, chunk: int, chunks: int) -> tuple[float, ...]:
   dark = _DARKEST * chunk / max(chunks - 1, 1)
   return tuple(
-    (1 - dark) * part for part in matplotlib.colors.to_rgb(_LOOKS[kind][1])
+    (1 - dark) * channel
+    for channel in matplotlib.colors.to_rgb(_LOOKS[kind][1])
   )
 
 

@@ -37,12 +37,12 @@ def simulate_clocks(schedule: Schedule, times: Times) -> SimulatedSchedule:
 
 def _formula(schedule: Schedule, times: Times) -> actions.Number | None:
   """The bubble by formula; None where stages differ or sending takes time."""
-  given = {name: getattr(times, name) for name in ('f', 'b', 'w', 'fb')}
-  if times.comm or any(isinstance(x, tuple) for x in given.values()):
+  durations = {name: getattr(times, name) for name in ('f', 'b', 'w', 'fb')}
+  if times.comm or any(isinstance(x, tuple) for x in durations.values()):
     return None
   halves = any(a.kind == actions.WEIGHT for a in schedule.orders[0])
   return schedules.closed_form_bubble(
-    schedule.kind, ranks=schedule.ranks, split_backward=halves, **given
+    schedule.kind, ranks=schedule.ranks, split_backward=halves, **durations
   )
 
 
@@ -153,10 +153,10 @@ def _cell(schedule: Schedule, rank: int, action: Action | None) -> str:
     return '.'
   held = schedule.held(rank)
   letters = string.ascii_lowercase if len(held) > len(schedule.homes) else ''
-  parts = []
+  labels = []
   for name in ('forward', 'backward'):
     if (task := getattr(action, name)) is not None:
       kind = {actions.OVERLAPPED: name[0].upper()}.get(action.kind, action.kind)
       chunk = held.index(task.stage)
-      parts.append(f'{kind}{task.microbatch}{letters[chunk : chunk + 1]}')
-  return '&'.join(parts)
+      labels.append(f'{kind}{task.microbatch}{letters[chunk : chunk + 1]}')
+  return '&'.join(labels)

@@ -1,8 +1,8 @@
 """When each action of a schedule runs without a common clock.
 
 Each rank keeps its order and starts its next action as soon as its operands
-have arrived, as a process or a thread would; `ticks` is the other clock. Ints
-and Fractions give exact results.
+have arrived, as a process or a thread would; `ticks` has times with
+a common clock. Ints and Fractions give exact results.
 """
 
 import dataclasses
@@ -44,33 +44,33 @@ class Times:
     """
     f, b, w = (self._by_stage(name, schedule.stages) for name in 'fbw')
     self._by_stage('comm', 1)
-    for stage, (whole, part) in enumerate(zip(b, w, strict=True)):
-      if part > whole:
+    for stage, (full, half) in enumerate(zip(b, w, strict=True)):
+      if half > full:
         raise errors.InputError(
-          f'w={part} must be <= b={whole} (stage {stage}): b is the full '
+          f'w={half} must be <= b={full} (stage {stage}): b is the full '
           'backward, w its weight half'
         )
     overlapped = (
       None if self.fb is None else self._by_stage('fb', schedule.stages)
     )
-    back_times = {
+    backward_times = {
       actions.BACKWARD: b,
-      actions.INPUT: [whole - part for whole, part in zip(b, w, strict=True)],
+      actions.INPUT: [full - half for full, half in zip(b, w, strict=True)],
       actions.WEIGHT: w,
     }
     rows = []
     for order in schedule.orders:
       row = []
       for action in order:
-        ahead, back = action.forward, action.backward
-        if ahead is None:
-          row.append(back_times[action.kind][back.stage])
-        elif back is None:
-          row.append(f[ahead.stage])
+        forward, backward = action.forward, action.backward
+        if forward is None:
+          row.append(backward_times[action.kind][backward.stage])
+        elif backward is None:
+          row.append(f[forward.stage])
         elif overlapped is None:
-          row.append(f[ahead.stage] + b[back.stage])
+          row.append(f[forward.stage] + b[backward.stage])
         else:
-          row.append(overlapped[ahead.stage])
+          row.append(overlapped[forward.stage])
       rows.append(row)
     return rows
 
@@ -82,11 +82,11 @@ class Times:
         f'{name} has {len(values)} values: it must be one, or one for each of '
         f'the {stages} stages'
       )
-    whole = name in ('f', 'b', 'fb')  # halves and sending may take no time
+    positive = name in ('f', 'b', 'fb')  # w and comm may be 0
     for time in values:
-      if not (time >= 0 and math.isfinite(time) and (time or not whole)):
+      if not (time >= 0 and math.isfinite(time) and (time or not positive)):
         raise errors.InputError(
-          f'{name}={time} must be {">" if whole else ">="} 0 and finite'
+          f'{name}={time} must be {">" if positive else ">="} 0 and finite'
         )
     return values
 
@@ -176,11 +176,11 @@ def run(
         if result in waiting:
           ready_ranks += waiting.pop(result)
   if waiting:
-    raise ValueError(_circle(schedule, table, waiting, ends))
+    raise ValueError(_describe_deadlock(schedule, table, waiting, ends))
   return Timeline(starts=starts, ends=ends)
 
 
-def _circle(
+def _describe_deadlock(
   schedule: Schedule,
   table: list[list[validate.Link]],
   waiting: dict[int, list[int]],
@@ -213,7 +213,7 @@ def peak_live(schedule: Schedule) -> list[int]:
   An activation is what one micro-batch saves at one stage for its backward. It
   lives from the start of its forward to the end of its full backward or, if
   that is split, of its weight half. While a forward and a backward overlap,
-  both their activations live. The order of actions alone decides.
+  both their activations live. The peak depends on the order of actions only.
   """
   peaks = []
   for order in schedule.orders:

@@ -1,9 +1,9 @@
 """A schedule in ticks: one action a rank a tick, for one SPMD program.
 
-A loop over ticks runs such a table on all ranks at once. The result of an
-action is sent when its tick ends. Another rank can use it `latency` ticks
-later; its own rank, also at the turn of a V, in the next tick. A tick lasts as
-long as its longest action.
+A loop over ticks runs such a table on all ranks at once. A result is sent when
+its tick ends. Another rank can use it `latency` ticks later. The same rank can
+use it in the next tick, also at the fold of DualPipeV. A tick lasts as long as
+its longest action.
 """
 
 import dataclasses
@@ -18,8 +18,8 @@ def to_ticks(schedule: Schedule, latency: int = 1) -> TickTable:
   """The table in which every action runs as early as its order allows.
 
   Args:
-    latency: ticks from an action to another rank's that needs its result; 2
-      leaves the exchange a whole tick, beside which the ranks compute.
+    latency: ticks from an action to an action of another rank that needs its
+      result. With 2 the exchange has a whole tick, in which ranks compute.
 
   Raises:
     ValueError: latency < 1, or the schedule is not legal.
@@ -43,12 +43,12 @@ def to_ticks(schedule: Schedule, latency: int = 1) -> TickTable:
 def timeline(
   schedule: Schedule, table: TickTable, times: simulate.Times
 ) -> simulate.Timeline:
-  """When the table's actions run if each tick waits for its longest action.
+  """When the table's actions run if each tick lasts as long as its longest one.
 
   `times.comm` passes after every tick but the last.
   """
-  played, ticks = orders(schedule, table)
-  durations = times.durations(played)
+  ordered, ticks = orders(schedule, table)
+  durations = times.durations(ordered)
   longest = [0] * len(table)
   for row, lengths in zip(ticks, durations, strict=True):
     for tick, length in zip(row, lengths, strict=True):

@@ -24,17 +24,19 @@ def gpipe(ranks: int, microbatches: int) -> Orders:
 
 
 def one_f_one_b(ranks: int, microbatches: int) -> Orders:
-  """Rank r runs ranks - 1 - r forwards ahead, then one each in turn."""
-  ahead = [min(ranks - 1 - r, microbatches) for r in range(ranks)]
+  """Rank r runs ranks - 1 - r warm-up forwards, then alternates."""
+  warmup = [min(ranks - 1 - r, microbatches) for r in range(ranks)]
   stages = [[(r, m) for m in range(microbatches)] for r in range(ranks)]
-  return tuple(_alternate(stages[r], stages[r], ahead[r]) for r in range(ranks))
+  return tuple(
+    _alternate(stages[r], stages[r], warmup[r]) for r in range(ranks)
+  )
 
 
 def interleaved(ranks: int, microbatches: int, chunks: int) -> Orders:
   """1F1B with stages r, r + ranks, r + 2 ranks, ... on rank r.
 
-  A rank takes `ranks` micro-batches through one chunk before it turns to its
-  next one, so `microbatches` is a multiple of `ranks`.
+  A rank takes `ranks` micro-batches through one chunk before it takes them
+  through its next one, so `microbatches` is a multiple of `ranks`.
   """
   orders = []
   for r in range(ranks):
@@ -47,36 +49,37 @@ def interleaved(ranks: int, microbatches: int, chunks: int) -> Orders:
     backwards = [
       ((chunks - 1) * ranks + 2 * r - stage, m) for stage, m in forwards
     ]
-    ahead = 2 * (ranks - 1 - r) + (chunks - 1) * ranks
-    orders.append(_alternate(forwards, backwards, min(ahead, len(forwards))))
+    warmup = min(2 * (ranks - 1 - r) + (chunks - 1) * ranks, len(forwards))
+    orders.append(_alternate(forwards, backwards, warmup))
   return tuple(orders)
 
 
 def _alternate(
-  forwards: list[tuple[int, int]], backwards: list[tuple[int, int]], ahead: int
+  forwards: list[tuple[int, int]], backwards: list[tuple[int, int]], warmup: int
 ) -> tuple[Action, ...]:
-  """`ahead` forwards, then a forward and a backward in turn, then the rest."""
-  order = [actions.forward(*key) for key in forwards[:ahead]]
+  """`warmup` forwards, then 1F1B, then the remaining backwards."""
+  order = [actions.forward(*key) for key in forwards[:warmup]]
   for done, key in enumerate(backwards):
-    if ahead + done < len(forwards):
-      order.append(actions.forward(*forwards[ahead + done]))
+    if warmup + done < len(forwards):
+      order.append(actions.forward(*forwards[warmup + done]))
     order.append(actions.backward(BACKWARD, *key))
   return tuple(order)
 
 
 def zb1p(ranks: int, microbatches: int) -> Orders:
-  """1F1B whose rank r lags r micro-batches behind with its weight gradients.
+  """1F1B in which rank r delays its weight gradients by r micro-batches.
 
-  These fill the end, where 1F1B is idle. Every rank then holds `ranks`
-  activations, as the first rank of 1F1B does. microbatches >= ranks.
+  The delayed weight gradients fill the end, where 1F1B is idle. Every rank
+  then holds `ranks` activations, as the first rank of 1F1B does. microbatches
+  >= ranks.
   """
   orders = []
   for r in range(ranks):
-    ahead = ranks - 1 - r
-    order = [actions.forward(r, m) for m in range(ahead)]
+    warmup = ranks - 1 - r
+    order = [actions.forward(r, m) for m in range(warmup)]
     for m in range(microbatches):
-      if ahead + m < microbatches:
-        order.append(actions.forward(r, ahead + m))
+      if warmup + m < microbatches:
+        order.append(actions.forward(r, warmup + m))
       order.append(actions.backward(INPUT, r, m))
       if m >= r:
         order.append(actions.backward(WEIGHT, r, m - r))
@@ -92,9 +95,9 @@ def split_backwards(orders: Orders) -> Orders:
   """Every full backward as its input half and its weight half after it."""
   return tuple(
     tuple(
-      half
+      part
       for action in order
-      for half in (
+      for part in (
         [
           actions.backward(
             kind, action.backward.stage, action.backward.microbatch

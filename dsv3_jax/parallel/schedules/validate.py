@@ -1,11 +1,8 @@
-"""Checks of schedules, and what each action waits for.
+"""Checks a schedule, and lists what each action waits for (`links`).
 
-`check_work` checks the order: every task runs once, on a rank that holds its
-stage. `check_times` checks times: no action starts before its operands have
-arrived. A deadlock shows when a schedule is simulated (`simulate.run`).
+`check_work` checks that every task runs once, on a rank that holds its stage.
+`simulate.run` detects deadlocks.
 """
-
-from collections.abc import Sequence
 
 from dsv3_jax.parallel.schedules import actions
 from dsv3_jax.parallel.schedules.actions import Action, Schedule
@@ -32,21 +29,23 @@ def links(schedule: Schedule) -> list[list[Link]]:
   rows = []
   for order in schedule.orders:
     row = []
-    for action in order:  # a sweep runs this millions of times: no calls here
+    # Simulating many sizes runs this loop millions of times. It therefore
+    # calls no helpers.
+    for action in order:
       need, results = (), ()
-      if (ahead := action.forward) is not None:
-        key = ahead.stage * width + ahead.microbatch
+      if (task := action.forward) is not None:
+        key = task.stage * width + task.microbatch
         results = (key,)
-        if ahead.stage:
+        if task.stage:
           need = (key - width,)
-      if (back := action.backward) is not None:
-        key = back.stage * width + back.microbatch
+      if (task := action.backward) is not None:
+        key = task.stage * width + task.microbatch
         if action.kind == actions.WEIGHT:
           need = (gradients + key,)
         else:
           results = (*results, gradients + key)
           need = (*need, key)
-          if back.stage < last:
+          if task.stage < last:
             need = (*need, gradients + key + width)
       row.append((need, results))
     rows.append(row)
@@ -57,8 +56,8 @@ def describe(schedule: Schedule, result: int) -> str:
   """A result in words."""
   size = schedule.stages * schedule.microbatches
   stage, microbatch = divmod(result % size, schedule.microbatches)
-  what = 'forward' if result < size else 'input gradient'
-  return f'the {what} of micro-batch {microbatch} at stage {stage}'
+  name = 'forward' if result < size else 'input gradient'
+  return f'the {name} of micro-batch {microbatch} at stage {stage}'
 
 
 def check_work(schedule: Schedule) -> list[list[Link]]:
@@ -97,10 +96,10 @@ def _check_places(
 ) -> None:
   homes, total = schedule.homes, schedule.microbatches
   for action in order:
-    ahead, back = action.forward, action.backward
-    if _SHAPES.get(action.kind) != (ahead is not None, back is not None):
+    forward, backward = action.forward, action.backward
+    if _SHAPES.get(action.kind) != (forward is not None, backward is not None):
       raise ValueError(f'rank {rank} has a malformed action: {action!r}')
-    for task in (ahead, back):
+    for task in (forward, backward):
       if task is None:
         continue
       stage, microbatch = task.stage, task.microbatch
@@ -114,7 +113,7 @@ def _check_places(
 
 
 def _check_queue(rank: int, order: tuple[Action, ...]) -> None:
-  """Weight gradients are queued by I and taken by W."""
+  """I queues a weight gradient; W takes it from the queue."""
   queue = {}
   for action in order:
     if action.kind == actions.INPUT:
@@ -130,45 +129,3 @@ def _check_queue(rank: int, order: tuple[Action, ...]) -> None:
   if queue:
     left = ', '.join(f'W{m} of stage {stage}' for stage, m in queue)
     raise ValueError(f'rank {rank} ends with its queue not empty: {left}')
-
-
-def check_times(
-  schedule: Schedule,
-  starts: Sequence[Sequence],
-  ends: Sequence[Sequence],
-  comm: actions.Number = 0,
-) -> None:
-  """No action starts before its rank is free and what it needs has arrived.
-
-  Args:
-    starts: of every action, [rank][place in the order].
-    ends: likewise.
-    comm: from the end of an action to when another rank has its results.
-
-  Raises:
-    ValueError: some action starts too early; says which and why.
-  """
-  table = links(schedule)
-  made_by, made_at = {}, {}
-  for rank, row in enumerate(table):
-    for (_, results), end in zip(row, ends[rank], strict=True):
-      for result in results:
-        made_by[result], made_at[result] = rank, end
-  for rank, (order, row) in enumerate(zip(schedule.orders, table, strict=True)):
-    free = 0
-    for action, (need, _), start, end in zip(
-      order, row, starts[rank], ends[rank], strict=True
-    ):
-      if start < free:
-        raise ValueError(
-          f'rank {rank} starts {action} at {start}, before {free}, when the '
-          'action before it ends'
-        )
-      free = end
-      for result in need:
-        ready = made_at[result] + (comm if made_by[result] != rank else 0)
-        if start < ready:
-          raise ValueError(
-            f'rank {rank} starts {action} at {start}, but '
-            f'{describe(schedule, result)} arrives at {ready}'
-          )

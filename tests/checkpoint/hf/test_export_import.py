@@ -174,12 +174,12 @@ def test_parameters_come_sharded(in_fp8, monkeypatch):
   with shards.Folder(in_fp8) as folder:
     own = [x for n, x in folder.entries.items() if '_scale' not in n]
     total = sum(entry.nbytes for entry in own)
-  # Sharded heads and vocabulary lie across rows that are read whole.
+  # Sharded heads and vocabulary lie across rows that are read completely.
   assert sum(read) < 1.3 * total
 
 
 @pytest.mark.parametrize('mesh', [None, 'mesh'])
-def test_an_array_comes_whole_and_is_nobody_else_s(mesh):
+def test_an_array_on_devices_is_a_complete_copy(mesh):
   """Of every dtype, in chunks that do not divide it, aligned or not."""
   where = jax.sharding.SingleDeviceSharding(jax.devices()[3])
   if mesh:
@@ -225,9 +225,9 @@ def test_a_sharded_checkpoint_is_exported(tmp_path):
 
 
 def test_an_interrupted_export_is_finished_by_the_next(wide, tmp_path):
-  """Nothing that looks complete is left; finished shards are not made anew."""
+  """Nothing that looks complete is left; finished shards are not rewritten."""
   output, lines = tmp_path / 'out', []
-  whole = exchanged.write(*wide, tmp_path / 'whole')
+  uninterrupted = exchanged.write(*wide, tmp_path / 'uninterrupted')
 
   def stop(line):
     lines.append(line)
@@ -246,13 +246,13 @@ def test_an_interrupted_export_is_finished_by_the_next(wide, tmp_path):
   exchanged.write(*wide, output)
   assert (output / first.name).stat().st_mtime_ns == stamp
   assert not partial.exists()
-  assert (output / SUMS).read_text() == (whole / SUMS).read_text()
+  assert (output / SUMS).read_text() == (uninterrupted / SUMS).read_text()
   with pytest.raises(errors.InputError, match='exists: name another'):
     exchanged.write(*wide, output)
 
 
 def test_what_is_begun_anew_is_not_gone_on_with(wide, tmp_path):
-  """Other weights (`source`), dtype or shard size: all shards are made."""
+  """Other weights (`source`), dtype or shard size: all shards are written."""
   cfg, params, router = wide
 
   def stop(line):

@@ -113,7 +113,9 @@ def check_cached(cfg, params, router, tokens_BT, out):
   """Prefill, then absorbed steps: logits, and the latents that are cached."""
   apply = [
     jax.jit(
-      functools.partial(model.build(cfg, **options).apply, method='cached')
+      functools.partial(
+        model.build(cfg, **options).apply, method='forward_cached'
+      )
     )
     for options in ({}, {'absorbed': True})
   ]

@@ -1,6 +1,6 @@
 """`config.json` with something wrong, beside the tensors of a tiny model.
 
-Whatever it says, import makes a valid configuration of it or refuses it in one
+Whatever it holds, import makes a valid configuration of it or refuses it in one
 line, and a refusal leaves nothing behind. Trees and changes of JSON are those
 of `fuzz_shards`.
 """
@@ -56,7 +56,7 @@ def make(folder: pathlib.Path) -> None:
       writer.write(spec.name, 0, np.zeros(spec.shape, np.float32))
 
 
-def whole(rng) -> Pairs:
+def valid(rng) -> Pairs:
   """A valid config, of either generation of transformers."""
   body = hf_config.write(_MODEL, rng.choice(('float32', 'fp8')))
   if rng.random() < 0.5:
@@ -118,7 +118,7 @@ CHANGES = (
 
 def case(rng) -> bytes:
   """The text of one config."""
-  tree = whole(rng)
+  tree = valid(rng)
   for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
     rng.choice(CHANGES)(rng, tree)
     if not tree:

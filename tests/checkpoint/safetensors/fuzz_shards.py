@@ -1,4 +1,4 @@
-"""Checkpoint folders with something wrong, made by changing whole ones.
+"""Checkpoint folders with something wrong, made by changing valid ones.
 
 JSON is a tree whose objects are lists of pairs, so that a key can be there
 twice. Some changes leave a folder valid: then the safetensors package must
@@ -235,7 +235,7 @@ def pack(rng, tree, data: bytes) -> bytes:
   return len(text).to_bytes(8, 'little') + text + data
 
 
-def whole(rng, names) -> tuple[Pairs, bytes]:
+def valid(rng, names) -> tuple[Pairs, bytes]:
   """The tree and the data of a valid file."""
   tree, data = Pairs(), b''
   for name in names:
@@ -258,14 +258,14 @@ def case(rng) -> dict[str, bytes]:
   """The files of one folder."""
   names = rng.sample(TENSOR_NAMES, rng.choice((0, 1, 2, 2, 3, 3, 4, 4)))
   if rng.random() < 0.6:
-    tree, data = whole(rng, names)
+    tree, data = valid(rng, names)
     trees = {rng.choice((shards.SINGLE, 'other.safetensors')): tree}
     parts = {next(iter(trees)): data}
   else:
     trees, parts, weight_map = {}, {}, Pairs()
-    cut = rng.randint(0, len(names))
-    for file, some in zip(FILES, (names[:cut], names[cut:]), strict=True):
-      trees[file], parts[file] = whole(rng, some)
+    split = rng.randint(0, len(names))
+    for file, some in zip(FILES, (names[:split], names[split:]), strict=True):
+      trees[file], parts[file] = valid(rng, some)
       weight_map += [[name, file] for name in some]
     total = sum(map(len, parts.values()))
     meta = Pairs([['total_size', total]])

@@ -32,7 +32,7 @@ def filled(spec, seed=0):
 
 
 def put(path, arrays, dtype_of=shards.DTYPE_NAMES):
-  """Writes a file with our writer, whole tensors at once."""
+  """Writes a file with our writer, a tensor at a time."""
   specs = [TensorSpec(n, dtype_of[a.dtype], a.shape) for n, a in arrays.items()]
   with shard_writer.ShardWriter(path, specs) as writer:
     for name, array in arrays.items():
@@ -62,7 +62,7 @@ def ours(folder):
 
 
 def refused(call, *expected):
-  """The one line of an InputError, which holds all of `said`."""
+  """The one line of an InputError, which holds all of `expected`."""
   with pytest.raises(errors.InputError) as caught:
     call()
   line = str(caught.value)

@@ -146,7 +146,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize('name', ['a\nb', '\u2028', '\x00', 'x' * 10**6])
-def test_any_name_is_told_in_one_short_line(tmp_path, name):
+def test_any_name_is_reported_in_one_short_line(tmp_path, name):
   path = tmp_path / 'some.safetensors'
   path.write_bytes(raw_file(one(name, dtype='F64')))
   line = files.refused(lambda: shards.read_header(path), 'hold 8 bytes')

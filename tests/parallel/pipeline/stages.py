@@ -86,8 +86,8 @@ def assert_is_vjp(stage, args, trained=lambda params: params, whole=True):
   dx, carry = compiled(parts.backward_input)(args[0], residuals, dy, daux)
   dparams = compiled(parts.backward_weight)(args[0], carry)
   for arrays, shapes in (residuals, parts.residuals), (carry, parts.carry):
-    told = [(array.shape, array.dtype) for array in arrays]
-    assert told == [(shape.shape, shape.dtype) for shape in shapes]
+    stored = [(array.shape, array.dtype) for array in arrays]
+    assert stored == [(shape.shape, shape.dtype) for shape in shapes]
   assert_no_parameters(args[0], (*residuals, *carry))
   assert_near([*outputs, dx, dparams], want)
   if whole:
@@ -123,8 +123,8 @@ def vjp(stage, trained, params, x, consts, dy, daux):
 
   values = [leaves[i] for i in chosen]
   _, pull, outputs = jax.vjp(of_chosen, values, has_aux=True)
-  found = dict(zip(chosen, pull(jax.tree.leaves((dy, daux)))[0], strict=True))
-  return [*outputs, *jax.tree.map(found.get, wanted)]
+  grads = dict(zip(chosen, pull(jax.tree.leaves((dy, daux)))[0], strict=True))
+  return [*outputs, *jax.tree.map(grads.get, wanted)]
 
 
 def assert_near(got, want):

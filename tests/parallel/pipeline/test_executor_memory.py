@@ -29,7 +29,7 @@ ACTIVATIONS = 2 * LAYERS  # of a stage: input and cosine of every product
 def matrix_loop(program, weights, shape):
   """Stages of several matrices, embedding and head of nothing."""
   layers = stage_params.StageWeights(weights[0], {})
-  parts = {
+  split_stages = {
     number: split_backward.split_stage(
       functools.partial(stage, kind),
       layers,
@@ -39,7 +39,7 @@ def matrix_loop(program, weights, shape):
     )
     for number, kind in enumerate(program.kinds)
   }
-  return pipeline_bubble.tick_loop(program, weights, parts, shape)
+  return pipeline_bubble.tick_loop(program, weights, split_stages, shape)
 
 
 def stage(kind, w, x, consts):
@@ -75,11 +75,13 @@ def compiled(kind, microbatches, shape):
   one = jax.ShapeDtypeStruct((width, width), jnp.float32)
   weights = [{f'w{i}': one for i in range(LAYERS)} for _ in range(held)]
 
-  def run(weights, ticks, fields_tick_rank, globals_tick_direction):
+  def run(weights, ticks, fields_tick_rank, vocab_fields_tick_direction):
     loop = matrix_loop(program, weights, shape)
 
     def tick(t, state):
-      return loop.tick(state, fields_tick_rank[t, 0], globals_tick_direction[t])
+      return loop.tick(
+        state, fields_tick_rank[t, 0], vocab_fields_tick_direction[t]
+      )
 
     state = jax.lax.fori_loop(0, ticks, tick, loop.start())
     rest = {k: v for k, v in state.items() if k != 'grads'}
@@ -96,7 +98,10 @@ def compiled(kind, microbatches, shape):
   step = jax.jit(sharding.shard_map_step(run, mesh, **specs))
   table = [
     jax.ShapeDtypeStruct(fields.shape, fields.dtype)
-    for fields in (program.fields_tick_rank, program.globals_tick_direction)
+    for fields in (
+      program.fields_tick_rank,
+      program.vocab_fields_tick_direction,
+    )
   ]
   ticks = jax.ShapeDtypeStruct((), jnp.int32)
   lowered = step.lower(weights, ticks, *table)

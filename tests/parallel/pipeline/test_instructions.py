@@ -38,9 +38,9 @@ class Player:
   def play(self):
     ways = len(self.schedule.homes)
     transfers = self.program.transfers
-    for row, now in zip(
+    for row, vocab_row in zip(
       self.program.fields_tick_rank,
-      self.program.globals_tick_direction,
+      self.program.vocab_fields_tick_direction,
       strict=True,
     ):
       sent = [self._act(rank, row[rank]) for rank in range(len(row))]
@@ -51,7 +51,7 @@ class Player:
           buffer = {'y': 'in', 'dx': 'grad'}[transfer.payload]
           self.ranks[rank][buffer, slot] = sent[source].get(transfer.payload)
         for way in range(ways):
-          micro = int(now[way, instructions.GLOBALS.index('last_f')])
+          micro = int(vocab_row[way, instructions.VOCAB_FIELDS.index('last_f')])
           if micro >= 0:
             home = self.schedule.homes[way][-1]
             assert sent[home]['y'] == ('y', self.schedule.stages - 1, micro)
@@ -63,21 +63,21 @@ class Player:
     at = dict(zip(NAMES, fields[: len(NAMES)].tolist(), strict=True))
     branch, mine = self.program.branches[at['branch']], self.ranks[rank]
     sent, last = {}, self.schedule.stages - 1
-    if (half := branch.backward) is not None:
-      stage, micro = self.chunks[rank][half.chunk], at['b_microbatch']
-      assert self.program.kinds[half.kind] == self._kind(stage)
-      if half.part == 'W':
+    if (stage_pass := branch.backward) is not None:
+      stage, micro = self.chunks[rank][stage_pass.chunk], at['b_microbatch']
+      assert self.program.kinds[stage_pass.stage_kind] == self._kind(stage)
+      if stage_pass.action_kind == 'W':
         assert mine['carry', at['b_carry']] == (stage, micro)
       else:
         assert mine['residuals', at['b_residuals']] == (stage, micro)
         want = ('dhead', micro) if stage == last else ('dx', stage + 1, micro)
         assert mine['head' if stage == last else 'grad', at['b_grad']] == want
         sent['dx'] = ('dx', stage, micro)
-        if half.part == 'I':
+        if stage_pass.action_kind == 'I':
           mine['carry', at['b_carry']] = (stage, micro)
-      self.done.append((half.part, stage, micro))
-    if (half := branch.forward) is not None:
-      stage, micro = self.chunks[rank][half.chunk], at['f_microbatch']
+      self.done.append((stage_pass.action_kind, stage, micro))
+    if (stage_pass := branch.forward) is not None:
+      stage, micro = self.chunks[rank][stage_pass.chunk], at['f_microbatch']
       assert at['f_direction'] == self.schedule.direction(micro)
       if stage:
         assert mine['in', at['f_in']] == ('y', stage - 1, micro)
@@ -111,7 +111,7 @@ def test_every_operand_is_in_its_slot(kind, stages, microbatches):
   done = Player(program).play()
   assert len(done) == len(set(done))
   tasks = {(s, m) for s in range(stages) for m in range(microbatches)}
-  of = lambda *parts: {(s, m) for part, s, m in done if part in parts}
+  of = lambda *kinds: {(s, m) for kind, s, m in done if kind in kinds}
   assert of('F') == of('B', 'I') == tasks
   assert of('I') == of('W') and not of('I') & of('B')
 
@@ -133,8 +133,8 @@ def test_any_sizes(data):
 def test_a_wrong_slot_is_seen(field):
   program = compiled('gpipe', 4, 8)
   fields = program.fields_tick_rank.copy()
-  half = int(field[0] == 'b')
-  used = [i for i, b in enumerate(program.branches) if b[half] is not None]
+  backward = int(field[0] == 'b')
+  used = [i for i, b in enumerate(program.branches) if b[backward] is not None]
   tick = next(i for i, row in enumerate(fields) if row[2, 0] in used)
   fields[tick, 2, NAMES.index(field)] += 1
   wrong = instructions.PipelineProgram(

@@ -21,23 +21,23 @@ def random_program(rng):
     steps.append((kind, *rng.integers(0, count + 2, 2)))
 
   def run(x, w):
-    made = [x, w]
+    values = [x, w]
     for kind, i, j in steps:
-      a, b = made[i], made[j].astype(made[i].dtype)
+      a, b = values[i], values[j].astype(values[i].dtype)
       if kind == 'cast':
         half = a.dtype == jnp.float32
-        made.append(a.astype(jnp.bfloat16 if half else jnp.float32))
+        values.append(a.astype(jnp.bfloat16 if half else jnp.float32))
       elif kind == 'add':
-        made.append(a + b)
+        values.append(a + b)
       elif kind == 'sum':
-        made.append(a.sum(1, dtype=a.dtype, keepdims=True))
+        values.append(a.sum(1, dtype=a.dtype, keepdims=True))
       elif kind == 'product' and a.shape == b.shape == (4, 4):
-        made.append(a @ b)
+        values.append(a @ b)
       elif kind == 'spread' and a.shape == (4, 1):
-        made.append(jnp.broadcast_to(a, (4, 4)))
+        values.append(jnp.broadcast_to(a, (4, 4)))
       else:
-        made.append(a.T if a.shape == (4, 4) else -a)
-    return made[2:]
+        values.append(a.T if a.shape == (4, 4) else -a)
+    return values[2:]
 
   closed = jax.make_jaxpr(run)(jnp.ones((4, 4)), jnp.ones((4, 4)))
   inputs = [core.Var(var.aval) for var in closed.jaxpr.invars]
@@ -83,8 +83,8 @@ def test_no_choice_stores_less(seed):
   late = jaxpr_partition.needed(program.equations, outputs)
   late = [eqn for eqn in late if id(eqn) not in ours]
   known = jaxpr_partition.derivable(program.equations, [w])
-  found = jaxpr_partition.cut(early, late, outputs, [w])
-  got = sum(jaxpr_partition.num_bytes(v) for v in found.crossing)
+  split = jaxpr_partition.cut(early, late, outputs, [w])
+  got = sum(jaxpr_partition.num_bytes(v) for v in split.crossing)
   assert got == least_bytes(early, late, outputs, known)
 
 
@@ -95,11 +95,11 @@ def test_parts_compute_what_the_whole_does(seed):
   cut_at = int(rng.integers(0, len(program.equations) + 1))
   early, late = program.equations[:cut_at], program.equations[cut_at:]
   outputs = program.outputs[-3:]
-  found = jaxpr_partition.cut(early, late, outputs, inputs[1:])
+  split = jaxpr_partition.cut(early, late, outputs, inputs[1:])
   run = lambda *args: core.jaxpr_as_fun(jaxpr_partition.close(*args, {}))
   x, w = (jnp.asarray(rng.normal(size=(4, 4)), 'float32') for _ in range(2))
-  stored = run(found.early, inputs, found.crossing)(x, w)
-  got = run(found.late, [*inputs[1:], *found.crossing], outputs)(w, *stored)
+  stored = run(split.early, inputs, split.crossing)(x, w)
+  got = run(split.late, [*inputs[1:], *split.crossing], outputs)(w, *stored)
   for a, b in zip(
     got, run([*early, *late], inputs, outputs)(x, w), strict=True
   ):
@@ -115,9 +115,9 @@ def test_what_is_unknown_early_is_used_late_only():
   outputs = late[-1].outvars
   # With dy at hand, the sum itself is stored; without, all of x.
   assert jaxpr_partition.cut([early], late, outputs, ()).crossing == outputs
-  found = jaxpr_partition.cut([early], late, outputs, (), inputs[1:])
-  assert found.crossing == inputs[:1]
-  assert found.late == late
+  split = jaxpr_partition.cut([early], late, outputs, (), inputs[1:])
+  assert split.crossing == inputs[:1]
+  assert split.late == late
 
 
 def cut_behind_the_first(function, args, given=()):
@@ -127,13 +127,13 @@ def cut_behind_the_first(function, args, given=()):
   early, *late = jaxpr_partition.inline(closed, inputs).equations
   outputs = late[-1].outvars
   own = [inputs[i] for i in given]
-  found = jaxpr_partition.cut([early], late, outputs, own)
+  split = jaxpr_partition.cut([early], late, outputs, own)
   run = lambda *parts: core.jaxpr_as_fun(jaxpr_partition.close(*parts, {}))
-  stored = run(found.early, inputs, found.crossing)(*args)
+  stored = run(split.early, inputs, split.crossing)(*args)
   values = [args[i] for i in given]
-  got = run(found.late, [*own, *found.crossing], outputs)(*values, *stored)
+  got = run(split.late, [*own, *split.crossing], outputs)(*values, *stored)
   np.testing.assert_allclose(got[0], function(*args), rtol=1e-6)
-  return [var.aval.shape for var in found.crossing]
+  return [var.aval.shape for var in split.crossing]
 
 
 def test_nothing_is_moved_before_what_it_reads():
@@ -168,8 +168,8 @@ def test_calls_are_inlined_each_time_anew():
   names = [eqn.primitive.name for eqn in program.equations]
   assert names.count('sin') == 2
   assert not {'jit', 'remat2', 'checkpoint'}.intersection(names)
-  made = [var for eqn in program.equations for var in eqn.outvars]
-  assert len(made) == len(set(made))
+  computed = [var for eqn in program.equations for var in eqn.outvars]
+  assert len(computed) == len(set(computed))
   scopes = {str(eqn.source_info.name_stack) for eqn in program.equations}
   assert all(scope.startswith('outer') for scope in scopes), scopes
   run = jaxpr_partition.close(

@@ -11,13 +11,13 @@ from dsv3_jax.parallel.pipeline import param_layout
 from tests import settings
 from tests.nn import models
 
-CUTS = ((0, 2), (2, 3), (3, 6), (6, 7))
+LAYER_RANGES = ((0, 2), (2, 3), (3, 6), (6, 7))
 
 
-def make(cuts=CUTS, held=((0,), (1,), (2,), (3,)), **changes):
+def make(layer_ranges=LAYER_RANGES, held=((0,), (1,), (2,), (3,)), **changes):
   changes = {'model__num_dense_layers': 1} | changes
-  cfg = settings.small(model__num_layers=cuts[-1][1], **changes)
-  return cfg, param_layout.make(cfg.model, cuts, held)
+  cfg = settings.small(model__num_layers=layer_ranges[-1][1], **changes)
+  return cfg, param_layout.make(cfg.model, layer_ranges, held)
 
 
 def test_slots_of_an_uneven_cut():
@@ -87,15 +87,15 @@ def test_slots_without_a_layer_are_zeros():
 
 @hypothesis.given(st.data())
 def test_every_layer_is_in_one_slot(data):
-  cuts, end = [], 0
+  layer_ranges, end = [], 0
   for _ in range(2 * data.draw(st.integers(1, 4))):
     start, end = end, end + data.draw(st.integers(1, 3))
-    cuts.append((start, end))
-  stages = data.draw(st.permutations(range(len(cuts))))
+    layer_ranges.append((start, end))
+  stages = data.draw(st.permutations(range(len(layer_ranges))))
   held = [stages[i : i + 2] for i in range(0, len(stages), 2)]
   dense = data.draw(st.integers(0, end - 1))
   cfg = settings.small(model__num_layers=end, model__num_dense_layers=dense)
-  layout = param_layout.make(cfg.model, cuts, held)
+  layout = param_layout.make(cfg.model, layer_ranges, held)
   for stack, count in (('dense', dense), ('moe', end - dense)):
     x_L = np.arange(count) + 1
     at = layout.layers_Pcn(stack)

@@ -129,8 +129,8 @@ def pipeline(params, x_m, consts_m):
     return state, nothing
 
   def forward(state, m):
-    y, aux, made = parts.forward(params, state['in'][m], consts_m[m])
-    residuals = put(state['residuals'], jnp.array(SLOTS)[m], made)
+    y, aux, saved = parts.forward(params, state['in'][m], consts_m[m])
+    residuals = put(state['residuals'], jnp.array(SLOTS)[m], saved)
     dy = state['dy'].at[m].set(jnp.where(rank == 1, y, 0.0))
     loss = state['loss'].at[m].set(aux['loss'])
     new = {'residuals': residuals, 'dy': dy, 'loss': loss}
@@ -139,14 +139,14 @@ def pipeline(params, x_m, consts_m):
   def backward_input(state, m):
     residuals = [r[jnp.array(SLOTS)[m]] for r in state['residuals']]
     daux = {'loss': jnp.ones(()), 'count': None}
-    dx, made = parts.backward_input(params, residuals, state['dy'][m], daux)
-    carry = put(state['carry'], jnp.array(WAITING)[m], made)
+    dx, saved = parts.backward_input(params, residuals, state['dy'][m], daux)
+    carry = put(state['carry'], jnp.array(WAITING)[m], saved)
     return state | {'carry': carry, 'dx': state['dx'].at[m].set(dx)}, dx
 
   def backward_weight(state, m):
     carry = [c[jnp.array(WAITING)[m]] for c in state['carry']]
-    made = parts.backward_weight(params, carry)
-    grads = jax.tree.map(jnp.add, state['grads'], made)
+    dparams = parts.backward_weight(params, carry)
+    grads = jax.tree.map(jnp.add, state['grads'], dparams)
     return state | {'grads': grads}, nothing
 
   def tick(state, row):
@@ -164,8 +164,8 @@ def pipeline(params, x_m, consts_m):
     return state | {'dy': keep('dy', micro[1], up, back)}, None
 
   state, _ = jax.lax.scan(tick, state, actions())
-  told = {name: state[name] for name in ('grads', 'dx', 'loss')}
-  return jax.tree.map(lambda v: v[None], told)
+  outputs = {name: state[name] for name in ('grads', 'dx', 'loss')}
+  return jax.tree.map(lambda v: v[None], outputs)
 
 
 def test_a_pipeline_of_two_stages():
@@ -186,16 +186,16 @@ def test_a_pipeline_of_two_stages():
   got = jax.jit(run)(params, x_m, consts_m)
 
   def loss(params, x_m):
-    total, told = 0.0, []
+    total, losses = 0.0, []
     for m in range(MICRO):
       y = x_m[m]
       for rank in range(2):
         own = jax.tree.map(lambda w, rank=rank: w[rank], params)
         y, aux = stage(own, y, consts_m[m])
         total += aux['loss']
-        told.append(aux['loss'])
+        losses.append(aux['loss'])
       total += 0.5 * jnp.sum(y * y)  # its gradient is y
-    return total, jnp.stack(told).reshape(MICRO, 2).T
+    return total, jnp.stack(losses).reshape(MICRO, 2).T
 
   wanted = functools.partial(jax.grad, argnums=(0, 1), has_aux=True)(loss)
   (grads, dx), losses = jax.jit(wanted)(params, x_m)

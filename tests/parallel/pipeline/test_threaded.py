@@ -55,12 +55,14 @@ def chain(kind, ranks, split=False):
 
 
 def build(schedule, functions, params, consts):
-  parts = tables.split_chain(functions, params, [consts[0]] * len(params))
+  split_stages = tables.split_chain(
+    functions, params, [consts[0]] * len(params)
+  )
   daux = [{'size': jnp.float32(0.3)} for _ in params]
   daux[-1]['loss'] = jnp.float32(1.0)
   held = [
     threaded.ThreadedStage(*item[:2], consts, item[2])
-    for item in zip(parts, params, daux, strict=True)
+    for item in zip(split_stages, params, daux, strict=True)
   ]
   return threaded.ThreadedExecutor(
     schedule, held, jax.devices()[: schedule.ranks]
@@ -97,16 +99,18 @@ def test_gradients_are_those_of_one_device(kind, split):
 
 def dead(executor, stage, act):
   """The executor with a stage whose backward pass does something else."""
-  parts = executor.stages[stage].parts
+  functions = executor.stages[stage].functions
 
-  class Parts:
-    forward = staticmethod(parts.forward)
+  class DeadFunctions:
+    forward = staticmethod(functions.forward)
 
     @staticmethod
     def backward(*_):
       act()
 
-  executor.stages[stage] = executor.stages[stage]._replace(parts=Parts)
+  executor.stages[stage] = executor.stages[stage]._replace(
+    functions=DeadFunctions
+  )
   return executor
 
 
@@ -143,7 +147,7 @@ def test_sizes_must_fit():
     threaded.ThreadedExecutor(schedule, executor.stages, jax.devices()[:1])
 
 
-CUTS = ((0, 1), (1, 2))  # a dense layer; a MoE layer, MTP
+LAYER_RANGES = ((0, 1), (1, 2))  # a dense layer; a MoE layer, MTP
 
 
 def model_stage(cfg, layout, at, scales):
@@ -215,7 +219,7 @@ def test_the_model_under_dualpipe_is_one_device():
   add = lambda *item: sum(item)
   total, want = jax.tree.map(add, *(grad(params, item) for item in micro))
 
-  layout = param_layout.make(cfg.model, CUTS, ((0,), (1,)))
+  layout = param_layout.make(cfg.model, LAYER_RANGES, ((0,), (1,)))
   schedule = schedules.make_schedule('dualpipe', stages=2, microbatches=4)
   split = lambda tree: [
     model_params(layout.from_model(tree), layout, at) for at in range(2)
@@ -226,10 +230,10 @@ def test_the_model_under_dualpipe_is_one_device():
   ]
   functions = [model_stage(cfg, layout, at, scales) for at in range(2)]
   firsts = [item[0] for item in consts]
-  parts = tables.split_chain(functions, split(params), firsts)
+  split_stages = tables.split_chain(functions, split(params), firsts)
   one = jnp.float32(1.0)
   daux = [{'balance': one}, {'balance': one, 'loss': one}]
-  held = map(threaded.ThreadedStage, parts, split(params), consts, daux)
+  held = map(threaded.ThreadedStage, split_stages, split(params), consts, daux)
   # On one device: what is compiled for one rank serves the other.
   executor = threaded.ThreadedExecutor(
     schedule, list(held), jax.devices()[:1] * 2

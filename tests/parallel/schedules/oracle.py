@@ -10,14 +10,14 @@ from dsv3_jax.parallel.schedules import make as schedules
 
 def events(action):
   """The events that an action brings about."""
-  found = []
+  happening = []
   if action.forward is not None:
-    found.append(('F', action.forward.stage, action.forward.microbatch))
+    happening.append(('F', action.forward.stage, action.forward.microbatch))
   if action.backward is not None:
     halves = {'I': 'I', 'W': 'W'}.get(action.kind, 'IW')
     task = action.backward
-    found += [(half, task.stage, task.microbatch) for half in halves]
-  return found
+    happening += [(half, task.stage, task.microbatch) for half in halves]
+  return happening
 
 
 def before(event, stages):
@@ -27,10 +27,10 @@ def before(event, stages):
     return [('F', stage - 1, microbatch)] if stage else []
   if what == 'W':
     return [('I', stage, microbatch)]
-  found = [('F', stage, microbatch)]
+  earlier = [('F', stage, microbatch)]
   if stage < stages - 1:
-    found.append(('I', stage + 1, microbatch))
-  return found
+    earlier.append(('I', stage + 1, microbatch))
+  return earlier
 
 
 def work(schedule):
@@ -53,7 +53,7 @@ def slack(schedule, starts, ends, comm):
     for action, end in zip(order, ends[rank], strict=True):
       for event in events(action):
         happened[event] = rank, end
-  found = []
+  rows = []
   for rank, order in enumerate(schedule.orders):
     free, row = 0, []
     for place, action in enumerate(order):
@@ -65,8 +65,8 @@ def slack(schedule, starts, ends, comm):
             ready = max(ready, end + (comm if there != rank else 0))
       row.append(starts[rank][place] - ready)
       free = ends[rank][place]
-    found.append(row)
-  return found
+    rows.append(row)
+  return rows
 
 
 def runnable(schedule):
@@ -79,7 +79,7 @@ def runnable(schedule):
     for order in left:
       if order:
         mine = events(order[0])
-        wanted = {e for each in mine for e in before(each, schedule.stages)}
+        wanted = {e for event in mine for e in before(event, schedule.stages)}
         if wanted <= done.union(mine):
           done.update(mine)
           order.pop(0)

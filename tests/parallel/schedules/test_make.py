@@ -72,19 +72,19 @@ def test_formulas_hold_exactly_at_every_legal_size(
       if not legal(kind, ranks, microbatches):
         continue
       seen += 1
-      found = schedules.make_schedule(
+      schedule = schedules.make_schedule(
         kind,
         stages=ranks * chunks,
         microbatches=microbatches,
         chunks=chunks if kind == 'interleaved' else None,
       )
       size = (kind, ranks, microbatches)
-      assert found.ranks == ranks, size
-      timeline = simulate.simulate(found, simulate.Times())
+      assert schedule.ranks == ranks, size
+      timeline = simulate.simulate(schedule, simulate.Times())
       bubble, live, work = formulas(kind, ranks, microbatches, chunks)
       assert timeline.idle == [bubble] * ranks, size
       assert timeline.total == work + bubble, size
-      assert simulate.peak_live(found) == live, size
+      assert simulate.peak_live(schedule) == live, size
       assert schedules.closed_form_bubble(kind, ranks=ranks) == bubble, size
   assert seen == expected_sizes
 
@@ -108,18 +108,18 @@ def test_every_other_size_is_refused_and_the_nearest_are_legal(kind):
         schedules.make_schedule(**sizes, microbatches=microbatches)
       near = re.search('under .*: (.*) (is|are) the nearest', str(error.value))
       named = [int(word) for word in near.group(1).split(' and ')]
-      assert all(legal(kind, ranks, each) for each in named)
+      assert all(legal(kind, ranks, size) for size in named)
       between = range(min(*named, microbatches), max(*named, microbatches) + 1)
       assert not [
-        each
-        for each in between
-        if each > 0 and each not in named and legal(kind, ranks, each)
+        size
+        for size in between
+        if size > 0 and size not in named and legal(kind, ranks, size)
       ]
   assert refused >= 16
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'said'),
+  ('sizes', 'message'),
   [
     (('2f2b', 4, 8), "kind='2f2b' must be one of: gpipe, 1f1b"),
     (
@@ -144,13 +144,13 @@ def test_every_other_size_is_refused_and_the_nearest_are_legal(kind):
     (('zb1p', 8, 7), 'microbatches=7 must be >= stages = 8 under zb1p: 8 is'),
   ],
 )
-def test_what_is_said(sizes, said):
+def test_what_is_said(sizes, message):
   kind, stages, microbatches, *chunks = sizes
-  with pytest.raises(errors.InputError, match=re.escape(said)):
+  with pytest.raises(errors.InputError, match=re.escape(message)):
     schedules.check_sizes(kind, stages, microbatches, *chunks)
 
 
-def made(kind, stages, microbatches, **more):
+def make(kind, stages, microbatches, **more):
   return schedules.make_schedule(
     kind, stages=stages, microbatches=microbatches, **more
   )
@@ -203,9 +203,9 @@ def made(kind, stages, microbatches, **more):
   ],
 )
 def test_tables_written_by_hand(sizes, rows):
-  found = made(*sizes)
+  schedule = make(*sizes)
   letters = sizes[0] in ('interleaved', 'dualpipev')
-  assert [oracle.brief(order, letters) for order in found.orders] == rows
+  assert [oracle.brief(order, letters) for order in schedule.orders] == rows
 
 
 def test_each_of_the_eight_steps_has_its_count():
@@ -255,7 +255,7 @@ def test_pairs_of_the_report():
   """97 to 103 overlapped pairs a rank, 16 ranks and 120 micro-batches."""
   counts = [
     sum(action.kind == 'FB' for action in order)
-    for order in made('dualpipe', 16, 120).orders
+    for order in make('dualpipe', 16, 120).orders
   ]
   assert counts[:8] == counts[:7:-1]
   assert counts[:8] == [97, 98, 99, 100, 101, 102, 103, 103]
@@ -263,7 +263,7 @@ def test_pairs_of_the_report():
 
 def test_where_stages_are():
   """Ranks hold what the report says, micro-batches enter where they should."""
-  both = made('dualpipe', 4, 8)
+  both = make('dualpipe', 4, 8)
   assert [both.held(rank) for rank in range(4)] == [
     (0, 3), (1, 2), (2, 1), (3, 0),
   ]  # fmt: skip
@@ -272,9 +272,9 @@ def test_where_stages_are():
   assert [(t.stage, t.microbatch) for t in first] == [
     (0, 0), (1, 0), (1, 4), (0, 4),
   ]  # fmt: skip
-  turned = made('dualpipev', 8, 8)
+  turned = make('dualpipev', 8, 8)
   assert [turned.held(r) for r in range(4)] == [(0, 7), (1, 6), (2, 5), (3, 4)]
-  chunked = made('interleaved', 6, 4, chunks=3)
+  chunked = make('interleaved', 6, 4, chunks=3)
   assert [chunked.held(rank) for rank in range(2)] == [(0, 2, 4), (1, 3, 5)]
 
 
@@ -284,20 +284,23 @@ def test_where_stages_are():
    ('dualpipev', 2)],
 )  # fmt: skip
 def test_parameters_of_table_2(kind, copies):
-  found = made(kind, 8, 16)
-  assert schedules.parameter_copies(found) == [copies] * found.ranks
+  schedule = make(kind, 8, 16)
+  assert schedules.parameter_copies(schedule) == [copies] * schedule.ranks
 
 
 @hypothesis.given(oracle.sizes())
 def test_orders_are_permutations_of_the_work(sizes):
-  found = schedules.make_schedule(**sizes)
+  schedule = schedules.make_schedule(**sizes)
   done = [
-    event for order in found.orders for a in order for event in oracle.events(a)
+    event
+    for order in schedule.orders
+    for a in order
+    for event in oracle.events(a)
   ]
-  assert sorted(done) == oracle.work(found)
-  for rank, order in enumerate(found.orders):
+  assert sorted(done) == oracle.work(schedule)
+  for rank, order in enumerate(schedule.orders):
     stages = {s for action in order for _, s, _ in oracle.events(action)}
-    assert stages == set(found.held(rank))
+    assert stages == set(schedule.held(rank))
 
 
 @hypothesis.given(oracle.sizes(kinds=schedules.UNIDIRECTIONAL))
@@ -317,4 +320,4 @@ def test_splitting_keeps_the_order_and_the_memory(sizes):
 @pytest.mark.parametrize('kind', ['zb1p', 'dualpipe', 'dualpipev'])
 def test_splitting_what_is_split_is_refused(kind):
   with pytest.raises(errors.InputError, match=f'{kind} splits its backwards'):
-    made(kind, 4, 8, split_backward=True)
+    make(kind, 4, 8, split_backward=True)

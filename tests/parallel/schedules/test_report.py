@@ -162,13 +162,13 @@ def test_the_numbers_of_the_guide():
     )
     assert not given
     live = max(simulate.peak_live(simulated.schedule))
-    found = (
+    expected = (
       simulated.timeline.total,
       simulated.timeline.bubble,
       simulated.formula,
     )
-    found = [*found, live, simulated.ticks.total]
-    assert [fractions.Fraction(number) for number in numbers] == found, flags
+    expected = [*expected, live, simulated.ticks.total]
+    assert [fractions.Fraction(number) for number in numbers] == expected, flags
   rows = re.findall(r'\| `--kind=(\w+)` \| (\d+) \| ([\d.]+) \|\n', text)
   assert len(rows) == 2
   cost = tables.stage_costs(
@@ -176,8 +176,10 @@ def test_the_numbers_of_the_guide():
     layer_partition.Costs(),
   )
   for kind, *numbers in rows:
-    for each, number in zip((cost, sum(cost) / 16), numbers, strict=True):
-      double = tuple(2 * c for c in cost) if each is cost else 2 * each
-      times = simulate.Times(f=each, b=double, w=each)
+    for per_stage, number in zip((cost, sum(cost) / 16), numbers, strict=True):
+      double = (
+        tuple(2 * c for c in cost) if per_stage is cost else 2 * per_stage
+      )
+      times = simulate.Times(f=per_stage, b=double, w=per_stage)
       total = played(kind, 16, 120, times).timeline.total
       assert f'{float(total):.6g}' == number, kind

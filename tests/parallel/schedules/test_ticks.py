@@ -12,7 +12,7 @@ from dsv3_jax.parallel.schedules import ticks as tick_tables
 from tests.parallel.schedules import oracle, tables
 
 
-def made(kind, stages, microbatches, **more):
+def make(kind, stages, microbatches, **more):
   return schedules.make_schedule(
     kind, stages=stages, microbatches=microbatches, **more
   )
@@ -48,35 +48,35 @@ def text(table):
   ],
 )
 def test_tables_written_by_hand(sizes, latency, rows):
-  assert text(tick_tables.to_ticks(made(*sizes), latency)) == rows
+  assert text(tick_tables.to_ticks(make(*sizes), latency)) == rows
 
 
 @hypothesis.given(oracle.sizes(), st.booleans(), st.integers(1, 3))
 def test_a_table_holds_the_work_and_its_order(sizes, split, latency):
   if sizes['kind'] in schedules.UNIDIRECTIONAL:
     sizes = sizes | {'split_backward': split}
-  found = schedules.make_schedule(**sizes)
-  table = tick_tables.to_ticks(found, latency)
+  schedule = schedules.make_schedule(**sizes)
+  table = tick_tables.to_ticks(schedule, latency)
   assert any(table[0]) and any(table[-1])
   columns = [
     [(tick, row[rank]) for tick, row in enumerate(table) if row[rank]]
-    for rank in range(found.ranks)
+    for rank in range(schedule.ranks)
   ]
   orders = tuple(tuple(a for _, a in column) for column in columns)
-  assert orders == found.orders
+  assert orders == schedule.orders
   starts = [[tick for tick, _ in column] for column in columns]
   ends = [[tick + 1 for tick in row] for row in starts]
-  late = oracle.slack(found, starts, ends, latency - 1)
-  assert all(each == 0 for row in late for each in row)
-  tables.check_table(found, table, latency)
+  late = oracle.slack(schedule, starts, ends, latency - 1)
+  assert all(delay == 0 for row in late for delay in row)
+  tables.check_table(schedule, table, latency)
 
 
 @hypothesis.given(st.data())
 def test_a_spoilt_table_is_noticed(data):
   """An action moved to an idle place before what it needs, or off the table."""
-  found = schedules.make_schedule(**data.draw(oracle.sizes(most_ranks=4)))
+  schedule = schedules.make_schedule(**data.draw(oracle.sizes(most_ranks=4)))
   latency = data.draw(st.integers(1, 2))
-  table = [list(row) for row in tick_tables.to_ticks(found, latency)]
+  table = [list(row) for row in tick_tables.to_ticks(schedule, latency)]
   gaps = [
     (tick, rank)
     for tick, row in enumerate(table[1:], 1)
@@ -88,63 +88,63 @@ def test_a_spoilt_table_is_noticed(data):
     tick, rank = data.draw(st.sampled_from(gaps))
     table[tick - 1][rank], table[tick][rank] = table[tick][rank], None
     with pytest.raises(ValueError, match=f'rank {rank} starts .* arrives at'):
-      tables.check_table(found, freeze(), latency)
+      tables.check_table(schedule, freeze(), latency)
     table[tick - 1][rank], table[tick][rank] = None, table[tick - 1][rank]
-  tables.check_table(found, freeze(), latency)
-  rank = data.draw(st.integers(0, found.ranks - 1))
+  tables.check_table(schedule, freeze(), latency)
+  rank = data.draw(st.integers(0, schedule.ranks - 1))
   busy = [tick for tick, row in enumerate(table) if row[rank]]
   table[data.draw(st.sampled_from(busy))][rank] = None
   with pytest.raises(ValueError, match=r'missing|queue'):
-    tables.check_table(found, freeze(), latency)
+    tables.check_table(schedule, freeze(), latency)
 
 
 def test_too_little_latency_is_noticed():
-  found = made('1f1b', 3, 4)
+  schedule = make('1f1b', 3, 4)
   with pytest.raises(ValueError, match='arrives at'):
-    tables.check_table(found, tick_tables.to_ticks(found), latency=2)
+    tables.check_table(schedule, tick_tables.to_ticks(schedule), latency=2)
   with pytest.raises(ValueError, match='latency=0 must be >= 1'):
-    tick_tables.to_ticks(found, 0)
+    tick_tables.to_ticks(schedule, 0)
 
 
 @hypothesis.given(st.data())
 def test_each_tick_lasts_as_long_as_its_longest_action(data):
-  found = schedules.make_schedule(**data.draw(oracle.sizes()))
+  schedule = schedules.make_schedule(**data.draw(oracle.sizes()))
   f, i, w = (data.draw(st.integers(1, 5)) for _ in 'fiw')
   times = simulate.Times(f=f, b=i + w, w=w, comm=data.draw(st.integers(0, 2)))
-  table = tick_tables.to_ticks(found)
+  table = tick_tables.to_ticks(schedule)
   lasts = {'F': f, 'B': i + w, 'I': i, 'W': w, 'FB': f + i + w}
-  timeline = tick_tables.timeline(found, table, times)
+  timeline = tick_tables.timeline(schedule, table, times)
   ticks = [max(lasts[a.kind] for a in row if a) for row in table]
   assert timeline.total == sum(ticks) + (len(table) - 1) * times.comm
-  assert timeline.total >= simulate.simulate(found, times).total
-  late = oracle.slack(found, timeline.starts, timeline.ends, times.comm)
-  assert all(each >= 0 for row in late for each in row)
+  assert timeline.total >= simulate.simulate(schedule, times).total
+  late = oracle.slack(schedule, timeline.starts, timeline.ends, times.comm)
+  assert all(delay >= 0 for row in late for delay in row)
 
 
 @pytest.mark.parametrize('ranks', [1, 2, 5, 8])
 def test_halves_of_equal_length_lose_nothing(ranks):
   """Where every action takes one unit, ticks are the asynchronous clock."""
-  found = made('zb1p', ranks, 2 * ranks)
-  table = tick_tables.to_ticks(found)
+  schedule = make('zb1p', ranks, 2 * ranks)
+  table = tick_tables.to_ticks(schedule)
   assert (
-    tick_tables.timeline(found, table, simulate.Times()).bubble == ranks - 1
+    tick_tables.timeline(schedule, table, simulate.Times()).bubble == ranks - 1
   )
 
 
 def test_costs_of_the_common_clock():
   """Bubbles of 8 stages that were known before: 0.030 becomes 0.059."""
-  found = made('dualpipe', 8, 64)
-  free = simulate.simulate(found, simulate.Times())
+  schedule = make('dualpipe', 8, 64)
+  free = simulate.simulate(schedule, simulate.Times())
   tied = tick_tables.timeline(
-    found, tick_tables.to_ticks(found), simulate.Times()
+    schedule, tick_tables.to_ticks(schedule), simulate.Times()
   )
   assert round(free.bubble / free.total, 3) == 0.030
   assert round(tied.bubble / tied.total, 3) == 0.059
   shares = []
   for split in (False, True):
-    found = made('1f1b', 8, 16, split_backward=split)
+    schedule = make('1f1b', 8, 16, split_backward=split)
     tied = tick_tables.timeline(
-      found, tick_tables.to_ticks(found), simulate.Times()
+      schedule, tick_tables.to_ticks(schedule), simulate.Times()
     )
     shares.append(fractions.Fraction(tied.bubble, tied.total))
   assert shares[1] < fractions.Fraction(1, 4) < shares[0]

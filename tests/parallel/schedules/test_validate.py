@@ -9,10 +9,10 @@ import pytest
 from dsv3_jax.parallel.schedules import actions, simulate, validate
 from dsv3_jax.parallel.schedules import make as schedules
 from dsv3_jax.parallel.schedules import ticks as tick_tables
-from tests.parallel.schedules import oracle
+from tests.parallel.schedules import oracle, tables
 
 
-def made(kind, stages=4, microbatches=8, **more):
+def make(kind, stages=4, microbatches=8, **more):
   return schedules.make_schedule(
     kind, stages=stages, microbatches=microbatches, **more
   )
@@ -58,7 +58,7 @@ def put(kind, action, nth=0):
 
 
 @pytest.mark.parametrize(
-  ('kind', 'rank', 'change', 'said'),
+  ('kind', 'rank', 'change', 'message'),
   [
     # A micro-batch is missing.
     ('gpipe', 1, drop('F', 3), 'the forward of micro-batch 3 at stage 1'),
@@ -114,15 +114,15 @@ def put(kind, action, nth=0):
     ),
   ],
 )  # fmt: skip
-def test_what_is_spoilt_is_named(kind, rank, change, said):
-  legal = made(kind)
+def test_what_is_spoilt_is_named(kind, rank, change, message):
+  legal = make(kind)
   simulate.simulate(legal, simulate.Times())
   bad = spoilt(legal, rank, change)
   for refuses in (
     lambda: simulate.simulate(bad, simulate.Times()),
     lambda: tick_tables.to_ticks(bad),
   ):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
       refuses()
 
 
@@ -171,7 +171,7 @@ def test_any_earlier_start_is_noticed(data):
   times = simulate.Times(comm=data.draw(st.integers(0, 2)))
   timeline = simulate.simulate(legal, times)
   starts, ends = timeline.starts, timeline.ends
-  validate.check_times(legal, starts, ends, times.comm)
+  tables.check_times(legal, starts, ends, times.comm)
   places = [
     (rank, i)
     for rank, row in enumerate(starts)
@@ -184,22 +184,22 @@ def test_any_earlier_start_is_noticed(data):
     ValueError,
     match=rf'rank {rank} starts .* at {starts[rank][i]}, b(ut|efore)',
   ):
-    validate.check_times(legal, starts, ends, times.comm)
+    tables.check_times(legal, starts, ends, times.comm)
 
 
 def test_two_actions_at_once_are_noticed():
-  legal = made('gpipe', 1, 2)
+  legal = make('gpipe', 1, 2)
   with pytest.raises(ValueError, match='rank 0 starts F1 at 0, before 1, when'):
-    validate.check_times(legal, [[0, 0, 2, 4]], [[1, 1, 4, 6]])
+    tables.check_times(legal, [[0, 0, 2, 4]], [[1, 1, 4, 6]])
 
 
 def test_an_arrival_that_is_missed_is_named():
-  legal = made('gpipe', 2, 1)
+  legal = make('gpipe', 2, 1)
   starts, ends = [[0, 6], [1, 2]], [[1, 8], [2, 4]]
-  validate.check_times(legal, starts, ends)
+  tables.check_times(legal, starts, ends)
   with pytest.raises(
     ValueError,
     match='rank 1 starts F0 at 1, but the forward of micro-batch 0 at stage 0 '
     'arrives at 2',
   ):
-    validate.check_times(legal, starts, ends, comm=1)
+    tables.check_times(legal, starts, ends, comm=1)
