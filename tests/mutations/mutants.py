@@ -406,7 +406,7 @@ PARALLEL = (
   Mutant(
     'deterministic: devices summed in their order',
     'dsv3_jax/parallel/deterministic.py',
-    'return _tree(jax.lax.all_gather(x, axes)) if axes else x',
+    'return _tree_sum(jax.lax.all_gather(x, axes)) if axes else x',
     'return jax.lax.psum(x, axes) if axes else x',
     ('tests/parallel/test_deterministic.py',),
   ),
