@@ -18,6 +18,18 @@ def difference(got, want) -> float:
   return 1.0 - 2.0 * (got @ want) / norms if norms else 0.0
 
 
+def scale_and_direction(got, want) -> tuple[float, float]:
+  """|<x, y> / <y, y> - 1| and 1 - cosine in f64; zeros equal zeros."""
+  got, want = (np.asarray(x, np.float64).ravel() for x in (got, want))
+  if not got.any() and not want.any():
+    return 0.0, 0.0
+  inner, square = got @ want, want @ want
+  length = np.sqrt(got @ got) * np.sqrt(square)
+  if not length:
+    return np.inf, 1.0
+  return float(abs(inner / square - 1.0)), float(1.0 - inner / length)
+
+
 def relative_error(got, want) -> float:
   """Largest |got - want| over the largest |want|."""
   got, want = (np.asarray(x, np.float64) for x in (got, want))

@@ -27,10 +27,3 @@ def assert_trees_close(got, want, dtype='float32'):
       assert_trees_close(got[key], want[key], dtype)
     else:
       assert_close(got[key], want[key], dtype)
-
-
-def scale_and_direction(got, want):
-  """(|<x, y> / <y, y> - 1|, 1 - cosine) of two arrays as vectors."""
-  x, y = (np.ravel(np.asarray(a, np.float64)) for a in (got, want))
-  inner, length = x @ y, np.linalg.norm(x) * np.linalg.norm(y)
-  return abs(inner / (y @ y) - 1.0), 1.0 - inner / length

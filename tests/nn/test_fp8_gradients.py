@@ -18,9 +18,9 @@ import pytest
 
 from dsv3_jax import precision
 from dsv3_jax.ops import fp8_experts, fp8_linear
-from pallas_kernels import quantized
+from pallas_kernels import numerics, quantized
 from pallas_kernels.fp8_matmul import e5m6
-from tests import settings, tolerances
+from tests import settings
 from tests.nn import models
 from tests.nn.test_fp8_model import FP8, shrunk, unstacked
 from tests.oracles import fp8_formats as formats
@@ -56,7 +56,7 @@ class Checks:
     def call(got, *args):
       wide = jax.tree.map(lambda x: np.asarray(x).astype(np.float64), args)
       for key, want in oracle(*wide).items():
-        error = tolerances.scale_and_direction(got[key], want)
+        error = numerics.scale_and_direction(got[key], want)
         self.errors.setdefault(f'{name} {key}', []).append(error)
 
     jax.debug.callback(call, got, *args)
@@ -191,7 +191,7 @@ def assert_near(got, want, scale, direction):
     jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
   )
   far = {
-    jax.tree_util.keystr(path): tolerances.scale_and_direction(g, w)
+    jax.tree_util.keystr(path): numerics.scale_and_direction(g, w)
     for (path, g), w in pairs
   }
   worst = [max(x) for x in zip(*far.values(), strict=True)]
@@ -211,7 +211,7 @@ def test_fp8_operations_of_a_model_are_their_oracles(monkeypatch):
   monkeypatch.setattr(fp8_linear, 'linear', checks.linear)
   monkeypatch.setattr(fp8_linear, 'swiglu_linear', checks.swiglu)
   monkeypatch.setattr(fp8_experts, 'multiply', checks.experts)
-  same_total, same = gradients.__wrapped__('fp8')
+  same_total, _ = gradients.__wrapped__('fp8')
   assert same_total == pytest.approx(total, rel=1e-3)
   counts = {name: len(errors) for name, errors in checks.errors.items()}
   # Three blocks: six matrices of attention, and gate and up of SwiGLU.

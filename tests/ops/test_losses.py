@@ -138,6 +138,29 @@ def test_mtp_weights_literal(depth, isolated, want):
   np.testing.assert_array_equal(got, [want])
 
 
+def test_lambda_keeps_its_weight_where_few_targets_are_learned():
+  """A chat of 12 tokens of which 3 are learned, and a row of padding.
+
+  Every token costs log 13 nats at both depths, and so do both losses.
+  """
+  cfg = settings.small(data__isolate_samples=True).model.mtp
+  weights_BT = jnp.float32([[0] * 8 + [1, 1, 1, 0], [0] * 12])
+  segments_BT = jnp.int32([[1] * 11 + [0], [0] * 12])
+  scales = mtp_loss.loss_scales(cfg, weights_BT, segments_BT, True)
+  assert scales['main'] == scales['mtp'][0] == jnp.float32(1 / 3)
+  counted = mtp_loss.mtp_weights(weights_BT, segments_BT, 1, True)
+  targets, mtp_weights = oracle.mtp_targets(
+    np.arange(13), 1, [0] * 9 + [1, 1, 1, 0], [1] * 12 + [0]
+  )
+  np.testing.assert_array_equal(counted[0, :-1], mtp_weights)
+  logits_MV = np.zeros((len(targets), 13))
+  args = (logits_MV, targets, mtp_weights, 'T', 3.0)
+  want = oracle.mtp_depth_loss(*args)
+  got = np.log(13) * float(jnp.sum(counted) * scales['mtp'][0])
+  assert got == pytest.approx(want, rel=1e-6)
+  assert got == pytest.approx(np.log(13), rel=1e-6)  # nothing is lost
+
+
 @hypothesis.settings(deadline=None, max_examples=60, derandomize=True)
 @hypothesis.given(
   lengths=st.lists(st.integers(1, 5), min_size=1, max_size=6),

@@ -82,6 +82,10 @@ def test_a_wrong_gradient_is_seen():
   assert not layouts.is_wrong(row, 'f32')
   assert layouts.is_wrong(row | {'biases_equal': False}, 'f32')
   assert layouts.is_wrong(row | {'gradients': float('nan')}, 'f32')
+  for name in ('gradients_scale', 'weights_scale'):
+    row |= {'gradients_scale': 0.01, 'weights_scale': 1e-5}
+    assert not layouts.is_wrong(row, 'fp8')
+    assert layouts.is_wrong(row | {name: 0.06}, 'fp8')
 
 
 def test_the_table_covers_meshes_times_schedules():

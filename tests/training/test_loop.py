@@ -104,7 +104,7 @@ def test_every_experiment_runs_locally(folder, name):
     changes |= {'parallel.data': 2}
   elif name == 'v3_16b':
     changes |= {'data.source': chats(folder), 'data.isolate_samples': True}
-    changes |= {'model.mtp.depth': 0, 'precision': 'bf16'}
+    changes |= {'model.mtp.depth': 1, 'precision': 'bf16'}
   with source.unlocked():
     source.update_from_flattened_dict(changes)
   cfg = config.from_config_dict(source)
