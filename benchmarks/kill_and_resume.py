@@ -3,38 +3,49 @@
   python -m benchmarks.kill_and_resume --kills=200
 
 A tiny experiment trains in a process of its own, saving every second step; this
-one kills it with SIGKILL after a random time, again and again. After each kill
-every committed step is hashed and the newest may not have gone back. The run
-then goes on to its end, and its last checkpoint is compared, file contents and
-all, with that of a run without kills.
+one kills it with SIGKILL, again and again: a random time after a step, when a
+save begins, or a random time after a commit, in turn. After each kill every
+committed step is hashed and the newest may not have gone back. The run then
+goes on to its end, and its last checkpoint is compared, file contents and all,
+with that of a run without kills.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from dsv3_jax import config
 from dsv3_jax.checkpoint import store
-from dsv3_jax.training import metrics
+from dsv3_jax.training import loop, metrics
 from dsv3_jax.training import step as steps
 from experiments import quickstart
 
-_CHILD = """
-import json, sys
-from dsv3_jax import config
-from dsv3_jax.training import loop
-cfg = config.from_config_dict(json.load(open(sys.argv[1])))
-loop.run(cfg, sys.argv[2])
-"""
+# Children are forks of a process that has imported JAX and not used it: that
+# takes three seconds of the ten that one lives.
+_FORKS = multiprocessing.get_context('forkserver')
+_FORKS.set_forkserver_preload(['dsv3_jax.training.loop'])
+
+
+def _train(folder: pathlib.Path, workdir: pathlib.Path) -> None:
+  """What a child does."""
+  with (folder / 'log.txt').open('a', encoding='utf-8') as log:
+    os.dup2(log.fileno(), sys.stdout.fileno())
+    os.dup2(log.fileno(), sys.stderr.fileno())
+  jax.config.update('jax_compilation_cache_dir', str(folder / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  text = (folder / 'config.json').read_text(encoding='utf-8')
+  loop.run(config.from_config_dict(json.loads(text)), workdir)
 
 
 def kill_and_resume(
@@ -47,36 +58,36 @@ def kill_and_resume(
     folder: empty, for both runs.
   """
   rng = random.Random(seed)
-  config_path = folder / 'config.json'
-  config_path.write_text(config.to_json(cfg), encoding='utf-8')
-  env = os.environ | {'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled')}
-  env |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
+  (folder / 'config.json').write_text(config.to_json(cfg), encoding='utf-8')
 
   def start(workdir):
-    log = (folder / 'log.txt').open('a', encoding='utf-8')
-    with log:
-      args = [sys.executable, '-c', _CHILD, str(config_path), str(workdir)]
-      return subprocess.Popen(args, env=env, stdout=log, stderr=log)
+    child = _FORKS.Process(target=_train, args=(folder, workdir))
+    child.start()
+    return child
+
+  def finish(workdir):
+    child = start(workdir)
+    child.join()
+    assert child.exitcode == 0, (folder / 'log.txt').read_text()[-2000:]
 
   reference, killed = folder / 'reference', folder / 'killed'
   start_time = time.monotonic()
-  log = folder / 'log.txt'
-  assert start(reference).wait() == 0, log.read_text()[-2000:]
+  finish(reference)
   run_seconds = time.monotonic() - start_time
   counts = {'kills': 0, 'during_a_save': 0, 'finished_early': 0, 'newest': 0}
   newest = 0
-  while counts['kills'] < kills:
+  for signal_of in itertools.cycle((_progress, _unfinished, _committed)):
+    if counts['kills'] == kills:
+      break
     unfinished = _unfinished(killed)
     child = start(killed)
-    # Most time passes before the first step: wait for a line of this child.
-    lines = _progress(killed)
-    while child.poll() is None and _progress(killed) == lines:
-      time.sleep(0.01)
-    time.sleep(rng.uniform(0.0, 0.3 * run_seconds * rng.random()))
-    child.send_signal(signal.SIGKILL)
-    code = child.wait()
+    _wait_for_change(child, signal_of, killed)
+    if signal_of is not _unfinished:
+      time.sleep(rng.uniform(0.0, 0.3 * run_seconds * rng.random()))
+    child.kill()
+    child.join()
     saving = bool(_unfinished(killed) - unfinished)
-    if code == 0:  # it came to its end first: begin a new run
+    if child.exitcode == 0:  # it came to its end first: begin a new run
       _compare(cfg, reference, killed)
       counts['finished_early'] += 1
       killed, newest = folder / f'killed{counts["finished_early"]}', 0
@@ -91,9 +102,18 @@ def kill_and_resume(
     checkpoints.close()
     counts['newest'] = max(counts['newest'], newest)
     print(json.dumps(counts), flush=True)
-  assert start(killed).wait() == 0, log.read_text()[-2000:]
+  finish(killed)
   _compare(cfg, reference, killed)
   return counts
+
+
+def _wait_for_change(
+  child: Any, signal_of: Callable, workdir: pathlib.Path
+) -> None:
+  """Waits until the child changes what `signal_of` reads, or has ended."""
+  before = signal_of(workdir)
+  while child.is_alive() and signal_of(workdir) == before:
+    time.sleep(0.005)
 
 
 def _progress(workdir: pathlib.Path) -> float:
@@ -106,6 +126,11 @@ def _unfinished(workdir: pathlib.Path) -> set[tuple[str, int]]:
   """Saves that were begun and never committed."""
   hidden = (workdir / 'checkpoints').glob('.tmp-*')
   return {(path.name, path.stat().st_ctime_ns) for path in hidden}
+
+
+def _committed(workdir: pathlib.Path) -> list[str]:
+  """Names of the committed steps."""
+  return sorted(path.name for path in (workdir / 'checkpoints').glob('[0-9]*'))
 
 
 def _compare(

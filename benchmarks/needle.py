@@ -59,7 +59,7 @@ class Weights(NamedTuple):
   """The part of a state that the phase starts from."""
 
   params: dict
-  router: model.Router
+  router: model.RouterBiases
 
 
 def make_config(length: int, *, yarn: bool, context: int = 1) -> config.Config:

@@ -169,7 +169,7 @@ def to_devices(
   dtype: str,
   mesh: jax.sharding.Mesh | None = None,
   rules: sharding.ShardingRules = sharding.RULES,
-) -> tuple[dict, model.Router]:
+) -> tuple[dict, model.RouterBiases]:
   """Reads parameters and router biases onto the devices, sharded.
 
   Args:

@@ -38,7 +38,7 @@ class LLM:
     self,
     cfg: config.Config,
     params: dict,
-    router: model.Router,
+    router: model.RouterBiases,
     tokenizer: tokenizers.Tokenizer | None,
     **runner_options: Any,
   ):

@@ -69,7 +69,7 @@ class ModelRunner:
     self,
     cfg: config.Config,
     params: dict,
-    router: model.Router,
+    router: model.RouterBiases,
     num_speculative_tokens: int = 0,
     mesh: jax.sharding.Mesh | None = None,
     plan: redundant_experts.RedundancyConfig | None = None,

@@ -217,7 +217,7 @@ class Scheduler:
     """Admits a request to the best rank that has room for it.
 
     The best rank has the lowest cost: its rows, minus the blocks of the request
-    that its prefix cache holds. Of several, the one with most available blocks.
+    that its prefix cache holds. Ties go to the rank with most available blocks.
     """
 
     def cost(rank):

@@ -26,7 +26,7 @@ from dsv3_jax.nn import attention, block, layers, moe, mtp
 from dsv3_jax.ops import cross_entropy, fp8_linear, mtp_loss
 from pallas_kernels.fp8_matmul import reference as formats
 
-Router = dict[str, Array]
+RouterBiases = dict[str, Array]
 
 
 class Batch(NamedTuple):
@@ -85,7 +85,7 @@ class Model(nn.Module):
     ]
 
   def __call__(
-    self, batch: Batch, router: Router
+    self, batch: Batch, router: RouterBiases
   ) -> tuple[Float[Array, 'B T V'], list[Float[Array, 'B T V']]]:
     """Logits, f32: of t_{i+1} and, for each depth k, of t_{i+k+1}."""
     h_BTD, raw_BTD, _ = self._main(batch, router)
@@ -93,7 +93,9 @@ class Model(nn.Module):
     head_DV = self.head()
     return _logits(h_BTD, head_DV), [_logits(h, head_DV) for h in deeper]
 
-  def token_losses(self, batch: Batch, router: Router) -> Float[Array, 'B T']:
+  def token_losses(
+    self, batch: Batch, router: RouterBiases
+  ) -> Float[Array, 'B T']:
     """Cross-entropy of every main target, f32 [nats]."""
     h_BTD, _, _ = self._main(batch, router)
     targets_BT = collectives.shard_sequence(batch.targets_BT)
@@ -101,7 +103,7 @@ class Model(nn.Module):
     return collectives.all_gather_sequence(losses_BT)
 
   def loss(
-    self, batch: Batch, router: Router, scales: dict[str, Array]
+    self, batch: Batch, router: RouterBiases, scales: dict[str, Array]
   ) -> tuple[Float[Array, ''], dict[str, Array]]:
     """This micro-batch's share of the step's loss (TR eqs. 17, 24, 25).
 
@@ -133,7 +135,7 @@ class Model(nn.Module):
     index_BT: Int[Array, 'B T'],
     at_Bt: Int[Array, 'B t'],
     table_Bb: Int[Array, 'B b'],
-    router: Router,
+    router: RouterBiases,
     caches: Caches,
   ) -> tuple[
     Float[Array, 'B t V'], Float[Array, 'B T D'], Caches, Float[Array, 'L E']
@@ -162,7 +164,7 @@ class Model(nn.Module):
     index_BT: Int[Array, 'B T'],
     at_B1: Int[Array, 'B 1'],
     table_Bb: Int[Array, 'B b'],
-    router: Router,
+    router: RouterBiases,
     caches: Caches,
   ) -> tuple[Float[Array, 'B 1 V'], Float[Array, 'B 1 D'], Caches]:
     """Logits after the tokens `next_BT`, by the first MTP module (TR 2.2).
@@ -187,7 +189,7 @@ class Model(nn.Module):
     """Whether MTP modules take the hidden state that the head takes."""
     return self.cfg.mtp.hidden == 'post_norm'
 
-  def _main(self, batch: Batch, router: Router):
+  def _main(self, batch: Batch, router: RouterBiases):
     """Hidden states after and before the final norm, and MoE statistics."""
     context = make_context(self.cfg, batch, self.isolated)
     tokens_BT = collectives.shard_sequence(batch.tokens_BT)
@@ -211,7 +213,7 @@ class Model(nn.Module):
       caches = caches._replace(dense=dense, moe=routed)
     return x_BTD, caches, stats
 
-  def _mtp_chain(self, batch: Batch, router: Router, h_BTD, raw_BTD):
+  def _mtp_chain(self, batch: Batch, router: RouterBiases, h_BTD, raw_BTD):
     """Normed hidden states of each MTP depth, and their MoE statistics."""
     context = make_context(self.cfg, batch, self.isolated)
     ahead = [self.embed(t) for t in tokens_ahead(batch, self.cfg.mtp.depth)]
@@ -259,7 +261,7 @@ def _logits(h_BTD: Float[Array, 'B T D'], head_DV) -> Float[Array, 'B T V']:
     )
 
 
-def init_router(cfg: config.ModelConfig) -> Router:
+def init_router(cfg: config.ModelConfig) -> RouterBiases:
   """Zero biases of all MoE layers, f32."""
   layers_of = {'moe': cfg.num_moe_layers, 'mtp': cfg.mtp.depth}
   shape = lambda count: (count, cfg.moe.num_experts)

@@ -83,16 +83,17 @@ def chain(
     h_BTD, raw_BTD: the main model's, after and before its final norm.
     ahead: Emb(t_{i+k}) for each depth k.
   """
-  post = cfg.mtp.hidden == 'post_norm'
-  previous, normed, module_stats = h_BTD if post else raw_BTD, [], []
+  takes_normed = cfg.mtp.hidden == 'post_norm'
+  previous_BTD = h_BTD if takes_normed else raw_BTD
+  normed, module_stats = [], []
   pairs = zip(modules, ahead, strict=True)
   for k, (module, embedded_BTD) in enumerate(pairs, start=1):
     # The last k positions have no target: they are no part of L_k or f_i.
     valid_BS = mtp_loss.mtp_shift(context.valid_BS, k)
     args = (embedded_BTD, router['mtp'][k - 1])
     args += (context._replace(valid_BS=valid_BS),)
-    raw, h, stats, _ = module(previous, *args)
-    previous = h if post else raw
+    raw, h, stats, _ = module(previous_BTD, *args)
+    previous_BTD = h if takes_normed else raw
     normed.append(h)
     module_stats.append(stats)
   if not module_stats:

@@ -32,7 +32,7 @@ class PipelineStage(nn.Module):
     x_BTD: Float[Array, 'B T D'],
     ahead: list[Float[Array, 'B T D']],
     batch: model.Batch,
-    router: model.Router,
+    router: model.RouterBiases,
   ) -> tuple[Array, dict[str, Array]]:
     """Output, and 'balance', 'load' [num_moe, E], 'mtp_load' [depth, E].
 

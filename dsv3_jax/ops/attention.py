@@ -23,7 +23,7 @@ def causal(
   pack: bool = False,
   implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N U'], quantized.Packed | None]:
-  """Causal attention of a sequence on itself (TR eqs. 2, 5, 10).
+  """Causal attention of a sequence on itself (TR eqs. 4, 10).
 
   Where `context` shards the sequence, queries are this device's and keys all.
 

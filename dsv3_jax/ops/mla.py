@@ -8,9 +8,9 @@ one latent of width C a token, so a cache holds C + R values a token and layer.
   absorbed  q_h^T (W_UK_h c) = (W_UK_h^T q_h)^T c: attend in the latent space,
             then apply W_UV_h once to the mixed latent
 
-Both give the same output; naive is cheaper for many queries (the products of
-heads are in `attention`), absorbed for few.
-Key s of a row is at index s of the cache, whatever its rotary position.
+Both give the same output. Naive (`ops/attention.py`) is cheaper for many
+queries, absorbed for few; `nn/attention.py` chooses. A token's place in the
+cache is its index in the row, not its RoPE position.
 Letters: X = H + R, Y = C + R; others as in CONTRIBUTING.md.
 """
 
@@ -55,7 +55,7 @@ def split_query(
   cos_BTr: Float[Array, 'B T r'],
   sin_BTr: Float[Array, 'B T r'],
 ) -> tuple[Float[Array, 'B T N H'], Float[Array, 'B T N R']]:
-  """Query heads into their unrotated and rotated parts (TR eqs. 7-9)."""
+  """Query heads into their unrotated and rotated parts (TR eqs. 8, 9)."""
   head_dim = q_BTNX.shape[-1] - 2 * cos_BTr.shape[-1]
   q_rope_BTNR = rope.rotate(q_BTNX[..., head_dim:], cos_BTr, sin_BTr)
   return q_BTNX[..., :head_dim], q_rope_BTNR

@@ -2,8 +2,8 @@
 
 Pairs are interleaved: (x_0, x_1), (x_2, x_3), ... each rotate as one complex
 number. YaRN slows the low frequencies down by `factor` and keeps the high ones;
-it also sharpens the softmax by mscale squared. Both are on only when the model
-is run beyond its original length.
+it also sharpens the softmax by mscale squared. Both are on for inputs of any
+length if `model.max_seq_len` is above `rope.original_seq_len`.
 """
 
 import math
@@ -38,8 +38,8 @@ def _rotation_dim(
   rope: config.RopeConfig, rotary_dim: int, rotations: float
 ) -> float:
   """Index of the pair that turns `rotations` times in the original length."""
-  radian = rope.original_seq_len / (rotations * 2.0 * math.pi)  # positions
-  return rotary_dim * math.log(radian) / (2.0 * math.log(rope.theta))
+  positions = rope.original_seq_len / (rotations * 2.0 * math.pi)  # a radian
+  return rotary_dim * math.log(positions) / (2.0 * math.log(rope.theta))
 
 
 def _mscale(factor: float, mscale: float) -> float:

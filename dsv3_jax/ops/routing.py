@@ -69,8 +69,9 @@ def _limit_groups(
 ) -> Float[Array, 'M E']:
   """Sets biased scores outside the best groups to -inf (TR 2.1.2).
 
-  A group's score is the sum of its best two experts' (V2: its best one's). The
-  report sums the best K / M, which is 2 in V3; the released code fixes 2.
+  A group is the experts of one node. Its score is the sum of its best two
+  experts' (V2: its best one's). The report sums the best K / top_groups, in V3
+  8 / 4 = 2; the released code fixes 2.
   """
   groups_MGE = biased_ME.reshape(
     -1, cfg.num_groups, biased_ME.shape[-1] // cfg.num_groups

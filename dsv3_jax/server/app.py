@@ -74,15 +74,15 @@ class Server:
   # Endpoints.
 
   async def _completions(self, request: requests.Request):
-    chat_request = await self._parse(request, protocol.parse_completion)
+    api_request = await self._parse(request, protocol.parse_completion)
     return await self._answer(
-      request, chat_request, openai_responses.CompletionFormat(self.name)
+      request, api_request, openai_responses.CompletionFormat(self.name)
     )
 
   async def _chat(self, request: requests.Request):
-    chat_request = await self._parse(request, protocol.parse_chat)
+    api_request = await self._parse(request, protocol.parse_chat)
     return await self._answer(
-      request, chat_request, openai_responses.ChatFormat(self.name)
+      request, api_request, openai_responses.ChatFormat(self.name)
     )
 
   async def _models(self, request: requests.Request):
@@ -162,14 +162,14 @@ class Server:
   async def _answer(
     self,
     request: requests.Request,
-    chat_request: protocol.ChatRequest,
+    api_request: protocol.ChatRequest,
     response_format: openai_responses.ResponseFormat,
   ):
     stream = openai_responses.ResponseStream(
-      self.thread, self.tokenizer, chat_request, self.max_tokens
+      self.thread, self.tokenizer, api_request, self.max_tokens
     )
     self._submit(stream)
-    if chat_request.stream:
+    if api_request.stream:
       return _Events(self._events(response_format, stream), stream)
     watch = asyncio.create_task(_until_gone(request))
     try:
@@ -211,7 +211,7 @@ class Server:
         yield event(body)
       async for piece in stream.pieces():
         yield event(response_format.chunk(piece))
-      if stream.chat_request.include_usage:
+      if stream.api_request.include_usage:
         yield event(response_format.usage(stream))
       yield 'data: [DONE]\n\n'
     except engine_thread.Closed:

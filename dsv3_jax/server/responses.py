@@ -34,20 +34,20 @@ class ResponseStream:
     self,
     thread: engine_thread.EngineThread,
     tokenizer: tokenizers.Tokenizer,
-    chat_request: protocol.ChatRequest,
+    api_request: protocol.ChatRequest,
     max_tokens: int,
   ):
     """Must be called in a running event loop.
 
     Args:
-      max_tokens: of an answer, if `chat_request` has no limit.
+      max_tokens: of an answer, if `api_request` has no limit.
     """
     self._thread, self._tokenizer = thread, tokenizer
-    self.chat_request, self._max_tokens = chat_request, max_tokens
+    self.api_request, self._max_tokens = api_request, max_tokens
     self._outputs: asyncio.Queue[requests.TokenOutput] = asyncio.Queue()
     self._loop = asyncio.get_running_loop()
     self.requests: list[requests.Request] = []
-    self.prompt_tokens = sum(map(len, chat_request.prompts))
+    self.prompt_tokens = sum(map(len, api_request.prompts))
     self.completion_tokens = 0
 
   def submit(self) -> None:
@@ -57,9 +57,9 @@ class ResponseStream:
       InputError, QueueFull, Closed: see `EngineThread.submit`.
     """
     try:
-      for prompt in self.chat_request.prompts:
+      for prompt in self.api_request.prompts:
         first = self._submit(prompt)
-        for _ in range(self.chat_request.n - 1):
+        for _ in range(self.api_request.n - 1):
           self._submit(prompt, first)
     except (errors.InputError, engine_thread.QueueFull, engine_thread.Closed):
       self.cancel()
@@ -68,8 +68,8 @@ class ResponseStream:
   def _submit(
     self, prompt: list[int], shares_prompt_with: requests.Request | None = None
   ) -> requests.Request:
-    params = self.chat_request.sampling
-    count = self.chat_request.max_tokens
+    params = self.api_request.sampling
+    count = self.api_request.max_tokens
     if count is None:
       room = self._thread.engine.max_new_tokens(len(prompt))
       count = max(min(self._max_tokens, room), 1)
@@ -101,7 +101,7 @@ class ResponseStream:
       Closed: the engine has stopped before the answers were finished.
     """
     decode = functools.partial(self._tokenizer.decode, skip_special=True)
-    eos, stop = self._tokenizer.eos_id, self.chat_request.stop
+    eos, stop = self._tokenizer.eos_id, self.api_request.stop
     # What turns the tokens of each unfinished request into text.
     streams = {
       request: (

@@ -23,7 +23,7 @@ class Evaluation:
 
   cfg: config.Config
   params: dict
-  router: model.Router
+  router: model.RouterBiases
   corpus: corpora.Corpus
   tokenizer: tokenizers.Tokenizer
   windows: dict  # of `open_windows`
@@ -83,7 +83,7 @@ def open_windows(
 def score(
   cfg: config.Config,
   params: dict,
-  router: model.Router,
+  router: model.RouterBiases,
   windows: dict,
   beat: Callable[[], None] = lambda: None,
   mesh: jax.sharding.Mesh | None = None,

@@ -38,7 +38,8 @@ Hyper = dict[str, float]
 
 # Whole rows: a token's integers are few, and each looks at its neighbours.
 BATCH_SPEC = sharding.to_spec((None, 'batch', None), sharding.RULES, 3)
-# All-to-alls travel while products run: `benchmarks/results/overlap_h100.md`.
+# Schedules all-to-alls beside products that do not need them, as in DualPipe's
+# F&B. Compiled for an H100, not run: `benchmarks/results/overlap_h100.md`.
 _COMPILER_OPTIONS = {'gpu': {'xla_gpu_enable_latency_hiding_scheduler': True}}
 _SPIKE_MEMORY = 0.98  # per step, of the loss' running mean and variance
 _SPIKE_WARMUP = 50  # steps before a spike can be called one

@@ -1,5 +1,7 @@
 """E5M6: activations saved in 12 bits, two numbers in three bytes (TR 3.3.3).
 
+Of attention's output, as saved for the backward pass of its projection.
+
   sign, 5 exponent bits with bias 15, 6 mantissa bits; subnormals have the step
   2^-20, and the top exponent is taken as in IEEE formats: the largest is 65024
 
@@ -40,8 +42,8 @@ def pack(
   with jax.named_scope('e5m6_pack'):
     inverse = reference.spread(1.0 / scales, quantized.ROW, x.shape)
     codes = encode(x.astype(jnp.float32) * inverse)
-    odd = x.shape[-1] % 2
-    codes = jnp.pad(codes, [(0, 0)] * (x.ndim - 1) + [(0, odd)])
+    to_even = x.shape[-1] % 2
+    codes = jnp.pad(codes, [(0, 0)] * (x.ndim - 1) + [(0, to_even)])
     first, second = codes[..., 0::2], codes[..., 1::2]
     triple = (first & 255, (first >> 8) | (second & 15) << 4, second >> 4)
     packed = jnp.stack(triple, axis=-1).astype(jnp.uint8)
@@ -63,15 +65,15 @@ def unpack(p: quantized.Packed) -> Float[Array, '*lead M D']:
 def encode(x: Float[Array, '*lead M D']):
   """12-bit codes, uint16, of f32 numbers: nearest even, saturating."""
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  size = bits & 0x7FFFFFFF
+  unsigned = bits & 0x7FFFFFFF
   # A carry out of the mantissa increments the exponent, as it should.
-  odd = (size >> 17) & 1
-  normal = ((size + 0xFFFF + odd) >> 17) - _REBIAS
-  magnitude = jax.lax.bitcast_convert_type(size, jnp.float32)
+  odd = (unsigned >> 17) & 1  # a tie goes to the even code
+  normal = ((unsigned + 0xFFFF + odd) >> 17) - _REBIAS
+  magnitude = jax.lax.bitcast_convert_type(unsigned, jnp.float32)
   # Under 2^-14: in steps of 2^-20; 64 of them are the code of 2^-14.
   small = jnp.rint(jnp.minimum(magnitude, 1.0) * 2.0**20).astype(jnp.uint32)
   code = jnp.where(magnitude < 2.0**-14, small, jnp.minimum(normal, LARGEST))
-  code = jnp.where(size >= 0x7F800000, NAN, code)
+  code = jnp.where(unsigned >= 0x7F800000, NAN, code)
   return (code | (bits >> 31) << 11).astype(jnp.uint16)
 
 

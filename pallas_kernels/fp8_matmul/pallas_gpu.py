@@ -237,7 +237,10 @@ def _scratch(plan: MatmulPlan, out_dtype) -> dict:
 def _kernel(
   a_MK, scale_kM, b_ENK, scale_b, *rest, plan: MatmulPlan, scratch: dict
 ):
-  """Of every warpgroup. rest: the table if there is one, and the output."""
+  """The body of every warpgroup.
+
+  rest: the table if there is one, and the output.
+  """
   *table, out_iMN = rest
   warpgroup = lax.axis_index('warpgroup')
   each_tile = functools.partial(
@@ -288,7 +291,10 @@ def _slot(step, plan: MatmulPlan):
 
 
 def _tile(index, table: list, plan: MatmulPlan) -> Tile:
-  """Of a matrix, strips of columns; of a strip, rows back and forth."""
+  """Output tile number `index`: matrix by matrix, strip by strip of columns.
+
+  Within a strip rows go back and forth, so that the L2 cache is used again.
+  """
   _, rows, columns = plan.tiles
   matrix = lax.div(index, jnp.int32(rows * columns))
   within = lax.rem(index, jnp.int32(rows * columns))

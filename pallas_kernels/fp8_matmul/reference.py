@@ -6,10 +6,11 @@
 Sums within a block of K = 128 and over the blocks are f32; the blocks are added
 in order ("promotion"). A scale is amax / largest or, with `pow2`, the least
 power of two that is no smaller (UE8M0, rounded up). A tile without a normal f32
-number is zero (scale 1), and other scales are at least 2^-116: there a denormal
-is at most a tie with zero, so that a device may flush denormals or not, and no
-value * scale is one either. `floor` is a lower bound of amax, in released code
-1e-4; gradients of a mean over many tokens are smaller than that, so they get 0.
+number is zero (scale 1), and other scales are at least 2^-116: then a denormal
+number becomes the value 0, and no value * scale is denormal, so that a device
+that flushes denormals gets the same. `floor` is a lower bound of amax, in
+released code 1e-4; gradients of a mean over many tokens are smaller than that,
+so they get 0.
 
 Letters: M rows, D columns; M, N, K of a product as in BLAS (lower case: tiles
 of 128).

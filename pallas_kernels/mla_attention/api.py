@@ -1,7 +1,7 @@
 """Causal attention of MLA: one entry and one derivative for all passes.
 
-  s_ts = scale (q_t . k_s),  p = exp(s - lse),  o = p v
-  delta_t = o_t . do_t - dlse_t,  ds = p (do v^T - delta) scale    (TR eq. 10)
+  s_ts = scale (q_t . k_s),  p = exp(s - lse),  o = p v            (TR eq. 10)
+  delta_t = o_t . do_t - dlse_t,  ds = p (do v^T - delta) scale
 
 Nothing of size T x T is saved for the backward pass: only queries, keys, values
 (which remat recomputes from the latents), the log-sum-exp, and the output; with
@@ -53,7 +53,7 @@ def attention(
   scale: float,
   implementation: str = 'auto',
 ) -> tuple[Float[Array, 'B T N U'], Float[Array, 'B N T']]:
-  """Causal attention of sequences on themselves (TR eqs. 5, 10).
+  """Causal attention of sequences on themselves (TR eqs. 4, 10).
 
   Differentiable in q, both parts of the keys and v, through both results.
 

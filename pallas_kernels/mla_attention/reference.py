@@ -1,4 +1,4 @@
-"""Causal attention of MLA, in plain jnp (TR eqs. 5, 10).
+"""Causal attention of MLA, in plain jnp (TR eqs. 4, 10).
 
   s_ts = scale (q_t . [k_nope_s, k_rope_s])  where s <= t, of one segment
   lse_t = log sum_s exp s_ts,  p_ts = exp(s_ts - lse_t),  o_t = sum_s p_ts v_s

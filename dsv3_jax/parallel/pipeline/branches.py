@@ -1,12 +1,16 @@
 """Branches of an SPMD program as loops of zero or one iterations.
 
 A loop updates what it carries in place, such as the gradient sums. A
-conditional may copy it. Loops have two pitfalls, which `run_branch` and
-`after_branches` avoid:
+conditional may copy it. Loops have two pitfalls:
 
   The compiler hoists whatever does not depend on the iteration out of the loop.
-  It would then run in every tick, whichever branch is taken.
-  The compiler may reorder loops that share no result.
+  It would then run in every tick, whichever branch is taken. In `run_branch`
+  all operands depend on it (`depend_on`).
+  The compiler may reorder loops that share no result. `after_branches` orders
+  what must come after the branches.
+
+`when` is for work that all ranks do together, such as the head. It reads what
+the branches gave, and its condition is joined with `after_branches`.
 """
 
 from collections.abc import Callable

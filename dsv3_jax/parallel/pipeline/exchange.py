@@ -1,10 +1,10 @@
 """What goes between the ranks of a pipeline at the end of a tick.
 
-A rank sends its newest activation and its newest input gradient along every
-transfer of the program: by `ppermute` to another rank or, at the fold of
-DualPipeV, to itself. All ranks take part in every tick. The table gives the
-slot into which a rank writes what arrives. What no stage will read goes to the
-last slot.
+A transfer of the program carries one payload, the newest activation or the
+newest input gradient of every rank: by `ppermute` to another rank or, at the
+fold of DualPipeV, to itself. All ranks take part in every tick. The table gives
+the slot into which a rank writes what arrives. What no stage will read goes to
+the last slot.
 
 Buffers: 'in' holds inputs of stages. 'grad' holds gradients of their outputs,
 which the next stage computed; 'head' holds those that the head computed.
@@ -32,7 +32,10 @@ def empty_buffers(
   mtp_depth: int,
   dtype: str,
 ) -> State:
-  """Zeros: what is sent ('y', 'hidden', 'dx', 'dmtp_x'), and where it arrives.
+  """Zeros: what stages give, and where it arrives on other ranks.
+
+  'y' and 'dx' are sent by `exchange`; 'hidden' and 'dmtp_x', of the last stage,
+  are read by `vocab_parallel`.
 
   Args:
     shape: [B, T, D] of an activation.

@@ -209,7 +209,12 @@ class TickLoop:
   def act(
     self, branch: instructions.TickBranch, embedded, row: Row, state: State
   ) -> State:
-    """Runs a branch: its backward first, which frees a slot for its forward."""
+    """Runs a branch.
+
+    In F&B the two passes share no data, so that XLA can run the all-to-alls of
+    one beside the products of the other (`Trainer.jit` asks for it). The
+    backward is traced first: the forward may take the slot of its residuals.
+    """
     state = state | {'acted': state['acted'] + 1}
     if branch.backward is not None:
       state, grads = self.stages.backward(branch.backward, row, state)

@@ -10,7 +10,7 @@ of hidden states.
 (`executor.TickLoop.tick`). MTP modules, which the last stage runs, read the
 embeddings of later tokens: `embed` gives them when the last stage runs.
 
-k counts the main model and its MTP depths.
+In shapes k = 1 + MTP depth: the main model, then each MTP module.
 """
 
 import dataclasses

@@ -77,7 +77,7 @@ class Schedule:
     return microbatch * len(self.homes) // self.microbatches
 
   def held(self, rank: int) -> tuple[int, ...]:
-    """The stages of a rank; the chunk of a stage is its index in this tuple."""
+    """The stages of a rank, by direction and not sorted."""
     return tuple(
       stage
       for home in self.homes
