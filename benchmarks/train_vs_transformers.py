@@ -22,6 +22,11 @@ import time
 import warnings
 
 os.environ['OMP_NUM_THREADS'] = '2'  # read when PyTorch is imported
+if __name__ == '__main__' and not __package__:
+  # Run by path, as in release 0.1: imports start at the repository's root.
+  sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])
+  message = 'run python -m benchmarks.train_vs_transformers instead'
+  warnings.warn(message, FutureWarning, stacklevel=1)
 
 import jax
 import jax.numpy as jnp
