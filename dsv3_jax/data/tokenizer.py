@@ -144,6 +144,11 @@ class Tokenizer:
     batch = self._plain.encode_batch_fast([text], add_special_tokens=False)
     return np.array([self.bos_id] * add_bos + batch[0].ids, np.int32)
 
+  def pieces(self, text: str) -> list[str]:
+    """What BPE encodes one by one, in byte-level letters (`SPLITS`)."""
+    pairs = self._plain.pre_tokenizer.pre_tokenize_str(text)
+    return [piece for piece, _ in pairs]
+
   def decode(
     self, ids: Iterable[int] | np.ndarray, skip_special: bool = False
   ) -> str:
