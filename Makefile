@@ -4,7 +4,7 @@ PYTHON ?= python3
 PYTHON312 ?= python3.12
 BIN := .venv/bin
 
-# Huge pages for large arrays: about a fifth faster on Linux, unused elsewhere.
+# Huge pages for large arrays: faster on Linux, unused elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: quickstart test test312 lint browser

@@ -223,7 +223,7 @@ def compare(cfg: config.Config, num_steps: int) -> report.Row:
   last, right = got[-1][0]['router'], want[-1][0]['router']
   pairs = zip(jax.tree.leaves(last), jax.tree.leaves(right), strict=True)
   row = {
-    'told': float(
+    'metrics': float(
       np.max([error(metrics[name], expected[name]) for name in expected])
     )
   }
@@ -256,7 +256,7 @@ def _largest(got, want, measure) -> float:
 
 def is_wrong(row: report.Row, precision: str) -> bool:
   """Above the bar of its precision; outside f32 a choice may flip."""
-  errors = [row[name] for name in ('told', 'gradients', 'weights')]
+  errors = [row[name] for name in ('metrics', 'gradients', 'weights')]
   right = all(e <= BARS[precision] for e in errors)
   if precision == 'f32':
     return not (right and row['biases_equal'])

@@ -253,7 +253,7 @@ def measure(stage, weights, text, args, *, yarn) -> list[report.Row]:
       }
       share = accuracy(weights, text, length, depth, **options)
       cell = {'model': stage, 'tokens': length, 'depth': depth}
-      rows.append(cell | {'found': share})
+      rows.append(cell | {'share_found': share})
   return rows
 
 
@@ -271,7 +271,9 @@ def draw(rows: list[report.Row], path) -> None:
     'yarn': 'YaRN, not trained further',
     'after': f'after the phase at {LONG:,}',
   }
-  share = {(r['model'], r['depth'], r['tokens']): r['found'] for r in rows}
+  share = {
+    (r['model'], r['depth'], r['tokens']): r['share_found'] for r in rows
+  }
   for axis, name in zip(axes, names, strict=True):
     grid = [[share[name, depth, n] for n in lengths] for depth in DEPTHS]
     image = axis.imshow(grid, vmin=0, vmax=1, cmap='RdYlGn', aspect='auto')
@@ -315,7 +317,7 @@ def table(rows: list[report.Row]) -> list[report.Row]:
   for row in rows:
     line = {'model': row['model'], 'depth': f'{row["depth"]:.0%}'}
     line = lines.setdefault((row['model'], row['depth']), line)
-    line[f'{row["tokens"]} tokens'] = f'{row["found"]:.1%}'
+    line[f'{row["tokens"]} tokens'] = f'{row["share_found"]:.1%}'
   return list(lines.values())
 
 

@@ -11,10 +11,10 @@ ranks within 0.08 of its simulation in ticks.)
 Forward, input half and weight half sleep equally long, a pair as long as its
 parts. `spmd` is the loop over ticks that training runs (`executor.TickLoop`
 with its table, branches, buffers and exchange; embedding and head do nothing),
-`mpmd` a thread a rank (`pipeline.threaded`), both on fake CPU devices. The
+`threaded` a thread a rank (`pipeline.threaded`), both on fake CPU devices. The
 bubble is 1 - (work of a rank) / (total time), the best of the runs; it includes
 the cost of starting an action and of exchanging its result. `ideal` is the
-schedule without a common clock, `lockstep` the schedule in ticks, each as long
+schedule without a common clock, `in_ticks` the schedule in ticks, each as long
 as its longest action.
 """
 
@@ -272,15 +272,15 @@ def measure(
     split_backward=kind in schedules.UNIDIRECTIONAL,
   )
   row = {'schedule': kind, 'ranks': ranks, 'micro-batches': microbatches}
-  row['ideal'], row['lockstep'] = simulated(schedule)
+  row['ideal'], row['in_ticks'] = simulated(schedule)
   work = microbatches * per_rank * (TIMES.f + TIMES.b) * seconds
-  for name, start in (('spmd', spmd), ('mpmd', threads)):
+  for name, start in (('spmd', spmd), ('threaded', threads)):
     pace = Pace()
     run = start(schedule, pace)
     run()  # compiles
     pace.seconds = seconds
     row[name] = 1.0 - work / min(run() for _ in range(runs))
-  return row | {'wrong': abs(row['spmd'] - row['lockstep']) > BAR}
+  return row | {'wrong': abs(row['spmd'] - row['in_ticks']) > BAR}
 
 
 def draw(rows: Sequence[report.Row], path: pathlib.Path) -> None:
@@ -293,7 +293,7 @@ def draw(rows: Sequence[report.Row], path: pathlib.Path) -> None:
   )
   for axis, panel in zip(axes[:, 0], panels, strict=True):
     panel_rows = [r for r in rows if (r['ranks'], r['micro-batches']) == panel]
-    for i, name in enumerate(('ideal', 'lockstep', 'spmd', 'mpmd')):
+    for i, name in enumerate(('ideal', 'in_ticks', 'spmd', 'threaded')):
       at = np.arange(len(panel_rows)) + 0.2 * (i - 1.5)
       axis.bar(at, [row[name] for row in panel_rows], 0.18, label=name)
     axis.set_xticks(

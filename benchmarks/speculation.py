@@ -82,7 +82,7 @@ def measure(model: llm.LLM, args):
         yield {
           'temperature': temperature,
           'batch': batch,
-          'drafts': k,
+          'speculative_tokens': k,
           'accepted': total.accepted if k else None,
           'tokens_per_step': total.tokens_per_step,
           'ms_per_step': total.ms_per_step,

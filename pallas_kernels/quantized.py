@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 E4M3 = jnp.float8_e4m3fn
-E5M2 = jnp.float8_e5m2
 ROW = (1, 128)  # of activations and their gradients
 BLOCK = (128, 128)  # of weights
 

@@ -1,4 +1,4 @@
-"""Messages and tables name only settings that exist."""
+"""Messages, tables and pages name only settings that exist."""
 
 import ast
 import pathlib
@@ -9,12 +9,37 @@ import pytest
 from dsv3_jax import config
 from experiments import base
 
-ROOT = pathlib.Path(__file__).resolve().parents[1] / 'dsv3_jax'
+REPO = pathlib.Path(__file__).resolve().parents[1]
+ROOT = REPO / 'dsv3_jax'
+PAGES = ('README.md', 'CONTRIBUTING.md', 'docs/**/*.md')
 SETTINGS = base.get_config().to_dict()
 GROUPS = [name for name, value in SETTINGS.items() if isinstance(value, dict)]
 # A setting or a group of them, whole: not after a dot, nor before a blank that
 # a value fills in.
 _NAME = rf'(?<![\w./\0])(?:{"|".join(GROUPS)})(?:\.[a-z0-9_]+)+\b(?!\.?\0)'
+
+
+def groups(settings):
+  """Names of groups at any depth: `moe` is one of `model`."""
+  for name, value in settings.items():
+    if isinstance(value, dict):
+      yield name
+      yield from groups(value)
+
+
+# In a page a group without those above it counts as a name too, a wrong one.
+_NAME_IN_PAGE = re.compile(
+  rf'(?<![\w./-])(?:config\.|--config\.)?((?:{"|".join(groups(SETTINGS))})'
+  r'(?:\.[a-z0-9_]+)+)'
+)
+
+
+def names_in_page(text):
+  """Settings in the code font of a page; files are none."""
+  for code in re.findall(r'`([^`]+)`', text.replace('\n', ' ')):
+    for name in _NAME_IN_PAGE.findall(code):
+      if not re.search(r'\.(?:py|md|json|jsonl|png|txt)$', name):
+        yield name
 
 
 def texts(tree):
@@ -60,6 +85,31 @@ def test_every_message_names_settings_that_exist():
   assert len(mentioned) > 30
   for name in mentioned:
     config.check_path(SETTINGS, name)
+
+
+def test_pages_name_settings_that_exist():
+  mentioned = {
+    name
+    for pattern in PAGES
+    for path in REPO.glob(pattern)
+    for name in names_in_page(path.read_text('utf-8'))
+  }
+  assert len(mentioned) > 15
+  for name in mentioned:
+    config.check_path(SETTINGS, name)
+
+
+def test_what_counts_as_a_name_in_a_page():
+  text = 'model.x `moe.top_k` `config.parallel.pipe=2` `data.py` `a/rope.x`'
+  text += ' `--config.train.seed=1` `eval.batch_size\nx`'
+  assert list(names_in_page(text)) == [
+    'moe.top_k',
+    'parallel.pipe',
+    'train.seed',
+    'eval.batch_size',
+  ]
+  with pytest.raises(ValueError, match=r'moe is unknown|moe\.top_k is unknown'):
+    config.check_path(SETTINGS, 'moe.top_k')
 
 
 @pytest.mark.parametrize(

@@ -108,14 +108,9 @@ def problems(root):
       if there is None or (there != home and LAYERS[there] >= LAYERS[home]):
         yield f'{name} imports {other}, which is not below it'
     yield from private(name, tree, known)
-    if (lines := text.count('\n')) > MOST_LINES:
-      yield f'{name} has {lines} lines'
-    for node in ast.walk(tree):
-      if isinstance(node, ast.FunctionDef):
-        size = node.end_lineno - node.lineno + 1
-        if size > MOST_FUNCTION_LINES:
-          yield f'{name}.{node.name} has {size} lines'
   yield from circles(graph)
+  for name, path in modules(root, (*SOURCE, 'benchmarks', 'tests')).items():
+    yield from too_long(name, path.read_text(encoding='utf-8'))
   known = modules(root, (*SOURCE, *USERS))
   for name, path in modules(root, USERS).items():
     tree = ast.parse(path.read_text(encoding='utf-8'))
@@ -144,6 +139,17 @@ def private(name, tree, known):
     there = modules.get(module)
     if there and used.startswith('_') and used != '__path__':
       yield f'{name} uses private {there}.{used}'
+
+
+def too_long(name, text):
+  """A file or a function with too many lines."""
+  if (lines := text.count('\n')) > MOST_LINES:
+    yield f'{name} has {lines} lines'
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+      size = node.end_lineno - node.lineno + 1
+      if size > MOST_FUNCTION_LINES:
+        yield f'{name}.{node.name} has {size} lines'
 
 
 def circles(graph):
@@ -192,7 +198,9 @@ def test_the_source_keeps_the_map():
     ({'dsv3_jax/parallel/schedules/a.py': 'import jax'}, 'imports jax'),
     ({'dsv3_jax/helpers.py': ''}, 'no layer'),
     ({'dsv3_jax/ops/a.py': 'x = 1\n' * 401}, '401 lines'),
+    ({'tests/ops/a.py': 'x = 1\n' * 401}, '401 lines'),
     ({'dsv3_jax/ops/a.py': 'def f():\n' + '  x = 1\n' * 60}, 'f has 61'),
+    ({'tests/a.py': 'async def f():\n' + '  x = 1\n' * 60}, 'f has 61'),
   ],
 )  # fmt: skip
 def test_each_rule_can_fail(tmp_path, files, expected):

@@ -22,9 +22,11 @@ SCOPE = (
   'tests',
 )
 EXCEPT = ('tests/test_words.py',)  # has the phrases in its strings
+PAGES = ('README.md', 'CONTRIBUTING.md', 'docs')  # for phrases only
 CONTENTS = 'a name for what it holds'
 
-# Variables, parameters, attributes, functions and classes -> the word to use.
+# Variables, parameters, attributes, functions, classes and keys of dicts -> the
+# word to use.
 NAMES = {
   'told': f'{CONTENTS}: metrics, output',
   'made': f'{CONTENTS}: tokens_BT, schedule',
@@ -69,7 +71,17 @@ NAMES = {
 }
 # Where the old spelling stays, for who wrote it into a script.
 ALLOWED = {
-  'num_drafts': ('dsv3_jax/__init__.py', 'dsv3_jax/cli/engine_flags.py'),
+  'num_drafts': (
+    'dsv3_jax/__init__.py',
+    'dsv3_jax/cli/engine_flags.py',
+    'dsv3_jax/inference/llm.py',
+  ),
+  'tell': ('dsv3_jax/inference/llm.py',),
+  'guard': (  # checkpoints have this key
+    'dsv3_jax/training/step.py',
+    'tests/parallel/test_corners.py',
+    'tests/training/test_loop.py',
+  ),
 }
 # In comments and strings, docstrings included.
 PHRASES = {
@@ -86,19 +98,21 @@ PHRASES = {
 }
 
 
-def code_files(root, scope=SCOPE):
-  """Python files and shell scripts of `root`; scope: globs."""
+def files(root, scope):
+  """Python files, shell scripts and pages of `root`; scope: globs."""
   for place in (place for pattern in scope for place in root.glob(pattern)):
     for path in sorted(place.rglob('*')) if place.is_dir() else (place,):
       where = path.relative_to(root).as_posix()
-      if path.suffix in ('.py', '.sh') and where not in EXCEPT:
+      if path.suffix in ('.md', '.py', '.sh') and where not in EXCEPT:
         yield where, path.read_text('utf-8')
 
 
-def problems(root, scope=SCOPE):
+def problems(root, scope=(*SCOPE, *PAGES)):
   """A line for each retired word, with the one to use."""
-  for where, text in code_files(root, scope):
-    if where.endswith('.sh'):
+  for where, text in files(root, scope):
+    if where.endswith('.md'):
+      named, written = (), paragraphs(text)
+    elif where.endswith('.sh'):
       named, written = shell_names(text), shell_comments(text)
     else:
       tree = ast.parse(text)
@@ -132,6 +146,14 @@ def names(tree):
         yield line, name
       case ast.Import() | ast.ImportFrom():
         yield from ((line, x.asname) for x in node.names if x.asname)
+      case ast.Dict(keys=keys):
+        yield from (
+          (key.lineno, key.value)
+          for key in keys
+          if isinstance(key, ast.Constant) and isinstance(key.value, str)
+        )
+      case ast.Subscript(slice=ast.Constant(value=str(key)), ctx=ast.Store()):
+        yield line, key
 
 
 def comments(text):
@@ -156,6 +178,12 @@ def strings(tree):
   for node in ast.walk(tree):
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
       yield node.lineno, node.value
+
+
+def paragraphs(text):
+  """(line, text) of each paragraph of a page."""
+  for match in re.finditer(r'(?:.+\n?)+', text):
+    yield 1 + text.count('\n', 0, match.start()), match.group()
 
 
 def shell_names(text):
@@ -202,6 +230,8 @@ def test_each_name_can_fail(tmp_path, word):
     '_told = 1',
     'told_ = 1',
     '(told := 1)',
+    "x = {'told': 1}",
+    "x['told'] = 1",
   ],
 )
 def test_each_kind_of_name_can_fail(tmp_path, text):
@@ -235,6 +265,15 @@ def test_each_phrase_can_fail(tmp_path, phrase):
     (tmp_path / 'a.py').write_text(text, encoding='utf-8')
     (line,) = problems(tmp_path, ['a.py'])
     assert line == f'a.py:1: {phrase!r} -> {PHRASES[phrase]}'
+
+
+@pytest.mark.parametrize('phrase', PHRASES)
+def test_pages_can_fail(tmp_path, phrase):
+  first, *rest = phrase.split()
+  text = f'# A title\n\nIt is\n- {first}\n  {" ".join(rest)} here\n'
+  (tmp_path / 'a.md').write_text(text, encoding='utf-8')
+  (line,) = problems(tmp_path, ['a.md'])
+  assert line == f'a.md:3: {phrase!r} -> {PHRASES[phrase]}'
 
 
 def test_what_is_no_retired_word_passes(tmp_path):

@@ -180,7 +180,7 @@ def checks(mode: str, dry_run: bool, seconds: float) -> Iterator[report.Row]:
     if time.monotonic() > end:
       yield {'kernel': kernel.kind, 'case': kernel.name, 'note': 'no time'}
       continue
-    row = {'kernel': kernel.kind, 'case': kernel.name, 'how': kernel.mode}
+    row = {'kernel': kernel.kind, 'case': kernel.name, 'mode': kernel.mode}
     repeats = 2 if dry_run else 20
     try:
       yield row | check_kernel(kernel, jax.random.key(number), repeats)

@@ -35,8 +35,6 @@ import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float, Int
 
-from dsv3_jax import errors
-
 
 class Placement(NamedTuple):
   """Experts of slots and slots of experts; all int32.
@@ -67,7 +65,7 @@ def rebalance_experts(
       num_nodes, all replicas of a group are on one node.
 
   Raises:
-    InputError: loads are no matrix of finite numbers >= 0; num_gpus is not
+    ValueError: loads are no matrix of finite numbers >= 0; num_gpus is not
       a multiple of num_nodes, num_groups does not divide the experts, or
       num_replicas is not a multiple of num_gpus or less than the experts.
   """
@@ -116,7 +114,7 @@ def loads(
     float64, in the unit of weight_LE.
 
   Raises:
-    InputError: wrong weights; not one row of slots a layer, equally many for
+    ValueError: wrong weights; not one row of slots a layer, equally many for
       each GPU; a slot's expert does not exist; an expert has no slot.
   """
   weight_LE = _check_weights(weight_LE)
@@ -125,19 +123,19 @@ def loads(
     total_L = np.sum(weight_LE, axis=1)
   if not np.all(np.isfinite(total_L)):
     layer = np.argmin(np.isfinite(total_L))
-    raise errors.InputError(f'weight_LE[{layer}] must have a finite sum')
+    raise ValueError(f'weight_LE[{layer}] must have a finite sum')
   slots = phy2log.shape[1]
   if len(phy2log) != layers:
-    raise errors.InputError(
+    raise ValueError(
       f'phy2log has {len(phy2log)} layers, weight_LE has {layers}'
     )
   _check_positive('num_gpus', num_gpus)
   if not slots or slots % num_gpus:
-    raise errors.InputError(
+    raise ValueError(
       f'phy2log has {slots} slots, not a multiple of num_gpus = {num_gpus}'
     )
   if np.min(phy2log) < 0 or np.max(phy2log) >= experts:
-    raise errors.InputError(
+    raise ValueError(
       f'phy2log must be in [0, {experts}), the experts of weight_LE'
     )
   layer_L1 = np.arange(layers)[:, None]
@@ -145,9 +143,7 @@ def loads(
   np.add.at(count_LE, (layer_L1, phy2log), 1)
   if not np.all(count_LE):
     layer, expert = np.argwhere(count_LE == 0)[0]
-    raise errors.InputError(
-      f'phy2log[{layer}] must have a slot for expert {expert}'
-    )
+    raise ValueError(f'phy2log[{layer}] must have a slot for expert {expert}')
   slot_load_LZ = np.take_along_axis(weight_LE / count_LE, phy2log, axis=1)
   return np.sum(slot_load_LZ.reshape(layers, num_gpus, -1), axis=2)
 
@@ -222,14 +218,14 @@ def _check_weights(weight_LE):
   weight_LE = np.asarray(weight_LE)
   shape, kind = weight_LE.shape, weight_LE.dtype.kind
   if kind not in 'iuf' or len(shape) != 2 or not weight_LE.size:
-    raise errors.InputError(
+    raise ValueError(
       f'weight_LE is {weight_LE.dtype} {list(shape)}, it must be numbers '
       '[layers, experts], one or more of each'
     )
   wrong_LE = ~(np.isfinite(weight_LE) & (weight_LE >= 0))
   if np.any(wrong_LE):
     layer, expert = np.argwhere(wrong_LE)[0]
-    raise errors.InputError(
+    raise ValueError(
       f'weight_LE[{layer}, {expert}]={weight_LE[layer, expert]} must be finite '
       'and >= 0'
     )
@@ -245,7 +241,7 @@ def _check_sizes(experts, num_replicas, num_groups, num_nodes, num_gpus):
     legal = [n for n in range(1, experts + 1) if experts % n == 0]
     below = [n for n in legal if n < num_groups][-1:]
     near = below + [n for n in legal if n > num_groups][:1]
-    raise errors.InputError(
+    raise ValueError(
       f'num_groups={num_groups} must divide the {experts} experts: '
       f'{_nearest(near)}'
     )
@@ -255,7 +251,7 @@ def _check_sizes(experts, num_replicas, num_groups, num_nodes, num_gpus):
 
 def _check_positive(name, value):
   if value < 1:
-    raise errors.InputError(f'{name}={value} must be >= 1')
+    raise ValueError(f'{name}={value} must be >= 1')
 
 
 def _check_multiple(name, value, step, rule, least=1):
@@ -265,7 +261,7 @@ def _check_multiple(name, value, step, rule, least=1):
   first = -(-least // step) * step
   below = value - value % step
   near = [below, below + step] if below >= first else [first]
-  raise errors.InputError(f'{name}={value} must be {rule}: {_nearest(near)}')
+  raise ValueError(f'{name}={value} must be {rule}: {_nearest(near)}')
 
 
 def _nearest(legal):

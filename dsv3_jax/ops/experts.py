@@ -11,7 +11,7 @@
   combine        their sum, on the token's own device
 
 In FP8 the last three have one derivative, `fp8_experts`, as what is sent is
-FP8 in both passes. Dropless: no token is cut at any imbalance.
+FP8 in both passes. Dropless: no token is dropped at any imbalance.
 """
 
 import dataclasses

@@ -6,8 +6,8 @@ cross-entropies; `depth_targets` gives its targets and weights:
 
   loss      sum over the main targets / how many count
   mtp_loss  mean over depths of: a depth's sum / how many MAIN targets count
-            (eq. 24: T of a full row) or, with `mtp.normalizer='valid'`, / how
-            many of its own count
+            (eq. 24: T of a full row) or, with
+            `model.mtp.normalizer='valid'`, / how many of its own count
   total     loss + lambda mtp_loss + balance loss
 
 `nn/model.py` (`Model.loss`) and, under a pipeline,

@@ -207,7 +207,10 @@ def _convert(change: Callable, state: State) -> State:
 def make_train_step(
   cfg: config.Config,
 ) -> Callable[[State, model.Batch, jax.Array, Hyper], tuple[State, dict]]:
-  """`Trainer.step` on one device; `num_microbatches` is an int32."""
+  """`Trainer.step` on one device; `num_microbatches` is an int32.
+
+  The one-device reference of tests and benchmarks; training uses `Trainer`.
+  """
   sizes = dict.fromkeys(sharding.AXES, 1)
   return functools.partial(_step, cfg, state_layout.make(cfg, sizes))
 

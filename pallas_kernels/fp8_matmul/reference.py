@@ -46,7 +46,7 @@ def quantize(
     tile: rows and columns that share a scale.
     pow2: scales are powers of two.
     floor: least amax of a tile.
-    dtype: E4M3 or E5M2.
+    dtype: E4M3, or float8_e5m2 for wider exponents.
   """
   with jax.named_scope('quantize'):
     x = x.astype(jnp.float32)

@@ -212,7 +212,8 @@ def test_the_benchmark_of_speculation(trained, tmp_path, capsys):
   assert speculation.main(args) == 0
   rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
   wanted = [(t, b, k) for t in (0.0, 1.0) for b in (1, 2) for k in (0, 1)]
-  assert [(r['temperature'], r['batch'], r['drafts']) for r in rows] == wanted
+  keys = ('temperature', 'batch', 'speculative_tokens')
+  assert [tuple(row[key] for key in keys) for row in rows] == wanted
   assert rows[0]['speed_ratio'] == 1.0 and rows[0]['accepted'] is None
   assert 0 <= rows[1]['accepted'] <= 1 and rows[1]['tokens_per_step'] <= 2
   assert rows[0]['read'] == 1.0 and rows[1]['read'] > 1.0

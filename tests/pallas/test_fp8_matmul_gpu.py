@@ -173,6 +173,6 @@ def test_wrong_or_foreign_arguments_are_named():
   a, b = draw(cases.SMALL['tiny'], quantized.ROW)
   with pytest.raises(ValueError, match='columns=192 must be at most 128'):
     pallas_gpu.matmul(a, b, 'float32', blocks=BlockSizes(columns=192))
-  e5m2 = reference.quantize(jnp.ones((64, 256)), dtype=quantized.E5M2)
+  e5m2 = reference.quantize(jnp.ones((64, 256)), dtype=jnp.float8_e5m2)
   with pytest.raises(NotImplementedError, match='a is float8_e5m2, not e4m3'):
     pallas_gpu.matmul(e5m2, b, 'float32')

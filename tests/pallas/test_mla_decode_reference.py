@@ -232,7 +232,7 @@ def test_wrong_arguments_are_named(changes, message):
   [
     ({'tile': quantized.BLOCK}, r'cache.c.tile=\(128, 128\) must be \(1, 128'),
     ({'scales': jnp.ones((5, 64, 3))}, r'cache.c.scales.shape=\(5, 64, 3\)'),
-    ({'values': jnp.ones((5, 64, 128), quantized.E5M2)}, 'must be e4m3'),
+    ({'values': jnp.ones((5, 64, 128), jnp.float8_e5m2)}, 'must be e4m3'),
   ],
 )
 def test_wrong_fp8_caches_are_named(changes, message):

@@ -154,6 +154,6 @@ def test_registers_suffice_and_transposing_loads_are_used(
 def test_foreign_arguments_are_named():
   with pytest.raises(NotImplementedError, match='x_MD is float32'):
     quantize_gpu.quantize_both(jnp.ones((8, 8)))
-  q = reference.quantize(jnp.ones((8, 8)), dtype=quantized.E5M2)
+  q = reference.quantize(jnp.ones((8, 8)), dtype=jnp.float8_e5m2)
   with pytest.raises(NotImplementedError, match='q is float8_e5m2'):
     quantize_gpu.requantize_transposed(q)

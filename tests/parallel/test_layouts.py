@@ -76,7 +76,12 @@ def test_layout_is_one_device(name):
 
 
 def test_a_wrong_gradient_is_seen():
-  row = {'told': 0.0, 'gradients': 1e-7, 'weights': 3e-6, 'biases_equal': True}
+  row = {
+    'metrics': 0.0,
+    'gradients': 1e-7,
+    'weights': 3e-6,
+    'biases_equal': True,
+  }
   assert layouts.is_wrong(row, 'f32')
   row['weights'] = 1e-6
   assert not layouts.is_wrong(row, 'f32')

@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax.data import tokenizer as tokenizers
 from tests.inference import counting
-from tests.server import test_app as test_server
+from tests.server import web
 
 sync_api = pytest.importorskip(
   'playwright.sync_api', reason='playwright is missing: pip install -e .[test]'
@@ -47,9 +47,9 @@ def browser():
 
 @pytest.fixture
 def served():
-  tokenizer = tokenizers.train(test_server.TEXTS * 30, 280)
+  tokenizer = tokenizers.train(web.TEXTS * 30, 280)
   runner = Runner(tokenizer, 0.01)
-  with test_server.serving(tokenizer, runner=runner) as server:
+  with web.serving(tokenizer, runner=runner) as server:
     yield server
 
 
@@ -112,7 +112,7 @@ def test_stop_ends_it_here_and_there(page, served):
   page.get_by_role('button', name='Stop').click()
   expect(page, '.note').to_have_text('stopped')
   expect(page, '#send').to_be_visible()
-  test_server.idle(served[1])
+  web.idle(served[1])
   assert served[1].counts['cancelled'] == 1
 
 
@@ -133,8 +133,8 @@ def test_errors_are_shown_and_can_be_mended(page, served):
 
 
 def test_a_missing_key_is_said(browser):
-  tokenizer = tokenizers.train(test_server.TEXTS * 30, 280)
-  with test_server.serving(tokenizer, api_key='k') as (address, _):
+  tokenizer = tokenizers.train(web.TEXTS * 30, 280)
+  with web.serving(tokenizer, api_key='k') as (address, _):
     page = browser.new_page()
     page.goto(address)
     expect(page, '#model').to_have_text('the API key is missing or wrong')

@@ -23,7 +23,6 @@ from dsv3_jax.parallel.pipeline import (
 )
 
 State = dict[str, Any]
-_BUFFERS = {'y': 'in', 'dx': 'grad'}  # by what arrives
 
 
 def empty_buffers(
@@ -68,7 +67,7 @@ def exchange(
       if transfer.hop:
         pairs = [(rank, (rank + transfer.hop) % ranks) for rank in range(ranks)]
         x = jax.lax.ppermute(x, stage_params.AXIS, pairs)
-      buffer = _BUFFERS[transfer.payload]
+      buffer = instructions.BUFFERS[transfer.payload]
       state[buffer] = activation_buffers.write_slot(
         state[buffer], row[transfer], x
       )

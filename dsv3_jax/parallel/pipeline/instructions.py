@@ -43,6 +43,8 @@ FIELDS = (
 # Fields of each tick and direction: the micro-batch whose forward (f) or
 # backward (b) runs at the first or the last stage, for embedding and head.
 VOCAB_FIELDS = ('first_f', 'last_f', 'first_b', 'last_b')
+# The buffer for each payload of a `Transfer`.
+BUFFERS = {'y': 'in', 'dx': 'grad'}
 
 
 class Transfer(NamedTuple):
@@ -221,13 +223,17 @@ class _Events:
 
 def _transfers(schedule: Schedule) -> tuple[Transfer, ...]:
   """Transfers between the ranks of neighbouring stages, both ways."""
-  transfers, ranks = [], schedule.ranks
+  transfers = []
   for home in schedule.homes:
     for here, there in itertools.pairwise(home):
-      # From the last rank to the first is one hop of a ring.
-      hop = (there - here + 1) % ranks - 1 if ranks > 2 else there - here
+      hop = _hop(here, there, schedule.ranks)
       transfers += [Transfer('y', hop), Transfer('dx', -hop)]
   return tuple(dict.fromkeys(transfers))
+
+
+def _hop(here: int, there: int, ranks: int) -> int:
+  """From the last rank to the first is one hop of a ring."""
+  return (there - here + 1) % ranks - 1 if ranks > 2 else there - here
 
 
 class _Slots:
@@ -295,8 +301,7 @@ class _Slots:
     width = len(self._transfers) + directions
     slots = np.zeros((events.ticks, schedule.ranks, width), np.int32)
     for at, transfer in enumerate(self._transfers):
-      buffer = {'y': 'in', 'dx': 'grad'}[transfer.payload]
-      slots[..., at] = self.counts.get(buffer, 0)
+      slots[..., at] = self.counts.get(BUFFERS[transfer.payload], 0)
     slots[..., len(self._transfers) :] = self.counts['head']
     for task, tick in events.forward.items():
       here = events.home(task)
@@ -316,8 +321,7 @@ class _Slots:
     return slots
 
   def _transfer(self, payload: str, here: int, there: int) -> int:
-    ranks = self._events.schedule.ranks
-    hop = (there - here + 1) % ranks - 1 if ranks > 2 else there - here
+    hop = _hop(here, there, self._events.schedule.ranks)
     return self._transfers.index(Transfer(payload, hop))
 
 

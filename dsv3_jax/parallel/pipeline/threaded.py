@@ -21,7 +21,6 @@ from dsv3_jax.parallel.pipeline import split_backward
 from dsv3_jax.parallel.schedules import actions, simulate, validate
 
 Tree = Any
-Function = Callable[[Tree, Tree, Tree], tuple[Tree, Tree]]
 
 
 class ThreadedStage(NamedTuple):

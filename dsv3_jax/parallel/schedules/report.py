@@ -67,7 +67,7 @@ def as_json(simulated: SimulatedSchedule) -> dict[str, Any]:
     'peak_live_activations': simulate.peak_live(schedule),
     'parameter_copies': schedules.parameter_copies(schedule),
     'model_copies': len(schedule.homes),
-    'lockstep': {
+    'lockstep': {  # in ticks; scripts read this key
       'ticks': len(simulated.table),
       'total': float(ticks.total),
       'bubble': float(ticks.bubble),

@@ -1,9 +1,8 @@
 """A schedule in ticks: one action a rank a tick, for one SPMD program.
 
 A loop over ticks runs such a table on all ranks at once. A result is sent when
-its tick ends. Another rank can use it `latency` ticks later. The same rank can
-use it in the next tick, also at the fold of DualPipeV. A tick lasts as long as
-its longest action.
+its tick ends and can be used in the next tick. A tick lasts as long as its
+longest action.
 """
 
 import dataclasses
@@ -14,21 +13,15 @@ from dsv3_jax.parallel.schedules.actions import Action, Schedule
 TickTable = tuple[tuple[Action | None, ...], ...]  # [tick][rank]; None is idle
 
 
-def to_ticks(schedule: Schedule, latency: int = 1) -> TickTable:
+def to_ticks(schedule: Schedule) -> TickTable:
   """The table in which every action runs as early as its order allows.
 
-  Args:
-    latency: ticks from an action to an action of another rank that needs its
-      result. With 2 the exchange has a whole tick, in which ranks compute.
-
   Raises:
-    ValueError: latency < 1, or the schedule is not legal.
+    ValueError: the schedule is not legal.
   """
-  if latency < 1:
-    raise ValueError(f'latency={latency} must be >= 1')
   links = validate.check_work(schedule)
   ones = [[1] * len(order) for order in schedule.orders]
-  ticks = simulate.run(schedule, links, ones, latency - 1)
+  ticks = simulate.run(schedule, links, ones, comm=0)
   table: list[list[Action | None]] = [
     [None] * schedule.ranks for _ in range(ticks.total)
   ]

@@ -102,6 +102,19 @@ def actions():
   return jnp.array(kinds).T, jnp.array(micro).T
 
 
+def exchange(rank, state, out, kinds, micro):
+  """Sends what a rank computed on; kinds, micro: of both ranks in this tick."""
+  down = jax.lax.ppermute(out, 'pipe', [(0, 1)])
+  up = jax.lax.ppermute(out, 'pipe', [(1, 0)])
+  keep = lambda name, m, new, yes: (
+    state[name].at[m].set(jnp.where(yes, new, state[name][m]))
+  )
+  sent = (rank == 1) & (kinds[0] == 1)
+  back = (rank == 0) & (kinds[1] == 2)
+  state |= {'in': keep('in', micro[0], down, sent)}
+  return state | {'dy': keep('dy', micro[1], up, back)}
+
+
 def pipeline(params, x_m, consts_m):
   """What one of two ranks does: gradients, and losses by micro-batch.
 
@@ -153,15 +166,7 @@ def pipeline(params, x_m, consts_m):
     kinds, micro = row
     branches = (idle, forward, backward_input, backward_weight)
     state, out = jax.lax.switch(kinds[rank], branches, state, micro[rank])
-    down = jax.lax.ppermute(out, 'pipe', [(0, 1)])
-    up = jax.lax.ppermute(out, 'pipe', [(1, 0)])
-    keep = lambda name, m, new, yes: (
-      state[name].at[m].set(jnp.where(yes, new, state[name][m]))
-    )
-    sent = (rank == 1) & (kinds[0] == 1)
-    back = (rank == 0) & (kinds[1] == 2)
-    state |= {'in': keep('in', micro[0], down, sent)}
-    return state | {'dy': keep('dy', micro[1], up, back)}, None
+    return exchange(rank, state, out, kinds, micro), None
 
   state, _ = jax.lax.scan(tick, state, actions())
   outputs = {name: state[name] for name in ('grads', 'dx', 'loss')}

@@ -9,7 +9,7 @@ from dsv3_jax.parallel.schedules import actions, validate
 from dsv3_jax.parallel.schedules import ticks as tick_tables
 
 
-def check_table(schedule, table, latency=1):
+def check_table(schedule, table):
   """Raises ValueError unless the table is a legal one of the schedule's work.
 
   The table's orders may differ from the schedule's.
@@ -17,7 +17,7 @@ def check_table(schedule, table, latency=1):
   ordered, ticks = tick_tables.orders(schedule, table)
   validate.check_work(ordered)
   ends = [[tick + 1 for tick in row] for row in ticks]
-  check_times(ordered, ticks, ends, latency - 1)
+  check_times(ordered, ticks, ends)
 
 
 def check_times(
@@ -63,8 +63,8 @@ def check_times(
 
 
 def stage_costs(layer_ranges, costs):
-  """What each stage costs if all layers cost the same."""
-  total = [costs.layer * (end - first) for first, end in layer_ranges]
+  """What each stage costs; a layer costs 1."""
+  total = [end - first for first, end in layer_ranges]
   total[0] += costs.embedding
   total[-1] += costs.head + costs.mtp
   return tuple(total)

@@ -27,36 +27,32 @@ def text(table):
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'latency', 'rows'),
+  ('sizes', 'rows'),
   [
     (
       ('1f1b', 2, 4),
-      1,
       ['F0 F1 . B0 F2 B1 F3 B2 . B3', '. F0 B0 F1 B1 F2 B2 F3 B3 .'],
     ),
-    (('1f1b', 2, 1), 2, ['F0 . . . . B0', '. . F0 B0 . .']),
     (
       ('zb1p', 2, 2),
-      1,
       ['F0 F1 . I0 W0 I1 W1', '. F0 I0 F1 I1 W0 W1'],
     ),
-    (  # The turn is on the rank itself: no latency there.
+    (
       ('dualpipev', 2, 2),
-      2,
       ['F0 F0 F1 B0 F1&B0 B1 I1 W1'],
     ),
   ],
 )
-def test_tables_written_by_hand(sizes, latency, rows):
-  assert text(tick_tables.to_ticks(make(*sizes), latency)) == rows
+def test_tables_written_by_hand(sizes, rows):
+  assert text(tick_tables.to_ticks(make(*sizes))) == rows
 
 
-@hypothesis.given(oracle.sizes(), st.booleans(), st.integers(1, 3))
-def test_a_table_holds_the_work_and_its_order(sizes, split, latency):
+@hypothesis.given(oracle.sizes(), st.booleans())
+def test_a_table_holds_the_work_and_its_order(sizes, split):
   if sizes['kind'] in schedules.UNIDIRECTIONAL:
     sizes = sizes | {'split_backward': split}
   schedule = schedules.make_schedule(**sizes)
-  table = tick_tables.to_ticks(schedule, latency)
+  table = tick_tables.to_ticks(schedule)
   assert any(table[0]) and any(table[-1])
   columns = [
     [(tick, row[rank]) for tick, row in enumerate(table) if row[rank]]
@@ -66,17 +62,16 @@ def test_a_table_holds_the_work_and_its_order(sizes, split, latency):
   assert orders == schedule.orders
   starts = [[tick for tick, _ in column] for column in columns]
   ends = [[tick + 1 for tick in row] for row in starts]
-  late = oracle.slack(schedule, starts, ends, latency - 1)
+  late = oracle.slack(schedule, starts, ends, 0)
   assert all(delay == 0 for row in late for delay in row)
-  tables.check_table(schedule, table, latency)
+  tables.check_table(schedule, table)
 
 
 @hypothesis.given(st.data())
 def test_a_spoilt_table_is_noticed(data):
   """An action moved to an idle place before what it needs, or off the table."""
   schedule = schedules.make_schedule(**data.draw(oracle.sizes(most_ranks=4)))
-  latency = data.draw(st.integers(1, 2))
-  table = [list(row) for row in tick_tables.to_ticks(schedule, latency)]
+  table = [list(row) for row in tick_tables.to_ticks(schedule)]
   gaps = [
     (tick, rank)
     for tick, row in enumerate(table[1:], 1)
@@ -88,22 +83,14 @@ def test_a_spoilt_table_is_noticed(data):
     tick, rank = data.draw(st.sampled_from(gaps))
     table[tick - 1][rank], table[tick][rank] = table[tick][rank], None
     with pytest.raises(ValueError, match=f'rank {rank} starts .* arrives at'):
-      tables.check_table(schedule, freeze(), latency)
+      tables.check_table(schedule, freeze())
     table[tick - 1][rank], table[tick][rank] = None, table[tick - 1][rank]
-  tables.check_table(schedule, freeze(), latency)
+  tables.check_table(schedule, freeze())
   rank = data.draw(st.integers(0, schedule.ranks - 1))
   busy = [tick for tick, row in enumerate(table) if row[rank]]
   table[data.draw(st.sampled_from(busy))][rank] = None
   with pytest.raises(ValueError, match=r'missing|queue'):
-    tables.check_table(schedule, freeze(), latency)
-
-
-def test_too_little_latency_is_noticed():
-  schedule = make('1f1b', 3, 4)
-  with pytest.raises(ValueError, match='arrives at'):
-    tables.check_table(schedule, tick_tables.to_ticks(schedule), latency=2)
-  with pytest.raises(ValueError, match='latency=0 must be >= 1'):
-    tick_tables.to_ticks(schedule, 0)
+    tables.check_table(schedule, freeze())
 
 
 @hypothesis.given(st.data())
