@@ -218,15 +218,15 @@ MODEL = (
   Mutant(
     'causal mask shifted by one',
     'pallas_kernels/mla_attention/xla.py',
-    'mask_BTS = (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None]',
-    'mask_BTS = (jnp.arange(end) - 1 <= jnp.arange(start, end)[:, None])[None]',
+    'mask_BTS = (index_S <= index_T1)[None]',
+    'mask_BTS = (index_S - 1 <= index_T1)[None]',
     (_ATTENTION, _CAUSALITY),
   ),
   Mutant(
     'samples see each other',
     'pallas_kernels/mla_attention/xla.py',
-    'mask_BTS = mask_BTS & same',
-    'mask_BTS = mask_BTS & (same | True)',
+    '(query_BT[:, :, None] == key_BS[:, None])',
+    '(query_BT[:, :, None] == query_BT[:, :, None])',
     (_ATTENTION, _CAUSALITY),
   ),
   Mutant(
@@ -371,8 +371,8 @@ PARALLEL = (
   Mutant(
     'context: mask shifted by one',
     'dsv3_jax/ops/context_attention.py',
-    'mask_Bts = (tile.key + jnp.arange(self.piece) <= index_t1)[None]',
-    'mask_Bts = (tile.key + jnp.arange(self.piece) < index_t1 + 2)[None]',
+    'index_s, segments = tile.key + jnp.arange(self.piece), None',
+    'index_s, segments = tile.key - 1 + jnp.arange(self.piece), None',
     ('tests/ops/test_context_attention.py',),
   ),
   Mutant(

@@ -243,7 +243,7 @@ def idle(model):
   while model.running or model.waiting:
     assert time.monotonic() < end
     time.sleep(0.01)
-  assert model.engine.stats().blocks_in_use == 0
+  assert model.stats().blocks_in_use == 0
 
 
 def test_64_streams_at_once_get_their_own(served, tokenizer):
@@ -377,7 +377,7 @@ def test_wrong_bodies_are_one_line(served, path, body, message):
   assert code == 400
   assert message in error['message'] and '\n' not in error['message']
   assert error['type'] == 'invalid_request_error'
-  assert served[1].engine.is_idle
+  assert served[1].running == served[1].waiting == 0
 
 
 def test_a_body_that_is_too_long_is_not_read(served):
@@ -402,13 +402,14 @@ def test_metrics_count(tokenizer):
 
 
 def test_a_model_that_fails_is_said(tokenizer, capfd):
-  with serving(tokenizer, 0.02) as (address, model):
+  runner = counting.Runner(280, 0.02, room=600)
+  with serving(tokenizer, runner=runner) as (address, _):
     with client(address) as ask:
       parts = ask.completions.create(
         model='tiny', prompt=[5], max_tokens=400, stream=True
       )
       next(iter(parts))
-      model.engine.runner.fails = True
+      runner.fails = True
       with pytest.raises(openai.APIError, match='the model has ended'):
         list(parts)
       with pytest.raises(openai.InternalServerError) as caught:
@@ -421,7 +422,7 @@ def test_a_model_that_fails_is_said(tokenizer, capfd):
 def test_pages_of_other_sites_may_not_ask(served):
   other = {'sec-fetch-site': 'cross-site'}
   assert fetch(f'{served[0]}/v1/completions', b'{}', **other)[0] == 403
-  assert served[1].engine.is_idle
+  assert served[1].running == served[1].waiting == 0
 
 
 def test_a_body_that_breaks_off_is_no_fault(served, capfd):
