@@ -142,7 +142,7 @@ def lower(
     )
     x_BTD = jnp.zeros(loop.shape, loop.dtype) + unknown.astype(loop.dtype)
     row = dict.fromkeys(
-      (*loop.field_names(), 'turn'), unknown.astype(jnp.int32)
+      (*loop.field_names(), 'iteration'), unknown.astype(jnp.int32)
     )
     embedded = [(x_BTD, [])] * len(pipe.program.schedule.homes)
     state = loop.act(branch, embedded, row, state)
