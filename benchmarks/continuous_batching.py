@@ -53,7 +53,9 @@ def measure(cfg: config.Config, requests: int, rounds: int, longest: int):
   """A row for either way."""
   net = model.build(cfg)
   params = jax.jit(lambda: model.init_params(net, jax.random.key(0)))()
-  runner = model_runner.ModelRunner(cfg, params, model.init_router(cfg.model))
+  runner = model_runner.ModelRunner(
+    cfg, params, model.init_router_biases(cfg.model)
+  )
   rng = np.random.default_rng(0)
   draw = lambda low, high: int(rng.integers(low, high + 1))
   cases = []

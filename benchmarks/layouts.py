@@ -188,11 +188,11 @@ def start(cfg: config.Config) -> steps.State:
   state = jax.device_get(state)
   rng = np.random.default_rng(1)
   spread = lambda w: w + rng.normal(0.0, 0.02, w.shape).astype(np.float32)
-  router = jax.tree.map(
+  router_biases = jax.tree.map(
     lambda b: rng.normal(0.0, 0.05, b.shape).astype(np.float32), state['router']
   )
   params = jax.tree.map(spread, state['params'])
-  return state | {'params': params, 'router': router}
+  return state | {'params': params, 'router': router_biases}
 
 
 @functools.lru_cache(maxsize=4)

@@ -59,7 +59,7 @@ class Weights(NamedTuple):
   """The part of a state that the phase starts from."""
 
   params: dict
-  router: model.RouterBiases
+  router_biases: model.RouterBiases
 
 
 def make_config(length: int, *, yarn: bool, context: int = 1) -> config.Config:
@@ -184,7 +184,7 @@ def train(cfg, start: Weights | None, text, num_steps, lr, seed) -> Weights:
   state = trainer.init(jax.random.key(cfg.seed))
   if start is not None:
     shardings = trainer.shardings()
-    weights = {'params': start.params, 'router': start.router}
+    weights = {'params': start.params, 'router': start.router_biases}
     shardings = {name: shardings[name] for name in weights}
     state |= jax.device_put(weights, shardings)
   step, rng = (
@@ -220,7 +220,9 @@ def _answer(cfg: config.Config):
   net = model.build(cfg)
 
   def answer(weights: Weights, batch: model.Batch):
-    logits_BTV, _ = net.apply({'params': weights.params}, batch, weights.router)
+    logits_BTV, _ = net.apply(
+      {'params': weights.params}, batch, weights.router_biases
+    )
     return jnp.argmax(logits_BTV[:, -1], axis=-1)
 
   return jax.jit(answer)

@@ -126,10 +126,12 @@ def lower(
     other = {'F': 'backward', 'B': 'forward'}[halves]
     branch = branch._replace(**{other: None})
 
-  def body(params, router, batch_nBT):
+  def body(params, router_biases, batch_nBT):
     one = jnp.float32(1.0)
     scales = {'main': one, 'balance': one, 'mtp': [], 'mtp_weight': one}
-    loop = executor.make_tick_loop(pipe, params, router, batch_nBT, scales)
+    loop = executor.make_tick_loop(
+      pipe, params, router_biases, batch_nBT, scales
+    )
     # Numbers that XLA does not know, or it would compute with zeros.
     unknown = batch_nBT.weights_BT[0, 0, 0]
     state = jax.tree.map(
@@ -140,7 +142,7 @@ def lower(
     )
     x_BTD = jnp.zeros(loop.shape, loop.dtype) + unknown.astype(loop.dtype)
     row = dict.fromkeys(
-      (*loop.field_names(), 'turn'), unknown.astype(jnp.int32)
+      (*loop.field_names(), 'iteration'), unknown.astype(jnp.int32)
     )
     embedded = [(x_BTD, [])] * len(pipe.program.schedule.homes)
     state = loop.act(branch, embedded, row, state)
@@ -148,7 +150,7 @@ def lower(
 
   is_place = lambda x: isinstance(x, zero.Placement)
   specs = jax.tree.map(lambda p: p.compute, layout.placed, is_leaf=is_place)
-  specs = (specs, layout.router_specs(), steps.BATCH_SPEC)
+  specs = (specs, layout.router_biases_specs(), steps.BATCH_SPEC)
   run = sharding.shard_map_step(
     body,
     mesh,
@@ -164,8 +166,8 @@ def _arguments(cfg, pipe, mesh, specs):
   layout = pipe.layout
   net, train = model.build(cfg), cfg.train
   params = jax.eval_shape(layout.from_model, model.param_shapes(net))
-  bias = model.init_router(cfg.model)['moe']
-  router = {'moe': jax.eval_shape(lambda: layout.to_slots('moe', bias))}
+  bias = model.init_router_biases(cfg.model)['moe']
+  router_biases = {'moe': jax.eval_shape(lambda: layout.to_slots('moe', bias))}
   shape = (train.batch_size // train.microbatch_size, train.microbatch_size)
   shape = (*shape, cfg.data.seq_len)
   ints = jax.ShapeDtypeStruct(shape, 'int32')
@@ -179,7 +181,7 @@ def _arguments(cfg, pipe, mesh, specs):
 
   return (
     jax.tree.map(place, params, specs[0]),
-    jax.tree.map(place, router, specs[1]),
+    jax.tree.map(place, router_biases, specs[1]),
     place(batch_nBT, specs[2]),
   )
 

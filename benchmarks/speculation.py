@@ -25,7 +25,7 @@ import dsv3_jax
 from benchmarks.common import report
 from dsv3_jax import config
 from dsv3_jax.data import corpus as corpora
-from dsv3_jax.inference import engine, generate, llm, model_runner
+from dsv3_jax.inference import generate, llm, model_runner
 from dsv3_jax.planning import flops
 
 TEMPERATURES = (0.0, 1.0)
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def measure(model: llm.LLM, args):
   """A row for each temperature, batch and number of speculative tokens."""
   prompts = held_out(model, args.prompts, args.prompt_tokens)
-  weights = (model.config, model.params, model.router)
+  weights = (model.config, model.params, model.router_biases)
   runners = [
     model_runner.ModelRunner(*weights, k) for k in range(args.most + 1)
   ]
@@ -163,7 +163,7 @@ class Total(NamedTuple):
 
 
 def _total(outputs: list[generate.Generation]) -> Total:
-  stats: list[engine.EngineStats] = [one.stats for one in outputs]
+  stats: list[engine_stats.EngineStats] = [one.stats for one in outputs]
   accepted = sum(s.accepted_tokens for s in stats)
   return Total(
     seconds=sum(one.decode_seconds for one in outputs),

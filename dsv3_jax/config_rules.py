@@ -14,6 +14,7 @@ from dsv3_jax import errors, precision
 
 Rule = tuple[bool, str]
 
+MAX_POSITIONS = 1 << 20  # a position times 12 bits fits 32 bits (`ops.rope`)
 _CHOICES = {
   'precision': tuple(precision.POLICIES),
   'model.remat': ('none', 'report', 'full'),
@@ -77,10 +78,8 @@ _AT_MOST_ONE = ('data.fim_rate', 'data.split_rate', 'sample.top_p')
 
 def check(config: Any) -> None:
   """Raises InputError with the first rule of `config` that does not hold."""
-  values = dict(_flatten(config, ''))
-  groups = (_model, _run, _batch, _parallel)
-  for group in (_ranges(values), *(rules(config) for rules in groups)):
-    for holds, message in group:
+  for rules in (_ranges, _model, _run, _batch, _parallel):
+    for holds, message in rules(config):
       if not holds:
         raise errors.InputError(message)
 
@@ -126,8 +125,9 @@ def _flatten(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
       yield prefix + field.name, value
 
 
-def _ranges(values: dict[str, Any]) -> Iterator[Rule]:
+def _ranges(config: Any) -> Iterator[Rule]:
   """Rules of single values: choices, signs, bounds."""
+  values = dict(_flatten(config, ''))
   for path, value in values.items():
     if path in _CHOICES:
       names = ', '.join(_CHOICES[path])
@@ -194,7 +194,8 @@ def _model(config: Any) -> Iterator[Rule]:
     f'model.moe.product={moe.product!r} must be auto with '
     f'precision={config.precision!r}, which has its own grouped matmul',
   )
-  longest = min(int(rope.original_seq_len * max(rope.factor, 1.0)), 1 << 20)
+  longest = int(rope.original_seq_len * max(rope.factor, 1.0))
+  longest = min(longest, MAX_POSITIONS)
   yield (
     model.max_seq_len <= longest,
     f'model.max_seq_len={model.max_seq_len} must be <= {longest} = '
@@ -282,9 +283,8 @@ def _parallel(config: Any) -> Iterator[Rule]:
   """Rules between the model, its batches and the mesh."""
   p, moe = config.parallel, config.model.moe
   yield p.model == 1, f'parallel.model={p.model} must be 1: it is not built yet'
-  yield from _context(config)
-  yield from _fsdp(config)
-  yield from _deterministic(config)
+  for rules in (_context, _fsdp, _deterministic):
+    yield from rules(config)
   shards = p.data * p.node * p.expert
   micro, windows = config.train.microbatch_size, config.eval.batch_size
   yield (

@@ -26,13 +26,15 @@ _FFN = {'w_gate': 'w_gate_DF', 'w_up': 'w_up_DF', 'w_down': 'w_down_FD'}
 _EXPERTS = {'w_gate': 'w_gate_EDF', 'w_up': 'w_up_EDF', 'w_down': 'w_down_EFD'}
 
 
-def weights_of(params, router, cfg):
+def weights_of(params, router_biases, cfg):
   """The oracle's weights from the model's parameters and router biases."""
   layers = []
   for i in range(cfg.model.num_dense_layers):
     layers.append(_block(_layer(params['dense_layers'], i), None))
   for i in range(cfg.model.num_moe_layers):
-    layers.append(_block(_layer(params['moe_layers'], i), router['moe'][i]))
+    layers.append(
+      _block(_layer(params['moe_layers'], i), router_biases['moe'][i])
+    )
   modules = []
   for k in range(cfg.model.mtp.depth):
     module = params[f'mtp_{k}']
@@ -41,7 +43,7 @@ def weights_of(params, router, cfg):
         'enorm_D': module['embed_norm']['norm'],
         'hnorm_D': module['hidden_norm']['norm'],
         'eh_proj_2DD': module['w_proj'],
-        'block': _block(module['block'], router['mtp'][k]),
+        'block': _block(module['block'], router_biases['mtp'][k]),
         'norm_D': module['final_norm']['norm'],
       }
     )
@@ -80,14 +82,14 @@ def _named(params, names):
   return {names[name]: value for name, value in params.items()}
 
 
-def forward(params, router, cfg, batch, targets_Z, isolated):
+def forward(params, router_biases, cfg, batch, targets_Z, isolated):
   """For each row: main logits, MTP logits and routings of all Z tokens.
 
   Args:
     targets_Z: the last target of each row, token Z = T + 1 of it, and its
       position and segment: three arrays [B].
   """
-  weights = weights_of(params, router, cfg)
+  weights = weights_of(params, router_biases, cfg)
   rows = []
   for b in range(len(batch.tokens_BT)):
     extended = [

@@ -73,7 +73,7 @@ def test_an_installed_package_refuses_in_one_line(
 ):
   """Also where another project has installed a package of that name."""
   (tmp_path / folder).mkdir(exist_ok=True)
-  monkeypatch.setattr(bench, '_CLONE', tmp_path)
+  monkeypatch.setattr(bench, 'CLONE', tmp_path)
   assert main.main(['bench', 'same_bits']) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert 'not part of the installed package' in line and 'clone' in line

@@ -59,7 +59,7 @@ NAMES = {
   'tell': 'broadcast',
   'talk': 'chat',
   'warming': 'warmup',
-  'Plan': 'whose plan: ExchangePlan',
+  'Plan': 'whose plan: AllToAllPlan',
   'Layout': 'ParamLayout, StateLayout',
   'Stage': 'PipelineStage',
   'Run': 'TrainingRun',

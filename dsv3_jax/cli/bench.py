@@ -7,7 +7,7 @@ import sys
 
 from dsv3_jax import errors
 
-_CLONE = pathlib.Path(__file__).resolve().parents[2]
+CLONE = pathlib.Path(__file__).resolve().parents[2]
 
 
 def bench(argv: list[str]) -> int:
@@ -36,15 +36,15 @@ def _names() -> list[str]:
   Raises:
     InputError: the package does not run from a clone.
   """
-  folder = _CLONE / 'benchmarks'
+  folder = CLONE / 'benchmarks'
   # Beside an installed package, `benchmarks` would be some other project's.
-  if not folder.is_dir() or not (_CLONE / 'pyproject.toml').is_file():
+  if not folder.is_dir() or not (CLONE / 'pyproject.toml').is_file():
     raise errors.InputError(
       'benchmarks are not part of the installed package: run `dsv3 bench` from '
       'a clone that was installed with `pip install -e .`'
     )
-  if str(_CLONE) not in sys.path:
-    sys.path.insert(0, str(_CLONE))
+  if str(CLONE) not in sys.path:
+    sys.path.insert(0, str(CLONE))
   import benchmarks
 
   modules = pkgutil.iter_modules(benchmarks.__path__)

@@ -114,7 +114,7 @@ def engine_options(values: flags.FlagValues) -> dict[str, Any]:
   if any(size > 1 for size in sizes.values()):
     options['mesh'] = inference_mesh.make_mesh(**sizes)
   if redundant or every:
-    options['plan'] = redundant_experts.RedundancyConfig(
+    options['redundancy'] = redundant_experts.RedundancyConfig(
       redundant=redundant, every=every
     )
   return options

@@ -186,12 +186,12 @@ def _chat(values: flags.FlagValues) -> None:
       raise errors.InputError(f'what was said is no text: {error}') from error
     if not line:
       return
-    for piece in _shown(conversation.say(line), sys.stdout.isatty()):
+    for piece in shown_pieces(conversation.say(line), sys.stdout.isatty()):
       print(piece, end='', flush=True)
     print(flush=True)
 
 
-def _shown(
+def shown_pieces(
   pieces: Iterable[tuple[bool, str]], is_terminal: bool
 ) -> Iterator[str]:
   """Text to print: thoughts are dim on a terminal, elsewhere in tags."""

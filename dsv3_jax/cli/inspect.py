@@ -63,7 +63,7 @@ def evaluate(values: flags.FlagValues) -> None:
   about = evaluate.Evaluation(
     cfg=loaded.config,
     params=loaded.params,
-    router=loaded.router,
+    router_biases=loaded.router_biases,
     corpus=text,
     tokenizer=loaded.tokenizer,
     windows=evaluate.open_windows(loaded.config, text, loaded.tokenizer),

@@ -7,7 +7,6 @@ blocks of a step are rounded up to a few sizes, each of which is compiled once.
 """
 
 import collections
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,7 +15,13 @@ import jax
 import numpy as np
 
 from dsv3_jax import errors
-from dsv3_jax.inference import block_pool, model_runner, sampling, scheduler
+from dsv3_jax.inference import (
+  block_pool,
+  engine_stats,
+  model_runner,
+  sampling,
+  scheduler,
+)
 from dsv3_jax.inference import request as requests
 from pallas_kernels.mla_decode import api as mla_decode
 
@@ -36,45 +41,6 @@ class StepShape(NamedTuple):
   tokens: int
   blocks: int
   kind: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineStats:
-  """What an engine holds, and what it has done so far.
-
-  running, waiting: requests. preempted: how often a request was.
-  num_blocks, blocks_in_use: of the latent cache, all ranks together.
-  decode_steps: their number; decoded_rows: the rows of all of them;
-  decoded_tokens: the tokens that they gave.
-  speculative_tokens: tokens that decode steps verified; accepted_tokens: how
-  many of these were right.
-  rebalances: how often redundant experts were placed; None: there are none.
-  balancedness: mean load of a device / highest, up to the last rebalance, with
-  the placement before it; None: not known yet.
-  """
-
-  running: int
-  waiting: int
-  preempted: int
-  num_blocks: int
-  blocks_in_use: int
-  decode_steps: int
-  decoded_rows: int
-  decoded_tokens: int
-  speculative_tokens: int
-  accepted_tokens: int
-  rebalances: int | None = None
-  balancedness: float | None = None
-
-  @property
-  def acceptance(self) -> float:
-    """Share of speculative tokens accepted, 0 to 1; 0 if there were none."""
-    return self.accepted_tokens / max(self.speculative_tokens, 1)
-
-  @property
-  def tokens_per_step(self) -> float:
-    """Tokens that a decode step gives each row."""
-    return self.decoded_tokens / max(self.decoded_rows, 1)
 
 
 class Engine:
@@ -103,7 +69,7 @@ class Engine:
         sampled from, do not depend on the other requests. Every step then has
         its largest shape, and a prefill one row: slow.
     """
-    self.runner, self.batch_invariant = runner, batch_invariant
+    self._runner, self.batch_invariant = runner, batch_invariant
     pools = [
       block_pool.BlockPool(num_blocks, BLOCK_SIZE)
       for _ in range(runner.num_ranks)
@@ -128,7 +94,21 @@ class Engine:
   @property
   def max_running(self) -> int:
     """Requests that run at a time on all ranks."""
-    return self._scheduler.max_rows * self.runner.num_ranks
+    return self._scheduler.max_rows * self.num_ranks
+
+  @property
+  def num_ranks(self) -> int:
+    """See `model_runner.ModelRunner`."""
+    return self._runner.num_ranks
+
+  @property
+  def max_seq_len(self) -> int:
+    return self._runner.cfg.model.max_seq_len
+
+  @property
+  def decode_width(self) -> int:
+    """Tokens of a row that a decode step computes."""
+    return 1 + self._runner.num_speculative_tokens
 
   @property
   def chunk(self) -> int:
@@ -139,16 +119,16 @@ class Engine:
   def is_idle(self) -> bool:
     return self._scheduler.is_idle
 
-  def stats(self) -> EngineStats:
+  def stats(self) -> engine_stats.EngineStats:
     """A snapshot of this moment; from any thread."""
-    rebalancer, rebalances, balancedness = self.runner.rebalancer, None, None
+    rebalancer, rebalances, balancedness = self._runner.rebalancer, None, None
     if rebalancer is not None:
       rebalances = rebalancer.rebalances
       if rebalancer.balancedness is not None:
         balancedness = rebalancer.balancedness[0]
     names = ('decode_steps', 'decoded_rows', 'decoded_tokens')
     names += ('speculative_tokens', 'accepted_tokens')
-    return EngineStats(
+    return engine_stats.EngineStats(
       running=len(self._scheduler.running),
       waiting=len(self._scheduler.waiting),
       preempted=self._scheduler.preempted,
@@ -198,14 +178,12 @@ class Engine:
     """
     if max_new_tokens < 1:
       raise errors.InputError(f'max_new_tokens={max_new_tokens} must be >= 1')
-    requests.check_prompt(self.runner.cfg.model, prompt, max_new_tokens)
+    requests.check_prompt(self._runner.cfg.model, prompt, max_new_tokens)
     self._scheduler.check(len(prompt), max_new_tokens)
 
   def max_new_tokens(self, prompt_length: int) -> int:
     """How many tokens can follow a prompt of this length; 0 or less: none."""
-    pool = self._scheduler.pools[0]
-    room = pool.num_blocks * pool.block_size
-    return min(self.runner.cfg.model.max_seq_len, room) - prompt_length
+    return min(self.max_seq_len, self._scheduler.room) - prompt_length
 
   def cancel(self, request: requests.Request) -> None:
     """Ends a request early; does nothing if it is done."""
@@ -216,9 +194,13 @@ class Engine:
     step_input, arrays = self._empty(shape.rows, shape.tokens, shape.blocks)
     _key(requests.GREEDY)
     copies = [block_pool.BlockCopy(0, 0)]
-    caches = self.runner.copy_blocks(copies, self._caches)
-    run = getattr(self.runner, shape.kind)
-    output, self._caches = run(step_input, caches, arrays)
+    caches = self._runner.copy_blocks(copies, self._caches)
+    runs = {
+      'prefill': self._runner.prefill,
+      'extend': self._runner.extend,
+      'decode': self._runner.decode,
+    }
+    output, self._caches = runs[shape.kind](step_input, caches, arrays)
     jax.block_until_ready(output)
 
   def step(self) -> list[requests.TokenOutput]:
@@ -243,7 +225,7 @@ class Engine:
     is_uncached, longest = schedule.is_uncached, max(schedule.counts)
     if self.batch_invariant:
       is_uncached, longest = False, self.chunk
-    run = self.runner.prefill if is_uncached else self.runner.extend
+    run = self._runner.prefill if is_uncached else self._runner.extend
     width = BLOCK_SIZE * round_up(-(-longest // BLOCK_SIZE))
     step_output, outputs = self._run(schedule, run, width), []
     for b, (request, count) in enumerate(_pairs(schedule)):
@@ -259,7 +241,7 @@ class Engine:
     schedule = self._scheduler.decode()
     if schedule is None:
       return []
-    step_output = self._run(schedule, self.runner.decode)
+    step_output = self._run(schedule, self._runner.decode)
     self._counts['decode_steps'] += 1
     outputs = []
     for b, (request, count) in enumerate(_pairs(schedule)):
@@ -280,7 +262,7 @@ class Engine:
     Args:
       width: tokens of a row; 0: those of a decode step.
     """
-    self._caches = self.runner.copy_blocks(schedule.copies, self._caches)
+    self._caches = self._runner.copy_blocks(schedule.copies, self._caches)
     rows, step_input, arrays = self._step_input(schedule, width)
     output, self._caches = run(step_input, self._caches, arrays)
     if all(request.num_uncomputed > n for request, n in _pairs(schedule)):
@@ -319,9 +301,9 @@ class Engine:
     chosen = schedule.requests
     longest = max(request.block_table.length for request in chosen)
     if self.batch_invariant:
-      longest = self.runner.cfg.model.max_seq_len
+      longest = self.max_seq_len
     min_rows = 1 if width else self._min_rows
-    width = width or 1 + self.runner.num_speculative_tokens
+    width = width or self.decode_width
     rows, num_rows = self._rows([r.rank for r in chosen], min_rows)
     shape = (num_rows, width, self.num_table_blocks(longest, width))
     step_input, arrays = self._empty(*shape)
@@ -348,9 +330,8 @@ class Engine:
     Each rank has equally many rows, one rank after the other.
     """
     per_rank = round_up(max(min_rows, *map(ranks.count, ranks)))
-    num_ranks = self.runner.num_ranks
-    free = [itertools.count(rank * per_rank) for rank in range(num_ranks)]
-    return [next(free[rank]) for rank in ranks], per_rank * num_ranks
+    free = [itertools.count(rank * per_rank) for rank in range(self.num_ranks)]
+    return [next(free[rank]) for rank in ranks], per_rank * self.num_ranks
 
   def num_table_blocks(self, longest: int, width: int) -> int:
     """Blocks of a step's block tables; padding and speculation included.
@@ -359,7 +340,7 @@ class Engine:
       longest: most tokens that the cache holds of a row.
       width: tokens of a row that the step computes.
     """
-    end = longest + max(width, 2 * self.runner.num_speculative_tokens)
+    end = longest + max(width, 2 * self._runner.num_speculative_tokens)
     return round_up(max(-(-end // BLOCK_SIZE), self.min_blocks))
 
   def _empty(
@@ -367,7 +348,7 @@ class Engine:
   ) -> tuple[model_runner.StepInput, sampling.SamplingArrays]:
     """Arrays of a compiled step, without tokens."""
     full = lambda value, *shape: np.full(shape, value, np.int32)
-    no_block = self._scheduler.pools[0].num_blocks
+    no_block = self._scheduler.num_blocks_per_rank
     step_input = model_runner.StepInput(
       tokens_BT=full(0, num_rows, width),
       index_BT=full(-1, num_rows, width),

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from dsv3_jax import config, errors
-from dsv3_jax.inference import engine, model_runner
+from dsv3_jax.inference import engine, engine_stats, model_runner
 from dsv3_jax.inference import request as requests
 
 MAX_ROWS = 64
@@ -34,7 +34,7 @@ class Generation:
   prefill_seconds: float
   decode_seconds: float
   decoded: int
-  stats: engine.EngineStats
+  stats: engine_stats.EngineStats
 
   @property
   def tokens_per_second(self) -> float:

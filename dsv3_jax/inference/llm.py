@@ -26,6 +26,7 @@ _PRECISIONS = {'float32': 'f32', 'bfloat16': 'bf16'}
 # Old keyword arguments, accepted until the next release.
 _RENAMED = {
   'num_drafts': 'num_speculative_tokens',
+  'plan': 'redundancy',
   'invariant': 'batch_invariant',
   'tell': 'on_finished',
 }
@@ -38,15 +39,22 @@ class LLM:
     self,
     cfg: config.Config,
     params: dict,
-    router: model.RouterBiases,
+    router_biases: model.RouterBiases,
     tokenizer: tokenizers.Tokenizer | None,
     **runner_options: Any,
   ):
     """Args: runner_options: of `model_runner.ModelRunner`."""
     self._runner_options = _rename_old(runner_options)
-    self.config, self.params, self.router = cfg, params, router
+    self.config, self.params, self.router_biases = cfg, params, router_biases
     self._tokenizer = tokenizer
     self._forward = jax.jit(model.build(cfg).apply)
+
+  @property
+  def router(self) -> model.RouterBiases:
+    """The old name of `router_biases`."""
+    message = 'router is deprecated: use router_biases'
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return self.router_biases
 
   @property
   def tokenizer(self) -> tokenizers.Tokenizer:
@@ -95,7 +103,7 @@ class LLM:
   @functools.cached_property
   def runner(self) -> model_runner.ModelRunner:
     """Prefill and decode steps, compiled at first use."""
-    args = (self.config, self.params, self.router)
+    args = (self.config, self.params, self.router_biases)
     return model_runner.ModelRunner(*args, **self._runner_options)
 
   def _apply(self, tokens_BT):
@@ -110,7 +118,7 @@ class LLM:
     batch = model.Batch(
       tokens_BT, targets_BT, positions_BT, ones_BT, ones_BT.astype(jnp.float32)
     )
-    return self._forward({'params': self.params}, batch, self.router)
+    return self._forward({'params': self.params}, batch, self.router_biases)
 
 
 def load(
@@ -123,7 +131,7 @@ def load(
   num_speculative_tokens: int = 0,
   fp8_cache: bool = False,
   mesh: jax.sharding.Mesh | None = None,
-  plan: redundant_experts.RedundancyConfig | None = None,
+  redundancy: redundant_experts.RedundancyConfig | None = None,
   **renamed: Any,
 ) -> LLM:
   """Loads a training workdir or a Hugging Face folder, hashes checked.
@@ -137,38 +145,55 @@ def load(
     fp8_cache: generation stores latents in e4m3, 128 values under one scale.
     mesh: where the parameters are sharded and generation runs
       (`inference.mesh.make_mesh`); None is the first device.
-    plan: of redundant experts; None: there are none.
-    renamed: `num_drafts`, the old name of `num_speculative_tokens`.
+    redundancy: redundant experts; None: there are none.
+    renamed: `num_drafts`, `plan`: old names of `num_speculative_tokens` and
+      `redundancy`.
 
   Raises:
     InputError: bad `dtype`, nothing to load in `directory`, no such step, no
-      average, damage, or a mesh or a plan that the model does not fit.
+      average, damage, or a mesh or redundancy that the model does not fit.
     TypeError: an unknown keyword argument.
   """
-  if renamed.keys() - {'num_drafts'}:
-    raise TypeError(f'load() got unexpected arguments: {sorted(renamed)}')
-  if renamed and num_speculative_tokens:
-    raise TypeError('give num_speculative_tokens only, not num_drafts too')
-  if renamed:
-    # Level 4: the caller of `dsv3_jax.load`.
-    renamed = _rename_old(renamed, stacklevel=4)
-    num_speculative_tokens = renamed['num_speculative_tokens']
+  options = {
+    'num_speculative_tokens': num_speculative_tokens,
+    'fp8_cache': fp8_cache,
+    'mesh': mesh,
+    'redundancy': redundancy,
+  }
+  options |= _load_options(renamed, options)
   if dtype not in _PRECISIONS:
     raise errors.InputError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
   directory = pathlib.Path(directory)
   with source.open_source(directory, base, step=step, ema=ema) as (cfg, leaves):
-    model_runner.check_num_speculative_tokens(cfg.model, num_speculative_tokens)
+    model_runner.check_num_speculative_tokens(
+      cfg.model, options['num_speculative_tokens']
+    )
     model_mesh = inference_mesh.InferenceMesh(cfg, mesh)
-    if plan is not None:
-      redundant_experts.check(cfg.model, model_mesh, plan)
+    if options['redundancy'] is not None:
+      redundant_experts.check(cfg.model, model_mesh, options['redundancy'])
     cfg = dataclasses.replace(cfg, precision=_PRECISIONS[dtype])
-    params, router = source.to_devices(
+    params, router_biases = source.to_devices(
       leaves, cfg, dtype, mesh, inference_mesh.RULES
     )
   tokenizer = source.read_tokenizer(directory)
-  options = {'fp8_cache': fp8_cache, 'mesh': mesh, 'plan': plan}
-  options['num_speculative_tokens'] = num_speculative_tokens
-  return LLM(cfg, params, router, tokenizer, **options)
+  return LLM(cfg, params, router_biases, tokenizer, **options)
+
+
+def _load_options(
+  renamed: dict[str, Any], given: dict[str, Any]
+) -> dict[str, Any]:
+  """Options of `load` that have old names, by their new names.
+
+  Raises:
+    TypeError: an unknown name, or an option that also has its new name.
+  """
+  if unknown := renamed.keys() - {'num_drafts', 'plan'}:
+    raise TypeError(f'load() got unexpected arguments: {sorted(unknown)}')
+  for old in renamed:
+    if given[_RENAMED[old]]:
+      raise TypeError(f'give {_RENAMED[old]} only, not {old} too')
+  # Level 5: the caller of `dsv3_jax.load`.
+  return _rename_old(renamed, stacklevel=5)
 
 
 def _rename_old(options: dict[str, Any], stacklevel: int = 3) -> dict[str, Any]:

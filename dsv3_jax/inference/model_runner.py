@@ -69,10 +69,10 @@ class ModelRunner:
     self,
     cfg: config.Config,
     params: dict,
-    router: model.RouterBiases,
+    router_biases: model.RouterBiases,
     num_speculative_tokens: int = 0,
     mesh: jax.sharding.Mesh | None = None,
-    plan: redundant_experts.RedundancyConfig | None = None,
+    redundancy: redundant_experts.RedundancyConfig | None = None,
     *,
     fp8_cache: bool = False,
   ):
@@ -80,7 +80,7 @@ class ModelRunner:
       num_speculative_tokens: that the first MTP module drafts in a step.
       fp8_cache: latents are stored in e4m3, 128 values under one scale.
       mesh: None is the device that the parameters are on.
-      plan: of redundant experts; None: there are none.
+      redundancy: redundant experts; None: there are none.
 
     Raises:
       InputError: as `check_num_speculative_tokens`, `mesh.InferenceMesh` and
@@ -97,17 +97,15 @@ class ModelRunner:
     self._mesh = inference_mesh.InferenceMesh(cfg, mesh, device)
     self.num_ranks = self._mesh.num_ranks
     params = self._mesh.place(params, self._mesh.params)
-    self.router = self._mesh.place(router, inference_mesh.REPLICATED)
+    replicated = inference_mesh.REPLICATED
+    self.router_biases = self._mesh.place(router_biases, replicated)
     self._plain_variables = {'params': params}
     specs = {'params': self._mesh.params}
-    if plan is not None:
+    if redundancy is not None:
       self.rebalancer = redundant_experts.ExpertRebalancer(
-        cfg, self._mesh, plan, params
+        cfg, self._mesh, redundancy, params
       )
-      self._plain_variables, specs['redundant_slots'] = (
-        {},
-        inference_mesh.REPLICATED,
-      )
+      self._plain_variables, specs['redundant_slots'] = {}, replicated
     naive, absorbed = model.build(cfg), model.build(cfg, absorbed=True)
     first = _Forward(naive, absorbed, num_speculative_tokens)
     later = _Forward(absorbed, absorbed, num_speculative_tokens)
@@ -212,8 +210,8 @@ class ModelRunner:
   ) -> tuple[StepOutput, model.Caches]:
     """Runs a compiled step; the rebalancer gets the load of the experts."""
     load_PLE = None if self.rebalancer is None else self.rebalancer.load_PLE
-    args = (self.variables, self.router, step_input, caches, arrays, load_PLE)
-    output, caches, load_PLE = run(*args)
+    weights, args = (self.variables, self.router_biases), (caches, arrays)
+    output, caches, load_PLE = run(*weights, step_input, *args, load_PLE)
     if self.rebalancer is not None:
       self.rebalancer.record_step(load_PLE)
     return output, caches
@@ -279,7 +277,7 @@ class _Forward(NamedTuple):
   absorbed: model.Model
   num_speculative_tokens: int
 
-  def chunk(self, variables, router, step_input, caches, arrays):
+  def chunk(self, variables, router_biases, step_input, caches, arrays):
     """One pass over a chunk, and the token behind its last one."""
     tokens_BT, last_B1 = step_input.tokens_BT, step_input.last_B[:, None]
     logits_B1V, previous_BTD, caches, load_LE = self.net.apply(
@@ -288,7 +286,7 @@ class _Forward(NamedTuple):
       step_input.index_BT,
       last_B1,
       step_input.table_Bb,
-      router,
+      router_biases,
       caches,
       method='forward_cached',
     )
@@ -302,13 +300,13 @@ class _Forward(NamedTuple):
     next_BT = jnp.where(is_last_BT, follows_B[:, None], next_BT)
     draft_input = _DraftInput(previous_BTD, next_BT, last_B1)
     speculative_Bk, caches = self._draft(
-      variables, router, step_input, draft_input, caches, arrays
+      variables, router_biases, step_input, draft_input, caches, arrays
     )
     token_B1 = token_B[:, None]
     output = StepOutput(token_B1, jnp.ones_like(token_B), speculative_Bk)
     return output, caches, load_LE
 
-  def verify(self, variables, router, step_input, caches, arrays):
+  def verify(self, variables, router_biases, step_input, caches, arrays):
     """One pass over last and speculative tokens; samples behind each."""
     batch, width = step_input.tokens_BT.shape
     index_BT = step_input.index_BT
@@ -319,7 +317,7 @@ class _Forward(NamedTuple):
       index_BT,
       at_BT,
       step_input.table_Bb,
-      router,
+      router_biases,
       caches,
       method='forward_cached',
     )
@@ -332,12 +330,14 @@ class _Forward(NamedTuple):
     accepted_B1 = jnp.sum(jnp.cumprod(agrees_Bk, axis=1), axis=1, keepdims=True)
     draft_input = _DraftInput(previous_BTD, token_BT, accepted_B1)
     speculative_Bk, caches = self._draft(
-      variables, router, step_input, draft_input, caches, arrays
+      variables, router_biases, step_input, draft_input, caches, arrays
     )
     output = StepOutput(token_BT, accepted_B1[:, 0] + 1, speculative_Bk)
     return output, caches, load_LE
 
-  def _draft(self, variables, router, step_input, draft_input, caches, arrays):
+  def _draft(
+    self, variables, router_biases, step_input, draft_input, caches, arrays
+  ):
     """Drafts, by the MTP module, the speculative tokens of the next step.
 
     The first comes from one pass over all tokens of the step, which also fills
@@ -357,7 +357,7 @@ class _Forward(NamedTuple):
         index_BT,
         at_B1,
         step_input.table_Bb,
-        router,
+        router_biases,
         caches,
         method='draft',
       )
@@ -372,12 +372,11 @@ class _Forward(NamedTuple):
 
 
 def _step_and_count(
-  forward, variables, router, step_input, caches, arrays, load_PLE
+  forward, variables, router_biases, step_input, caches, arrays, load_PLE
 ):
   """A step on one rank; adds its expert load to that of earlier steps."""
-  output, caches, load_LE = forward(
-    variables, router, step_input, caches, arrays
-  )
+  args = (router_biases, step_input, caches, arrays)
+  output, caches, load_LE = forward(variables, *args)
   if load_PLE is not None:
     load_PLE += load_LE
   return output, caches, load_PLE

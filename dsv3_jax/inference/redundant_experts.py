@@ -55,7 +55,7 @@ class ExpertRebalancer:
     self,
     cfg: config.Config,
     mesh: inference_mesh.InferenceMesh,
-    plan: RedundancyConfig,
+    redundancy: RedundancyConfig,
     params: dict,
   ):
     """Args: params: on their devices; experts are copied into slots.
@@ -63,8 +63,8 @@ class ExpertRebalancer:
     Raises:
       InputError: as `check`.
     """
-    check(cfg.model, mesh, plan)
-    self._cfg, self._mesh, self._plan = cfg.model, mesh, plan
+    check(cfg.model, mesh, redundancy)
+    self._cfg, self._mesh, self._redundancy = cfg.model, mesh, redundancy
     self._steps = self.rebalances = 0
     self.balancedness: tuple[float, float] | None = None
     shape = (cfg.model.num_moe_layers, cfg.model.moe.num_experts)
@@ -86,7 +86,7 @@ class ExpertRebalancer:
     """Records the load that a step returned; rebalances if it is time."""
     self.load_PLE = load_PLE
     self._steps += 1
-    if self._plan.every and self._steps % self._plan.every == 0:
+    if self._redundancy.every and self._steps % self._redundancy.every == 0:
       self.rebalance()
 
   def rebalance(self) -> None:
@@ -108,7 +108,7 @@ class ExpertRebalancer:
 
   def _place(self, load_LE) -> eplb.Placement:
     """A placement with `log2phy` padded to its largest possible size."""
-    spare, moe = self._plan.redundant, self._cfg.moe
+    spare, moe = self._redundancy.redundant, self._cfg.moe
     sizes = (self._mesh.sizes['node'], self._mesh.num_expert_ranks)
     placement = eplb.rebalance_experts(
       load_LE, moe.num_experts + spare, moe.num_groups, *sizes
@@ -149,17 +149,17 @@ class ExpertRebalancer:
 def check(
   cfg: config.ModelConfig,
   mesh: inference_mesh.InferenceMesh,
-  plan: RedundancyConfig,
+  redundancy: RedundancyConfig,
 ) -> None:
   """Checks that slots can be spread evenly over the devices with experts.
 
   Raises:
     InputError: they cannot, a number is negative, or there are no experts.
   """
-  spare, num_expert_ranks = plan.redundant, mesh.num_expert_ranks
+  spare, num_expert_ranks = redundancy.redundant, mesh.num_expert_ranks
   for name, value in (
     ('redundant_experts', spare),
-    ('rebalance_every', plan.every),
+    ('rebalance_every', redundancy.every),
   ):
     if value < 0:
       raise errors.InputError(f'{name}={value} must be >= 0')

@@ -59,14 +59,16 @@ def _draw(logits_BV, arrays: SamplingArrays, place_B) -> Int[Array, 'B']:
   is_filtered_B = (arrays.top_k_B > 0) | (arrays.top_p_B < 1.0)
   kept_BV = jax.lax.cond(
     jnp.any(is_filtered_B & (arrays.temperature_B > 0)),
-    lambda: jnp.where(_kept(logits_BV, arrays), logits_BV, -jnp.inf),
+    lambda: jnp.where(candidate_mask(logits_BV, arrays), logits_BV, -jnp.inf),
     lambda: logits_BV,
   )
   drawn_B = jax.vmap(jax.random.categorical)(keys_B, kept_BV)
   return drawn_B.astype(jnp.int32)
 
 
-def _kept(logits_BV: Float[Array, 'B V'], arrays: SamplingArrays) -> Array:
+def candidate_mask(
+  logits_BV: Float[Array, 'B V'], arrays: SamplingArrays
+) -> Array:
   """True on the tokens that may be sampled."""
   top_k_B1, top_p_B1 = arrays.top_k_B[:, None], arrays.top_p_B[:, None]
   probs_BV = jax.nn.softmax(logits_BV, axis=-1)

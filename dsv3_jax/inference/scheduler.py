@@ -94,6 +94,15 @@ class Scheduler:
     return not (self.waiting or self.running)
 
   @property
+  def num_blocks_per_rank(self) -> int:
+    return self.pools[0].num_blocks
+
+  @property
+  def room(self) -> int:
+    """Tokens that the cache of a rank has room for."""
+    return self.num_blocks_per_rank * self.pools[0].block_size
+
+  @property
   def num_blocks(self) -> int:
     """Of all ranks."""
     return sum(pool.num_blocks for pool in self.pools)
@@ -110,11 +119,10 @@ class Scheduler:
       InputError: it would not fit into the cache of a rank if it were alone.
     """
     places = length + max_new_tokens
-    room = self.pools[0].num_blocks * self.pools[0].block_size
-    if places > room:
+    if places > self.room:
       raise errors.InputError(
         f'a prompt of {length} tokens with max_new_tokens={max_new_tokens} '
-        f'needs {places} places in the cache, which has {room}'
+        f'needs {places} places in the cache, which has {self.room}'
       )
 
   def add(self, request: requests.Request) -> None:

@@ -27,11 +27,11 @@ def shapes(
   """
   if model_engine.batch_invariant:
     return _batch_invariant(model_engine)
-  ranks = model_engine.runner.num_ranks
+  ranks = model_engine.num_ranks
   row_counts = [ranks * rows for rows in _powers(model_engine.max_rows)]
   full = _powers(-(-max_seq_len // engine.BLOCK_SIZE))
   least = model_engine.min_blocks
-  num_speculative = model_engine.runner.num_speculative_tokens
+  decode_width = model_engine.decode_width
   tables = [blocks for blocks in full if blocks >= least]
   chunk = max(model_engine.chunk // engine.BLOCK_SIZE, 1)
   widths = [width for width in full if width <= chunk]
@@ -45,10 +45,10 @@ def shapes(
   ]
   beyond = 2 * full[-1]  # for a row whose padding passes the longest table
   decode = [
-    engine.StepShape(rows, 1 + num_speculative, blocks, 'decode')
+    engine.StepShape(rows, decode_width, blocks, 'decode')
     for blocks in (*tables, beyond)
     for rows in row_counts
-    if blocks < beyond or num_speculative
+    if blocks < beyond or decode_width > 1
   ]
   extend = [
     engine.StepShape(ranks, engine.BLOCK_SIZE * width, blocks, 'extend')
@@ -63,11 +63,8 @@ def shapes(
 
 def _batch_invariant(model_engine: engine.Engine) -> list[engine.StepShape]:
   """The only two shapes of a batch invariant engine."""
-  runner = model_engine.runner
-  longest = runner.cfg.model.max_seq_len
-  widths = {'extend': model_engine.chunk}
-  widths['decode'] = 1 + runner.num_speculative_tokens
-  ranks = runner.num_ranks
+  longest, ranks = model_engine.max_seq_len, model_engine.num_ranks
+  widths = {'extend': model_engine.chunk, 'decode': model_engine.decode_width}
   per_rank = _powers(model_engine.max_rows)[-1]
   rows = {'extend': ranks, 'decode': ranks * per_rank}
   return [

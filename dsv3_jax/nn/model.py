@@ -85,25 +85,25 @@ class Model(nn.Module):
     ]
 
   def __call__(
-    self, batch: Batch, router: RouterBiases
+    self, batch: Batch, router_biases: RouterBiases
   ) -> tuple[Float[Array, 'B T V'], list[Float[Array, 'B T V']]]:
     """Logits, f32: of t_{i+1} and, for each depth k, of t_{i+k+1}."""
-    h_BTD, raw_BTD, _ = self._main(batch, router)
-    deeper, _ = self._mtp_chain(batch, router, h_BTD, raw_BTD)
+    h_BTD, raw_BTD, _ = self._main(batch, router_biases)
+    deeper, _ = self._mtp_chain(batch, router_biases, h_BTD, raw_BTD)
     head_DV = self.head()
     return _logits(h_BTD, head_DV), [_logits(h, head_DV) for h in deeper]
 
   def token_losses(
-    self, batch: Batch, router: RouterBiases
+    self, batch: Batch, router_biases: RouterBiases
   ) -> Float[Array, 'B T']:
     """Cross-entropy of every main target, f32 [nats]."""
-    h_BTD, _, _ = self._main(batch, router)
+    h_BTD, _, _ = self._main(batch, router_biases)
     targets_BT = collectives.shard_sequence(batch.targets_BT)
     losses_BT = cross_entropy.head_token_losses(h_BTD, self.head(), targets_BT)
     return collectives.all_gather_sequence(losses_BT)
 
   def loss(
-    self, batch: Batch, router: RouterBiases, scales: dict[str, Array]
+    self, batch: Batch, router_biases: RouterBiases, scales: dict[str, Array]
   ) -> tuple[Float[Array, ''], dict[str, Array]]:
     """This micro-batch's share of the step's loss (TR eqs. 17, 24, 25).
 
@@ -114,13 +114,13 @@ class Model(nn.Module):
       The loss, and its parts: 'loss' (main), 'mtp_loss' (mean over depths,
       without lambda), 'balance', 'load' and 'mtp_load' [layers, E].
     """
-    h_BTD, raw_BTD, stats = self._main(batch, router)
+    h_BTD, raw_BTD, stats = self._main(batch, router_biases)
     head_DV = self.head()
     head_loss = lambda h_BTD, depth: cross_entropy.head_loss(
       h_BTD, head_DV, *loss_targets(batch, scales, depth, self.isolated)
     )
     parts = {'loss': head_loss(h_BTD, 0)}
-    deeper, mtp_stats = self._mtp_chain(batch, router, h_BTD, raw_BTD)
+    deeper, mtp_stats = self._mtp_chain(batch, router_biases, h_BTD, raw_BTD)
     parts['mtp_loss'] = jnp.zeros((), jnp.float32)
     for k, h_k in enumerate(deeper, start=1):
       parts['mtp_loss'] += head_loss(h_k, k)
@@ -135,7 +135,7 @@ class Model(nn.Module):
     index_BT: Int[Array, 'B T'],
     at_Bt: Int[Array, 'B t'],
     table_Bb: Int[Array, 'B b'],
-    router: RouterBiases,
+    router_biases: RouterBiases,
     caches: Caches,
   ) -> tuple[
     Float[Array, 'B t V'], Float[Array, 'B T D'], Caches, Float[Array, 'L E']
@@ -150,7 +150,9 @@ class Model(nn.Module):
       expert got, padding left out.
     """
     context = _cached_context(self.cfg, index_BT, table_Bb)
-    raw_BTD, caches, stats = self._stacks(tokens_BT, router, context, caches)
+    raw_BTD, caches, stats = self._stacks(
+      tokens_BT, router_biases, context, caches
+    )
     h_BTD = self.final_norm(raw_BTD)
     h_BtD = jnp.take_along_axis(h_BTD, at_Bt[:, :, None], axis=1)
     previous_BTD = h_BTD if self._takes_normed else raw_BTD
@@ -164,7 +166,7 @@ class Model(nn.Module):
     index_BT: Int[Array, 'B T'],
     at_B1: Int[Array, 'B 1'],
     table_Bb: Int[Array, 'B b'],
-    router: RouterBiases,
+    router_biases: RouterBiases,
     caches: Caches,
   ) -> tuple[Float[Array, 'B 1 V'], Float[Array, 'B 1 D'], Caches]:
     """Logits after the tokens `next_BT`, by the first MTP module (TR 2.2).
@@ -177,7 +179,7 @@ class Model(nn.Module):
       at_B1: the tokens whose logits and hidden states are returned.
     """
     context = _cached_context(self.cfg, index_BT, table_Bb)
-    args = (self.embed(next_BT), router['mtp'][0], context, caches.mtp)
+    args = (self.embed(next_BT), router_biases['mtp'][0], context, caches.mtp)
     raw_BTD, h_BTD, _, cache = self.mtp[0](previous_BTD, *args)
     at = lambda x: jnp.take_along_axis(x, at_B1[:, :, None], axis=1)
     previous_B1D = at(h_BTD if self._takes_normed else raw_BTD)
@@ -189,14 +191,14 @@ class Model(nn.Module):
     """Whether MTP modules take the hidden state that the head takes."""
     return self.cfg.mtp.hidden == 'post_norm'
 
-  def _main(self, batch: Batch, router: RouterBiases):
+  def _main(self, batch: Batch, router_biases: RouterBiases):
     """Hidden states after and before the final norm, and MoE statistics."""
     context = make_context(self.cfg, batch, self.isolated)
     tokens_BT = collectives.shard_sequence(batch.tokens_BT)
-    raw_BTD, _, stats = self._stacks(tokens_BT, router, context, None)
+    raw_BTD, _, stats = self._stacks(tokens_BT, router_biases, context, None)
     return self.final_norm(raw_BTD), raw_BTD, stats
 
-  def _stacks(self, tokens_BT, router, context, caches):
+  def _stacks(self, tokens_BT, router_biases, context, caches):
     """Embedding and all layers."""
     cfg = self.cfg
     with jax.named_scope('embed'):
@@ -207,17 +209,20 @@ class Model(nn.Module):
       x_BTD, dense, _ = self.dense_layers(x_BTD, dense, no_bias, context)
     stats = moe.MoeStats(jnp.zeros((0, cfg.moe.num_experts)), jnp.zeros(0))
     if cfg.num_moe_layers:
-      args = (x_BTD, routed, router['moe'], context)
+      args = (x_BTD, routed, router_biases['moe'], context)
       x_BTD, routed, stats = self.moe_layers(*args)
     if caches is not None:
       caches = caches._replace(dense=dense, moe=routed)
     return x_BTD, caches, stats
 
-  def _mtp_chain(self, batch: Batch, router: RouterBiases, h_BTD, raw_BTD):
+  def _mtp_chain(
+    self, batch: Batch, router_biases: RouterBiases, h_BTD, raw_BTD
+  ):
     """Normed hidden states of each MTP depth, and their MoE statistics."""
     context = make_context(self.cfg, batch, self.isolated)
     ahead = [self.embed(t) for t in tokens_ahead(batch, self.cfg.mtp.depth)]
-    return mtp.chain(self.cfg, self.mtp, h_BTD, raw_BTD, ahead, router, context)
+    args = (h_BTD, raw_BTD, ahead, router_biases, context)
+    return mtp.chain(self.cfg, self.mtp, *args)
 
 
 def make_context(
@@ -261,7 +266,7 @@ def _logits(h_BTD: Float[Array, 'B T D'], head_DV) -> Float[Array, 'B T V']:
     )
 
 
-def init_router(cfg: config.ModelConfig) -> RouterBiases:
+def init_router_biases(cfg: config.ModelConfig) -> RouterBiases:
   """Zero biases of all MoE layers, f32."""
   layers_of = {'moe': cfg.num_moe_layers, 'mtp': cfg.mtp.depth}
   shape = lambda count: (count, cfg.moe.num_experts)
@@ -363,4 +368,4 @@ def _init_boxed(model: Model, key: Array) -> dict:
   shape = (1, model.cfg.mtp.depth + 1)
   ints, ones = jnp.zeros(shape, jnp.int32), jnp.ones(shape)
   batch = Batch(ints, ints, ints, ints, ones)
-  return model.init(key, batch, init_router(model.cfg))['params']
+  return model.init(key, batch, init_router_biases(model.cfg))['params']

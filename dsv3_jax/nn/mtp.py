@@ -74,7 +74,7 @@ def chain(
   h_BTD: Float[Array, 'B T D'],
   raw_BTD: Float[Array, 'B T D'],
   ahead: Sequence[Float[Array, 'B T D']],
-  router: dict[str, Array],
+  router_biases: dict[str, Array],
   context: attention.AttentionContext,
 ) -> tuple[list[Array], moe.MoeStats]:
   """Normed hidden states of each depth, and their MoE statistics.
@@ -90,7 +90,7 @@ def chain(
   for k, (module, embedded_BTD) in enumerate(pairs, start=1):
     # The last k positions have no target: they are no part of L_k or f_i.
     valid_BS = mtp_loss.mtp_shift(context.valid_BS, k)
-    args = (embedded_BTD, router['mtp'][k - 1])
+    args = (embedded_BTD, router_biases['mtp'][k - 1])
     args += (context._replace(valid_BS=valid_BS),)
     raw, h, stats, _ = module(previous_BTD, *args)
     previous_BTD = h if takes_normed else raw

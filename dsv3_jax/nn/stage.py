@@ -32,7 +32,7 @@ class PipelineStage(nn.Module):
     x_BTD: Float[Array, 'B T D'],
     ahead: list[Float[Array, 'B T D']],
     batch: model.Batch,
-    router: model.RouterBiases,
+    router_biases: model.RouterBiases,
   ) -> tuple[Array, dict[str, Array]]:
     """Output, and 'balance', 'load' [num_moe, E], 'mtp_load' [depth, E].
 
@@ -40,7 +40,7 @@ class PipelineStage(nn.Module):
 
     Args:
       ahead: of the last stage, Emb(t_{i+k}) for each MTP depth; else empty.
-      router: biases of this stage's MoE layers and of the MTP modules.
+      router_biases: of this stage's MoE layers and of the MTP modules.
     """
     cfg = self.cfg
     context = model.make_context(cfg, batch, self.isolated)
@@ -58,7 +58,7 @@ class PipelineStage(nn.Module):
       carry, _ = layer(carry, no_bias, at, context)
     for i in range(self.num_moe):
       layer = make_block(is_moe=True, name=f'moe_{i}')
-      carry, layer_stats = layer(carry, router['moe'][i], at, context)
+      carry, layer_stats = layer(carry, router_biases['moe'][i], at, context)
       loads.append(layer_stats.load_E)
       balances.append(layer_stats.balance)
     empty = jnp.zeros((0, cfg.moe.num_experts))
@@ -76,7 +76,7 @@ class PipelineStage(nn.Module):
       for k in range(cfg.mtp.depth)
     ]
     deeper, mtp_stats = mtp.chain(
-      cfg, modules, h_BTD, raw_BTD, ahead, router, context
+      cfg, modules, h_BTD, raw_BTD, ahead, router_biases, context
     )
     stats['balance'] += jnp.sum(mtp_stats.balance)
     stats['mtp_load'] = mtp_stats.load_E

@@ -78,7 +78,7 @@ class Hop:
   transport: str = dataclasses.field(metadata={'static': True})
 
 
-class ExchangePlan(NamedTuple):
+class AllToAllPlan(NamedTuple):
   """The hops of an all-to-all, and the experts of the received rows.
 
   ids_IK: indices of experts on this device; num_local for all others.
@@ -99,7 +99,7 @@ def make_plan(
   num_local: int,
   axes: Axes,
   transport: str = 'auto',
-) -> ExchangePlan:
+) -> AllToAllPlan:
   """Where each token goes, for both directions and both passes.
 
   Args:
@@ -129,7 +129,7 @@ def make_plan(
       ids = jnp.where((ids >= 0) & (ids < span), ids, span)
       hops.append(hop)
   return (
-    ExchangePlan(*_named((tuple(hops), ids))) if hops else ExchangePlan((), ids)
+    AllToAllPlan(*_named((tuple(hops), ids))) if hops else AllToAllPlan((), ids)
   )
 
 
@@ -158,12 +158,12 @@ def _make_hop(goal_MK, axes, transport) -> Hop:
   return Hop(token_O, back_Mn, start_W, count_W, peers, axes, transport)
 
 
-def rows_sent(plan: ExchangePlan) -> tuple[Int[Array, 'W'], ...]:
+def rows_sent(plan: AllToAllPlan) -> tuple[Int[Array, 'W'], ...]:
   """Rows from this device to each device of every hop, itself included."""
   return tuple(hop.count_W for hop in plan.hops)
 
 
-def dispatch(tree: Any, plan: ExchangePlan) -> Any:
+def dispatch(tree: Any, plan: AllToAllPlan) -> Any:
   """Rows of tokens, [M, ...] -> [I, ...], to the devices of their experts.
 
   Args:
@@ -177,7 +177,7 @@ def dispatch(tree: Any, plan: ExchangePlan) -> Any:
 
 
 def combine(
-  y_I: Shaped[Array, 'I *rest'], plan: ExchangePlan
+  y_I: Shaped[Array, 'I *rest'], plan: AllToAllPlan
 ) -> Shaped[Array, 'M *rest']:
   """Sums the outputs of a token's devices, on the token's own device."""
   if not plan.hops:

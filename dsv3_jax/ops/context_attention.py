@@ -26,9 +26,6 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.distributed import collectives
 from pallas_kernels.mla_attention import xla
 
-_QUERY_BLOCK = 128  # at most so many queries of a piece at a time
-_LOWEST = jnp.finfo(jnp.float32).min
-
 
 class _Tile(NamedTuple):
   """A block of queries times a piece of keys.
@@ -47,7 +44,7 @@ class CausalTiles:
 
   def __init__(self, queries: int):
     self.piece = queries // 2
-    self.block = min(_QUERY_BLOCK, self.piece)
+    self.block = min(xla.QUERY_BLOCK, self.piece)
     while self.piece % self.block:
       self.block -= 1
     self.blocks = self.piece // self.block
@@ -88,13 +85,13 @@ class CausalTiles:
     k_nope_BsNH, k_rope_BsR = (self.keys(x, tile) for x in keys)
     k_BsNX = xla.join(k_nope_BsNH, k_rope_BsR)
     index_t1 = tile.index + jnp.arange(self.block)[:, None]
-    mask_Bts = (tile.key + jnp.arange(self.piece) <= index_t1)[None]
+    index_s, segments = tile.key + jnp.arange(self.piece), None
     if segments_BS is not None:
       at = (segments_BS, tile.index, self.block, 1)
-      own_Bt1 = jax.lax.dynamic_slice_in_dim(*at)[..., None]
-      mask_Bts &= own_Bt1 == self.keys(segments_BS, tile)[:, None]
-    s_BNts = xla.product('btnx,bsnx->bnts', q_BtNX, k_BsNX) * scale
-    return k_BsNX, jnp.where(mask_Bts[:, None], s_BNts, _LOWEST)
+      own_Bt = jax.lax.dynamic_slice_in_dim(*at)
+      segments = own_Bt, self.keys(segments_BS, tile)
+    args = (q_BtNX, k_BsNX, index_t1, index_s, segments, scale)
+    return k_BsNX, xla.masked_scores(*args)
 
 
 def forward(
@@ -128,7 +125,7 @@ def forward(
   rows, length, heads, _ = q_BTNX.shape
   zeros = lambda *shape: jnp.zeros(shape, jnp.float32)
   width = v_BSNU.shape[-1]
-  most_BNT = jnp.full((rows, heads, length), _LOWEST)
+  most_BNT = jnp.full((rows, heads, length), xla.LOWEST)
   sums = (zeros(rows, length, heads, width), most_BNT, zeros(*most_BNT.shape))
   sums = jax.lax.fori_loop(0, tiles.count, body, sums)
   o_BTNU, most_BNT, total_BNT = sums

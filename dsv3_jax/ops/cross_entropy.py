@@ -12,7 +12,7 @@ from dsv3_jax.distributed import collectives
 
 # Ranks of a pipeline share the vocabulary of the head.
 _VOCAB_AXIS = 'pipe'
-_TOKENS_AT_ONCE = 2048  # at most so many tokens have logits at a time
+TOKENS_AT_ONCE = 2048  # at most so many tokens have logits at a time
 
 
 def token_losses(
@@ -150,7 +150,7 @@ def _split_sequence(x_BT):
   The batch stays whole; zeros follow where the last piece is not full.
   """
   batch, length, *rest = x_BT.shape
-  pieces = -(-length // max(1, _TOKENS_AT_ONCE // batch))
+  pieces = -(-length // max(1, TOKENS_AT_ONCE // batch))
   size = -(-length // pieces)
   missing = [(0, 0), (0, pieces * size - length)] + [(0, 0)] * len(rest)
   x_BT = jnp.pad(x_BT, missing).reshape(batch, pieces, size, *rest)

@@ -42,7 +42,7 @@ def multiply(
   x_MD: Float[Array, 'M D'],
   gates_MK: Float[Array, 'M K'],
   experts: expert_products.Experts,
-  plan: all_to_all.ExchangePlan,
+  plan: all_to_all.AllToAllPlan,
   policy: Policy,
 ) -> Float[Array, 'M D']:
   """Dispatch, product and combine (TR eq. 12).
@@ -116,7 +116,7 @@ def _multiply_bwd(policy, residuals, dy_MD):
 multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 
-def send(q: Quantized, plan: all_to_all.ExchangePlan) -> Quantized:
+def send(q: Quantized, plan: all_to_all.AllToAllPlan) -> Quantized:
   """Each token's values and scales to the devices of its experts."""
   return _move(q, lambda x: all_to_all.dispatch(x, plan))
 

@@ -15,8 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config
 
-MAX_POSITIONS = 1 << 20  # so that a position times 12 bits fits 32 bits
-
 
 def frequencies(cfg: config.ModelConfig) -> np.ndarray:
   """Angle per position of each pair, float64[R/2], radians (TR 4.3)."""
@@ -76,7 +74,9 @@ def tables(
 def _angles(
   frequencies_r: np.ndarray, positions_BT: Int[Array, 'B T']
 ) -> Float[Array, 'B T r']:
-  """position * frequency in [-pi, pi), exact to f32 below MAX_POSITIONS.
+  """position * frequency in [-pi, pi), exact to f32 up to the largest.
+
+  Positions are below `config_rules.MAX_POSITIONS`.
 
   An f32 product of 131,071 radians would be off by 0.004. Only its fraction of
   a turn counts, and integers give that exactly: with the frequency as a

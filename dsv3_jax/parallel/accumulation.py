@@ -40,7 +40,7 @@ class Accumulation(Protocol):
   def gradients(
     self,
     params: Tree,
-    router: Tree,
+    router_biases: Tree,
     batch_nBT: model.Batch,
     scales: dict[str, jax.Array],
     num_microbatches: Tree,
@@ -63,8 +63,10 @@ class SequentialAccumulation:
   def in_use(self, num_microbatches: jax.Array, capacity: int) -> jax.Array:
     return jnp.arange(capacity) < num_microbatches
 
-  def gradients(self, params, router, batch_nBT, scales, num_microbatches):
-    grad = gradient_of(self.cfg, params, router, scales)
+  def gradients(
+    self, params, router_biases, batch_nBT, scales, num_microbatches
+  ):
+    grad = gradient_of(self.cfg, params, router_biases, scales)
     micro = lambda i: jax.tree.map(lambda x: x[i], batch_nBT)
     if batch_nBT.weights_BT.shape[0] == 1:
       return grad(params, micro(0))
@@ -120,7 +122,10 @@ def _table(
 
 
 def gradient_of(
-  cfg: config.Config, params: Tree, router: Tree, scales: dict[str, jax.Array]
+  cfg: config.Config,
+  params: Tree,
+  router_biases: Tree,
+  scales: dict[str, jax.Array],
 ) -> Callable[[Tree, model.Batch], tuple[Tree, dict[str, jax.Array]]]:
   """Gradients and loss parts of a micro-batch, `(params, batch) -> ...`."""
   net = model.build(cfg, training=True)
@@ -129,7 +134,9 @@ def gradient_of(
 
   def loss(params, batch):
     variables = {'params': params} | quantized
-    total, parts = net.apply(variables, batch, router, scales, method='loss')
+    total, parts = net.apply(
+      variables, batch, router_biases, scales, method='loss'
+    )
     return total, parts | {'total': total}
 
   # Callers first ask for its shapes, then use it. jit traces it once for both.

@@ -34,9 +34,9 @@ def rows(cfg: config.Config) -> list[Row]:
   sizes = {axis: getattr(cfg.parallel, axis) for axis in sharding.AXES}
   layout = state_layout.make(cfg, sizes)
 
-  form = lambda params: layout.from_model(params, model.init_router(cfg.model))
   shapes = model.param_shapes(model.build(cfg))
-  params, router = jax.eval_shape(form, shapes)
+  biases = jax.eval_shape(lambda: model.init_router_biases(cfg.model))
+  params, router_biases = jax.eval_shape(layout.from_model, shapes, biases)
   table = []
   leaves = jax.tree_util.tree_leaves_with_path(params)
   for (path, leaf), place in zip(
@@ -53,8 +53,8 @@ def rows(cfg: config.Config) -> list[Row]:
         'master_per_device': _local(leaf.shape, place.master, sizes),
       }
     )
-  for name, spec in layout.router_specs().items():
-    shape = router[name].shape
+  for name, spec in layout.router_biases_specs().items():
+    shape = router_biases[name].shape
     table.append(
       {
         'array': f'router.{name}',

@@ -61,19 +61,21 @@ class StateLayout:
     sizes = {**self.sizes, 'pipe': 1, 'data': data}
     return zero.model_placements(model.build(self.cfg), sizes)
 
-  def from_model(self, params: Tree, router: Tree) -> tuple[Tree, Tree]:
+  def from_model(self, params: Tree, router_biases: Tree) -> tuple[Tree, Tree]:
     """Parameters and router biases in the state's form."""
     layout = self.param_layout
-    return layout.from_model(params), layout.router_from_model(router)
+    router_biases = layout.router_biases_from_model(router_biases)
+    return layout.from_model(params), router_biases
 
-  def to_model(self, params: Tree, router: Tree) -> tuple[Tree, Tree]:
+  def to_model(self, params: Tree, router_biases: Tree) -> tuple[Tree, Tree]:
     """The inverse of `from_model`."""
     layout = self.param_layout
-    return layout.to_model(params), layout.router_to_model(router)
+    return layout.to_model(params), layout.router_biases_to_model(router_biases)
 
-  def router_specs(self) -> Tree:
+  def router_biases_specs(self) -> Tree:
     """Partitions of the router biases in the state's form."""
-    return self.param_layout.router_specs(model.init_router(self.cfg.model))
+    router_biases = model.init_router_biases(self.cfg.model)
+    return self.param_layout.router_biases_specs(router_biases)
 
 
 def make(cfg: config.Config, sizes: Mapping[str, int]) -> StateLayout:

@@ -1,9 +1,10 @@
 """The engine in a thread of its own, for callers in other threads.
 
 Only this thread runs the engine. Callers put new and cancelled requests into
-lists, which the thread reads between two steps. It passes each token to the
-callback of its request. Callbacks run in the thread; they must neither block
-nor raise.
+lists, which the thread reads between two steps. They may read the engine's
+limits and counts, and check requests; none of this changes it. The thread
+passes each token to the callback of its request. Callbacks run in the thread;
+they must neither block nor raise.
 """
 
 import collections
@@ -12,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dsv3_jax.inference import engine
+from dsv3_jax.inference import engine, engine_stats
 from dsv3_jax.inference import request as requests
 
 Callback = Callable[[requests.TokenOutput], Any]
@@ -44,7 +45,7 @@ class EngineThread:
     warm_up: shapes to compile first; `on_progress` is called with how many of
       them are compiled, in the thread.
     """
-    self.engine, self._warm_up_shapes = model_engine, warm_up
+    self._engine, self._warm_up_shapes = model_engine, warm_up
     self._on_progress = on_progress
     self.is_ready = not warm_up
     self.max_open = model_engine.max_running + max_waiting
@@ -69,7 +70,7 @@ class EngineThread:
       InputError: as `Engine.check`.
       QueueFull, Closed: the request was not taken.
     """
-    self.engine.check(request.prompt, request.max_new_tokens)
+    self._engine.check(request.prompt, request.max_new_tokens)
     with self._changed:
       if self._closing or self.error is not None:
         raise Closed
@@ -110,13 +111,21 @@ class EngineThread:
 
   @property
   def running(self) -> int:
-    return self.engine.stats().running
+    return self.stats().running
+
+  def stats(self) -> engine_stats.EngineStats:
+    """As `Engine.stats`."""
+    return self._engine.stats()
+
+  def max_new_tokens(self, prompt_length: int) -> int:
+    """As `Engine.max_new_tokens`."""
+    return self._engine.max_new_tokens(prompt_length)
 
   def _run(self) -> None:
     try:
       self._warm_up()
       while self._read():
-        for output in self.engine.step():
+        for output in self._engine.step():
           self._report(output)
     except BaseException as error:  # noqa: BLE001 - `error` keeps it
       traceback.print_exception(error)
@@ -131,7 +140,7 @@ class EngineThread:
     for done, shape in enumerate(self._warm_up_shapes, 1):
       if self._closing:
         return
-      self.engine.warm_up(shape)
+      self._engine.warm_up(shape)
       self._on_progress(done)
     self.is_ready = True
 
@@ -143,7 +152,7 @@ class EngineThread:
     """
     with self._changed:
       while not (self._closing or self._new or self._cancelled):
-        if not self.engine.is_idle:
+        if not self._engine.is_idle:
           break
         self._changed.wait()
       if self._closing:
@@ -152,13 +161,13 @@ class EngineThread:
       self._new = []
       cancelled, self._cancelled = self._cancelled, []
     for request in new:
-      self.engine.add(request)
+      self._engine.add(request)
       self._submitted.add(request)
       self.counts['requests'] += 1
       self.counts['prompt_tokens'] += len(request.prompt)
     for request in cancelled:
       if request in self._submitted:
-        self.engine.cancel(request)
+        self._engine.cancel(request)
         self._submitted.remove(request)
         self._started.discard(request)
         self.counts['cancelled'] += 1

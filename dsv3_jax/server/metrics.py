@@ -41,7 +41,7 @@ class Telemetry(registry.Collector):
     return prometheus_client.generate_latest(self._registry)
 
   def collect(self) -> Iterator[core.Metric]:
-    thread, stats = self._thread, self._thread.engine.stats()
+    thread, stats = self._thread, self._thread.stats()
     for name, key, about in _THREAD_COUNTERS:
       value = thread.counts[key]
       yield core.CounterMetricFamily(f'dsv3_{name}', about, value=value)

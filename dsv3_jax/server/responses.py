@@ -71,7 +71,7 @@ class ResponseStream:
     params = self.api_request.sampling
     count = self.api_request.max_tokens
     if count is None:
-      room = self._thread.engine.max_new_tokens(len(prompt))
+      room = self._thread.max_new_tokens(len(prompt))
       count = max(min(self._max_tokens, room), 1)
     request = requests.Request(
       prompt,

@@ -23,7 +23,7 @@ class Evaluation:
 
   cfg: config.Config
   params: dict
-  router: model.RouterBiases
+  router_biases: model.RouterBiases
   corpus: corpora.Corpus
   tokenizer: tokenizers.Tokenizer
   windows: dict  # of `open_windows`
@@ -38,7 +38,9 @@ def heldout(e: Evaluation) -> dict[str, float]:
   `eval.stride`; a token is scored once, by the window that sees most before it.
   """
   windows = e.windows
-  nats, tokens = score(e.cfg, e.params, e.router, windows, e.beat, e.mesh)
+  nats, tokens = score(
+    e.cfg, e.params, e.router_biases, windows, e.beat, e.mesh
+  )
   return {
     'loss_nats_per_token': nats / tokens,
     'bits_per_byte': metrics.bits_per_byte(nats, windows['num_bytes']),
@@ -83,7 +85,7 @@ def open_windows(
 def score(
   cfg: config.Config,
   params: dict,
-  router: model.RouterBiases,
+  router_biases: model.RouterBiases,
   windows: dict,
   beat: Callable[[], None] = lambda: None,
   mesh: jax.sharding.Mesh | None = None,
@@ -100,7 +102,7 @@ def score(
   for start in range(0, count, size):
     rows = {k: _fill(v[start : start + size], size) for k, v in fields.items()}
     batch = model.Batch(**rows)
-    losses_BT = np.asarray(losses(params, router, batch), np.float64)
+    losses_BT = np.asarray(losses(params, router_biases, batch), np.float64)
     nats += float(np.sum(losses_BT * batch.weights_BT))
     tokens += int(np.sum(batch.weights_BT))
     beat()
@@ -112,8 +114,10 @@ def _token_losses(cfg: config.Config, mesh: jax.sharding.Mesh | None):
   """The compiled evaluation step of an experiment."""
   net = model.build(cfg)
 
-  def losses(params, router, batch):
-    return net.apply({'params': params}, batch, router, method='token_losses')
+  def losses(params, router_biases, batch):
+    return net.apply(
+      {'params': params}, batch, router_biases, method='token_losses'
+    )
 
   if mesh is None:
     return jax.jit(losses)

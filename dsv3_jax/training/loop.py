@@ -368,7 +368,7 @@ def _evaluation(run: TrainingRun) -> evaluate.Evaluation:
   return evaluate.Evaluation(
     cfg=run.cfg,
     params=state['params'],
-    router=state['router'],
+    router_biases=state['router'],
     corpus=run.corpus,
     tokenizer=run.tokenizer,
     windows=run.windows,

@@ -36,11 +36,11 @@ def make(
     state: in the model's form. All processes must call this, as sharded arrays
       are gathered. All but the first then get ''.
   """
-  params, router = _on_first_device((state['params'], state['router']))
+  params, router_biases = _on_first_device((state['params'], state['router']))
   if processes.index():
     return ''
   output = generate.generate(
-    model_runner.ModelRunner(cfg, params, router),
+    model_runner.ModelRunner(cfg, params, router_biases),
     _prompts(cfg, tokenizer),
     cfg.sample.max_new_tokens,
     temperature=cfg.sample.temperature,

@@ -63,7 +63,7 @@ def _started(cfg, params):
   return {
     'params': params,
     'opt': optim.adamw(cfg.optim).init(params),
-    'router': model.init_router(cfg.model),
+    'router': model.init_router_biases(cfg.model),
     'guard': {
       'mean': zero,
       'variance': zero,
@@ -113,8 +113,8 @@ class Trainer:
 
   def specs(self) -> State:
     """The partition of each array: masters and moments exist once."""
-    router = self.state_layout.router_specs()
-    return self._specs(self.state_layout.placed) | {'router': router}
+    router_biases = self.state_layout.router_biases_specs()
+    return self._specs(self.state_layout.placed) | {'router': router_biases}
 
   def shardings(self) -> State:
     """Where each array of the state is."""
@@ -197,11 +197,11 @@ class Trainer:
 def _convert(change: Callable, state: State) -> State:
   """Changes the form of parameters, moments and biases."""
   opt = state['opt']
-  params, router = change(state['params'], state['router'])
+  params, router_biases = change(state['params'], state['router'])
   mean, _ = change(opt.mean, state['router'])
   square, _ = change(opt.square, state['router'])
   opt = opt._replace(mean=mean, square=square)
-  return state | {'params': params, 'router': router, 'opt': opt}
+  return state | {'params': params, 'router': router_biases, 'opt': opt}
 
 
 def make_train_step(
@@ -297,12 +297,12 @@ def _scales(cfg, layout, batch_nBT, num_microbatches, hyper):
 
 
 def _deterministic_gradients(
-  cfg, params, router, batch_nBT, scales, num_microbatches
+  cfg, params, router_biases, batch_nBT, scales, num_microbatches
 ):
   """Sums over sequences of all devices, to the same bits on any of them."""
   rows = batch_nBT.weights_BT.shape[1]  # of whose balance losses the mean was
   scales = scales | {'balance': scales['balance'] / rows}
-  grad = accumulation.gradient_of(cfg, params, router, scales)
+  grad = accumulation.gradient_of(cfg, params, router_biases, scales)
   return deterministic.accumulate(grad, params, batch_nBT, num_microbatches)
 
 

@@ -209,7 +209,7 @@ def grouped_k(
   a_values, a_scales = _operand_k(a, blocks.m)
   b_values, b_scales = _operand_k(b, blocks.n)
   m, n = a_values.shape[0], b_values.shape[0]
-  steps = _steps(expert_j, num_blocks, num_experts)
+  steps = grid_steps(expert_j, num_blocks, num_experts)
   kernel = functools.partial(
     _grouped_k_kernel, dtype=dense.operand_dtype(a, b, interpret)
   )
@@ -238,7 +238,7 @@ class GridSteps(NamedTuple):
   bits_i: jax.Array
 
 
-def _steps(expert_j, num_blocks, num_experts: int) -> GridSteps:
+def grid_steps(expert_j, num_blocks, num_experts: int) -> GridSteps:
   """Each expert's blocks in order, or one step for none; then idle ones."""
   blocks = expert_j.shape[0]
   expert_E = jnp.arange(num_experts)[:, None]

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_QUERY_BLOCK = 128  # rows of one causal block
+QUERY_BLOCK = 128  # queries of one block
+LOWEST = jnp.finfo(jnp.float32).min  # a masked score
 
 
 def forward(
@@ -27,7 +28,8 @@ def forward(
   k_BSNX = join(k_nope_BSNH, k_rope_BSR)
   outputs, sums = [], []
   for start, end in _blocks(q_BTNX.shape[1]):
-    s_BNTS = _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale)
+    q, k = q_BTNX[:, start:end], k_BSNX[:, :end]
+    s_BNTS = _scores(q, k, segments_BT, start, scale)
     lse_BNT = jax.nn.logsumexp(s_BNTS, axis=-1)
     p_BNTS = jnp.exp(s_BNTS - lse_BNT[..., None]).astype(v_BSNU.dtype)
     outputs.append(product('bnts,bsnu->btnu', p_BNTS, v_BSNU[:, :end]))
@@ -53,7 +55,7 @@ def backward(
   for start, end in _blocks(length):
     q, k, v = q_BTNX[:, start:end], k_BSNX[:, :end], v_BSNU[:, :end]
     do, rest = do_BTNU[:, start:end], (0, length - end)
-    s_BNTS = _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale)
+    s_BNTS = _scores(q, k, segments_BT, start, scale)
     rows = (x[..., start:end] for x in (lse_BNT, delta_BNT))
     dq_tile, dk, dv = tile_gradients(q, k, v, s_BNTS, *rows, do, scale)
     dq.append(dq_tile.astype(q.dtype))
@@ -64,6 +66,28 @@ def backward(
   dk_rope_BSR = jnp.sum(dk_BSNX[..., width:], axis=2)
   dq_BTNX = jnp.concatenate(dq, axis=1)
   return dq_BTNX, dk_BSNX[..., :width], dk_rope_BSR, dv_BSNU
+
+
+def masked_scores(
+  q_BTNX: Float[Array, 'B T N X'],
+  k_BSNX: Float[Array, 'B S N X'],
+  index_T1: Int[Array, 'T 1'],
+  index_S: Int[Array, 'S'],
+  segments: tuple[Int[Array, 'B T'], Int[Array, 'B S']] | None,
+  scale: float,
+) -> Float[Array, 'B N T S']:
+  """Scaled logits, f32; `LOWEST` for keys that a query does not see.
+
+  Args:
+    index_T1, index_S: places of the queries and keys in their sequence.
+    segments: of the queries and of the keys.
+  """
+  mask_BTS = (index_S <= index_T1)[None]
+  if segments is not None:
+    query_BT, key_BS = segments
+    mask_BTS = mask_BTS & (query_BT[:, :, None] == key_BS[:, None])
+  s_BNTS = product('btnx,bsnx->bnts', q_BTNX, k_BSNX) * scale
+  return jnp.where(mask_BTS[:, None], s_BNTS, LOWEST)
 
 
 def tile_gradients(
@@ -105,17 +129,15 @@ def product(subscripts: str, a: Array, b: Array) -> Float[Array, '...']:
 
 def _blocks(length: int) -> list[tuple[int, int]]:
   """Start and end of every block of queries."""
-  starts = range(0, length, _QUERY_BLOCK)
-  return [(start, min(start + _QUERY_BLOCK, length)) for start in starts]
+  starts = range(0, length, QUERY_BLOCK)
+  return [(start, min(start + QUERY_BLOCK, length)) for start in starts]
 
 
-def _scores(q_BTNX, k_BSNX, segments_BT, start, end, scale):
-  """Scaled logits of queries [start, end), f32, the masked ones very low."""
-  mask_BTS = (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None]
-  if segments_BT is not None:
-    query_segments, key_segments = segments_BT[:, start:end], segments_BT
-    same = query_segments[:, :, None] == key_segments[:, None, :end]
-    mask_BTS = mask_BTS & same
-  q, k = q_BTNX[:, start:end], k_BSNX[:, :end]
-  s_BNTS = product('btnx,bsnx->bnts', q, k) * scale
-  return jnp.where(mask_BTS[:, None], s_BNTS, jnp.finfo(jnp.float32).min)
+def _scores(q_BTNX, k_BSNX, segments_BS, start, scale):
+  """Scores of a block: its queries begin at `start` and end with the keys."""
+  end = k_BSNX.shape[1]
+  index_T1, index_S = jnp.arange(start, end)[:, None], jnp.arange(end)
+  segments = None
+  if segments_BS is not None:
+    segments = segments_BS[:, start:end], segments_BS[:, :end]
+  return masked_scores(q_BTNX, k_BSNX, index_T1, index_S, segments, scale)

@@ -247,9 +247,9 @@ def test_a_weight_that_is_not_finite_is_not_exported(tmp_path, dtype, value):
   """Named by tensor and place, whatever the dtype; nothing is left."""
   cfg = exchanged.make('plain')
   weights = exchanged.random_weights(cfg)
-  params, router = jax.tree.map(np.array, weights)
+  params, router_biases = jax.tree.map(np.array, weights)
   params['moe_layers']['layers']['moe']['w_up'][1, 3, 2, 1] = value
   name = r'layers\.2\.mlp\.experts\.3\.up_proj\.weight holds .* at \[1, 2\]'
   with pytest.raises(errors.InputError, match=name):
-    exchanged.write(cfg, params, router, tmp_path / 'out', dtype)
+    exchanged.write(cfg, params, router_biases, tmp_path / 'out', dtype)
   assert not list(tmp_path.iterdir())

@@ -29,13 +29,13 @@ def weights():
 @pytest.fixture(scope='module')
 def workdir(weights, tmp_path_factory):
   """Two steps; parameters are multiples of the step, their average is half."""
-  cfg, params, router = weights
+  cfg, params, router_biases = weights
   folder = tmp_path_factory.mktemp('source') / 'run'
   checkpoints = store.Store(folder / 'checkpoints', keep=2)
   scaled = lambda x: jax.tree.map(lambda w: np.asarray(x * w), params)
   with contextlib.closing(checkpoints):
     for step in STEPS:
-      train = {'params': scaled(step), 'router': router}
+      train = {'params': scaled(step), 'router': router_biases}
       checkpoints.save(step, {'train': train, 'ema': scaled(step / 2)}, {})
   (folder / 'config.json').write_text(config.to_json(cfg), encoding='utf-8')
   return folder
@@ -67,8 +67,8 @@ def test_a_workdir_opens_at_the_newest_step_or_any_other(weights, workdir):
 
 
 def test_both_kinds_open_with_the_same_leaves(weights, workdir, hf_folder):
-  cfg, params, router = weights
-  given = exchanged.leaves_of(params, router)
+  cfg, params, router_biases = weights
+  given = exchanged.leaves_of(params, router_biases)
   for directory in (workdir, hf_folder):
     with source.open_source(directory, BASE) as (opened, leaves):
       assert opened.model.mla == cfg.model.mla
@@ -160,8 +160,8 @@ def test_a_step_of_another_model_is_refused(workdir, weights, change):
 
 def test_only_matrices_are_cast(workdir, weights):
   with source.open_source(workdir, BASE, step=3) as (cfg, leaves):
-    params, router = source.to_devices(leaves, cfg, 'bfloat16')
+    params, router_biases = source.to_devices(leaves, cfg, 'bfloat16')
   assert params['head']['w'].dtype == jnp.bfloat16
   assert params['final_norm']['norm'].dtype == jnp.float32
   assert jax.tree.structure(params) == jax.tree.structure(weights[1])
-  jax.tree.map(np.testing.assert_array_equal, router, weights[2])
+  jax.tree.map(np.testing.assert_array_equal, router_biases, weights[2])

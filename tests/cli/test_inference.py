@@ -292,7 +292,7 @@ def test_an_empty_key_is_no_key(monkeypatch, capsys):
 
 def test_thoughts_are_told_apart():
   pieces = [(True, 'a'), (True, 'b'), (False, 'c'), (False, 'd'), (True, 'e')]
-  shown = lambda *args: ''.join(cli_inference._shown(*args))
+  shown = lambda *args: ''.join(cli_inference.shown_pieces(*args))
   assert shown(pieces, False) == '<think>ab</think>cd<think>e</think>'
   assert shown(pieces[2:4], False) == 'cd'
   dim = '\x1b[2m{}\x1b[0m'.format

@@ -27,14 +27,14 @@ ROWS, LENGTH = 8, 12
 @functools.cache
 def weights(cfg=CONFIG):
   """Parameters and router biases; what is seen decides."""
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     scale = {'w_uk': 4.0, 'w_o': 20.0}.get(path[-1].key, 1.0)
     node = params
     for key in path[:-1]:
       node = node[key.key]
     node[path[-1].key] = leaf * scale
-  return params, router
+  return params, router_biases
 
 
 class Passes:
@@ -54,20 +54,20 @@ class Passes:
     )
     self.run = self.place.jit(self._run, taken, (rows, rows))
 
-  def _run(self, variables, router, tokens_BT, table_Bb, caches):
+  def _run(self, variables, router_biases, tokens_BT, table_Bb, caches):
     naive = model.build(self.cfg)
     absorbed = model.build(self.cfg, absorbed=True)
     logits, load_LE = [], 0
     for net, start, end in ((naive, 0, LENGTH), (absorbed, LENGTH, None)):
       part_BT = tokens_BT[:, start:end]
       at_Bt = jnp.zeros_like(part_BT) + jnp.arange(part_BT.shape[1])
-      args = (part_BT, start + at_Bt, at_Bt, table_Bb, router, caches)
+      args = (part_BT, start + at_Bt, at_Bt, table_Bb, router_biases, caches)
       outputs = net.apply(variables, *args, method='forward_cached')
       logits.append(outputs[0])
       caches, load_LE = outputs[2], load_LE + outputs[3]
     return jnp.concatenate(logits, axis=1), load_LE[None]
 
-  def __call__(self, variables, router):
+  def __call__(self, variables, router_biases):
     """Logits, and how many tokens each expert got, by rank."""
     rng, ranks = np.random.default_rng(1), self.place.num_ranks
     vocab = self.cfg.model.vocab_size
@@ -78,7 +78,7 @@ class Passes:
     make = functools.partial(model_runner.empty_caches, *args, **options)
     caches = self.place.zeros(make, inference_mesh.BLOCKS)
     tokens = (tokens_BT, table_Bb.astype(np.int32))
-    logits_BTV, load_PLE = self.run(variables, router, *tokens, caches)
+    logits_BTV, load_PLE = self.run(variables, router_biases, *tokens, caches)
     return np.asarray(logits_BTV), load_PLE
 
 

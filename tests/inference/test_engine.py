@@ -23,12 +23,12 @@ CONFIG = settings.small(
 
 @pytest.fixture(scope='module')
 def runner():
-  params, router = map(models.f32, models.random_params(CONFIG))
+  params, router_biases = map(models.f32, models.random_params(CONFIG))
   for stack in ('dense_layers', 'moe_layers'):  # what is seen decides
     attention = params[stack]['layers']['attention']
     attention['w_uk'] *= 4.0
     attention['w_o'] *= 20.0
-  return model_runner.ModelRunner(CONFIG, params, router)
+  return model_runner.ModelRunner(CONFIG, params, router_biases)
 
 
 def prompt(seed, size):

@@ -21,17 +21,19 @@ def mesh_of(axes):
 
 def skewed():
   """Router biases that send most tokens to the first experts."""
-  _, router = meshes.weights()
-  bias_LE = np.zeros_like(router['moe'])
+  _, router_biases = meshes.weights()
+  bias_LE = np.zeros_like(router_biases['moe'])
   bias_LE[:, :3] = [0.6, 0.5, 0.4]
-  return router | {'moe': router['moe'] + bias_LE}
+  return router_biases | {'moe': router_biases['moe'] + bias_LE}
 
 
 def runner_with(axes, cfg=meshes.CONFIG, **options):
-  plan = redundant_experts.RedundancyConfig(**options)
+  redundancy = redundant_experts.RedundancyConfig(**options)
   params, _ = meshes.weights(cfg)
   mesh = mesh_of(axes)
-  return model_runner.ModelRunner(cfg, params, skewed(), mesh=mesh, plan=plan)
+  return model_runner.ModelRunner(
+    cfg, params, skewed(), mesh=mesh, redundancy=redundancy
+  )
 
 
 @pytest.mark.parametrize('axes', MESHES, ids=str)
@@ -41,14 +43,14 @@ def test_no_bit_depends_on_where_experts_are(axes):
   runner = runner_with(axes, redundant=8)
   if axes:
     plain = runner_with(axes, redundant=0)
-    want_BTV, load_PLE = passes(plain.variables, plain.router)
+    want_BTV, load_PLE = passes(plain.variables, plain.router_biases)
   else:
     params, _ = meshes.weights()
     alone = meshes.Passes(None)
-    want_BTV, load_PLE = alone({'params': params}, runner.router)
+    want_BTV, load_PLE = alone({'params': params}, runner.router_biases)
   placements = set()
   for load in (load_PLE, load_PLE[:, :, ::-1], 8 * load_PLE):
-    got_BTV, got_RLE = passes(runner.variables, runner.router)
+    got_BTV, got_RLE = passes(runner.variables, runner.router_biases)
     np.testing.assert_array_equal(got_BTV, want_BTV)
     np.testing.assert_array_equal(got_RLE, load_PLE)
     slots = jax.tree.leaves(runner.variables['redundant_slots'])
@@ -66,7 +68,7 @@ def test_the_load_is_spread_better_than_before():
   assert runner.rebalancer.balancedness is None
   values = []
   for _ in range(2):
-    _, load_PLE = passes(runner.variables, runner.router)
+    _, load_PLE = passes(runner.variables, runner.router_biases)
     runner.rebalancer.record_step(load_PLE)
     runner.rebalancer.rebalance()
     values.append(runner.rebalancer.balancedness)
@@ -78,10 +80,16 @@ def test_the_load_is_spread_better_than_before():
 
 @pytest.mark.slow
 def test_requests_get_the_same_tokens_while_experts_move():
-  params, router = meshes.weights()
+  params, router_biases = meshes.weights()
   runner = model_runner.ModelRunner(
-    *(meshes.CONFIG, params, router, 1, mesh_of({'node': 2, 'expert': 2})),
-    plan=redundant_experts.RedundancyConfig(redundant=4, every=5),
+    *(
+      meshes.CONFIG,
+      params,
+      router_biases,
+      1,
+      mesh_of({'node': 2, 'expert': 2}),
+    ),
+    redundancy=redundant_experts.RedundancyConfig(redundant=4, every=5),
   )
   assert meshes.traffic(runner)[1] == meshes.expected()
   known, often = meshes.compiled(runner), runner.rebalancer.rebalances
@@ -124,8 +132,8 @@ def test_each_slot_has_the_weights_of_its_expert(scanned):
   mesh = inference_mesh.make_mesh(node=2, expert=2, model=2)
   place = inference_mesh.InferenceMesh(cfg, mesh)
   on_mesh = place.place(params, place.params)
-  plan = redundant_experts.RedundancyConfig(redundant=4)
-  runner = redundant_experts.ExpertRebalancer(cfg, place, plan, on_mesh)
+  redundancy = redundant_experts.RedundancyConfig(redundant=4)
+  runner = redundant_experts.ExpertRebalancer(cfg, place, redundancy, on_mesh)
   rng = np.random.default_rng(0)
   for _ in range(3):
     stack = runner.variables['params']['moe_layers']

@@ -37,11 +37,11 @@ PROMPTS = [prompt(0, 120), prompt(1, 50), prompt(0, 120)[:70] + prompt(2, 5)]
 @pytest.fixture(scope='module')
 def weights():
   """Of a model whose tokens depend much on what its attention reads."""
-  params, router = models.random_params(CONFIG)
+  params, router_biases = models.random_params(CONFIG)
   factors = {'w_uq': 4.0, 'w_uk': 6.0, 'w_uv': 6.0, 'w_o': 6.0, 'w': 4.0}
   louder = lambda path, w: w * factors.get(path[-1].key, 1.0)
   params = jax.tree_util.tree_map_with_path(louder, params)
-  return models.f32(params), models.f32(router)
+  return models.f32(params), models.f32(router_biases)
 
 
 @pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'speculative'])
@@ -118,7 +118,7 @@ def test_a_step_widens_no_whole_cache(weights, kind, precision, fp8):
   model_engine = engine.Engine(runner, num_blocks=50, max_rows=2)
   width = 1 if kind == 'decode' else 64
   (rows, draws), caches = model_engine._empty(2, width, 2), model_engine._caches
-  args = (runner.variables, runner.router, rows, caches, draws, None)
+  args = (runner.variables, runner.router_biases, rows, caches, draws, None)
   if kind == 'copy':
     args = (np.array([0], np.int32), np.array([1], np.int32), caches)
   lowered = getattr(runner, f'_{kind}').lower(*args)

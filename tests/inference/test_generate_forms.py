@@ -26,12 +26,12 @@ CONFIG = settings.small(  # scanned, as by default
 @pytest.fixture(scope='module')
 def weights():
   """Random ones, with heads so sharp and loud that what is seen decides."""
-  params, router = models.random_params(CONFIG)
+  params, router_biases = models.random_params(CONFIG)
   for stack in ('dense_layers', 'moe_layers'):
     attention = params[stack]['layers']['attention']
     attention['w_uk'] *= 4.0
     attention['w_o'] *= 20.0
-  return models.f32(params), models.f32(router)
+  return models.f32(params), models.f32(router_biases)
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +39,7 @@ def net(weights):
   return model_runner.ModelRunner(CONFIG, *weights)
 
 
-def full_logits(cfg, params, router, rows):
+def full_logits(cfg, params, router_biases, rows):
   """Logits of rows of any lengths, without a cache: [rows, T, V]."""
   length = max(map(len, rows))
   padded = [row + [0] * (length - len(row)) for row in rows]
@@ -49,7 +49,7 @@ def full_logits(cfg, params, router, rows):
   batch = model.Batch(
     tokens_BT, tokens_BT, positions_BT, ones_BT, ones_BT.astype(jnp.float32)
   )
-  return models.logits(cfg)(params, router, batch)[0]
+  return models.logits(cfg)(params, router_biases, batch)[0]
 
 
 @pytest.mark.parametrize('sizes', [(1, 63, 64), (65, 2, 128, 100)])
@@ -94,12 +94,14 @@ def test_ends_at_once_if_prefill_stops(net):
 def test_casting_once_is_casting_at_every_use():
   # Products take BF16; norms and the router's choice are f32 as in training.
   cfg = settings.small(precision='bf16', model__num_layers=2)
-  params, router = map(models.f32, models.random_params(cfg))
-  cast = model_runner.ModelRunner(cfg, params, router).params
+  params, router_biases = map(models.f32, models.random_params(cfg))
+  cast = model_runner.ModelRunner(cfg, params, router_biases).params
   assert cast['head']['w'].dtype == jnp.bfloat16
   rows = np.random.default_rng(0).integers(0, VOCAB, (4, 12)).tolist()
-  want_BTV = full_logits(cfg, params, router, rows)
-  np.testing.assert_array_equal(full_logits(cfg, cast, router, rows), want_BTV)
+  want_BTV = full_logits(cfg, params, router_biases, rows)
+  np.testing.assert_array_equal(
+    full_logits(cfg, cast, router_biases, rows), want_BTV
+  )
 
 
 def test_first_tokens_follow_the_distribution(net, weights):
@@ -117,10 +119,10 @@ def test_first_tokens_follow_the_distribution(net, weights):
 def test_draws_of_rows_and_of_steps_are_independent(weights):
   # Where all tokens are as likely, so are all pairs: of neighbours in a row,
   # and of two rows at one place.
-  params, router = weights
+  params, router_biases = weights
   flat = params | {'head': {'w': jnp.zeros_like(params['head']['w'])}}
   rows, steps = 400, 31
-  uniform = model_runner.ModelRunner(CONFIG, flat, router)
+  uniform = model_runner.ModelRunner(CONFIG, flat, router_biases)
   output = generate.generate(
     uniform, [[1]] * rows, steps, temperature=1.0, seed=3
   )

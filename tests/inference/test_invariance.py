@@ -46,8 +46,8 @@ MINE = (prompt(0, 100), 60, DRAW)
 
 @pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'speculative'])
 def runner(request):
-  params, router = map(models.f32, models.random_params(CONFIG))
-  return model_runner.ModelRunner(CONFIG, params, router, request.param)
+  params, router_biases = map(models.f32, models.random_params(CONFIG))
+  return model_runner.ModelRunner(CONFIG, params, router_biases, request.param)
 
 
 def make_engine(runner, num_blocks=24):

@@ -14,7 +14,7 @@ import pytest
 import dsv3_jax
 from dsv3_jax import errors
 from dsv3_jax.checkpoint import store
-from dsv3_jax.inference import engine, generate, llm
+from dsv3_jax.inference import engine_stats, generate, llm, redundant_experts
 from dsv3_jax.nn import model
 from dsv3_jax.training import evaluate, loop
 from tests import reference, tiny_run, tolerances
@@ -65,18 +65,18 @@ def batch_of(tokens_BT):
 def test_weights_and_biases_are_the_trainer_s_last(run, trained):
   cfg, _, last, _ = run
   assert trained.config == cfg  # it trains in f32, as it is loaded
-  got = (trained.params, trained.router)
-  want = (last.params, last.router)
+  got = (trained.params, trained.router_biases)
+  want = (last.params, last.router_biases)
   assert jax.tree.structure(got) == jax.tree.structure(want)
   for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_array_equal(a, b)
-  assert np.any(trained.router['moe'])  # trained, not fresh
+  assert np.any(trained.router_biases['moe'])  # trained, not fresh
 
 
 def test_logits_are_those_of_the_trainer_s_state(run, trained):
   cfg, _, last, _ = run
   tokens_BT = tokens_of(cfg, (2, 20))
-  args = (last.params, last.router, batch_of(tokens_BT))
+  args = (last.params, last.router_biases, batch_of(tokens_BT))
   want, (deeper,) = models.logits(cfg)(*args)
   np.testing.assert_array_equal(trained.logits(tokens_BT), want)
   np.testing.assert_array_equal(trained.mtp_logits(tokens_BT), deeper)
@@ -87,7 +87,7 @@ def test_logits_are_the_oracle_s(run, trained):
   tokens_BZ = tokens_of(cfg, (2, 21), seed=1)
   exact = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
   last_B = (tokens_BZ[:, -1], np.full(2, 20), np.ones(2, np.int32))
-  weights = (exact(trained.params), exact(trained.router))
+  weights = (exact(trained.params), exact(trained.router_biases))
   batch = batch_of(tokens_BZ[:, :-1])
   rows = reference.forward(*weights, cfg, batch, last_B, False)
   main, deeper = trained.logits(tokens_BZ), trained.mtp_logits(tokens_BZ)
@@ -99,7 +99,9 @@ def test_logits_are_the_oracle_s(run, trained):
 
 def test_its_score_is_the_figure_that_training_ended_with(run, trained):
   _, _, last, metrics = run
-  own = dataclasses.replace(last, params=trained.params, router=trained.router)
+  own = dataclasses.replace(
+    last, params=trained.params, router_biases=trained.router_biases
+  )
   again = evaluate.heldout(own)
   assert again == {name: metrics[name] for name in again}
   uniform = math.log(own.cfg.model.vocab_size)
@@ -127,13 +129,15 @@ def test_text_is_asked_of_the_engine_until_eos(trained, monkeypatch):
     calls.append((prompts, max_new_tokens, options))
     rest = {'prefill_seconds': 0.0, 'decode_seconds': 0.0, 'decoded': 1}
     counts = [
-      f.name for f in dataclasses.fields(engine.EngineStats) if f.type is int
+      f.name
+      for f in dataclasses.fields(engine_stats.EngineStats)
+      if f.type is int
     ]
-    rest['stats'] = engine.EngineStats(**dict.fromkeys(counts, 0))
+    rest['stats'] = engine_stats.EngineStats(**dict.fromkeys(counts, 0))
     return generate.Generation(tokens=[[40, 41]], **rest)
 
   tokenizer = trained.tokenizer
-  args = (trained.config, trained.params, trained.router, tokenizer)
+  args = (trained.config, trained.params, trained.router_biases, tokenizer)
   asked = llm.LLM(*args)
   monkeypatch.setattr(generate, 'generate', spy)
   assert asked.generate(['def'], 9) == [tokenizer.decode([40, 41])]
@@ -157,6 +161,17 @@ def test_old_keywords_are_accepted_with_a_warning(run, trained, monkeypatch):
     dsv3_jax.load(run[1], num_draft=1)
   with pytest.raises(TypeError, match='num_speculative_tokens only'):
     dsv3_jax.load(run[1], num_drafts=1, num_speculative_tokens=1)
+  config = redundant_experts.RedundancyConfig(redundant=-1)
+  match = 'plan is deprecated: use redundancy'
+  with (
+    pytest.warns(DeprecationWarning, match=match),
+    pytest.raises(errors.InputError, match='redundant_experts=-1'),
+  ):
+    dsv3_jax.load(run[1], plan=config)
+  with pytest.raises(TypeError, match='redundancy only'):
+    dsv3_jax.load(run[1], plan=config, redundancy=config)
+  with pytest.warns(DeprecationWarning, match='router is deprecated'):
+    assert trained.router is trained.router_biases
 
 
 def test_bfloat16_computes_in_bfloat16(run, trained):
@@ -173,7 +188,7 @@ def test_a_model_without_mtp_has_no_mtp_logits(run, trained):
   mtp = dataclasses.replace(cfg.model.mtp, depth=0)
   plain = dataclasses.replace(cfg.model, mtp=mtp)
   cfg = dataclasses.replace(cfg, model=plain)
-  args = (trained.params, trained.router, trained.tokenizer)
+  args = (trained.params, trained.router_biases, trained.tokenizer)
   model_without = llm.LLM(cfg, *args)
   tokens_BT = tokens_of(cfg, (1, 5))
   with pytest.raises(errors.InputError, match=r'model\.mtp\.depth=0'):
@@ -198,7 +213,9 @@ def test_any_committed_step_can_be_loaded(run, trained):
 
 def test_the_average_of_the_weights_can_be_loaded(run, trained, copied):
   averaged = dsv3_jax.load(run[1], ema=True)
-  np.testing.assert_array_equal(averaged.router['moe'], trained.router['moe'])
+  np.testing.assert_array_equal(
+    averaged.router_biases['moe'], trained.router_biases['moe']
+  )
   path = run[1] / 'checkpoints'
   with contextlib.closing(store.Store(path, keep=1)) as checkpoints:
     kept = checkpoints.open(6)['ema', 'head', 'w']

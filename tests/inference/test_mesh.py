@@ -25,17 +25,17 @@ LAYOUTS = (
 
 @pytest.fixture(scope='module')
 def one_device():
-  params, router = meshes.weights()
-  return meshes.Passes(None)({'params': params}, router)
+  params, router_biases = meshes.weights()
+  return meshes.Passes(None)({'params': params}, router_biases)
 
 
 @pytest.mark.parametrize('axes', LAYOUTS, ids=str)
 def test_logits_are_those_of_one_device(one_device, axes):
   want_BTV, want_1LE = one_device
   passes = meshes.Passes(inference_mesh.make_mesh(**axes))
-  params, router = meshes.weights()
+  params, router_biases = meshes.weights()
   params = passes.place.place(params, passes.place.params)
-  got_BTV, load_PLE = passes({'params': params}, router)
+  got_BTV, load_PLE = passes({'params': params}, router_biases)
   limit = F32 * np.max(np.abs(want_BTV))
   np.testing.assert_allclose(got_BTV, want_BTV, rtol=0, atol=limit)
   load_LE = np.sum(np.asarray(load_PLE), axis=0)

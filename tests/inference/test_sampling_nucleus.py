@@ -28,7 +28,9 @@ def sample(logits_BV, keys_B, temperature, top_p):
 @jax.jit
 def nucleus(logits_BV, top_p):
   keys_B = jax.random.split(jax.random.key(0), len(logits_BV))
-  return sampling._kept(logits_BV, draws(keys_B, jnp.float32(1.0), top_p))
+  return sampling.candidate_mask(
+    logits_BV, draws(keys_B, jnp.float32(1.0), top_p)
+  )
 
 
 def smallest_set(weights_V, numerator, denominator):

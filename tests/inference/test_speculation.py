@@ -96,10 +96,10 @@ def test_speculative_tokens_save_steps():
 )
 def test_tokens_are_those_of_plain_decoding(num_speculative_tokens, hidden):
   cfg = small(model__mtp__hidden=hidden)
-  params, router = weights(cfg)
-  plain = model_runner.ModelRunner(cfg, params, router)
+  params, router_biases = weights(cfg)
+  plain = model_runner.ModelRunner(cfg, params, router_biases)
   drafting = model_runner.ModelRunner(
-    cfg, params, router, num_speculative_tokens
+    cfg, params, router_biases, num_speculative_tokens
   )
   prompts = [prompt(1, 5), prompt(2, 130), prompt(3, 1), prompt(4, 64)]
   for options in ({}, {'temperature': 1.0, 'top_p': 0.9, 'seed': 3}):
@@ -112,14 +112,14 @@ def test_tokens_are_those_of_plain_decoding(num_speculative_tokens, hidden):
 
 def test_right_speculative_tokens_are_all_accepted():
   # Where all tokens are as likely, only the noise decides, which is the same.
-  params, router = weights(CONFIG)
+  params, router_biases = weights(CONFIG)
   flat = params | {'head': {'w': jnp.zeros_like(params['head']['w'])}}
-  drafting = model_runner.ModelRunner(CONFIG, flat, router, 3)
+  drafting = model_runner.ModelRunner(CONFIG, flat, router_biases, 3)
   options = {'temperature': 1.0, 'seed': 2}
   output = generate.generate(drafting, [[1, 2], [3]], 41, **options)
   assert output.stats.acceptance == 1.0
   assert output.stats.tokens_per_step == 4.0
-  runner = model_runner.ModelRunner(CONFIG, flat, router)
+  runner = model_runner.ModelRunner(CONFIG, flat, router_biases)
   plain = generate.generate(runner, [[1, 2], [3]], 41, **options)
   assert output.tokens == plain.tokens
   assert len(set(output.tokens[0])) > 5
@@ -129,8 +129,8 @@ def test_right_speculative_tokens_are_all_accepted():
 def test_first_speculative_tokens_are_the_mtp_module_s_choice(hidden):
   """However the latents came there: chunks, prefix cache, verified tokens."""
   cfg = small(model__mtp__hidden=hidden)
-  params, router = weights(cfg)
-  runner = model_runner.ModelRunner(cfg, params, router, 2)
+  params, router_biases = weights(cfg)
+  runner = model_runner.ModelRunner(cfg, params, router_biases, 2)
   model_engine = engine.Engine(runner, num_blocks=20, max_rows=3, chunk=64)
   seen = []
   for tokens in (prompt(5, 150), prompt(6, 3), prompt(5, 150)[:140] + [1, 2]):
@@ -143,11 +143,11 @@ def test_first_speculative_tokens_are_the_mtp_module_s_choice(hidden):
   assert len(drafted) > 30
   for tokens, draft in drafted[::3]:
     # The block that another's continuation filled ends with a latent of it.
-    logits_V = mtp_logits(cfg, params, router, tokens)
+    logits_V = mtp_logits(cfg, params, router_biases, tokens)
     assert logits_V.max() - logits_V[draft] < 1e-4
 
 
-def mtp_logits(cfg, params, router, tokens):
+def mtp_logits(cfg, params, router_biases, tokens):
   """Of the token behind the last, by the full forward pass."""
   padded = jnp.array(tokens + [0] * (ROOM - len(tokens)), jnp.int32)[None]
   ones = jnp.ones_like(padded)
@@ -158,7 +158,7 @@ def mtp_logits(cfg, params, router, tokens):
     ones[:, 1:],
     ones[:, 1:].astype(jnp.float32),
   )
-  _, deeper = models.logits(cfg)(params, router, batch)
+  _, deeper = models.logits(cfg)(params, router_biases, batch)
   return np.asarray(deeper[0][0, len(tokens) - 2])
 
 
@@ -166,15 +166,17 @@ def test_drawn_tokens_have_the_model_s_distribution():
   """10^5 rows of three tokens each, two of them behind speculative tokens."""
   vocab, start, rows, rounds = 5, 2, 10_000, 10
   cfg = small(model__vocab_size=vocab)
-  params, router = weights(cfg)
+  params, router_biases = weights(cfg)
   params['head']['w'] *= 0.5  # or some triples would be too rare to count
-  runner = model_runner.ModelRunner(cfg, params, router, 1)
+  runner = model_runner.ModelRunner(cfg, params, router_biases, 1)
   counts, kept = np.zeros(vocab**3), 0
   for seed in range(rounds):
     tokens_B3, kept_B = triples(runner, start, rows, seed)
     counts += np.bincount(tokens_B3 @ [vocab**2, vocab, 1], minlength=vocab**3)
     kept += np.sum(kept_B)
-  expected = rows * rounds * triple_probabilities(cfg, params, router, start)
+  expected = (
+    rows * rounds * triple_probabilities(cfg, params, router_biases, start)
+  )
   assert expected.min() > 5
   assert stats.chisquare(counts, expected).pvalue > 1e-3
   assert 0.1 < kept / (rows * rounds) < 0.95  # both kinds were there
@@ -215,7 +217,7 @@ def triples(runner, start, rows, seed):
   return np.stack([first_B, second_B2[:, 0], third_B], axis=1), count_B == 2
 
 
-def triple_probabilities(cfg, params, router, start):
+def triple_probabilities(cfg, params, router_biases, start):
   """Of all triples behind one token, by the full forward pass, in float64."""
   vocab = cfg.model.vocab_size
   every = list(itertools.product(range(vocab), repeat=3))
@@ -225,7 +227,7 @@ def triple_probabilities(cfg, params, router, start):
   batch = model.Batch(
     *(tokens_BT, tokens_BT, places_BT, ones_BT), ones_BT.astype(jnp.float32)
   )
-  logits_BTV, _ = models.logits(cfg)(params, router, batch)
+  logits_BTV, _ = models.logits(cfg)(params, router_biases, batch)
   logits_BTV = np.asarray(logits_BTV, np.float64)
   logits_BTV -= logits_BTV.max(axis=-1, keepdims=True)
   probs_BTV = np.exp(logits_BTV)
@@ -249,13 +251,13 @@ def test_answers_to_one_prompt_have_their_own_speculative_tokens(
   num_speculative_tokens, size
 ):
   """No other sees those of the first, where they pass the end of a block."""
-  params, router = weights(CONFIG)
+  params, router_biases = weights(CONFIG)
   flat = params | {'head': {'w': 0.5 * params['head']['w']}}
   tokens, draws = (
     prompt(7, size),
     [requests.SamplingParams(temperature=1.0, rng_stream=i) for i in (0, 1, 2)],
   )
-  plain, want = model_runner.ModelRunner(CONFIG, flat, router), []
+  plain, want = model_runner.ModelRunner(CONFIG, flat, router_biases), []
   for draw in draws:
     model_engine = engine.Engine(plain, num_blocks=8, max_rows=3)
     request = model_engine.submit(tokens, 20, draw)
@@ -263,7 +265,7 @@ def test_answers_to_one_prompt_have_their_own_speculative_tokens(
       model_engine.step()
     want.append(request.tokens)
   runner = model_runner.ModelRunner(
-    CONFIG, flat, router, num_speculative_tokens
+    CONFIG, flat, router_biases, num_speculative_tokens
   )
   model_engine = engine.Engine(runner, num_blocks=8, max_rows=3)
   first = model_engine.submit(tokens, 20, draws[0])

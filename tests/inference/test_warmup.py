@@ -21,19 +21,19 @@ def make_engine(
   )
 
 
-def recorded(model_engine, monkeypatch):
+def recorded(monkeypatch):
   """The sizes of steps from now on."""
-  seen, runner = set(), model_engine.runner
+  seen = set()
 
   def record(kind):
-    run = getattr(runner, kind)
+    run = getattr(counting.Runner, kind)
 
-    def step(rows, *rest):
+    def step(runner, rows, *rest):
       sizes = (*rows.tokens_BT.shape, rows.table_Bb.shape[1])
       seen.add(engine.StepShape(*sizes, kind))
-      return run(rows, *rest)
+      return run(runner, rows, *rest)
 
-    monkeypatch.setattr(runner, kind, step)
+    monkeypatch.setattr(counting.Runner, kind, step)
 
   for kind in ('prefill', 'extend', 'decode'):
     record(kind)
@@ -50,7 +50,7 @@ def test_how_many(room, most_rows, count):
 
 def test_a_warm_up_runs_these_sizes_and_changes_nothing(monkeypatch):
   model_engine = make_engine(256)
-  seen = recorded(model_engine, monkeypatch)
+  seen = recorded(monkeypatch)
   sizes = warmup.shapes(model_engine, 256)
   before = model_engine._caches.copy()
   for size in sizes:
@@ -67,7 +67,7 @@ def test_one_request_at_a_time_meets_no_other_size(
   model_engine = make_engine(
     room, num_speculative_tokens=num_speculative_tokens
   )
-  seen = recorded(model_engine, monkeypatch)
+  seen = recorded(monkeypatch)
   for length in range(1, room - 2, 37):
     asked = [model_engine.submit([1, 2] * (length // 2) + [3], 2)]
     asked.append(
@@ -83,7 +83,7 @@ def test_one_request_at_a_time_meets_no_other_size(
 
 def test_bursts_of_short_prompts_meet_no_other_size(monkeypatch):
   model_engine = make_engine(256)
-  seen = recorded(model_engine, monkeypatch)
+  seen = recorded(monkeypatch)
   for count in (2, 5, 16):
     for i in range(count):
       model_engine.submit([i, count] * 20, 100)
@@ -99,7 +99,7 @@ def test_a_batch_invariant_engine_has_two_sizes(
   model_engine = make_engine(
     256, num_speculative_tokens=num_speculative_tokens, batch_invariant=True
   )
-  seen = recorded(model_engine, monkeypatch)
+  seen = recorded(monkeypatch)
   for i, length in enumerate((1, 70, 200)):
     model_engine.submit([i] * length, 9)
   while not model_engine.is_idle:

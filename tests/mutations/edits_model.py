@@ -90,15 +90,15 @@ MODEL = (
   (
     'causal mask shifted by one',
     'pallas_kernels/mla_attention/xla.py',
-    'mask_BTS = (jnp.arange(end) <= jnp.arange(start, end)[:, None])[None]',
-    'mask_BTS = (jnp.arange(end) - 1 <= jnp.arange(start, end)[:, None])[None]',
+    'mask_BTS = (index_S <= index_T1)[None]',
+    'mask_BTS = (index_S - 1 <= index_T1)[None]',
     (_ATTENTION, _CAUSALITY),
   ),
   (
     'samples see each other',
     'pallas_kernels/mla_attention/xla.py',
-    'mask_BTS = mask_BTS & same',
-    'mask_BTS = mask_BTS & (same | True)',
+    '(query_BT[:, :, None] == key_BS[:, None])',
+    '(query_BT[:, :, None] == query_BT[:, :, None])',
     (_ATTENTION, _CAUSALITY),
   ),
   (

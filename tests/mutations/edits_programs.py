@@ -165,8 +165,8 @@ PARALLEL = (
   (
     'context: mask shifted by one',
     'dsv3_jax/ops/context_attention.py',
-    'mask_Bts = (tile.key + jnp.arange(self.piece) <= index_t1)[None]',
-    'mask_Bts = (tile.key + jnp.arange(self.piece) < index_t1 + 2)[None]',
+    'index_s, segments = tile.key + jnp.arange(self.piece), None',
+    'index_s, segments = tile.key - 1 + jnp.arange(self.piece), None',
     ('tests/ops/test_context_attention.py',),
   ),
   (

@@ -26,9 +26,9 @@ def random_params(cfg, seed=0):
     return centre + rng.normal(0.0, 0.25, leaf.shape)
 
   params = jax.tree_util.tree_map_with_path(draw, shapes)
-  biases = model.init_router(cfg.model)
-  router = jax.tree.map(lambda b: rng.normal(0.0, 0.2, b.shape), biases)
-  return params, router
+  biases = model.init_router_biases(cfg.model)
+  router_biases = jax.tree.map(lambda b: rng.normal(0.0, 0.2, b.shape), biases)
+  return params, router_biases
 
 
 def make_batch(cfg, samples, seed=1):
@@ -76,10 +76,12 @@ def forward_and_loss(cfg):
   """jit: (params, router, batch, scales) -> logits, MTP's, total, parts."""
   net = model.build(cfg)
 
-  def run(params, router, batch, scales):
+  def run(params, router_biases, batch, scales):
     variables = {'params': params}
-    logits = net.apply(variables, batch, router)
-    return *logits, *net.apply(variables, batch, router, scales, method='loss')
+    logits = net.apply(variables, batch, router_biases)
+    return *logits, *net.apply(
+      variables, batch, router_biases, scales, method='loss'
+    )
 
   return jax.jit(run)
 
@@ -94,11 +96,11 @@ def plain_loss_and_grads(cfg):
   """The same, in the precision of training, not yet compiled."""
   net = model.build(cfg, training=True)
 
-  def run(params, router, batch, scales):
+  def run(params, router_biases, batch, scales):
     quantized = model.quantize(net.policy, params)
 
     def loss(params):
-      args = (batch, router, scales)
+      args = (batch, router_biases, scales)
       return net.apply({'params': params} | quantized, *args, method='loss')
 
     return jax.value_and_grad(loss, has_aux=True)(params)
@@ -110,8 +112,8 @@ def plain_loss_and_grads(cfg):
 def logits(cfg):
   """jit: (params, router, batch) -> main logits, list of MTP logits."""
   net = model.build(cfg)
-  run = lambda params, router, batch: net.apply(
-    {'params': params}, batch, router
+  run = lambda params, router_biases, batch: net.apply(
+    {'params': params}, batch, router_biases
   )
   return jax.jit(run)
 

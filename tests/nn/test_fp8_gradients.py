@@ -175,11 +175,11 @@ def gradients(name):
     settings.small(**(FP8 | ALL_EXPERTS | {'precision': name} | scan))
     for scan in ({'model__scan_layers': True}, {})
   )
-  params, router = models.random_params(scanned)
+  params, router_biases = models.random_params(scanned)
   params = shrunk(unstacked(models.f32(params)))
   batch, _ = models.make_batch(cfg, ([129], [60, 69]))
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
-  args = (params, models.f32(router), batch, scales)
+  args = (params, models.f32(router_biases), batch, scales)
   (total, _), grads = jax.jit(models.plain_loss_and_grads(cfg))(*args)
   jax.effects_barrier()
   return float(total), grads

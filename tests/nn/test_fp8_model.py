@@ -62,14 +62,14 @@ def run(**changes):
 
 
 def run_in_f32(cfg, changes):
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   if not cfg.model.scan_layers:
     scanned = settings.small(**(FP8 | changes | {'model__scan_layers': True}))
     params = unstacked(models.f32(models.random_params(scanned)[0]))
   params = shrunk(params)
   batch, _ = models.make_batch(cfg, ([129], [60, 69]))
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
-  args = (params, models.f32(router), batch, scales)
+  args = (params, models.f32(router_biases), batch, scales)
   (total, parts), grads = models.loss_and_grads(cfg)(*args)
   if cfg.model.scan_layers:
     grads = unstacked(grads)
@@ -205,7 +205,7 @@ def test_training_reads_the_weights_that_an_export_holds():
 
 def test_training_without_quantized_weights_says_what_is_missing():
   cfg = settings.small(**FP8)
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   batch, _ = models.make_batch(cfg, ([129],))
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
   net = model.build(cfg, training=True)
@@ -214,6 +214,8 @@ def test_training_without_quantized_weights_says_what_is_missing():
   )
   with pytest.raises(ValueError, match=message):
     jax.eval_shape(
-      lambda p: net.apply({'params': p}, batch, router, scales, method='loss'),
+      lambda p: net.apply(
+        {'params': p}, batch, router_biases, scales, method='loss'
+      ),
       params,
     )

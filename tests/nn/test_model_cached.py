@@ -34,10 +34,10 @@ CASES = {
 def setup(name, **changes):
   long = {'model__max_seq_len': SPACE, 'model__rope__original_seq_len': SPACE}
   cfg = settings.small(**(long | CASES[name] | changes))
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   rng = np.random.default_rng(3)
   tokens_BT = jnp.array(rng.integers(0, cfg.model.vocab_size, (3, LENGTH)))
-  return cfg, params, router, tokens_BT
+  return cfg, params, router_biases, tokens_BT
 
 
 def empty(cfg, fp8=False):
@@ -63,13 +63,13 @@ def step(cfg, absorbed, implementation='auto'):
   return jax.jit(run)
 
 
-def full_logits(cfg, params, router, tokens_BT):
+def full_logits(cfg, params, router_biases, tokens_BT):
   positions_BT = jnp.broadcast_to(jnp.arange(LENGTH), tokens_BT.shape)
   ones = jnp.ones_like(tokens_BT)
   batch = model.Batch(
     tokens_BT, tokens_BT, positions_BT, ones, ones.astype(jnp.float32)
   )
-  return models.logits(cfg)(params, router, batch)[0]
+  return models.logits(cfg)(params, router_biases, batch)[0]
 
 
 def assert_rows_match(logits_BV, full_BTV, last_B, dtype='float32'):
@@ -80,8 +80,8 @@ def assert_rows_match(logits_BV, full_BTV, last_B, dtype='float32'):
 @pytest.mark.parametrize('name', CASES)
 @pytest.mark.parametrize('prefill_absorbed', [False, True])
 def test_prefill_then_token_by_token(name, prefill_absorbed):
-  cfg, params, router, tokens_BT = setup(name)
-  full_BTV = full_logits(cfg, params, router, tokens_BT)
+  cfg, params, router_biases, tokens_BT = setup(name)
+  full_BTV = full_logits(cfg, params, router_biases, tokens_BT)
   most = SIZE + 1
   lengths_B = np.array([2, most, SIZE - 2])  # prompts, padded on the right
   index_BT = jnp.broadcast_to(jnp.arange(most), (3, most))
@@ -90,7 +90,7 @@ def test_prefill_then_token_by_token(name, prefill_absorbed):
     index_BT,
     jnp.array(lengths_B - 1),
     TABLE_Bb,
-    router,
+    router_biases,
   )
   prefill = step(cfg, prefill_absorbed)
   logits_BV, caches = prefill(params, *args, empty(cfg))
@@ -103,7 +103,7 @@ def test_prefill_then_token_by_token(name, prefill_absorbed):
       jnp.array(at_B)[:, None],
       zeros_B,
       TABLE_Bb,
-      router,
+      router_biases,
       caches,
     )
     logits_BV, caches = step(cfg, True)(params, *args)
@@ -114,9 +114,9 @@ def test_prefill_then_token_by_token(name, prefill_absorbed):
 def test_all_queries_see_latents_rounded_to_fp8(prefill_absorbed):
   # Two scales a token, the second of 32 values.
   cfg, _, _, tokens_BT = setup('scanned', model__mla__kv_lora_rank=160)
-  params, router = models.random_params(cfg)
+  params, router_biases = models.random_params(cfg)
   row_T = np.asarray(tokens_BT[0, :9])
-  weights = reference.weights_of(params, router, cfg)
+  weights = reference.weights_of(params, router_biases, cfg)
   exact = oracle.settings_of(cfg.model)
 
   def rounded(c_TC):
@@ -126,12 +126,12 @@ def test_all_queries_see_latents_rounded_to_fp8(prefill_absorbed):
   want_TV = oracle.forward(
     weights, row_T, dataclasses.replace(exact, kept=rounded)
   )[0]
-  params, router = models.f32(params), models.f32(router)
+  params, router_biases = models.f32(params), models.f32(router_biases)
   caches, start, got = empty(cfg, fp8=True), 0, []
   for count in (5, 1, 2, 1):
     index_BT = jnp.arange(start, start + count)[None]
     piece_BT, last_B = jnp.asarray(row_T)[index_BT], jnp.array([count - 1])
-    args = (piece_BT, index_BT, last_B, TABLE_Bb[:1], router, caches)
+    args = (piece_BT, index_BT, last_B, TABLE_Bb[:1], router_biases, caches)
     forward = step(cfg, prefill_absorbed or start > 0)
     logits_BV, caches = forward(params, *args)
     start += count
@@ -154,44 +154,53 @@ def test_an_fp8_token_of_v3_has_656_bytes():
 
 def test_several_tokens_at_once_onto_a_cache():
   # As for verifying: three new tokens see the cache and one another.
-  cfg, params, router, tokens_BT = setup('scanned')
-  full_BTV = full_logits(cfg, params, router, tokens_BT)
+  cfg, params, router_biases, tokens_BT = setup('scanned')
+  full_BTV = full_logits(cfg, params, router_biases, tokens_BT)
   index_BT = jnp.broadcast_to(jnp.arange(SIZE - 3), (3, SIZE - 3))
   args = (tokens_BT[:, : SIZE - 3], index_BT, jnp.zeros(3, jnp.int32))
-  _, caches = step(cfg, True)(params, *args, TABLE_Bb, router, empty(cfg))
+  _, caches = step(cfg, True)(
+    params, *args, TABLE_Bb, router_biases, empty(cfg)
+  )
   for start in range(SIZE - 3, LENGTH, 3):
     index_BT = jnp.broadcast_to(jnp.arange(start, start + 3), (3, 3))
     for last in range(3):
       piece_BT = tokens_BT[:, start : start + 3]
-      args = (piece_BT, index_BT, jnp.full(3, last), TABLE_Bb, router, caches)
+      args = (
+        piece_BT,
+        index_BT,
+        jnp.full(3, last),
+        TABLE_Bb,
+        router_biases,
+        caches,
+      )
       logits_BV, written = step(cfg, True)(params, *args)
       assert_rows_match(logits_BV, full_BTV, np.full(3, start + last))
     caches = written
 
 
 def test_what_lies_behind_in_the_cache_is_not_seen():
-  cfg, params, router, tokens_BT = setup('scanned')
+  cfg, params, router_biases, tokens_BT = setup('scanned')
   index_BT = jnp.broadcast_to(jnp.arange(4), (3, 4))
   last_B = jnp.full(3, 3)
-  args = (tokens_BT[:, :4], index_BT, last_B, TABLE_Bb, router)
+  args = (tokens_BT[:, :4], index_BT, last_B, TABLE_Bb, router_biases)
   _, caches = step(cfg, False)(params, *args, empty(cfg))
   first, second = TABLE_Bb.T
   soil = lambda c: c.at[:, first, 5:].set(1e4).at[:, second].set(1e4)
   dirty = jax.tree.map(soil, caches)
   args = (tokens_BT[:, 4:5], jnp.full((3, 1), 4), jnp.zeros(3, jnp.int32))
-  clean_BV, _ = step(cfg, True)(params, *args, TABLE_Bb, router, caches)
-  dirty_BV, _ = step(cfg, True)(params, *args, TABLE_Bb, router, dirty)
+  clean_BV, _ = step(cfg, True)(params, *args, TABLE_Bb, router_biases, caches)
+  dirty_BV, _ = step(cfg, True)(params, *args, TABLE_Bb, router_biases, dirty)
   np.testing.assert_array_equal(dirty_BV, clean_BV)
 
 
 def test_the_cache_holds_c_plus_r_values_and_drops_what_is_past_its_end():
-  cfg, params, router, tokens_BT = setup('scanned')
+  cfg, params, router_biases, tokens_BT = setup('scanned')
   caches = empty(cfg)
   widths = [leaf.shape[-1] for leaf in jax.tree.leaves(caches.moe)]
   assert sum(widths) == cfg.model.mla.cache_width == 14
   index_BT = jnp.broadcast_to(jnp.arange(SPACE - 1, SPACE + 2), (3, 3))
   args = (tokens_BT[:, :3], index_BT, jnp.zeros(3, jnp.int32))
-  args += (TABLE_Bb, router, caches)
+  args += (TABLE_Bb, router_biases, caches)
   _, written = step(cfg, False)(params, *args)
   for leaf in jax.tree.leaves(written):
     changed_ps = np.any(np.asarray(leaf), axis=(0, 3))
@@ -200,21 +209,23 @@ def test_the_cache_holds_c_plus_r_values_and_drops_what_is_past_its_end():
 
 
 def test_tokens_of_no_row_write_nothing():
-  cfg, params, router, tokens_BT = setup('scanned')
+  cfg, params, router_biases, tokens_BT = setup('scanned')
   index_BT = jnp.array([[0, 1], [-1, -1], [0, -1]])
   args = (tokens_BT[:, :2], index_BT, jnp.zeros(3, jnp.int32))
-  _, written = step(cfg, True)(params, *args, TABLE_Bb, router, empty(cfg))
+  _, written = step(cfg, True)(
+    params, *args, TABLE_Bb, router_biases, empty(cfg)
+  )
   for leaf in jax.tree.leaves(written):
     changed = np.argwhere(np.any(np.asarray(leaf), axis=(0, 3))).tolist()
     assert changed == [[3, 0], [4, 0], [4, 1]]
 
 
 def test_bf16_cache_stays_near_the_bf16_forward():
-  cfg, params, router, tokens_BT = setup('scanned', precision='bf16')
-  full_BTV = full_logits(cfg, params, router, tokens_BT)
+  cfg, params, router_biases, tokens_BT = setup('scanned', precision='bf16')
+  full_BTV = full_logits(cfg, params, router_biases, tokens_BT)
   index_BT = jnp.broadcast_to(jnp.arange(LENGTH), (3, LENGTH))
   last_B = jnp.full(3, LENGTH - 1)
-  args = (tokens_BT, index_BT, last_B, TABLE_Bb, router, empty(cfg))
+  args = (tokens_BT, index_BT, last_B, TABLE_Bb, router_biases, empty(cfg))
   logits_BV, caches = step(cfg, False)(params, *args)
   assert {c.dtype for c in jax.tree.leaves(caches)} == {jnp.dtype('bfloat16')}
   assert_rows_match(logits_BV, full_BTV, [LENGTH - 1] * 3, 'bfloat16')
@@ -222,14 +233,21 @@ def test_bf16_cache_stays_near_the_bf16_forward():
 
 def test_the_decode_kernel_gives_the_same():
   """Interpreted: a prompt of two blocks, then a token and a speculative one."""
-  cfg, params, router, tokens_BT = setup('scanned')
-  full_BTV = full_logits(cfg, params, router, tokens_BT)
+  cfg, params, router_biases, tokens_BT = setup('scanned')
+  full_BTV = full_logits(cfg, params, router_biases, tokens_BT)
   run, caches = step(cfg, True, 'pallas_interpret'), empty(cfg)
   for start, end in ((0, SIZE + 2), (SIZE + 2, SIZE + 4)):
     shape = (3, end - start)
     index_BT = jnp.broadcast_to(jnp.arange(start, end), shape)
     last_B = jnp.full(3, end - start - 1)
-    args = (tokens_BT[:, start:end], index_BT, last_B, TABLE_Bb, router, caches)
+    args = (
+      tokens_BT[:, start:end],
+      index_BT,
+      last_B,
+      TABLE_Bb,
+      router_biases,
+      caches,
+    )
     logits_BV, caches = run(params, *args)
     assert_rows_match(logits_BV, full_BTV, np.full(3, end - 1))
   plain = jax.jit(step(cfg, True)).lower(params, *args).as_text()

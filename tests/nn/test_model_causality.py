@@ -31,7 +31,7 @@ def dependence(isolated):
     data__isolate_samples=isolated,
     model__num_layers=2,
   )
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   row = jnp.arange(1, LENGTH + 2)[None]  # token 0 is what MTP pads with
   batch = model.Batch(
     tokens_BT=row[:, :-1],
@@ -45,7 +45,7 @@ def dependence(isolated):
 
   def outputs(table_VD):
     changed = params | {'embed': {'w': table_VD}}
-    main, deeper = net.apply({'params': changed}, batch, router)
+    main, deeper = net.apply({'params': changed}, batch, router_biases)
     return jnp.stack([main, *deeper])[:, 0] @ mixing_V
 
   jacobian = jax.jit(jax.jacrev(outputs))(params['embed']['w'])

@@ -21,11 +21,11 @@ PLAIN = BASE | {'model__remat': 'none'}
 
 def run(cfg, params=None):
   """((total, parts), gradients) of one batch at seeded parameters."""
-  drawn, router = models.random_params(cfg)
+  drawn, router_biases = models.random_params(cfg)
   params = models.f32(drawn) if params is None else params
   batch, _ = models.make_batch(cfg, SAMPLES)
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
-  args = (params, models.f32(router), batch, scales)
+  args = (params, models.f32(router_biases), batch, scales)
   return models.loss_and_grads(cfg)(*args)
 
 
@@ -47,10 +47,10 @@ def test_the_attention_kernel_trains_the_same():
   kernel = dataclasses.replace(
     precision.POLICIES[cfg.precision], implementation='pallas_interpret'
   )
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   batch, _ = models.make_batch(cfg, SAMPLES)
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
-  args = (params, router, batch, scales)
+  args = (params, router_biases, batch, scales)
   plain = jax.jit(models.plain_loss_and_grads(cfg)).lower(*args)
   with mock.patch.dict(precision.POLICIES, {cfg.precision: kernel}):
     other = jax.jit(models.plain_loss_and_grads(cfg)).lower(*args)
@@ -92,11 +92,11 @@ def test_remat_keeps_less():
   for remat in ('none', 'report', 'full'):
     cfg = settings.small(model__remat=remat, model__num_layers=4)
     net = model.build(cfg)
-    params, router = map(models.f32, models.random_params(cfg))
+    params, router_biases = map(models.f32, models.random_params(cfg))
     batch, _ = models.make_batch(cfg, SAMPLES)
     scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
 
-    def backward(params, net=net, rest=(batch, router, scales)):
+    def backward(params, net=net, rest=(batch, router_biases, scales)):
       loss = lambda p: net.apply({'params': p}, *rest, method='loss')[0]
       return jax.vjp(loss, params)[1]
 
@@ -119,17 +119,17 @@ def test_micro_batches_add_up_to_the_batch(normalizer, isolated):
   changes = {'model__mtp__normalizer': normalizer}
   changes['data__isolate_samples'] = isolated
   cfg = settings.small(**PLAIN, **changes)
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   # The last rows hold padding only: a batch that the ramp has not filled.
   rows = ([13], [5, 4, 2], [7], [3, 10], [13], [])
   batch, _ = models.make_batch(cfg, rows)
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
-  want = models.loss_and_grads(cfg)(params, router, batch, scales)
+  want = models.loss_and_grads(cfg)(params, router_biases, batch, scales)
   micro = jax.tree.map(lambda x: x.reshape(3, 2, *x.shape[1:]), batch)
   scales = models.scales_of(cfg, micro.weights_BT, micro.segments_BT)
   parts = [
     models.loss_and_grads(cfg)(
-      params, router, jax.tree.map(lambda x, i=i: x[i], micro), scales
+      params, router_biases, jax.tree.map(lambda x, i=i: x[i], micro), scales
     )
     for i in range(3)
   ]
@@ -138,7 +138,7 @@ def test_micro_batches_add_up_to_the_batch(normalizer, isolated):
 
 def test_rows_of_padding_change_no_loss_and_no_gradient():
   cfg = settings.small(**PLAIN)
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   rng, results = np.random.default_rng(4), []
   batch, _ = models.make_batch(cfg, ([13], [7], [], []))
   for _ in range(2):  # other tokens where nothing counts
@@ -150,17 +150,21 @@ def test_rows_of_padding_change_no_loss_and_no_gradient():
     )
     args = (filled.weights_BT, filled.segments_BT)
     scales = models.scales_of(cfg, *args)
-    results.append(models.loss_and_grads(cfg)(params, router, filled, scales))
+    results.append(
+      models.loss_and_grads(cfg)(params, router_biases, filled, scales)
+    )
   assert_same(*results)
 
 
 def test_token_losses_are_the_main_loss():
   cfg = settings.small(**PLAIN)
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   batch, _ = models.make_batch(cfg, SAMPLES)
   net = model.build(cfg)
   token_losses = jax.jit(
-    lambda p: net.apply({'params': p}, batch, router, method='token_losses')
+    lambda p: net.apply(
+      {'params': p}, batch, router_biases, method='token_losses'
+    )
   )
   losses_BT = token_losses(params)
   want = float(jnp.sum(losses_BT * batch.weights_BT) / np.sum(batch.weights_BT))
@@ -170,22 +174,22 @@ def test_token_losses_are_the_main_loss():
 
 def test_the_router_bias_gets_no_gradient_but_steers_the_load():
   cfg = settings.small(**PLAIN)
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   batch, _ = models.make_batch(cfg, SAMPLES)
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
   net = model.build(cfg)
 
   @jax.jit
-  def run_router(router):
+  def run_router(router_biases):
     loss = lambda r: net.apply(
       {'params': params}, batch, r, scales, method='loss'
     )
-    return jax.grad(loss, has_aux=True)(router)
+    return jax.grad(loss, has_aux=True)(router_biases)
 
-  grads, parts = run_router(router)
+  grads, parts = run_router(router_biases)
   assert not any(np.any(g) for g in jax.tree.leaves(grads))
   _, more = run_router(
-    {name: b.at[:, 3].set(9.0) for name, b in router.items()}
+    {name: b.at[:, 3].set(9.0) for name, b in router_biases.items()}
   )
   tokens = np.sum(batch.segments_BT > 0)
   assert np.all(more['load'][:, 3] == tokens)

@@ -67,17 +67,17 @@ SAMPLES = ([13], [5, 4, 2], [7])
 
 def run(cfg, compiled):
   """(params and router in float64, batch, whole rows, results)."""
-  params, router = models.random_params(cfg)
+  params, router_biases = models.random_params(cfg)
   batch, whole = models.make_batch(cfg, SAMPLES)
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
-  args = (models.f32(params), models.f32(router), batch, scales)
-  return params, router, batch, whole, compiled(cfg)(*args)
+  args = (models.f32(params), models.f32(router_biases), batch, scales)
+  return params, router_biases, batch, whole, compiled(cfg)(*args)
 
 
-def oracle(params, router, cfg, batch, whole):
+def oracle(params, router_biases, cfg, batch, whole):
   last = [x_BZ[:, -1] for x_BZ in whole]
   isolated = cfg.data.isolate_samples
-  rows = reference.forward(params, router, cfg, batch, last, isolated)
+  rows = reference.forward(params, router_biases, cfg, batch, last, isolated)
   args = (rows, cfg, batch, whole[0], whole[2], models.MTP_WEIGHT)
   return rows, reference.loss(*args)
 
@@ -94,8 +94,8 @@ def assert_parts_match(total, parts, want):
 @pytest.mark.parametrize('name', CASES)
 def test_logits_losses_and_loads_match(name):
   cfg = settings.small(**CASES[name])
-  params, router, batch, whole, got = run(cfg, models.forward_and_loss)
-  rows, want = oracle(params, router, cfg, batch, whole)
+  params, router_biases, batch, whole, got = run(cfg, models.forward_and_loss)
+  rows, want = oracle(params, router_biases, cfg, batch, whole)
   main, deeper, total, parts = got
   assert len(deeper) == cfg.model.mtp.depth
   for b, (main_ZV, deeper_ZV, _) in enumerate(rows):
@@ -118,16 +118,16 @@ def test_every_gradient_matches(name):
   changes = {'model__num_layers': 2, 'model__num_dense_layers': 1}
   changes |= {'data__seq_len': 9, 'model__rope__original_seq_len': 8}
   cfg = settings.small(**(CASES[name] | changes))
-  params, router = models.random_params(cfg)
+  params, router_biases = models.random_params(cfg)
   batch, whole = models.make_batch(cfg, [[10], [5, 3]])
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
-  args = (models.f32(params), models.f32(router), batch, scales)
+  args = (models.f32(params), models.f32(router_biases), batch, scales)
   (total, parts), grads = models.loss_and_grads(cfg)(*args)
 
   def loss(p):
-    return oracle(p, router, cfg, batch, whole)[1]['total']
+    return oracle(p, router_biases, cfg, batch, whole)[1]['total']
 
-  want = oracle(params, router, cfg, batch, whole)[1]
+  want = oracle(params, router_biases, cfg, batch, whole)[1]
   assert_parts_match(total, parts, want)
   assert jax.tree.structure(grads) == jax.tree.structure(params)
   gradients.assert_matches(grads, loss, params)

@@ -23,7 +23,7 @@ def shapes_of(cfg):
   """Shapes of parameters and of router biases; nothing is allocated."""
   net, key = model.build(cfg), jax.random.key(0)
   params = jax.eval_shape(lambda: model.init_params(net, key))
-  return params, jax.eval_shape(lambda: model.init_router(cfg.model))
+  return params, jax.eval_shape(lambda: model.init_router_biases(cfg.model))
 
 
 def count(tree):
@@ -31,14 +31,14 @@ def count(tree):
 
 
 def counts_of(cfg):
-  params, router = shapes_of(cfg)
+  params, router_biases = shapes_of(cfg)
   names = [name for name in params if name.startswith('mtp_')]
   modules = {name: params.pop(name) for name in names}
   return {
     'main': count(params),
-    'main_bias': count(router.get('moe', {})),
+    'main_bias': count(router_biases.get('moe', {})),
     'mtp': count(modules),
-    'mtp_bias': count(router.get('mtp', {})),
+    'mtp_bias': count(router_biases.get('mtp', {})),
   }
 
 
@@ -120,9 +120,9 @@ def test_every_parameter_names_its_axes_and_has_a_spec(scan, rank):
   cfg = settings.small(model__scan_layers=scan, model__mla__q_lora_rank=rank)
   net = model.build(cfg)
   batch, _ = models.make_batch(cfg, [[13]])
-  router = model.init_router(cfg.model)
+  router_biases = model.init_router_biases(cfg.model)
   key = jax.random.key(0)
-  boxed = jax.eval_shape(lambda: net.init(key, batch, router))['params']
+  boxed = jax.eval_shape(lambda: net.init(key, batch, router_biases))['params']
   is_boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)
   for box in jax.tree.leaves(boxed, is_leaf=is_boxed):
     assert is_boxed(box)
@@ -173,10 +173,10 @@ def scopes(lowered):
 
 def test_the_paper_s_steps_are_named_scopes():
   cfg = settings.small()
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   batch, _ = models.make_batch(cfg, [[13]])
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
-  args = (params, router, batch, scales)
+  args = (params, router_biases, batch, scales)
   names = scopes(models.forward_and_loss(cfg).lower(*args))
   wanted = {'embed', 'q_proj', 'kv_down', 'kv_up', 'attention', 'rope'}
   wanted |= {'attention_out', 'rms_norm', 'gate', 'experts', 'swiglu', 'mtp'}
@@ -187,14 +187,14 @@ def test_the_paper_s_steps_are_named_scopes():
 def test_the_absorbed_form_is_a_named_scope():
   cfg = settings.small()
   net = model.build(cfg, absorbed=True)
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   args = (1, 64, jnp.float32)
   make = lambda n: latent_cache.empty_cache(cfg.model, n, *args, fp8=False)
   caches = model.Caches(make(1), make(2))
   zeros = jnp.zeros((1, 1), jnp.int32)
   run = lambda p: net.apply(
     {'params': p},
-    *(zeros, zeros, zeros, zeros, router, caches),
+    *(zeros, zeros, zeros, zeros, router_biases, caches),
     method='forward_cached',
   )
   names = scopes(jax.jit(run).lower(params))

@@ -11,6 +11,7 @@ import pytest
 from dsv3_jax import config
 from dsv3_jax.distributed import collectives, sharding
 from dsv3_jax.ops import attention, context_attention, mla, rope
+from pallas_kernels.mla_attention import xla
 from tests import gradients, tolerances
 from tests.ops import test_mla as plain
 
@@ -63,7 +64,7 @@ def value_and_grads(values, dy_BSD, *rest):
 def test_output_and_gradients_match_the_oracle(
   monkeypatch, parts, block, isolated
 ):
-  monkeypatch.setattr(context_attention, '_QUERY_BLOCK', block)
+  monkeypatch.setattr(xla, 'QUERY_BLOCK', block)
   x_BSD, positions_BS = plain.tokens(2, 24)
   segments_BS = None
   if isolated:  # samples end within pieces and at their borders
@@ -100,7 +101,7 @@ def test_pieces_go_out_and_come_back():
 @pytest.mark.parametrize('parts', [2, 3, 8])
 def test_every_device_makes_its_causal_products_once(monkeypatch, parts):
   """2 C + 1 of 4 C products of pieces, the query's own piece last."""
-  monkeypatch.setattr(context_attention, '_QUERY_BLOCK', 2)
+  monkeypatch.setattr(xla, 'QUERY_BLOCK', 2)
   monkeypatch.setattr(collectives, 'axis_size', lambda axes: parts)
   piece, pairs = 4, []
   for device in range(parts):

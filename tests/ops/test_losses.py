@@ -74,7 +74,7 @@ def test_head_loss_matches_the_oracle_with_its_gradients():
 def test_head_loss_is_the_plain_formula_however_cut(
   monkeypatch, at_once, batch, length
 ):
-  monkeypatch.setattr(cross_entropy, '_TOKENS_AT_ONCE', at_once)
+  monkeypatch.setattr(cross_entropy, 'TOKENS_AT_ONCE', at_once)
   values, *rest = draw(2, batch, length)
   # Seven times the loss: the backward pass scales what the forward pass saved.
   grad = lambda f: jax.value_and_grad(lambda v: 7.0 * f(v, *rest))(f32(values))

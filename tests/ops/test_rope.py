@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import config
+from dsv3_jax import config, config_rules
 from dsv3_jax.ops import rope
 from experiments import v3_16b, v3_671b
 from tests import settings, tolerances
@@ -106,7 +106,7 @@ def test_angles_are_exact_at_128k_and_beyond(experiment):
   of the result; a frequency of 44 bits adds 2e-7 at the largest position.
   """
   cfg = published(experiment, 163840)
-  ends = [131071, 163839, rope.MAX_POSITIONS - 1]
+  ends = [131071, 163839, config_rules.MAX_POSITIONS - 1]
   positions_T = np.concatenate([np.arange(0, 163840, 37), ends])
   got = jax.jit(rope.tables, static_argnums=0)(cfg, positions_T[None])
   angles_Tr = positions_T[:, None] * oracle_frequencies(cfg)

@@ -146,7 +146,9 @@ def test_blocks_that_split_what_is_one():
 
 def test_steps_visit_every_expert_once_and_in_order():
   expert_j, num_blocks = products.experts_of((0, 300, 0, 0, 64, 0), spare=2)
-  steps = jax.jit(pallas_tpu._steps, static_argnums=2)(expert_j, num_blocks, 6)
+  steps = jax.jit(pallas_tpu.grid_steps, static_argnums=2)(
+    expert_j, num_blocks, 6
+  )
   first, work = pallas_tpu.FIRST, pallas_tpu.WORK
   np.testing.assert_array_equal(
     steps.expert_i, [0, 1, 1, 1, 2, 3, 4, 5, 5, 5, 5, 5]

@@ -53,9 +53,9 @@ def test_parts_add_up_to_the_arrays_of_the_model(changes):
   cfg = settings.small(**changes)
   net = model.build(cfg)
   params = model.param_shapes(net)
-  router = jax.eval_shape(lambda: model.init_router(cfg.model))
+  router_biases = jax.eval_shape(lambda: model.init_router_biases(cfg.model))
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-  total = count(params) + count(router)
+  total = count(params) + count(router_biases)
   parts = flops.main_parts(cfg.model) + flops.mtp_parts(cfg.model)
   assert sum(part.size for part in parts) == total
   summary = flops.inspect_dict(cfg.model, 12)['parameters']
@@ -138,11 +138,11 @@ def test_a_traced_step_makes_the_products_that_are_counted(depth):
     model__moe__product='dense',
     balance__kind='none',
   )
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   batch, _ = models.make_batch(cfg, ([13], [13]))
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
   traced = jax.make_jaxpr(models.loss_and_grads(cfg))
-  num_products = products(traced(params, router, batch, scales).jaxpr)
+  num_products = products(traced(params, router_biases, batch, scales).jaxpr)
 
   length, m = cfg.data.seq_len, cfg.model.mla
   want = flops.flops_per_token(cfg.model, length, causal=False)

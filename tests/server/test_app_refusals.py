@@ -7,6 +7,7 @@ import time
 import openai
 import pytest
 
+from tests.inference import counting
 from tests.server import web
 
 
@@ -121,7 +122,7 @@ def test_wrong_bodies_are_one_line(served, path, body, message):
   assert code == 400
   assert message in error['message'] and '\n' not in error['message']
   assert error['type'] == 'invalid_request_error'
-  assert served[1].engine.is_idle
+  assert served[1].running == served[1].waiting == 0
 
 
 def test_a_body_that_is_too_long_is_not_read(served):
@@ -130,13 +131,14 @@ def test_a_body_that_is_too_long_is_not_read(served):
 
 
 def test_a_model_that_fails_is_said(tokenizer, capfd):
-  with web.serving(tokenizer, 0.02) as (address, model):
+  runner = counting.Runner(280, 0.02, room=600)
+  with web.serving(tokenizer, runner=runner) as (address, _):
     with web.client(address) as ask:
       parts = ask.completions.create(
         model='tiny', prompt=[5], max_tokens=400, stream=True
       )
       next(iter(parts))
-      model.engine.runner.fails = True
+      runner.fails = True
       with pytest.raises(openai.APIError, match='the model has ended'):
         list(parts)
       with pytest.raises(openai.InternalServerError) as caught:
@@ -149,7 +151,7 @@ def test_a_model_that_fails_is_said(tokenizer, capfd):
 def test_pages_of_other_sites_may_not_ask(served):
   other = {'sec-fetch-site': 'cross-site'}
   assert web.fetch(f'{served[0]}/v1/completions', b'{}', **other)[0] == 403
-  assert served[1].engine.is_idle
+  assert served[1].running == served[1].waiting == 0
 
 
 def test_a_body_that_breaks_off_is_no_fault(served, capfd):

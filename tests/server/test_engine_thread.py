@@ -18,10 +18,9 @@ def start():
   """Makes workers that are closed in the end."""
   threads = []
 
-  def begin(most_waiting=100, num_blocks=30, max_rows=4, **options):
-    model_engine = engine.Engine(
-      counting.Runner(**options), num_blocks=num_blocks, max_rows=max_rows
-    )
+  def begin(most_waiting=100, max_rows=4, runner=None, **options):
+    runner = runner or counting.Runner(**options)
+    model_engine = engine.Engine(runner, num_blocks=30, max_rows=max_rows)
     threads.append(engine_thread.EngineThread(model_engine, most_waiting))
     return threads[-1]
 
@@ -70,7 +69,7 @@ def test_many_threads_get_their_own_tokens(start):
   assert got == [counting.continued(*case) for case in cases]
   assert model.counts['finished'] == len(cases) == model.counts['requests']
   assert model.counts['tokens'] == sum(count for _, count in cases)
-  assert model.engine.stats().blocks_in_use == 0
+  assert model.stats().blocks_in_use == 0
 
 
 def test_a_cancelled_request_is_silent_and_releases_its_blocks(start):
@@ -84,7 +83,7 @@ def test_a_cancelled_request_is_silent_and_releases_its_blocks(start):
   assert stays.tokens() == counting.continued([1, 2, 3], 60)
   assert goes.outputs.qsize() <= count + 1
   assert model.counts['cancelled'] == 1
-  assert model.engine.stats().blocks_in_use == 0
+  assert model.stats().blocks_in_use == 0
 
 
 def test_one_that_is_cancelled_before_it_is_read_never_runs(start):
@@ -93,7 +92,8 @@ def test_one_that_is_cancelled_before_it_is_read_never_runs(start):
   second = Client(model, [2], 300)
   model.cancel(second.request)
   first.tokens()
-  assert second.outputs.empty() and model.engine.is_idle
+  assert second.outputs.empty()
+  assert model.running == model.waiting == 0
 
 
 def test_a_full_queue_refuses_and_opens_again(start):
@@ -118,10 +118,11 @@ def test_bad_requests_are_refused_in_the_caller_s_thread(start):
 
 
 def test_an_error_of_the_model_reaches_all(start):
-  model = start(seconds=0.01, max_rows=1)
+  runner = counting.Runner(seconds=0.01)
+  model = start(runner=runner, max_rows=1)
   clients = [Client(model, [i], 300) for i in (1, 2)]
   clients[0].outputs.get(timeout=20)
-  model.engine.runner.fails = True
+  runner.fails = True
   assert clients[0].tokens()[-1] is clients[1].tokens()[-1] is None
   assert str(model.error) == 'out of order'
   with pytest.raises(engine_thread.Closed):
@@ -136,7 +137,7 @@ def test_an_error_before_a_request_is_read_reaches_it(start, monkeypatch):
   def fails(*args):
     raise RuntimeError('no device')
 
-  monkeypatch.setattr(model.engine, 'add', fails)
+  monkeypatch.setattr(engine.Engine, 'add', fails)
   others = [Client(model, [i], 3) for i in (2, 3)]
   assert [other.tokens() for other in others] == [[None], [None]]
   assert first.tokens()[-1] is None

@@ -46,9 +46,13 @@ def browser():
 
 
 @pytest.fixture
-def served():
+def runner():
+  return Runner(tokenizers.train(web.TEXTS * 30, 280), 0.01)
+
+
+@pytest.fixture
+def served(runner):
   tokenizer = tokenizers.train(web.TEXTS * 30, 280)
-  runner = Runner(tokenizer, 0.01)
   with web.serving(tokenizer, runner=runner) as server:
     yield server
 
@@ -116,14 +120,13 @@ def test_stop_ends_it_here_and_there(page, served):
   assert served[1].counts['cancelled'] == 1
 
 
-def test_errors_are_shown_and_can_be_mended(page, served):
+def test_errors_are_shown_and_can_be_mended(page, runner):
   page.get_by_label('tokens').fill('501')
   say(page, 'Hello')
   expect(page, '.error').to_have_text('max_tokens=501 must be in [1, 500]')
   expect(page, '.assistant').to_have_count(0)
   page.get_by_label('tokens').fill('400')
   page.get_by_label('chat').uncheck()
-  runner = served[1].engine.runner
   runner.seconds = 0.1  # not to be at its end before it fails
   say(page, 'Hello')
   expect(page, '.assistant').not_to_be_empty()

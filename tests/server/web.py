@@ -86,4 +86,4 @@ def idle(model):
   while model.running or model.waiting:
     assert time.monotonic() < end
     time.sleep(0.01)
-  assert model.engine.stats().blocks_in_use == 0
+  assert model.stats().blocks_in_use == 0

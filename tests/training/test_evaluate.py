@@ -33,13 +33,13 @@ VOCAB = 285
 def about():
   cfg = settings.small(model__vocab_size=VOCAB, model__num_layers=2)
   records = [{'name': str(i), 'text': text} for i, text in enumerate(TEXTS)]
-  params, router = models.random_params(cfg)
+  params, router_biases = models.random_params(cfg)
   corpus = corpora.Corpus(records[::-1], records, '')
   tokenizer = tokenizers.train(TEXTS, VOCAB)
   return evaluate.Evaluation(
     cfg=cfg,
     params=models.f32(params),
-    router=models.f32(router),
+    router_biases=models.f32(router_biases),
     corpus=corpus,
     tokenizer=tokenizer,
     windows=evaluate.open_windows(cfg, corpus, tokenizer),
@@ -75,7 +75,7 @@ def oracle_nats(e, given):
   batch = model.Batch(**fields)
   last = (batch.targets_BT[:, -1],) * 3
   exact = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
-  weights = (exact(e.params), exact(e.router))
+  weights = (exact(e.params), exact(e.router_biases))
   rows = reference.forward(*weights, e.cfg, batch, last, False)
   total = 0.0
   for logits_ZV, targets_T, scored_T in zip(
@@ -91,7 +91,7 @@ def test_score_is_the_oracle_s_at_any_batch_size(about):
   want = oracle_nats(about, given)
   for size in (1, 3, 7, 32):
     e = with_eval(about, batch_size=size)
-    nats, tokens = evaluate.score(e.cfg, e.params, e.router, given)
+    nats, tokens = evaluate.score(e.cfg, e.params, e.router_biases, given)
     assert tokens == np.sum(given['weights_BT'])
     assert nats == pytest.approx(want, rel=1e-6)
 
@@ -99,7 +99,7 @@ def test_score_is_the_oracle_s_at_any_batch_size(about):
 def test_targets_that_are_not_scored_do_not_count(about):
   given = windows(4)
   other = np.where(given['weights_BT'] > 0, given['targets_BT'], 17)
-  args = (about.cfg, about.params, about.router)
+  args = (about.cfg, about.params, about.router_biases)
   want = evaluate.score(*args, given)
   assert evaluate.score(*args, given | {'targets_BT': other}) == want
   none = given | {'weights_BT': np.zeros((4, LENGTH), np.float32)}

@@ -31,8 +31,8 @@ def write_first(folder):
     source.update_from_flattened_dict(changes)
   cfg = config.from_config_dict(source)
   state = jax.jit(functools.partial(steps.init_state, cfg))(jax.random.key(7))
-  router = {'moe': jnp.ones_like(state['router']['moe'])}
-  state |= {'router': state['router'] | router}
+  router_biases = {'moe': jnp.ones_like(state['router']['moe'])}
+  state |= {'router': state['router'] | router_biases}
   kept = store.Store(folder / 'first' / 'checkpoints', keep=1)
   kept.save(3, {'train': state, 'ema': {}}, {})
   kept.close()

@@ -138,10 +138,10 @@ def test_the_step_clips_the_norm_of_all_gradients_together(limit):
     model__remat='none',
     optim__moments_dtype='float32',
   )
-  params, router = map(models.f32, models.random_params(cfg))
+  params, router_biases = map(models.f32, models.random_params(cfg))
   batch, _ = models.make_batch(cfg, ([13], [5, 4, 2]))
   scales = models.scales_of(cfg, batch.weights_BT, batch.segments_BT)
-  _, grads = models.loss_and_grads(cfg)(params, router, batch, scales)
+  _, grads = models.loss_and_grads(cfg)(params, router_biases, batch, scales)
   flat = {str(path): g for path, g in gradients.paths(float64(grads))}
   clipped, norm = oracle.clip_by_global_norm(flat, limit)
   assert (norm > limit) == (limit < 1.0)
@@ -149,7 +149,7 @@ def test_the_step_clips_the_norm_of_all_gradients_together(limit):
   clipping = dataclasses.replace(cfg.optim, clip_norm=limit)
   cfg = dataclasses.replace(cfg, optim=clipping)
   state = jax.jit(lambda: steps.init_state(cfg, jax.random.key(0)))()
-  state |= {'params': params, 'router': router}
+  state |= {'params': params, 'router': router_biases}
   hyper = {'lr': 0.01, 'mtp_weight': models.MTP_WEIGHT, 'bias_rate': 0.0}
   hyper = {name: jnp.float32(value) for name, value in hyper.items()}
   step = jax.jit(steps.make_train_step(cfg))

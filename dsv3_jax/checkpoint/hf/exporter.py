@@ -108,21 +108,21 @@ def export(
   partial = partial_folder.path(output)
   places = hf_names.places(cfg)
   of = {spec.name: p for p in places for spec in _specs(p, dtype)}
-  plan = shard_writer.plan(manifest(cfg, dtype), shard_bytes)
-  names = shard_writer.shard_names(len(plan))
-  mark = hashlib.sha256(repr((source, cfg.model, dtype, plan)).encode())
+  planned = shard_writer.plan_shards(manifest(cfg, dtype), shard_bytes)
+  names = shard_writer.shard_names(len(planned))
+  mark = hashlib.sha256(repr((source, cfg.model, dtype, planned)).encode())
   digests = _begin(partial, mark.hexdigest())
   both = _Source(leaves, hf_names.dequantised(leaves, cfg))
   jobs = {
     name: functools.partial(_write_shard, partial / name, specs, of, both)
-    for name, specs in zip(names, plan, strict=True)
+    for name, specs in zip(names, planned, strict=True)
   }
   try:
     _write_shards(partial, jobs, mark.hexdigest(), digests, progress)
   except errors.InputError:  # resuming would fail in the same way
     shutil.rmtree(partial)
     raise
-  shard_writer.write_index(partial, plan)
+  shard_writer.write_index(partial, planned)
   texts = dict(documents or {})
   body = hf_config.write(cfg, dtype)
   texts['config.json'] = json.dumps(body, indent=2) + '\n'

@@ -139,7 +139,7 @@ def leaf_shapes(
   """Shapes of all parameters and router biases by path; allocates nothing."""
   tree = {
     'params': model.param_shapes(model.build(cfg)),
-    'router': jax.eval_shape(lambda: model.init_router(cfg.model)),
+    'router': jax.eval_shape(lambda: model.init_router_biases(cfg.model)),
   }
   flat = jax.tree_util.tree_leaves_with_path(tree)
   shapes = {tuple(k.key for k in path): leaf.shape for path, leaf in flat}

@@ -44,7 +44,7 @@ class TensorSpec:
     return shard_header.num_bytes(self.dtype, self.shape[1:])
 
 
-def plan(
+def plan_shards(
   specs: Iterable[TensorSpec], shard_bytes: int
 ) -> list[list[TensorSpec]]:
   """Assigns tensors to files, in order; a tensor is never split.

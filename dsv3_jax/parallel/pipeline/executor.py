@@ -77,7 +77,7 @@ class Pipeline:
 def gradients(
   pipe: Pipeline,
   params: Tree,
-  router: Tree,
+  router_biases: Tree,
   batch_nBT: model.Batch,
   scales: dict[str, jax.Array],
   table: InstructionTable,
@@ -87,7 +87,7 @@ def gradients(
   Args:
     params: compute forms of this rank's parameters, in the form of
       `PipelineLayout.from_model`.
-    router: this rank's biases, `{'moe': [1, c, n, E], 'mtp': [mtp_depth, E]}`;
+    router_biases: of this rank, `{'moe': [1, c, n, E], 'mtp': [mtp_depth, E]}`;
       c counts chunks of a rank, n slots of a chunk.
     scales: of `mtp_loss.loss_scales`, with 'mtp_weight'.
   Returns:
@@ -95,7 +95,7 @@ def gradients(
     the keys of `Model.loss`, summed over ranks; 'load' is [1, c, n, E], of the
     stages whose masters this rank holds.
   """
-  loop = make_tick_loop(pipe, params, router, batch_nBT, scales)
+  loop = make_tick_loop(pipe, params, router_biases, batch_nBT, scales)
 
   def tick(t, state):
     fields = table.fields_tick_rank[t, 0]
@@ -108,7 +108,7 @@ def gradients(
 def make_tick_loop(
   pipe: Pipeline,
   params: Tree,
-  router: Tree,
+  router_biases: Tree,
   batch_nBT: model.Batch,
   scales: dict[str, jax.Array],
 ) -> 'TickLoop':
@@ -119,11 +119,11 @@ def make_tick_loop(
     cfg, program.schedule, params, batch_nBT, scales
   )
   converter = stage_params.MasterConverter(cfg, pipe.layout, program.schedule)
-  chunks = converter.from_masters(params, router)
+  chunks = converter.from_masters(params, router_biases)
   tail = ['final_norm', *(f'mtp_{k}' for k in range(mtp_depth))]
   tail = converter.weights({name: params[name] for name in tail})
   operands = stage_compute.StageOperands(
-    program, chunks, tail, batch_nBT, router
+    program, chunks, tail, batch_nBT, router_biases
   )
   shape = vocab.shape
   split_stages = stage_compute.split_stages(cfg, operands, shape)

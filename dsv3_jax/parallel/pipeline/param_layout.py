@@ -41,13 +41,13 @@ class ParamLayout(Protocol):
   def to_model(self, params: Tree) -> Tree:
     """The inverse of `from_model`."""
 
-  def router_from_model(self, router: Tree) -> Tree:
+  def router_biases_from_model(self, router_biases: Tree) -> Tree:
     """The model's router biases in the state's form."""
 
-  def router_to_model(self, router: Tree) -> Tree:
-    """The inverse of `router_from_model`."""
+  def router_biases_to_model(self, router_biases: Tree) -> Tree:
+    """The inverse of `router_biases_from_model`."""
 
-  def router_specs(self, router: Tree) -> Tree:
+  def router_biases_specs(self, router_biases: Tree) -> Tree:
     """Partitions of the biases in the state's form."""
 
   def all_loads(self, load: jax.Array) -> jax.Array:
@@ -67,14 +67,14 @@ class IdentityLayout:
   def to_model(self, params: Tree) -> Tree:
     return params
 
-  def router_from_model(self, router: Tree) -> Tree:
-    return router
+  def router_biases_from_model(self, router_biases: Tree) -> Tree:
+    return router_biases
 
-  def router_to_model(self, router: Tree) -> Tree:
-    return router
+  def router_biases_to_model(self, router_biases: Tree) -> Tree:
+    return router_biases
 
-  def router_specs(self, router: Tree) -> Tree:
-    return {name: Spec() for name in router}
+  def router_biases_specs(self, router_biases: Tree) -> Tree:
+    return {name: Spec() for name in router_biases}
 
   def all_loads(self, load: jax.Array) -> jax.Array:
     return load
@@ -145,19 +145,23 @@ class PipelineLayout:
         tree[name] = self._unstacked(jax.tree.map(take, slots[stack]))
     return tree
 
-  def router_from_model(self, router: Tree) -> Tree:
-    if 'moe' in router:
-      router = router | {'moe': self.to_slots('moe', router['moe'])}
-    return router
+  def router_biases_from_model(self, router_biases: Tree) -> Tree:
+    if 'moe' in router_biases:
+      router_biases = router_biases | {
+        'moe': self.to_slots('moe', router_biases['moe'])
+      }
+    return router_biases
 
-  def router_to_model(self, router: Tree) -> Tree:
-    if 'moe' in router:
-      router = router | {'moe': self.from_slots('moe', router['moe'])}
-    return router
+  def router_biases_to_model(self, router_biases: Tree) -> Tree:
+    if 'moe' in router_biases:
+      router_biases = router_biases | {
+        'moe': self.from_slots('moe', router_biases['moe'])
+      }
+    return router_biases
 
-  def router_specs(self, router: Tree) -> Tree:
+  def router_biases_specs(self, router_biases: Tree) -> Tree:
     """Biases of MoE layers are on the rank of their layers."""
-    return {k: Spec(AXIS) if k == 'moe' else Spec() for k in router}
+    return {k: Spec(AXIS) if k == 'moe' else Spec() for k in router_biases}
 
   def all_loads(self, load: jax.Array) -> jax.Array:
     load = jax.lax.all_gather(load, AXIS, axis=0, tiled=True)

@@ -75,14 +75,14 @@ class StageOperands:
   Attributes:
     chunks: parameters of each of this rank's stages.
     tail: weights of the final norm and the MTP modules.
-    router: biases; 'mtp' [mtp_depth, E] is used where there is MTP.
+    router_biases: 'mtp' [mtp_depth, E] is used where there is MTP.
   """
 
   program: instructions.PipelineProgram
   chunks: list[stage_params.ChunkParams]
   tail: stage_params.StageWeights
   batch_nBT: model.Batch
-  router: Tree
+  router_biases: Tree
 
   def weights(
     self, stage_pass: instructions.StagePass
@@ -105,8 +105,9 @@ class StageOperands:
     batch = jax.tree.map(
       lambda x: activation_buffers.read_slot(x, microbatch), self.batch_nBT
     )
-    router = {'moe': self.chunks[stage_pass.chunk].bias_nE[: kind.num_moe]}
-    return batch, router | {k: v for k, v in self.router.items() if k == 'mtp'}
+    bias_nE = self.chunks[stage_pass.chunk].bias_nE[: kind.num_moe]
+    shared = {k: v for k, v in self.router_biases.items() if k == 'mtp'}
+    return batch, {'moe': bias_nE} | shared
 
 
 def split_stages(

@@ -49,7 +49,9 @@ class MasterConverter:
   def mirrored(self) -> bool:
     return len(self.schedule.homes) > 1
 
-  def from_masters(self, params: Tree, router: Tree) -> list[ChunkParams]:
+  def from_masters(
+    self, params: Tree, router_biases: Tree
+  ) -> list[ChunkParams]:
     """A `ChunkParams` for each stage of this rank, lowest first.
 
     Args:
@@ -57,7 +59,7 @@ class MasterConverter:
     """
     stacks = {k: params[k] for k in param_layout.STACKS if k in params}
     if 'moe' in stacks:
-      stacks['bias'] = router['moe']
+      stacks['bias'] = router_biases['moe']
     count = len(self.layout.held[0])
     take = lambda c: jax.tree.map(lambda x: x[0, c], stacks)
     chunks = [take(c) for c in range(count)]

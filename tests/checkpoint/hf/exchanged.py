@@ -78,25 +78,27 @@ def make(name, **changes):
 
 def random_weights(cfg, seed=0):
   """f32 parameters, of a size that keeps logits near 1, and router biases."""
-  params, router = models.random_params(cfg, seed)
+  params, router_biases = models.random_params(cfg, seed)
   size = 2.0 / np.sqrt(cfg.model.d_model)  # of a matrix' 0.25, for any width
   small = lambda path, w: w if 'norm' in path[-1].key else size * w
   params = jax.tree_util.tree_map_with_path(small, params)
-  return jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), (params, router))
+  return jax.tree.map(
+    lambda w: jnp.asarray(w, jnp.float32), (params, router_biases)
+  )
 
 
-def leaves_of(params, router):
+def leaves_of(params, router_biases):
   """Path -> array, as `export` takes them."""
-  tree = {'params': params, 'router': router}
+  tree = {'params': params, 'router': router_biases}
   flat = jax.tree_util.tree_leaves_with_path(tree)
   return {tuple(k.key for k in path): np.asarray(leaf) for path, leaf in flat}
 
 
-def write(cfg, params, router, folder, dtype='float32', **options):
+def write(cfg, params, router_biases, folder, dtype='float32', **options):
   """Exports into several shards; returns the folder."""
   options = {'shard_bytes': 60_000} | options
   exporter.export(
-    cfg, leaves_of(params, router), folder, dtype=dtype, **options
+    cfg, leaves_of(params, router_biases), folder, dtype=dtype, **options
   )
   return folder
 

@@ -48,11 +48,11 @@ def same_trees(got, want):
 def test_f32_comes_back_to_the_bit(name, tmp_path):
   """export -> load -> export: the same arrays, the same files."""
   cfg = exchanged.make(name)
-  params, router = exchanged.random_weights(cfg)
-  first = exchanged.write(cfg, params, router, tmp_path / 'a')
+  params, router_biases = exchanged.random_weights(cfg)
+  first = exchanged.write(cfg, params, router_biases, tmp_path / 'a')
   assert len(list(first.glob('*.safetensors'))) > 1
   with importer.open_folder(first, BASE) as (opened, leaves):
-    given = exchanged.leaves_of(params, router)
+    given = exchanged.leaves_of(params, router_biases)
     # Ours may be unrolled, what is read never is; its files tell below.
     same = given.keys() & leaves.keys()
     assert cfg.model.scan_layers == (same == given.keys())
@@ -65,15 +65,17 @@ def test_f32_comes_back_to_the_bit(name, tmp_path):
 
 def test_bf16_comes_back_to_the_bit(wide, tmp_path):
   """BF16 values, through a workdir in f32 and in BF16, loaded in either."""
-  cfg, params, router = wide
+  cfg, params, router_biases = wide
   rounded = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype('f4'), params)
-  first = exchanged.write(cfg, rounded, router, tmp_path / 'a', 'bfloat16')
+  first = exchanged.write(
+    cfg, rounded, router_biases, tmp_path / 'a', 'bfloat16'
+  )
   same_trees(dsv3_jax.load(first).params, rounded)
-  same_trees(dsv3_jax.load(first).router, router)
+  same_trees(dsv3_jax.load(first).router_biases, router_biases)
   for dtype in ('float32', 'bfloat16'):
     importer.to_workdir(first, tmp_path / dtype, BASE, dtype)
     again = dsv3_jax.load(tmp_path / dtype)
-    same_trees((again.params, again.router), (rounded, router))
+    same_trees((again.params, again.router_biases), (rounded, router_biases))
     output = tmp_path / f'{dtype} out'
     with source.open_source(tmp_path / dtype, BASE) as (opened, leaves):
       exporter.export(
@@ -85,10 +87,10 @@ def test_bf16_comes_back_to_the_bit(wide, tmp_path):
 
 def test_fp8_is_within_the_format_s_bound(wide, in_fp8):
   """Every quantised matrix against the float64 oracle's bound."""
-  cfg, params, router = wide
+  cfg, params, router_biases = wide
   seen = 0
   with shards.Folder(in_fp8) as folder:
-    for name, want in hf_tensors.tensors(cfg, params, router):
+    for name, want in hf_tensors.tensors(cfg, params, router_biases):
       got = hf_reader.read_rows(folder, name, slice(0, len(want)))
       if (scale := hf_reader.scale_name(folder, name)) is None:
         low = want.astype(jnp.bfloat16).astype(np.float32)
@@ -108,12 +110,12 @@ def test_fp8_is_within_the_format_s_bound(wide, in_fp8):
 def test_fp8_of_blocks_that_are_odd(tmp_path):
   """All zero, denormal, tiny beside large: each within the oracle's bound."""
   cfg = exchanged.make('beyond one block')
-  params, router = jax.tree.map(np.array, exchanged.random_weights(cfg))
+  params, router_biases = jax.tree.map(np.array, exchanged.random_weights(cfg))
   w = params['dense_layers']['layers']['ffn']['w_gate'][0]  # [168, 200]
   w[:128, :128], w[128:, :128] = 0.0, 1e-40
   w[:128, 128:] = 3e38
   w[5, 130] = -1e-30
-  folder = exchanged.write(cfg, params, router, tmp_path / 'a', 'fp8')
+  folder = exchanged.write(cfg, params, router_biases, tmp_path / 'a', 'fp8')
   name = 'model.layers.0.mlp.gate_proj.weight'
   with shards.Folder(folder) as opened:
     scales = opened.read(name + '_scale_inv')
@@ -139,7 +141,9 @@ def test_fp8_kept_as_fp8_comes_back_byte_by_byte(in_fp8, tmp_path):
     assert (output / SUMS).read_text() == (in_fp8 / SUMS).read_text()
   # Both ways of reading agree.
   kept, plain = map(dsv3_jax.load, (tmp_path / 'run', in_fp8))
-  same_trees((kept.params, kept.router), (plain.params, plain.router))
+  same_trees(
+    (kept.params, kept.router_biases), (plain.params, plain.router_biases)
+  )
 
 
 def test_parameters_come_sharded(in_fp8, monkeypatch):
@@ -160,11 +164,12 @@ def test_parameters_come_sharded(in_fp8, monkeypatch):
 
   with importer.open_folder(in_fp8, BASE) as (cfg, leaves):
     monkeypatch.setattr(shards.Folder, 'read', counted)
-    got, router = source.to_devices(leaves, cfg, 'float32', mesh, rules)
+    got, router_biases = source.to_devices(leaves, cfg, 'float32', mesh, rules)
   monkeypatch.undo()
   one = dsv3_jax.load(in_fp8)
   same_trees(
-    jax.device_get((got, router)), jax.device_get((one.params, one.router))
+    jax.device_get((got, router_biases)),
+    jax.device_get((one.params, one.router_biases)),
   )
   specs = model.param_specs(model.build(cfg), rules)
   for x, spec in zip(jax.tree.leaves(got), jax.tree.leaves(specs), strict=True):
@@ -199,8 +204,10 @@ def test_an_array_on_devices_is_a_complete_copy(mesh):
 def test_a_sharded_checkpoint_is_exported(tmp_path):
   """Orbax wrote it from eight devices; the files are those of one."""
   cfg = exchanged.make('plain')
-  params, router = exchanged.random_weights(cfg)
-  want = exchanged.write(cfg, params, router, tmp_path / 'want', 'bfloat16')
+  params, router_biases = exchanged.random_weights(cfg)
+  want = exchanged.write(
+    cfg, params, router_biases, tmp_path / 'want', 'bfloat16'
+  )
   mesh = jax.make_mesh((4, 2), ('expert', 'model'))
 
   def spread(x):
@@ -211,7 +218,9 @@ def test_a_sharded_checkpoint_is_exported(tmp_path):
     spec = jax.sharding.PartitionSpec(*spec)
     return jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
 
-  tree = {'train': jax.tree.map(spread, {'params': params, 'router': router})}
+  tree = {
+    'train': jax.tree.map(spread, {'params': params, 'router': router_biases})
+  }
   up = tree['train']['params']['moe_layers']['layers']['moe']['w_up']
   assert not up.sharding.is_fully_replicated
   checkpoints = store.Store(tmp_path / 'run', keep=1)
@@ -253,7 +262,7 @@ def test_an_interrupted_export_is_finished_by_the_next(wide, tmp_path):
 
 def test_what_is_begun_anew_is_not_gone_on_with(wide, tmp_path):
   """Other weights (`source`), dtype or shard size: all shards are written."""
-  cfg, params, router = wide
+  cfg, params, router_biases = wide
 
   def stop(line):
     raise KeyboardInterrupt
@@ -261,16 +270,16 @@ def test_what_is_begun_anew_is_not_gone_on_with(wide, tmp_path):
   with pytest.raises(KeyboardInterrupt):
     exchanged.write(*wide, tmp_path / 'out', source='a', progress=stop)
   other = jax.tree.map(lambda w: w + 1, params)
-  exchanged.write(cfg, other, router, tmp_path / 'out', source='b')
+  exchanged.write(cfg, other, router_biases, tmp_path / 'out', source='b')
   same_trees(dsv3_jax.load(tmp_path / 'out').params, other)
 
 
 def test_dtypes_of_pytorch_are_read(tmp_path):
   """F16 as well; a rotary table that old exports carry is no weight."""
   cfg = exchanged.make('plain')
-  params, router = exchanged.random_weights(cfg)
+  params, router_biases = exchanged.random_weights(cfg)
   half = jax.tree.map(lambda w: w.astype('f2').astype('f4'), params)
-  folder = exchanged.write(cfg, half, router, tmp_path / 'a')
+  folder = exchanged.write(cfg, half, router_biases, tmp_path / 'a')
 
   def change(arrays):
     for name in arrays:
@@ -281,7 +290,7 @@ def test_dtypes_of_pytorch_are_read(tmp_path):
 
   exchanged.rewrite(folder, change)
   got = dsv3_jax.load(folder)
-  same_trees((got.params, got.router), (half, router))
+  same_trees((got.params, got.router_biases), (half, router_biases))
 
 
 def test_an_imported_workdir_keeps_config_and_tokenizer(wide, tmp_path):

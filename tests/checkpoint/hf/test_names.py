@@ -89,27 +89,27 @@ def test_ours_reads_transformers(name, tmp_path):
 def test_transformers_reads_ours(name, tmp_path):
   """`export` -> from_pretrained: logits within 1e-5, 64 greedy tokens equal."""
   cfg = exchanged.make(name)
-  params, router = exchanged.random_weights(cfg)
-  folder = exchanged.write(cfg, params, router, tmp_path / 'out')
+  params, router_biases = exchanged.random_weights(cfg)
+  folder = exchanged.write(cfg, params, router_biases, tmp_path / 'out')
   net = transformers.AutoModelForCausalLM.from_pretrained(
     folder, attn_implementation='eager', dtype=torch.float32
   )
   tokens_BT = tokens_of(cfg)
   batch = exchanged.batch_of(tokens_BT)
-  ours, _ = models.logits(cfg)(params, router, batch)
+  ours, _ = models.logits(cfg)(params, router_biases, batch)
   prompt = torch.tensor(tokens_BT, dtype=torch.long)
   options = {'do_sample': False, 'pad_token_id': 0, 'eos_token_id': None}
   with torch.no_grad():
     out = net(prompt, use_cache=True)
     ids = net.generate(prompt, max_new_tokens=64, **options)
   np.testing.assert_allclose(ours, out.logits.numpy(), rtol=0, atol=1e-5)
-  runner = model_runner.ModelRunner(cfg, params, router)
+  runner = model_runner.ModelRunner(cfg, params, router_biases)
   output = generate.generate(runner, tokens_BT.tolist(), 64)
   assert output.tokens == ids[:, tokens_BT.shape[1] :].tolist()
-  check_cached(cfg, params, router, tokens_BT, out)
+  check_cached(cfg, params, router_biases, tokens_BT, out)
 
 
-def check_cached(cfg, params, router, tokens_BT, out):
+def check_cached(cfg, params, router_biases, tokens_BT, out):
   """Prefill, then absorbed steps: logits, and the latents that are cached."""
   apply = [
     jax.jit(
@@ -131,7 +131,7 @@ def check_cached(cfg, params, router, tokens_BT, out):
     index_BT = jnp.broadcast_to(jnp.arange(begin, end), part_BT.shape)
     last_B1 = jnp.full((len(part_BT), 1), end - begin - 1)
     args = ({'params': params}, part_BT, index_BT, last_B1, table_B1)
-    logits_B1V, _, caches, _ = apply[begin > 0](*args, router, caches)
+    logits_B1V, _, caches, _ = apply[begin > 0](*args, router_biases, caches)
     want_BV = out.logits[:, end - 1].numpy()
     np.testing.assert_allclose(logits_B1V[:, 0], want_BV, **close)
     begin, end = end, end + 1
@@ -152,8 +152,8 @@ def check_cached(cfg, params, router, tokens_BT, out):
 def test_table_is_bijective(name):
   """Every element of every leaf goes to exactly one tensor that is no copy."""
   cfg = exchanged.make(name)
-  params, router = exchanged.random_weights(cfg)
-  tensors = dict(hf_tensors.tensors(cfg, params, router))
+  params, router_biases = exchanged.random_weights(cfg)
+  tensors = dict(hf_tensors.tensors(cfg, params, router_biases))
   names = [tensor.name for tensor in hf_names.table(cfg.model)]
   assert list(tensors) == names and len(set(names)) == len(names)
   back = {}
@@ -165,7 +165,7 @@ def test_table_is_bijective(name):
     for leaf, part in zip(place.tensor.leaves, parts, strict=True):
       if not place.tensor.copy:
         back[leaf] = part
-  state = {'params': params, 'router': router}
+  state = {'params': params, 'router': router_biases}
   for leaf, part in back.items():
     want = hf_names.get(state, leaf.path)[leaf.index]
     np.testing.assert_array_equal(part, want)

@@ -73,4 +73,6 @@ def test_the_inference_code_s_layout_is_read(dtype, tmp_path):
   kept = {key: want.params[key] for key in got.params}
   assert want.params.keys() - kept.keys() == {'mtp_0'}
   jax.tree.map(np.testing.assert_array_equal, got.params, kept)
-  np.testing.assert_array_equal(got.router['moe'], want.router['moe'])
+  np.testing.assert_array_equal(
+    got.router_biases['moe'], want.router_biases['moe']
+  )

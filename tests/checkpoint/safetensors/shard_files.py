@@ -88,7 +88,7 @@ def make_pair(folder):
   """A folder of two files: a and b in the first, c in the second."""
   folder.mkdir()
   specs = [TensorSpec(name, 'F32', (2, 3)) for name in 'abc']
-  planned = shard_writer.plan(specs, 2 * specs[0].nbytes)
+  planned = shard_writer.plan_shards(specs, 2 * specs[0].nbytes)
   for file, some in zip((ONE, TWO), planned, strict=True):
     put(folder / file, {spec.name: filled(spec) for spec in some})
   shard_writer.write_index(folder, planned)

@@ -121,7 +121,7 @@ def test_arrays_are_the_callers_own(tmp_path):
 
 def test_many_threads_read_and_write_one_folder(tmp_path):
   specs = [TensorSpec(f't{i}', 'I32', (64, 5)) for i in range(6)]
-  planned = shard_writer.plan(specs, 2 * specs[0].nbytes)
+  planned = shard_writer.plan_shards(specs, 2 * specs[0].nbytes)
   shard_files = shard_writer.shard_names(len(planned))
   arrays = {spec.name: files.filled(spec, i) for i, spec in enumerate(specs)}
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -149,7 +149,7 @@ def test_many_threads_read_and_write_one_folder(tmp_path):
 @hypothesis.given(files.tensors, st.integers(1, 300))
 def test_a_plan_is_greedy_and_in_order(tensors, most):
   specs = [TensorSpec(*tensor) for tensor in tensors]
-  planned = shard_writer.plan(iter(specs), most)
+  planned = shard_writer.plan_shards(iter(specs), most)
   assert [spec for shard in planned for spec in shard] == specs
   size = lambda shard: sum(spec.nbytes for spec in shard)
   for shard in planned:
@@ -161,7 +161,9 @@ def test_a_plan_is_greedy_and_in_order(tensors, most):
 
 @pytest.mark.parametrize('most', [0, -1])
 def test_a_plan_needs_room(most):
-  files.refused(lambda: shard_writer.plan([], most), f'shard_bytes={most}')
+  files.refused(
+    lambda: shard_writer.plan_shards([], most), f'shard_bytes={most}'
+  )
 
 
 def test_names_are_the_published_ones():

@@ -68,13 +68,13 @@ def test_the_identity_layout_returns_its_argument():
   conversions = (
     layout.from_model,
     layout.to_model,
-    layout.router_from_model,
-    layout.router_to_model,
+    layout.router_biases_from_model,
+    layout.router_biases_to_model,
     layout.compile(dict, {}),
   )
   assert all(convert(tree) is tree for convert in conversions)
   assert layout.all_loads(tree['moe']) is tree['moe']
-  assert layout.router_specs(tree) == {'moe': param_layout.Spec()}
+  assert layout.router_biases_specs(tree) == {'moe': param_layout.Spec()}
 
 
 def test_slots_without_a_layer_are_zeros():

@@ -160,13 +160,15 @@ def model_stage(cfg, layout, at, scales):
   )
 
   def run(params, x, consts):
-    batch, router = consts
+    batch, router_biases = consts
     w_VD = params['embed']
     ahead = []
     if last:
       ahead = [w_VD[t] for t in model.tokens_ahead(batch, depth)]
     x = x if at else w_VD[batch.tokens_BT]
-    y, stats = net.apply({'params': params['layers']}, x, ahead, batch, router)
+    y, stats = net.apply(
+      {'params': params['layers']}, x, ahead, batch, router_biases
+    )
     stats = {'balance': stats['balance'] * scales['balance']}
     if not last:
       return y, stats
@@ -206,14 +208,14 @@ def test_the_model_under_dualpipe_is_one_device():
   cfg = layouts.make_config({}, changes)
   state, batch_nBT = layouts.start(cfg), layouts.batch(cfg, 0)
   state = jax.tree.map(jnp.asarray, state)
-  params, router = state['params'], state['router']
+  params, router_biases = state['params'], state['router']
   scales = mtp_loss.loss_scales(
     cfg.model.mtp, batch_nBT.weights_BT, batch_nBT.segments_BT, False
   ) | {'mtp_weight': 0.3}
   micro = [jax.tree.map(lambda x, i=i: x[i], batch_nBT) for i in range(4)]
   net = model.build(cfg, training=True)
   loss = lambda params, batch: net.apply(
-    {'params': params}, batch, router, scales, method='loss'
+    {'params': params}, batch, router_biases, scales, method='loss'
   )[0]
   grad = jax.jit(jax.value_and_grad(loss))
   add = lambda *item: sum(item)
@@ -224,9 +226,10 @@ def test_the_model_under_dualpipe_is_one_device():
   split = lambda tree: [
     model_params(layout.from_model(tree), layout, at) for at in range(2)
   ]
-  moe = layout.to_slots('moe', router['moe'])
+  moe = layout.to_slots('moe', router_biases['moe'])
   consts = [
-    [(item, router | {'moe': moe[at, 0]}) for item in micro] for at in range(2)
+    [(item, router_biases | {'moe': moe[at, 0]}) for item in micro]
+    for at in range(2)
   ]
   functions = [model_stage(cfg, layout, at, scales) for at in range(2)]
   firsts = [item[0] for item in consts]
