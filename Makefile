@@ -36,8 +36,8 @@ test: .venv/.tested
 # TPU kernels, and the FP8 model, whose products are simulated on a CPU, are
 # tested with the other JAX.
 test312: .venv312/.tested
-	.venv312/bin/python -m pytest -n 2 --dist worksteal -q -k 'not tpu' \
-	  tests/pallas tests/ops/test_fp8_linear.py tests/ops/test_all_to_all.py \
+	.venv312/bin/python -m pytest -n 2 --dist worksteal -q \
+	  --ignore-glob='*_tpu.py' tests/pallas tests/ops/test_fp8_linear.py tests/ops/test_all_to_all.py \
 	  tests/nn/test_model_oracle.py
 
 lint: .venv/.tested

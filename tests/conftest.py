@@ -1,8 +1,11 @@
 """Eight fake CPU devices and reproducible examples, for every test."""
 
 import gc
+import hashlib
 import os
 import pathlib
+import platform
+import re
 from unittest import mock
 
 import hypothesis
@@ -37,10 +40,23 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile('dsv3')
 
+
+def _cache_folder() -> pathlib.Path:
+  """Outside the checkout: a second clone compiles nothing again.
+
+  A folder for each kind of CPU, whose instructions a program may use.
+  """
+  root = os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
+  info = pathlib.Path('/proc/cpuinfo')
+  kind = info.read_text() if info.exists() else platform.processor()
+  kind = '\n'.join(sorted(set(re.findall(r'(?:model name|flags).*', kind))))
+  name = hashlib.sha256(kind.encode()).hexdigest()[:12]
+  return pathlib.Path(root, 'dsv3_jax', 'tests', name)
+
+
 # What one test compiled, no other process compiles again.
-_CACHE = pathlib.Path(__file__).resolve().parents[1] / '.pytest_cache'
-jax.config.update('jax_compilation_cache_dir', str(_CACHE / 'compiled'))
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+jax.config.update('jax_compilation_cache_dir', str(_cache_folder()))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 
 @pytest.fixture(scope='module', autouse=True)
