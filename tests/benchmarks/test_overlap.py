@@ -42,7 +42,6 @@ def test_products_between_start_and_done_are_counted():
   importlib.util.find_spec('jax_cuda13_plugin') is None,
   reason='no jax[cuda13], whose compiler needs no GPU',
 )
-@pytest.mark.timeout(600)
 def test_most_all_to_alls_of_a_fused_pair_hide_behind_products(tmp_path):
   args = ['--target=h100', f'--output={tmp_path / "table.md"}']
   args += [f'--rows={tmp_path / "rows"}']

@@ -301,8 +301,9 @@ def test_kill_never_loses_a_committed_step(tmp_path):
     child = subprocess.Popen(
       [sys.executable, '-c', _SAVER, str(tmp_path)], stdout=subprocess.PIPE
     )
-    child.stdout.readline()  # saving has begun
-    time.sleep(rng.uniform(0.05, 0.5))
+    for _ in range(4):  # then two saves or more are committed
+      child.stdout.readline()
+    time.sleep(rng.uniform(0.0, 0.2))
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()

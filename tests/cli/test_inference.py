@@ -17,10 +17,11 @@ from benchmarks import speculation
 from dsv3_jax import config
 from dsv3_jax.cli import inference as cli_inference
 from dsv3_jax.cli import main as cli
+from dsv3_jax.server import main as server_main
 from dsv3_jax.training import loop
 from experiments import v3_671b
 from pallas_kernels import quantized
-from tests import tiny_run
+from tests import limits, tiny_run
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -186,11 +187,12 @@ def test_a_mesh_gives_the_same_text(trained, capsys):
   args += ['--json', '--prompt=import ', '--prompt=def f(', '--prompt=x']
   mesh = ['--parallel.data=2', '--parallel.expert=2', '--parallel.model=2']
   mesh += ['--redundant_experts=4', '--rebalance_every=3']
+  nodes = ['--parallel.node=2', '--parallel.expert=2']  # two hops
   outputs = []
-  for more in ([], mesh):
+  for more in ([], mesh, nodes):
     assert cli.main(['generate', *args, *more]) == 0
     outputs.append(capsys.readouterr())
-  assert outputs[0].out == outputs[1].out
+  assert outputs[0].out == outputs[1].out == outputs[2].out
   speed = [json.loads(output.err.splitlines()[-1]) for output in outputs]
   assert 'balancedness' not in speed[0]
   assert 0.5 <= speed[1]['balancedness'] <= 1
@@ -274,8 +276,29 @@ def test_serve_until_a_signal(trained, env):
         wrong.models.list()
     finally:
       child.send_signal(signal.SIGTERM)
-    child.wait(timeout=60)
+    child.wait(timeout=limits.HANG)
   assert child.returncode == 0
+
+
+def test_serve_passes_its_flags_on(trained, monkeypatch):
+  """To the server's `run`; what each does is tested there."""
+  seen = {}
+  monkeypatch.delenv('DSV3_API_KEY', raising=False)
+  monkeypatch.setattr(
+    server_main, 'run', lambda model, bound, **options: seen.update(options)
+  )
+  args = ['serve', f'--checkpoint={trained}', '--port=0']
+  assert cli.main(args) == 0
+  assert seen['name'] == trained.name and seen['warm_up'] is True
+  assert (seen['max_waiting'], seen['max_tokens']) == (256, 4096)
+  assert (seen['max_rows'], seen['cache_tokens']) == (16, 0)
+  assert seen['batch_invariant'] is False
+  args += ['--max_waiting=3', '--max_tokens=9', '--max_rows=5', '--name=mine']
+  args += ['--cache_tokens=640', '--warm_up=false', '--batch_invariant']
+  assert cli.main(args) == 0
+  want = {'max_waiting': 3, 'max_tokens': 9, 'max_rows': 5, 'name': 'mine'}
+  want |= {'cache_tokens': 640, 'warm_up': False, 'batch_invariant': True}
+  assert seen == want | {'api_key': ''}
 
 
 def test_an_empty_key_is_no_key(monkeypatch, capsys):

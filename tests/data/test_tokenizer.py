@@ -132,16 +132,14 @@ def test_markers_in_text_stay_text():
 
 
 def test_other_threads_run_while_a_long_text_is_encoded():
-  text, times = _TEXT * 200, []
+  text, turns = _TEXT * 200, 0
   thread = threading.Thread(target=lambda: trained().encode(text))
   trained()
   thread.start()
-  start = time.perf_counter()
-  while thread.is_alive():
-    times.append(time.perf_counter())
+  while thread.is_alive():  # once or twice if the other kept the lock
+    turns += 1
     time.sleep(0.001)
-  took = time.perf_counter() - start
-  assert np.diff([start, *times]).max() < took / 2
+  assert turns > 5
 
 
 def test_chat_template():

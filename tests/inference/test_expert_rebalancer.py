@@ -36,6 +36,7 @@ def runner_with(axes, cfg=meshes.CONFIG, **options):
   )
 
 
+@pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('axes', MESHES, ids=str)
 def test_no_bit_depends_on_where_experts_are(axes):
   """Nor, on one device, on whether there are redundant experts."""
@@ -79,6 +80,7 @@ def test_the_load_is_spread_better_than_before():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('optimized')
 def test_requests_get_the_same_tokens_while_experts_move():
   params, router_biases = meshes.weights()
   runner = model_runner.ModelRunner(

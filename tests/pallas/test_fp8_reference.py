@@ -347,9 +347,3 @@ def test_under_vmap_and_checkpoint():
   weighted = lambda weight, x: jnp.sum(multiply(x) * weight)
   grad = jax.jit(jax.grad(jax.checkpoint(weighted)))(want[0], x_BMK[0])
   np.testing.assert_allclose(grad, want[0], rtol=1e-6, atol=1e-5)
-
-
-def test_again_gives_the_same_bits():
-  a, b = quantize(normal(0, 65, 300)), quantize(normal(1, 33, 300))
-  first = product(a, b, jnp.float32)
-  np.testing.assert_array_equal(first, product(a, b, jnp.float32))

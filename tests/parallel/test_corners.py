@@ -16,7 +16,6 @@ FOUR = {'model.num_layers': 4}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_layers_may_all_be_dense():
   cfg = layouts.make_config(AXES, FOUR | {'model.num_dense_layers': 4})
   row = layouts.compare(cfg, num_steps=1)
@@ -59,7 +58,6 @@ def trained(**axes):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_ramp_padding_spike_and_nan_are_as_on_one_device():
   values, compiled = trained(**AXES)
   want, _ = trained()

@@ -67,7 +67,6 @@ CASES = {
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize('name', CASES)
 def test_layout_is_one_device(name):
   cfg = layouts.make_config(*CASES[name][1:])

@@ -41,7 +41,6 @@ def test_states_go_from_layout_to_layout_to_the_bit(scan):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_run_goes_on_on_another_mesh(tmp_path):
   """Pipeline with experts over devices, then data, then one device."""
   cfg = tiny_run.make(tmp_path, optim__eps=1e-3)

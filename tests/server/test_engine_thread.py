@@ -10,6 +10,7 @@ from dsv3_jax import errors
 from dsv3_jax.inference import engine
 from dsv3_jax.inference import request as requests
 from dsv3_jax.server import engine_thread
+from tests import limits
 from tests.inference import counting
 
 
@@ -41,7 +42,7 @@ class Client:
     """All, up to the last."""
     tokens = []
     while True:
-      output = self.outputs.get(timeout=20)
+      output = self.outputs.get(timeout=limits.HANG)
       assert output.request is self.request
       tokens.append(output.token)
       if output.is_last:
@@ -65,7 +66,7 @@ def test_many_threads_get_their_own_tokens(start):
   for thread in threads:
     thread.start()
   for thread in threads:
-    thread.join(timeout=60)
+    thread.join(timeout=limits.HANG)
   assert got == [counting.continued(*case) for case in cases]
   assert model.counts['finished'] == len(cases) == model.counts['requests']
   assert model.counts['tokens'] == sum(count for _, count in cases)
@@ -76,7 +77,7 @@ def test_a_cancelled_request_is_silent_and_releases_its_blocks(start):
   model = start(seconds=0.01)
   stays = Client(model, [1, 2, 3], 60)
   goes = Client(model, [4, 5, 6], 300)
-  goes.outputs.get(timeout=20)
+  goes.outputs.get(timeout=limits.HANG)
   model.cancel(goes.request)
   model.cancel(goes.request)
   count = goes.outputs.qsize()
@@ -99,7 +100,7 @@ def test_one_that_is_cancelled_before_it_is_read_never_runs(start):
 def test_a_full_queue_refuses_and_opens_again(start):
   model = start(most_waiting=2, max_rows=1, seconds=0.02)
   clients = [Client(model, [1], 20)]
-  clients[0].outputs.get(timeout=20)
+  clients[0].outputs.get(timeout=limits.HANG)
   clients += [Client(model, [i], 2) for i in (2, 3)]
   with pytest.raises(engine_thread.QueueFull):
     Client(model, [4], 2)
@@ -121,7 +122,7 @@ def test_an_error_of_the_model_reaches_all(start):
   runner = counting.Runner(seconds=0.01)
   model = start(runner=runner, max_rows=1)
   clients = [Client(model, [i], 300) for i in (1, 2)]
-  clients[0].outputs.get(timeout=20)
+  clients[0].outputs.get(timeout=limits.HANG)
   runner.fails = True
   assert clients[0].tokens()[-1] is clients[1].tokens()[-1] is None
   assert str(model.error) == 'out of order'
@@ -132,7 +133,7 @@ def test_an_error_of_the_model_reaches_all(start):
 def test_an_error_before_a_request_is_read_reaches_it(start, monkeypatch):
   model = start(seconds=0.05)
   first = Client(model, [1], 300)
-  first.outputs.get(timeout=20)
+  first.outputs.get(timeout=limits.HANG)
 
   def fails(*args):
     raise RuntimeError('no device')
@@ -157,7 +158,7 @@ def test_idle_rows_count_as_room(start):
 def test_close_aborts_those_who_wait(start):
   model = start(seconds=0.01)
   client = Client(model, [1], 300)
-  client.outputs.get(timeout=20)
+  client.outputs.get(timeout=limits.HANG)
   model.close()
   assert client.tokens()[-1] is None
   assert model.error is None

@@ -16,6 +16,7 @@ _CODE = """
 import sys, types
 from dsv3_jax.data import tokenizer
 from dsv3_jax.server import main
+from tests import limits
 from tests.inference import counting
 
 runner = counting.Runner(280, 0.02, room=600)
@@ -72,7 +73,7 @@ def test_a_signal_ends_streams_with_a_word_and_the_process_with_0(number):
     child.send_signal(number)
     with pytest.raises(openai.APIError, match='the model has ended'):
       list(parts)
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=limits.HANG)
   assert (child.returncode, err) == (0, '')
 
 
@@ -82,7 +83,7 @@ def test_an_address_of_ipv6_after_a_warm_up():
     assert ask.base_url.host == '::1'
     parts.close()
     child.send_signal(signal.SIGTERM)
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=limits.HANG)
   assert child.returncode == 0
   lines = err.splitlines()
   count = len(lines)
@@ -104,6 +105,6 @@ def test_a_model_that_fails_ends_the_process():
   with child, ask:
     with pytest.raises(openai.APIError, match='the model has ended'):
       list(parts)
-    _, err = child.communicate(timeout=30)
+    _, err = child.communicate(timeout=limits.HANG)
   assert child.returncode == 1
   assert err.count('RuntimeError: out of order') == 1

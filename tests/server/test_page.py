@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from dsv3_jax.data import tokenizer as tokenizers
+from tests import limits
 from tests.inference import counting
 from tests.server import web
 
@@ -40,7 +41,7 @@ def browser():
   with sync_api.sync_playwright() as playwright:
     options = {'executable_path': _CHROMIUM, 'args': ['--no-sandbox']}
     browser = playwright.chromium.launch(**options)
-    sync_api.expect.set_options(timeout=20_000)
+    sync_api.expect.set_options(timeout=1000 * limits.HANG)
     yield browser
     browser.close()
 

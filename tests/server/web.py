@@ -14,6 +14,7 @@ import uvicorn
 from dsv3_jax.inference import engine
 from dsv3_jax.server import app as server_app
 from dsv3_jax.server import engine_thread
+from tests import limits
 from tests.inference import counting
 
 TEXTS = ['Hello, world!\n\nx = 1', 'd\u00e9j\u00e0 vu \u2014 \u4f60\u597d']
@@ -82,7 +83,7 @@ def chat_ids(tokenizer, text):
 
 def idle(model):
   """Waits until nothing runs; no block is in use then."""
-  end = time.monotonic() + 20
+  end = time.monotonic() + limits.HANG
   while model.running or model.waiting:
     assert time.monotonic() < end
     time.sleep(0.01)

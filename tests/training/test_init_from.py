@@ -85,7 +85,6 @@ def test_a_phase_starts_with_weights_and_biases_alone(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_phase_goes_on_without_the_run_before(tmp_path):
   """Rows of 512 tokens over two devices; the tokenizer comes along."""
   write_first(tmp_path)

@@ -97,7 +97,7 @@ def chats(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['v3_671b', 'v3_16b', 'ablations.fp8'])
 def test_every_experiment_runs_locally(folder, name):
-  """Rematerialised on two devices; on conversations; in FP8."""
+  """Rematerialised on two devices; on chats with MTP; block-wise Dgrad."""
   source = importlib.import_module(f'experiments.{name}').get_config('runlocal')
   changes = tiny_run.overrides(folder, steps=3)
   if name == 'v3_671b':
@@ -105,12 +105,13 @@ def test_every_experiment_runs_locally(folder, name):
   elif name == 'v3_16b':
     changes |= {'data.source': chats(folder), 'data.isolate_samples': True}
     changes |= {'model.mtp.depth': 1, 'precision': 'bf16'}
+  else:
+    assert source.precision == 'fp8'
+    changes |= {'precision': 'fp8_block_dgrad'}
   with source.unlocked():
     source.update_from_flattened_dict(changes)
   cfg = config.from_config_dict(source)
-  if name == 'ablations.fp8':
-    assert cfg.precision == 'fp8'
-  else:
+  if name != 'ablations.fp8':
     assert cfg.model.scan_layers and cfg.model.remat == 'report'
   final = loop.run(cfg, folder / name)
   assert 0 < final['loss_nats_per_token'] < 1.2 * np.log(cfg.model.vocab_size)

@@ -9,6 +9,7 @@ import pytest
 
 from dsv3_jax import errors
 from dsv3_jax.training import watchdog
+from tests import limits
 
 
 def run(code, **kwargs):
@@ -29,7 +30,7 @@ def test_watchdog_ends_a_stuck_process_with_all_stacks():
     'with watchdog.Watchdog(0.5):\n'
     '  stuck_loader(lock)\n'
   )
-  done = run(code, timeout=60)
+  done = run(code, timeout=limits.HANG)
   assert done.returncode == errors.EXIT_STUCK == 70
   assert 'train.watchdog_seconds' in done.stderr
   assert 'stuck_loader' in done.stderr
@@ -39,13 +40,13 @@ def test_beats_keep_the_process_alive():
   code = (
     'import time\n'
     'from dsv3_jax.training import watchdog\n'
-    'with watchdog.Watchdog(1.0) as watchdog:\n'
-    '  for _ in range(15):\n'
+    'with watchdog.Watchdog(3.0) as watchdog:\n'
+    '  for _ in range(35):\n'
     '    time.sleep(0.1)\n'
     '    watchdog.beat()\n'
     "print('done')\n"
   )
-  done = run(code, timeout=60)
+  done = run(code, timeout=limits.HANG)
   assert (done.returncode, done.stdout) == (0, 'done\n'), done.stderr
 
 

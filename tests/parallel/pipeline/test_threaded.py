@@ -14,6 +14,7 @@ from dsv3_jax.nn import stage as stages
 from dsv3_jax.ops import cross_entropy, mtp_loss
 from dsv3_jax.parallel.pipeline import param_layout, threaded
 from dsv3_jax.parallel.schedules import make as schedules
+from tests import limits
 from tests.parallel.pipeline.stages import assert_near
 from tests.parallel.schedules import tables
 
@@ -135,7 +136,7 @@ def test_ranks_that_wait_in_a_circle_are_told():
     'rank 0 waits for the input gradient of micro-batch 0 at stage 1; rank'
   )
   with pytest.raises(TimeoutError, match=stats):
-    executor.run(timeout=0.5)
+    executor.run(timeout=3.0)
 
 
 def test_sizes_must_fit():
@@ -241,7 +242,7 @@ def test_the_model_under_dualpipe_is_one_device():
   executor = threaded.ThreadedExecutor(
     schedule, list(held), jax.devices()[:1] * 2
   )
-  played = executor.run(timeout=300.0)
+  played = executor.run(timeout=limits.HANG)
   stats = jax.device_get([*played.aux.values()])
   got = sum(sum(aux.values()) for aux in stats)
   assert_near([got], [total])
