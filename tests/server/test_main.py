@@ -10,13 +10,13 @@ import pytest
 
 from dsv3_jax import errors
 from dsv3_jax.server import main as server_main
+from tests import limits
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _CODE = """
 import sys, types
 from dsv3_jax.data import tokenizer
 from dsv3_jax.server import main
-from tests import limits
 from tests.inference import counting
 
 runner = counting.Runner(280, 0.02, room=600)
