@@ -37,8 +37,8 @@ test: .venv/.tested
 # tested with the other JAX.
 test312: .venv312/.tested
 	.venv312/bin/python -m pytest -n 2 --dist worksteal -q \
-	  --ignore-glob='*_tpu.py' tests/pallas tests/ops/test_fp8_linear.py tests/ops/test_all_to_all.py \
-	  tests/nn/test_model_oracle.py
+	  --ignore-glob='*_tpu.py' tests/pallas tests/ops/test_fp8_linear.py \
+	  tests/ops/test_all_to_all.py tests/nn/test_model_oracle.py
 
 lint: .venv/.tested
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The whole model in FP8: forms agree, gradients are near, nothing twice."""
+"""The whole model in FP8: forms agree, and nothing is quantised twice."""
 
 import dataclasses
 import functools
@@ -43,8 +43,6 @@ FP8 = {
 # two codes now and then. Forms are compared with f32 between the products: BF16
 # would move one number in thirty, by a whole step of FP8.
 FLIPS = 1e-4
-# FP8 against f32: what its noise and a few other routes make of a gradient.
-ROUNDING, ROUTES = 3e-2, 0.2
 
 
 def in_f32(name):
@@ -99,20 +97,6 @@ def differences(got, want):
     jax.tree_util.keystr(path): fp8_gemm.difference(np.ravel(g), np.ravel(w))
     for (path, g), w in pairs
   }
-
-
-@pytest.mark.slow
-def test_gradients_are_those_of_f32_within_fp8():
-  total, parts, grads = run()
-  exact_total, exact_parts, exact = run(precision='f32')
-  assert total == pytest.approx(exact_total, rel=2e-3)
-  assert total != exact_total
-  np.testing.assert_allclose(parts['load'], exact_parts['load'], atol=16)
-  errors = differences(grads, exact)
-  assert np.median(list(errors.values())) < ROUNDING, errors
-  assert max(errors.values()) < ROUTES, errors
-  # Products in FP8 leave a trace in every leaf.
-  assert min(errors.values()) > 1e-9, errors
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from dsv3_jax import errors
 from dsv3_jax.checkpoint import store
-from dsv3_jax.training import loop, lr_schedule, metrics
+from dsv3_jax.training import loop, metrics
 from dsv3_jax.training import step as steps
 from tests import tiny_run
 
@@ -42,9 +42,6 @@ def test_resume_is_bitwise(folder):
     assert tiny_run.read_metrics(workdir) == tiny_run.read_metrics(straight)
   assert len(tiny_run.read_metrics(straight)) == 40
   for line in tiny_run.read_metrics(straight):
-    done = line['step'] - 1
-    seen = tiny_run.tokens_after(done)
-    assert line['lr'] == np.float32(lr_schedule.lr_at(cfg.optim.lr, done, seen))
     assert line['skipped'] == 0
   for name in ('loss.png', 'samples.txt', 'config.json', 'tokenizer.json'):
     assert (straight / name).stat().st_size > 0
