@@ -7,7 +7,7 @@ BIN := .venv/bin
 # Huge pages for large arrays: faster on Linux, unused elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test312 lint browser
+.PHONY: quickstart test test312 nightly lint browser
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -33,12 +33,18 @@ test: .venv/.tested
 	  ml_collections jaxtyping beartype hypothesis pytest pytest-timeout pytest-xdist
 	touch $@
 
+# What is long and of a claim that `make test` checks more briefly.
+nightly: .venv/.tested .venv312/.tested
+	$(BIN)/pytest -n 2 --dist worksteal -q -m nightly --durations=20
+	.venv312/bin/python -m pytest -n 2 --dist worksteal -q -m nightly \
+	  --durations=20 $(TESTS312)
+
 # TPU kernels, and the FP8 model, whose products are simulated on a CPU, are
 # tested with the other JAX.
+TESTS312 := --ignore-glob='*_tpu.py' tests/pallas tests/ops/test_fp8_linear.py \
+  tests/ops/test_all_to_all.py tests/nn/test_model_oracle.py
 test312: .venv312/.tested
-	.venv312/bin/python -m pytest -n 2 --dist worksteal -q \
-	  --ignore-glob='*_tpu.py' tests/pallas tests/ops/test_fp8_linear.py \
-	  tests/ops/test_all_to_all.py tests/nn/test_model_oracle.py
+	.venv312/bin/python -m pytest -n 2 --dist worksteal -q $(TESTS312)
 
 lint: .venv/.tested
 	$(BIN)/ruff format --check .

@@ -96,5 +96,39 @@ def _as_users_do(*args, _of_tests=compiler.get_compile_options, **kwargs):
 
 
 def pytest_collection_modifyitems(items):
-  """Long tests first: at the end, one process would wait for them."""
-  items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+  """Module by module, so that fixtures live once; those with long tests first.
+
+  At the end, one process would wait for them.
+  """
+  long = {
+    item.fspath for item in items if item.get_closest_marker('slow') is not None
+  }
+  items.sort(key=lambda item: (item.fspath not in long, item.fspath))
+
+
+_LEFT = pytest.StashKey[int]()
+
+
+def pytest_deselected(items):
+  """Counts what is left to `make nightly`."""
+  nightly = [item for item in items if item.get_closest_marker('nightly')]
+  if nightly:
+    stash = nightly[0].config.stash
+    stash[_LEFT] = stash.get(_LEFT, 0) + len(nightly)
+
+
+def pytest_sessionfinish(session):
+  """A worker of xdist tells the process that prints."""
+  if hasattr(session.config, 'workeroutput'):
+    session.config.workeroutput['left'] = session.config.stash.get(_LEFT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+  if output := getattr(node, 'workeroutput', None):
+    node.config.stash[_LEFT] = output['left']  # each worker collects all
+
+
+def pytest_terminal_summary(terminalreporter):
+  if left := terminalreporter.config.stash.get(_LEFT, 0):
+    terminalreporter.write_line(f'{left} long tests are left to `make nightly`')
