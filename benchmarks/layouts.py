@@ -196,12 +196,18 @@ def start(cfg: config.Config) -> steps.State:
 
 
 @functools.lru_cache(maxsize=4)
+def compiled(cfg: config.Config) -> tuple[steps.Trainer, jax.stages.Wrapped]:
+  """The trainer of a layout and its step."""
+  trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
+  return trainer, trainer.jit()
+
+
+@functools.lru_cache(maxsize=4)
 def run(cfg: config.Config, num_steps: int) -> list[tuple[dict, dict]]:
   """States in the model's form and metrics after each step."""
-  trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
+  trainer, step = compiled(cfg)
   state = jax.device_put(start(alone(cfg)), trainer.model_shardings())
-  state = trainer.from_model(state)
-  step, results = trainer.jit(), []
+  state, results = trainer.from_model(state), []
   hyper = {name: jnp.float32(x) for name, x in HYPER.items()}
   count = cfg.train.batch_size // cfg.train.microbatch_size
   for number in range(num_steps):

@@ -79,7 +79,7 @@ ALLOWED = {
   'tell': ('dsv3_jax/inference/llm.py',),
   'guard': (  # checkpoints have this key
     'dsv3_jax/training/step.py',
-    'tests/parallel/test_corners.py',
+    'tests/parallel/test_layouts.py',
     'tests/training/test_loop.py',
   ),
 }

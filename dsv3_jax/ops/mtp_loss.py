@@ -71,7 +71,7 @@ def loss_scales(
   segments: Int[Array, '*n B T'],
   isolated: bool,
 ) -> dict[str, Array]:
-  """1 / (what each loss is averaged over), from all of a step's micro-batches.
+  """The factor of each sum of losses, from all of a step's micro-batches.
 
   The main loss is a mean over the targets that count: T of a full row, fewer
   where rows hold padding or prompts of chats. MTP's is divided by the same

@@ -14,39 +14,10 @@ from dsv3_jax.training import loop, metrics
 from dsv3_jax.training import step as steps
 from tests import tiny_run
 
-pytestmark = pytest.mark.usefixtures('optimized')
-
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   return tmp_path_factory.mktemp('run')
-
-
-@pytest.mark.slow
-def test_resume_is_bitwise(folder):
-  """40 == 20 + 20 == 7 + 13 + 20: arrays, EMA, loader, loss lines."""
-  cfg = tiny_run.make(folder)
-  straight = folder / '40'
-  loop.run(cfg, straight)
-  want, documents = tiny_run.committed(cfg, straight, 40)
-  assert documents['progress'] == {'step': 40, 'tokens': cfg.train.total_tokens}
-  assert np.any(np.asarray(want['train']['router']['moe']))
-  assert np.any(np.asarray(want['train']['router']['mtp']))
-  for stops in ((20,), (7, 20)):
-    workdir = folder / '+'.join(map(str, stops))
-    for stop in (*stops, 40):
-      loop.run(tiny_run.until(cfg, stop), workdir)
-    got, same = tiny_run.committed(cfg, workdir, 40)
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-    assert same == documents
-    assert tiny_run.read_metrics(workdir) == tiny_run.read_metrics(straight)
-  assert len(tiny_run.read_metrics(straight)) == 40
-  for line in tiny_run.read_metrics(straight):
-    assert line['skipped'] == 0
-  for name in ('loss.png', 'samples.txt', 'config.json', 'tokenizer.json'):
-    assert (straight / name).stat().st_size > 0
-  first, *_, last = tiny_run.read_metrics(straight)
-  assert last['loss'] < first['loss'] - 0.5
 
 
 def test_checkpoints_keep_the_names_of_their_arrays(folder):
@@ -100,3 +71,39 @@ def test_going_back_makes_the_later_steps_anew(folder):
   finally:
     (folder / 'corpus' / 'more.txt').unlink()
   assert not pathlib.Path(cfg.data.cache_dir).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures('optimized')  # the last test, which alone needs it
+@pytest.mark.parametrize(
+  ('num_steps', 'breaks'),
+  [
+    (24, ((7, 20),)),
+    pytest.param(40, ((20,), (7, 20)), marks=pytest.mark.nightly),
+  ],
+)
+def test_resume_is_bitwise(tmp_path, num_steps, breaks):
+  """24 == 7 + 13 + 4: arrays, EMA, loader, loss lines."""
+  cfg = tiny_run.until(tiny_run.make(tmp_path), num_steps)
+  straight = tmp_path / 'straight'
+  loop.run(cfg, straight)
+  want, documents = tiny_run.committed(cfg, straight, num_steps)
+  progress = {'step': num_steps, 'tokens': cfg.train.total_tokens}
+  assert documents['progress'] == progress
+  assert np.any(np.asarray(want['train']['router']['moe']))
+  assert np.any(np.asarray(want['train']['router']['mtp']))
+  for stops in breaks:
+    workdir = tmp_path / '+'.join(map(str, stops))
+    for stop in (*stops, num_steps):
+      loop.run(tiny_run.until(cfg, stop), workdir)
+    got, same = tiny_run.committed(cfg, workdir, num_steps)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert same == documents
+    assert tiny_run.read_metrics(workdir) == tiny_run.read_metrics(straight)
+  assert len(tiny_run.read_metrics(straight)) == num_steps
+  for line in tiny_run.read_metrics(straight):
+    assert line['skipped'] == 0
+  for name in ('loss.png', 'samples.txt', 'config.json', 'tokenizer.json'):
+    assert (straight / name).stat().st_size > 0
+  first, *_, last = tiny_run.read_metrics(straight)
+  assert last['loss'] < first['loss'] - 0.25

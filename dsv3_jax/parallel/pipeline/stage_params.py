@@ -55,7 +55,7 @@ class MasterConverter:
     """A `ChunkParams` for each stage of this rank, lowest first.
 
     Args:
-      params, router: 'dense' and 'moe' of either are [1, c, n, ...].
+      params, router_biases: 'dense' and 'moe' of either are [1, c, n, ...].
     """
     stacks = {k: params[k] for k in param_layout.STACKS if k in params}
     if 'moe' in stacks:

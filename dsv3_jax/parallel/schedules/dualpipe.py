@@ -59,6 +59,7 @@ def eight_steps(
     rounds: how often step 4 is repeated.
   """
   from_fold = ranks_to_fold - 1 - from_end
+  # Warm-up: the near direction, both, then the first gradients of the far one.
   for _ in range(2 * from_fold):  # step 1
     yield 'F0'
   for _ in range(from_end + 1):  # step 2
@@ -68,6 +69,7 @@ def eight_steps(
     yield 'I1'
     yield 'W'
     yield 'F1'
+  # Steady state: each forward overlaps a backward of the other direction.
   for i in range(rounds):  # step 4
     if i == 0 and from_fold == 0:
       # Other actions wait for this F0. Overlapped with B1 it would end later.
@@ -76,6 +78,7 @@ def eight_steps(
     else:
       yield 'F0&B1'
     yield 'F1&B0'
+  # Drain: the last forwards, the backwards left, and W where a rank would wait.
   for _ in range(from_fold):  # step 5
     yield 'B1'
     yield 'F1&B0'

@@ -166,11 +166,13 @@ def legal(kind, ranks, most):
   return stages, counts
 
 
-@pytest.mark.parametrize('ranks', [2, 4, 8])
+@pytest.mark.parametrize(
+  'ranks', [2, 4, pytest.param(8, marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize('kind', schedules.KINDS)
 def test_a_longer_program_runs_any_shorter_step(kind, ranks):
   """Of kinds of stages that differ wherever they may; as a ramp needs it."""
-  stages, counts = legal(kind, ranks, 32)
+  stages, counts = legal(kind, ranks, 4 * ranks)
   halves = kind in schedules.UNIDIRECTIONAL
   kinds = ('first', *(f'middle {s % 3}' for s in range(stages - 2)), 'last')
   make = functools.partial(
@@ -178,7 +180,7 @@ def test_a_longer_program_runs_any_shorter_step(kind, ranks):
   )
   full = instructions.compile_schedule(make(microbatches=counts[-1]), kinds)
   assert len(counts) > 1
-  for count in counts[:-1][:: max(1, ranks // 2 - 1)]:  # every one takes long
+  for count in counts[:-1]:
     schedule = make(microbatches=count)
     less = instructions.compile_schedule(schedule, kinds, full.branches)
     assert (
