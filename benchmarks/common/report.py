@@ -109,7 +109,10 @@ def where() -> Row:
     'python': platform.python_version(),
     'jax': jax.__version__,
     'jaxlib': importlib.metadata.version('jaxlib'),
-    'commit': _output('git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD'),
+    'commit': _output(
+      *('git', '-C', str(ROOT), 'describe', '--always', '--dirty'),
+      '--exclude=*',
+    ),
     'source': source_hash(),
   }
   if device.platform == 'gpu':
@@ -146,7 +149,10 @@ def _cpu() -> str:
   info = pathlib.Path('/proc/cpuinfo')
   text = info.read_text(encoding='utf-8') if info.exists() else ''
   names = re.findall(r'model name\s*: (.*)', text) or [platform.processor()]
-  return f'{os.cpu_count()} cores of {names[0]}'
+  # A name may be cut short where the machine is virtual; `lscpu` shows these.
+  numbers = re.search(r'cpu family\s*: (\d+)\s*model\s*: (\d+)', text)
+  kind = ' (family {}, model {})'.format(*numbers.groups()) if numbers else ''
+  return f'{os.cpu_count()} cores of {names[0]}{kind}'
 
 
 def _output(*command: str) -> str:
