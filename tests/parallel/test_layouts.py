@@ -15,6 +15,7 @@ USUAL = {
   'model.num_layers': 4,
   'model.num_dense_layers': 2,
   'model.remat': 'report',
+  'train.batch_size': 128,
   'train.spike_sigmas': 3.0,
 }
 UNUSUAL = {
@@ -31,6 +32,17 @@ FOUR_LAYERS = {'model.num_layers': 4}
 CASES = {
   'FSDP': ({'data': 2, 'node': 2, 'expert': 2}, USUAL | FSDP),
   'dualpipe, dense over two stages': (DUALPIPE, USUAL),
+  'dualpipev, unusual': (
+    {'pipe': 2, 'context': 2, 'schedule': 'dualpipev'},
+    UNUSUAL,
+  ),
+  'zb1p, fp8': (
+    {'pipe': 2, 'expert': 2, 'schedule': 'zb1p'},
+    layouts.FEATURES['fp8']
+    | {'model.remat': 'full', 'parallel.fsdp': ('expert',)},
+  ),
+}
+NIGHTLY = {
   'zb1p, FSDP': (
     {'pipe': 2, 'expert': 2, 'data': 2, 'schedule': 'zb1p'},
     USUAL | FSDP,
@@ -41,13 +53,6 @@ CASES = {
   ),
   '1f1b, unusual': ({'pipe': 2, 'context': 2, 'schedule': '1f1b'}, UNUSUAL),
   'interleaved, unusual': ({'pipe': 2, 'schedule': 'interleaved'}, UNUSUAL),
-  'fp8': (
-    {'pipe': 2, 'expert': 2, 'schedule': 'zb1p'},
-    layouts.FEATURES['fp8']
-    | {'model.remat': 'full', 'parallel.fsdp': ('expert',)},
-  ),
-}
-NIGHTLY = {
   'flat': ({'data': 2, 'node': 2, 'expert': 2}, {}),
   'dualpipe of eight layers': (DUALPIPE, {'model.num_dense_layers': 3}),
   'dualpipe, all dense': (
@@ -111,7 +116,7 @@ def trained(axes):
   state = jax.device_put(state, trainer.shardings())
   values, compiled = [], []
   hyper = {name: jnp.float32(x) for name, x in layouts.HYPER.items()}
-  for number, count in enumerate((4, 8, 6, 8, 8)):
+  for number, count in enumerate((8, 16, 12, 16, 16)):
     batch = layouts.batch(cfg, 10 + number)  # no near tie of the gate
     if number == 1:  # half of the rows of half of the micro-batches
       batch = jax.tree.map(lambda x: x.at[::2, :4].set(0), batch)
