@@ -4,8 +4,8 @@ Question: does Mosaic accept them: are all layouts legal, do the blocks fit into
 a core's vector memory? Needs the `libtpu` wheel beside JAX, no device:
 
   JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 \\
-    python -m benchmarks.compile_kernels_tpu [--chip=v5p ...] [--only=grouped] \\
-    [--output=FILE]
+    python -m benchmarks.compile_kernels_tpu [--chip=v5p ...] \\
+    [--only=grouped] [--output=FILE]
 
 Prints a row for each kernel and shape, a column for each chip: seconds that the
 compiler took, or the first words of its refusal, then all of it below (in FILE
