@@ -24,7 +24,10 @@ TOKENS = 4096
 
 
 class Program(NamedTuple):
-  """A function, the shapes of its arguments, and those in words."""
+  """A function, the shapes of its arguments, and those in words.
+
+  shape: of a product, rows x columns x numbers that are summed.
+  """
 
   function: Callable
   args: tuple
@@ -54,13 +57,13 @@ def dense(matmul: Callable) -> dict[str, Program]:
   """The three products of every linear."""
   by_name = {}
   for name, (m, n, k) in cases.V3.items():
-    for kind, dtype, args in (
-      ('fprop', BF16, (rows(m, k), blocks(n, k))),
-      ('dgrad', BF16, (rows(m, n), blocks(k, n))),
-      ('wgrad', F32, (rows(k, m), rows(n, m))),
+    for kind, dtype, args, sizes in (
+      ('fprop', BF16, (rows(m, k), blocks(n, k)), (m, n, k)),
+      ('dgrad', BF16, (rows(m, n), blocks(k, n)), (m, k, n)),
+      ('wgrad', F32, (rows(k, m), rows(n, m)), (k, n, m)),
     ):
       product = functools.partial(matmul, out_dtype=dtype)
-      words = f'{m} x {n} x {k}'
+      words = ' x '.join(map(str, sizes))
       by_name[f'matmul {kind} {name}'] = Program(product, args, words)
   return by_name
 
@@ -76,12 +79,12 @@ def grouped(grouped: Callable, grouped_k: Callable) -> dict[str, Program]:
     )
     product = functools.partial(grouped, out_dtype=BF16)
     gradient = functools.partial(grouped_k, num_experts=e)
-    words = f'{e} experts, {j} x {n} x {k}'
-    for kind, function, args in (
-      ('fprop', product, (rows(j, k), blocks(e, n, k))),
-      ('dgrad', product, (rows(j, n), blocks(e, k, n))),
-      ('wgrad', gradient, (rows(k, j), rows(n, j))),
+    for kind, function, args, words in (
+      ('fprop', product, (rows(j, k), blocks(e, n, k)), f'{j} x {n} x {k}'),
+      ('dgrad', product, (rows(j, n), blocks(e, k, n)), f'{j} x {k} x {n}'),
+      ('wgrad', gradient, (rows(k, j), rows(n, j)), f'{k} x {n} x {j}'),
     ):
+      words = f'{words}, {e} experts'
       program = Program(function, (*args, *which), words)
       by_name[f'grouped {kind} {name}'] = program
   return by_name
