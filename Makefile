@@ -58,7 +58,8 @@ COMPILED := JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \
 # The tests first; their last line goes below the table of the kernels.
 compiled: .venvcompiled/.tested
 	mkdir -p runs $(RESULTS)
-	$(COMPILED) pytest -q -m compiled tests/pallas tests/benchmarks/test_overlap.py \
+	$(COMPILED) pytest -q -m compiled tests/pallas \
+	  tests/benchmarks/test_compile_kernels.py tests/benchmarks/test_overlap.py \
 	  >runs/compiled.txt || { cat runs/compiled.txt; exit 1; }
 	tail -n 1 runs/compiled.txt
 	cd $(RESULTS) && rm -f compiled_h100.md compiled_tpu.md overlap_h100.md
