@@ -47,7 +47,9 @@ class Machine(NamedTuple):
 def read(report: str, sass: str, seconds: float) -> Machine:
   """Of one kernel. report: that of ptxas."""
   (registers,) = re.findall(r'Used (\d+) registers', report)
-  spills = re.findall(r'(\d+) bytes spill', report)
+  # Of a spill a warning tells too, before the kernel's own line.
+  (line,) = re.findall(r'.*bytes stack frame.*', report)
+  spills = re.findall(r'(\d+) bytes spill', line)
   return Machine(int(registers), sum(map(int, spills)), sass, seconds)
 
 
