@@ -40,8 +40,8 @@ class Machine(NamedTuple):
   @property
   def asked_registers(self) -> list[int]:
     """Numbers of registers that warpgroups ask for."""
-    found = _SET_REGISTERS.findall(self.sass)
-    return sorted({int(number, 16) for number in found})
+    numbers = _SET_REGISTERS.findall(self.sass)
+    return sorted({int(number, 16) for number in numbers})
 
 
 def read(report: str, sass: str, seconds: float) -> Machine:
