@@ -1,13 +1,16 @@
-# Each on a bare machine with python3 >= 3.11; test312 wants python3.12.
+# Each on a bare machine with python3 >= 3.11; test312 and
+# compiled want python3.12.
 
 PYTHON ?= python3
 PYTHON312 ?= python3.12
 BIN := .venv/bin
+PACKAGES312 := flax optax ml_collections jaxtyping beartype hypothesis pytest \
+  pytest-timeout pytest-xdist
 
 # Huge pages for large arrays: faster on Linux, unused elsewhere.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: quickstart test test312 nightly lint browser
+.PHONY: quickstart test test312 nightly compiled lint browser
 
 .venv/.installed: setup.cfg pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -29,8 +32,7 @@ test: .venv/.tested
 # The newer JAX that GPU users have: its interpreter runs Hopper kernels on a CPU.
 .venv312/.tested: constraints312.txt
 	test -x .venv312/bin/python || $(PYTHON312) -m venv .venv312
-	.venv312/bin/pip install -q -c constraints312.txt jax flax optax \
-	  ml_collections jaxtyping beartype hypothesis pytest pytest-timeout pytest-xdist
+	.venv312/bin/pip install -q -c constraints312.txt jax $(PACKAGES312)
 	touch $@
 
 # What is long and of a claim that `make test` checks more briefly.
@@ -45,6 +47,33 @@ TESTS312 := --ignore-glob='*_tpu.py' tests/pallas tests/ops/test_fp8_linear.py \
   tests/ops/test_all_to_all.py tests/nn/test_model_oracle.py
 test312: .venv312/.tested
 	.venv312/bin/python -m pytest -n 2 --dist worksteal -q $(TESTS312)
+
+# Compilers of absent hardware: XLA, Mosaic and ptxas for an H100, libtpu. 6 GB
+# of wheels, and about an hour; nothing runs on a device.
+RESULTS ?= runs/compiled
+COMPILED := JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 \
+  TPU_SKIP_MDS_QUERY=1 .venvcompiled/bin/python -m
+
+.venvcompiled/.tested: constraints312.txt constraintscompiled.txt
+	test -x .venvcompiled/bin/python || $(PYTHON312) -m venv .venvcompiled
+	.venvcompiled/bin/pip install -q -c constraints312.txt \
+	  -c constraintscompiled.txt 'jax[cuda13]' nvidia-cuda-nvdisasm libtpu \
+	  $(PACKAGES312)
+	touch $@
+
+# The tests first; their last line goes below the table of the kernels.
+compiled: .venvcompiled/.tested
+	mkdir -p runs $(RESULTS)
+	$(COMPILED) pytest -q -m compiled tests/pallas \
+	  tests/benchmarks/test_compile_kernels.py tests/benchmarks/test_overlap.py \
+	  >runs/compiled.txt || { cat runs/compiled.txt; exit 1; }
+	tail -n 1 runs/compiled.txt
+	cd $(RESULTS) && rm -f compiled_h100.md compiled_tpu.md overlap_h100.md
+	$(COMPILED) benchmarks.compile_kernels_gpu --output=$(RESULTS)/compiled_h100.md
+	printf '\nTests of `make compiled`: %s.\n' "$$(tail -n 1 runs/compiled.txt)" \
+	  >>$(RESULTS)/compiled_h100.md
+	$(COMPILED) benchmarks.compile_kernels_tpu --output=$(RESULTS)/compiled_tpu.md
+	$(COMPILED) benchmarks.overlap --output=$(RESULTS)/overlap_h100.md
 
 lint: .venv/.tested
 	$(BIN)/ruff format --check .

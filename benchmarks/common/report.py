@@ -6,6 +6,8 @@ line, so that an interrupted run keeps its rows.
 """
 
 import argparse
+import contextlib
+import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -13,10 +15,15 @@ import os
 import pathlib
 import platform
 import re
+import shlex
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 
 import jax
+
+# Of absent hardware; named where they are installed.
+COMPILERS = ('jax-cuda13-plugin', 'nvidia-cuda-nvcc', 'libtpu')
 
 Row = dict[str, str | float | int | bool | None]
 
@@ -74,10 +81,19 @@ def publish(
 
   args: of `parser`; with `json`, the rows were printed as they came.
   """
-  text = f'{table(rows)}\n\n{about}\n{where_line()}\n'
   if not args.json:
-    print(text)
-  output = args.output or RESULTS / f'{name}_{device_slug()}.md'
+    print(f'{table(rows)}\n\n{about}\n{where_line()}\n')
+  write(
+    args.output or RESULTS / f'{name}_{device_slug()}.md', name, about, rows
+  )
+
+
+def write(
+  output: pathlib.Path, name: str, about: str, rows: Sequence[Row]
+) -> None:
+  """Appends a table to a file, with command, hardware and versions."""
+  command = f'python -m benchmarks.{name} {shlex.join(sys.argv[1:])}'.strip()
+  text = f'{table(rows)}\n\n{about}\n`{command}`: {where_line()}\n'
   output.parent.mkdir(parents=True, exist_ok=True)
   fresh = not output.exists()
   with output.open('a', encoding='utf-8') as file:
@@ -89,8 +105,13 @@ def table(rows: Sequence[Row]) -> str:
   names = dict.fromkeys(name for row in rows for name in row)
   names = [n for n in names if any(row.get(n) is not None for row in rows)]
   lines = [names, ['---'] * len(names)]
-  lines += [[_cell(row.get(name)) for name in names] for row in rows]
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+  lines += [[row.get(name) for name in names] for row in rows]
+  return '\n'.join(map(line, lines))
+
+
+def line(cells: Iterable) -> str:
+  """One line of a table."""
+  return f'| {" | ".join(map(_cell, cells))} |'
 
 
 def _cell(value) -> str:
@@ -105,10 +126,12 @@ def where() -> Row:
   """Hardware, versions, commit and a hash of the kernels' source."""
   device = jax.devices()[0]
   facts = {
+    'date': datetime.datetime.now(datetime.UTC).date().isoformat(),
     'device': _cpu() if device.platform == 'cpu' else device.device_kind,
     'python': platform.python_version(),
     'jax': jax.__version__,
     'jaxlib': importlib.metadata.version('jaxlib'),
+    **_compilers(),
     'commit': _output(
       *('git', '-C', str(ROOT), 'describe', '--always', '--dirty'),
       '--exclude=*',
@@ -143,6 +166,14 @@ def device_slug() -> str:
     return 'cpu'
   kind = jax.devices()[0].device_kind.lower()
   return re.sub(r'[^a-z0-9]+', '_', kind.replace('nvidia ', '')).strip('_')
+
+
+def _compilers() -> Row:
+  versions = {}
+  for name in COMPILERS:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      versions[name] = importlib.metadata.version(name)
+  return versions
 
 
 def _cpu() -> str:

@@ -1,7 +1,11 @@
 """Topologies of absent hardware, for compilation ahead of time."""
 
+import contextlib
+from collections.abc import Iterator
+
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 H100 = 'NVIDIA H100 80GB HBM3'
 _H100 = f"""
@@ -40,3 +44,20 @@ def v5p(shape: str) -> list[jax.Device]:
     platform='tpu', topology_name=f'v5p:{shape}'
   )
   return list(topology.devices)
+
+
+@contextlib.contextmanager
+def without_cache() -> Iterator[None]:
+  """Compiles inside without the cache on disk.
+
+  JAX writes programs for absent hardware to it and cannot read them.
+  """
+  name = 'jax_enable_compilation_cache'
+  before = getattr(jax.config, name)
+  jax.config.update(name, False)
+  compilation_cache.reset_cache()  # or a choice made before would hold
+  try:
+    yield
+  finally:
+    jax.config.update(name, before)
+    compilation_cache.reset_cache()

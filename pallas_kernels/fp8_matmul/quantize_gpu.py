@@ -12,8 +12,8 @@ off. Scales lie [D / 128, M] and [M / 128, D], as the product reads them: the
 transposes of the results cancel there. TMA fills what lies outside with zeros,
 by which partial tiles are defined.
 
-As ptxas gives it (sm_90a): 67 or 68 KB of shared memory and 256 threads of 96
-or 104 registers, none spilled, so that two programs share a multiprocessor. An
+As ptxas gives it (sm_90a): 67 or 68 KB of shared memory and 256 threads of 102
+to 108 registers, none spilled, so that two programs share a multiprocessor. An
 element costs 4 bytes of device memory, or 2.
 
 Letters: M, D rows and columns of x; lower case: tiles of 128.

@@ -71,7 +71,7 @@ def test_results_are_appended_with_device_and_commit(tmp_path, capsys):
   text = output.read_text()
   assert text.count('# name\n') == 1
   assert '| 1 |' in text and '| 2 |' in text
-  for part in ('device', 'jax', 'commit', 'source'):
+  for part in ('date', 'device', 'jax', 'commit', 'source'):
     assert text.count(f'{part} ') >= 2
   args.json = True
   report.publish('name', 'About it.', [{'value': 3}], args)

@@ -38,18 +38,29 @@ def test_products_between_start_and_done_are_counted():
 
 
 @pytest.mark.slow
+@pytest.mark.compiled
 @pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda13_plugin') is None,
   reason='no jax[cuda13], whose compiler needs no GPU',
 )
-def test_most_all_to_alls_of_a_fused_pair_hide_behind_products(tmp_path):
-  args = ['--target=h100', f'--output={tmp_path / "table.md"}']
-  args += [f'--rows={tmp_path / "rows"}']
-  assert overlap.main(args) == 0
-  text = (tmp_path / 'rows').read_text().splitlines()
-  rows = {(r['scheduler'], r['branch']): r for r in map(json.loads, text)}
-  pair = rows['latency hiding', 'F&B']
+@pytest.mark.usefixtures('optimized')
+def test_most_all_to_alls_of_a_fused_pair_hide_behind_products():
+  pair = overlap.measure('h100', 'latency hiding', 'F&B')
   assert pair['hidden'] * 2 >= pair['started'] + pair['blocking']
+
+
+def test_every_branch_has_a_row(monkeypatch, tmp_path):
+  def measure(target, scheduler, halves):
+    row = {'target': target, 'scheduler': scheduler, 'branch': halves}
+    return row | overlap.count(TEXT)._asdict()
+
+  monkeypatch.setattr(overlap, 'measure', measure)
+  args = ['--target=h100', f'--output={tmp_path / "table.md"}']
+  assert overlap.main([*args, f'--rows={tmp_path / "rows"}']) == 0
+  text = (tmp_path / 'rows').read_text().splitlines()
+  rows = {(r['scheduler'], r['branch']) for r in map(json.loads, text)}
+  names = ('default', 'latency hiding')
+  assert rows == {(name, half) for name in names for half in ('F&B', 'F', 'B')}
 
 
 def test_the_branch_is_the_pipeline_s(monkeypatch):

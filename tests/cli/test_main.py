@@ -112,7 +112,7 @@ def refused(done, *expected):
     (['eval', '--checkpoint=x', '--task=sing'], "task='sing' must be one of"),
     (
       ['bench'],
-      "'' must be one of: compile_kernels_tpu, continuous_batching, ",
+      "'' must be one of: compile_kernels_gpu, compile_kernels_tpu, ",
     ),
     (['bench', 'fly'], "'fly' must be one of: "),
     (['bench', 'common'], "'common' must be one of: "),

@@ -6,9 +6,7 @@ races between warpgroups, TMA and the proxies of shared memory.
 
 import contextlib
 import importlib.util
-import pathlib
 import re
-from typing import NamedTuple
 
 import jax
 import pytest
@@ -24,11 +22,16 @@ transposing = pytest.mark.skipif(
   compat.RELEASE < (0, 11),
   reason='jax before 0.11 lowers no load that transposes',
 )
-compiled = pytest.mark.skipif(
+_without_ptxas = pytest.mark.skipif(
   importlib.util.find_spec('jax_cuda13_plugin') is None
   or importlib.util.find_spec('nvidia') is None,
   reason='no jax[cuda13], whose ptxas compiles without a GPU',
 )
+
+
+def compiled(test):
+  """For `make compiled`, which has the compilers."""
+  return pytest.mark.compiled(_without_ptxas(test))
 
 
 @contextlib.contextmanager
@@ -57,31 +60,3 @@ def lower(function, *args) -> str:
 def multiplications(text: str) -> set[str]:
   """The kinds of wgmma of a lowered module: rows, columns, depth and types."""
   return set(re.findall(r'wgmma\.mma_async\.sync\.aligned\.([a-z0-9.]+)', text))
-
-
-class Machine(NamedTuple):
-  """What ptxas reports of a kernel, and its instructions."""
-
-  spilled: int
-  sass: str
-
-  def count(self, instruction: str) -> int:
-    return len(re.findall(rf'\b{instruction}\b', self.sass))
-
-
-def compile_kernel(monkeypatch, folder: pathlib.Path, function, *args):
-  """`function`, of one kernel, compiled for an H100 down to SASS."""
-  for name in ('PTX', 'PTXAS', 'SASS'):
-    monkeypatch.setenv(f'MOSAIC_GPU_DUMP_{name}', '1')
-  monkeypatch.setenv('MOSAIC_GPU_DUMP_TO', str(folder))
-  monkeypatch.setenv('JAX_SKIP_CUDA_CONSTRAINTS_CHECK', '1')
-  mesh = jax.sharding.Mesh(targets.h100(1, 1), ('x',))
-  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  args = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), args
-  )
-  jax.jit(function).trace(*args).lower().compile()
-  (report,) = (path.read_text() for path in folder.glob('*.ptxas'))
-  (sass,) = (path.read_text() for path in folder.glob('*.sass*'))
-  spills = re.findall(r'(\d+) bytes spill', report)
-  return Machine(sum(map(int, spills)), sass)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.common import machine_code
 from pallas_kernels import numerics, quantized
 from pallas_kernels.fp8_matmul import cases, pallas_gpu, reference
 from tests.pallas import gpu
@@ -141,13 +142,13 @@ def test_all_shapes_are_lowered_to_wgmma_in_fp8(case, tile):
   ],
 )
 def test_registers_suffice_and_four_wgmmas_are_promoted_at_once(
-  columns, tile, out_dtype, monkeypatch, tmp_path
+  columns, tile, out_dtype
 ):
   run = functools.partial(
     pallas_gpu.matmul, out_dtype=out_dtype, blocks=BlockSizes(columns=columns)
   )
-  machine = gpu.compile_kernel(
-    monkeypatch, tmp_path, run, *structs(cases.V3['gate_up'], tile)
+  machine = machine_code.compile_kernel(
+    run, *structs(cases.V3['gate_up'], tile)
   )
   assert machine.spilled == 0
   assert machine.count(rf'QGMMA.64x{columns}x32.F32.E4M3.E4M3') == 4

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.common import machine_code
 from pallas_kernels import numerics, quantized
 from pallas_kernels.fp8_matmul import reference as dense
 from pallas_kernels.grouped_matmul import cases, pallas_gpu, reference
@@ -168,8 +169,8 @@ def test_shapes_are_lowered_to_wgmma_in_fp8(name, weights, columns):
 
 @gpu.compiled
 @pytest.mark.parametrize('weights', [False, True])
-def test_registers_suffice(weights, monkeypatch, tmp_path):
+def test_registers_suffice(weights):
   run, args = product(cases.V3['gate_up'], weights)
-  machine = gpu.compile_kernel(monkeypatch, tmp_path, run, *args)
+  machine = machine_code.compile_kernel(run, *args)
   assert machine.spilled == 0
   assert machine.count('QGMMA') == 4

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.common import machine_code
 from pallas_kernels.mla_decode import api, cases, pallas_gpu, reference
 from tests.pallas import decoding, gpu, products
 
@@ -130,13 +131,9 @@ def test_all_shapes_are_lowered_to_wgmma(case, fp8):
 @gpu.compiled
 @pytest.mark.parametrize('fp8', [False, True])
 @pytest.mark.parametrize('name', ['heads_128', 'heads_128_speculative'])
-def test_registers_suffice_for_output_and_scores(
-  name, fp8, monkeypatch, tmp_path
-):
+def test_registers_suffice_for_output_and_scores(name, fp8):
   run = functools.partial(pallas_gpu.decode, scale=decoding.SCALE, splits=1)
-  machine = gpu.compile_kernel(
-    monkeypatch, tmp_path, run, *structs(cases.V3[name], fp8)
-  )
+  machine = machine_code.compile_kernel(run, *structs(cases.V3[name], fp8))
   assert machine.spilled == 0
   assert machine.count(r'HGMMA\.64x256x16\.F32\.BF16') == 4
   assert machine.count(r'HGMMA\.64x64x16\.F32\.BF16') == 36

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.common import machine_code
 from pallas_kernels import quantized
 from pallas_kernels.fp8_matmul import quantize_gpu, reference
 from tests.pallas import gpu
@@ -138,13 +139,9 @@ def test_shapes_are_lowered(shape):
 
 
 @gpu.compiled
-def test_registers_suffice_and_transposing_loads_are_used(
-  monkeypatch, tmp_path
-):
+def test_registers_suffice_and_transposing_loads_are_used():
   x_MD = jax.ShapeDtypeStruct((4096, 7168), jnp.bfloat16)
-  machine = gpu.compile_kernel(
-    monkeypatch, tmp_path, quantize_gpu.quantize_both, x_MD
-  )
+  machine = machine_code.compile_kernel(quantize_gpu.quantize_both, x_MD)
   assert machine.spilled == 0
   # 64 x 128 numbers are 16 loads of four 8 x 8 matrices; two of each way.
   assert machine.count(r'LDSM\.16\.M88\.4') == 16
