@@ -21,8 +21,8 @@ EACH = pytest.mark.parametrize(
     ((200, 136), False, 0.0),
     ((65, 33), True, 1e-4),
     *(
-      pytest.param(*how, marks=pytest.mark.nightly)
-      for how in [
+      pytest.param(*form, marks=pytest.mark.nightly)
+      for form in [
         ((256, 192), False, 0.0),
         ((256, 192), True, 0.0),
         ((256, 192), False, 1e-4),
