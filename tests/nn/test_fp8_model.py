@@ -84,7 +84,7 @@ def shrunk(params):
 def unstacked(params):
   """Stacks of one layer as unrolled ones."""
   take = lambda stack: {'layer_0': jax.tree.map(lambda w: w[0], stack)}
-  names = ('dense_layers', 'moe_layers')
+  names = {'dense_layers', 'moe_layers'} & params.keys()
   return params | {name: take(params[name]['layers']) for name in names}
 
 
