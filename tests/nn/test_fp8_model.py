@@ -100,9 +100,13 @@ def differences(got, want):
 
 
 @pytest.mark.slow
-def test_forms_agree():
-  total, _, grads = run()
-  got_total, _, got = run(model__scan_layers=True, model__remat='report')
+@pytest.mark.parametrize(
+  'depth', [0, pytest.param(1, marks=pytest.mark.nightly)]
+)
+def test_forms_agree(depth):
+  total, _, grads = run(model__mtp__depth=depth)
+  form = {'model__scan_layers': True, 'model__remat': 'report'}
+  got_total, _, got = run(**form, model__mtp__depth=depth)
   assert got_total == pytest.approx(total, rel=1e-5)
   assert max(differences(got, grads).values()) < FLIPS
 
@@ -166,7 +170,8 @@ def test_training_reads_the_weights_that_an_export_holds():
   """The blocks of a step are those of the checkpoint's FP8 layout."""
   cfg = settings.small(**FP8)
   params, _ = map(models.f32, models.random_params(cfg))
-  forms = model.quantize(precision.POLICIES['fp8'], params)['quantized']
+  quantize = functools.partial(model.quantize, precision.POLICIES['fp8'])
+  forms = jax.jit(quantize)(params)['quantized']
   count = 0
   for tensor in hf_names.table(cfg.model):
     if len(tensor.leaves) > 1 or not tensor.num_in or tensor.copy:
