@@ -47,7 +47,7 @@ test312: .venv312/.tested
 	  $(LINEAR)::test_linear_and_its_gradients_match_the_oracle \
 	  $(LINEAR)::test_kernels_give_the_gradients_of_the_reference \
 	  "$(EXCHANGE)::test_equals_one_device[(2, 4)-two_hops-uneven]" \
-	  "$(MODEL)::test_every_gradient_matches[softmax_v2]"
+	  "$(MODEL)::test_every_gradient_matches[two_dense_two_shared]"
 
 # What is long and of a claim that `make test` and `make test312` check more
 # briefly, and what they run with one JAX with the other.
