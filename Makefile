@@ -26,8 +26,11 @@ quickstart: .venv/.installed
 	$(BIN)/dsv3 eval --checkpoint=runs/quickstart
 	$(BIN)/dsv3 generate --checkpoint=runs/quickstart --prompt='import ' --prompt='def '
 
+PYTEST := -m pytest -n 2 --dist worksteal -q
+
+# Hopper kernels are tested with the newer JAX, whose interpreter runs them.
 test: .venv/.tested
-	$(BIN)/pytest -n 2 --dist worksteal -q
+	$(BIN)/python $(PYTEST) --ignore-glob='*_gpu.py'
 
 # The newer JAX that GPU users have: its interpreter runs Hopper kernels on a CPU.
 .venv312/.tested: constraints312.txt
@@ -35,18 +38,28 @@ test: .venv/.tested
 	.venv312/bin/pip install -q -c constraints312.txt jax $(PACKAGES312)
 	touch $@
 
-# What is long and of a claim that `make test` checks more briefly.
-nightly: .venv/.tested .venv312/.tested
-	$(BIN)/pytest -n 2 --dist worksteal -q -m nightly --durations=20
-	.venv312/bin/python -m pytest -n 2 --dist worksteal -q -m nightly \
-	  --durations=20 $(TESTS312)
-
-# TPU kernels, and the FP8 model, whose products are simulated on a CPU, are
-# tested with the other JAX.
-TESTS312 := --ignore-glob='*_tpu.py' tests/pallas tests/ops/test_fp8_linear.py \
-  tests/ops/test_all_to_all.py tests/nn/test_model_oracle.py
+# With the newer JAX: Hopper kernels, and that the model, its gradients, FP8 and
+# the exchange of experts work there.
+GPU := tests/pallas/*_gpu.py
+LINEAR := tests/ops/test_fp8_linear.py
+EXCHANGE := tests/ops/test_all_to_all.py
+MODEL := tests/nn/test_model_oracle.py
 test312: .venv312/.tested
-	.venv312/bin/python -m pytest -n 2 --dist worksteal -q $(TESTS312)
+	.venv312/bin/python $(PYTEST) $(GPU) \
+	  $(LINEAR)::test_linear_and_its_gradients_match_the_oracle \
+	  $(LINEAR)::test_kernels_give_the_gradients_of_the_reference \
+	  "$(EXCHANGE)::test_equals_one_device[(2, 4)-two_hops-uneven]" \
+	  "$(MODEL)::test_every_gradient_matches[two_dense_two_shared]"
+
+# What is long and of a claim that `make test` and `make test312` check more
+# briefly, and what they run with one JAX with the other.
+nightly: .venv/.tested .venv312/.tested
+	$(BIN)/python $(PYTEST) -m nightly --durations=20 --ignore-glob='*_gpu.py'
+	$(BIN)/python $(PYTEST) -m '' --durations=20 $(GPU)
+	.venv312/bin/python $(PYTEST) -m nightly --durations=20 $(GPU)
+	.venv312/bin/python $(PYTEST) -m '' --durations=20 \
+	  --ignore-glob='*_gpu.py' --ignore-glob='*_tpu.py' \
+	  tests/pallas $(LINEAR) $(EXCHANGE) $(MODEL)
 
 # Compilers of absent hardware: XLA, Mosaic and ptxas for an H100, libtpu. 6 GB
 # of wheels, and about an hour; nothing runs on a device.

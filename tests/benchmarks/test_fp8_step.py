@@ -25,11 +25,27 @@ def test_ratios_are_to_bf16():
   assert rows['fp8']['tokens_per_second'] == 256.0
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_precision_trains_in_turn():
   seconds = fp8_step.measure(rounds=2, runlocal=True)
   assert set(seconds) == {'f32', 'bf16', 'fp8'}
   assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
+
+
+def test_two_precisions_train_a_dense_layer_in_turn(monkeypatch):
+  real = fp8_step.make_config
+
+  def make_config(*args):
+    cfg = real(*args)
+    net = dataclasses.replace(cfg.model, num_layers=1, num_dense_layers=1)
+    net = dataclasses.replace(net, mtp=dataclasses.replace(net.mtp, depth=0))
+    return dataclasses.replace(cfg, model=net)
+
+  monkeypatch.setattr(fp8_step, 'make_config', make_config)
+  monkeypatch.setattr(fp8_step, 'PRECISIONS', ('bf16', 'fp8'))
+  seconds = fp8_step.measure(rounds=1, runlocal=True)
+  assert list(seconds) == ['bf16', 'fp8']
+  assert all(len(times) == 1 and min(times) > 0 for times in seconds.values())
 
 
 def test_no_rounds_are_bad_input(capsys):

@@ -13,7 +13,7 @@ from benchmarks.common import attention_checks, hopper_parts
 from pallas_kernels.fp8_matmul import cases, pallas_gpu, reference
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_dry_run_does_all_parts(tmp_path, capsys):
   flags = ['--dry_run', f'--output={tmp_path}']
   assert hopper.main([*flags, '--seconds=1400']) == 0
@@ -28,6 +28,32 @@ def test_dry_run_does_all_parts(tmp_path, capsys):
     assert text.count(f'| {kind} | tiny |') >= 3  # checked, and swept
   for kind in (*hopper_parts.QUANTISERS, 'attention', 'decode'):
     assert f'| {kind} | tiny |' in text
+
+
+def test_a_dry_run_starts_the_process_of_a_part(tmp_path, capsys):
+  flags = ['--dry_run', f'--output={tmp_path}', '--parts=routing']
+  assert hopper.main([*flags, '--seconds=40000']) == 0
+  text = (tmp_path / 'hopper.md').read_text()
+  assert text.strip() in capsys.readouterr().out
+  rows = (tmp_path / 'routing.jsonl').read_text().splitlines()
+  assert f'## routing: done, {len(rows)} rows, 0 wrong' in text
+  assert '| gate |' in text and len(rows) == 5
+
+
+@pytest.mark.parametrize('part', ['checks', 'sweep'])
+def test_checks_and_sweep_run_in_the_process_of_their_part(
+  part, monkeypatch, tmp_path
+):
+  case = cases.Case(64, 64, 256)
+  kernels = [hopper_parts.Kernel('row', 'tiny', case, 'reference')]
+  monkeypatch.setattr(hopper_parts, 'kernels', lambda *_, **__: kernels)
+  monkeypatch.setattr(attention_checks, 'kernels', lambda *_: [])
+  flags = [f'--output={tmp_path}', f'--part={part}', '--dry_run']
+  assert hopper.main(flags) == 0
+  lines = (tmp_path / f'{part}.jsonl').read_text().splitlines()
+  rows = list(map(json.loads, lines))
+  assert {row['kernel'] for row in rows} == {'row'}
+  assert not any(row.get('wrong') for row in rows)
 
 
 def test_a_part_that_hangs_is_stopped_and_keeps_its_rows(tmp_path):

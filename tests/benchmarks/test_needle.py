@@ -1,5 +1,6 @@
 """The needle benchmark: what rows ask for, and that the phase runs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -62,9 +63,19 @@ def test_samples_in_a_row_stand_alone():
   ]
 
 
-@pytest.mark.slow
-def test_the_phase_runs_over_context(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+  'layers', [1, pytest.param(3, marks=pytest.mark.nightly)]
+)
+def test_the_phase_runs_over_context(layers, monkeypatch, tmp_path):
   """Weights go on into rows twice as long, sharded over two devices."""
+  full = needle.make_config
+
+  def make_config(*args, **options):
+    cfg = full(*args, **options)
+    net = dataclasses.replace(cfg.model, num_layers=1, num_dense_layers=1)
+    return dataclasses.replace(cfg, model=net) if layers == 1 else cfg
+
+  monkeypatch.setattr(needle, 'make_config', make_config)
   for name, value in {
     'SHORT': 64, 'LONG': 128, 'TOKENS': 256, 'LENGTHS': (128,),
     'DEPTHS': (0.0, 1.0), 'SAMPLE_LENGTHS': ((1.0, 64),),

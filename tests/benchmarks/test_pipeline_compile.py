@@ -1,5 +1,7 @@
 """The benchmark of compile times, on a small pipeline."""
 
+import dataclasses
+
 import pytest
 
 from benchmarks import pipeline_compile
@@ -16,9 +18,16 @@ def test_bad_flags_are_one_line(capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_step_is_compiled_and_run():
+@pytest.mark.parametrize(
+  'dense', [True, pytest.param(False, marks=pytest.mark.nightly)]
+)
+def test_a_step_is_compiled_and_run(dense):
+  """Of dense layers alone, or of the whole model."""
   cfg = pipeline_compile.make_config(2, '1f1b', 2, 2)
+  if dense:
+    net = dataclasses.replace(cfg.model, num_dense_layers=2)
+    net = dataclasses.replace(net, mtp=dataclasses.replace(net.mtp, depth=0))
+    cfg = dataclasses.replace(cfg, model=net)
   row = pipeline_compile.measure(cfg, num_steps=1)
   assert row['microbatches'] == 2 and row['branches'] > 4
   assert row['lines'] > 1000 and row['temporary_MB'] > 0

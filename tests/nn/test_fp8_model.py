@@ -84,7 +84,7 @@ def shrunk(params):
 def unstacked(params):
   """Stacks of one layer as unrolled ones."""
   take = lambda stack: {'layer_0': jax.tree.map(lambda w: w[0], stack)}
-  names = ('dense_layers', 'moe_layers')
+  names = {'dense_layers', 'moe_layers'} & params.keys()
   return params | {name: take(params[name]['layers']) for name in names}
 
 
@@ -100,17 +100,28 @@ def differences(got, want):
 
 
 @pytest.mark.slow
-def test_forms_agree():
-  total, _, grads = run()
-  got_total, _, got = run(model__scan_layers=True, model__remat='report')
+@pytest.mark.parametrize(
+  'depth', [0, pytest.param(1, marks=pytest.mark.nightly)]
+)
+def test_forms_agree(depth):
+  total, _, grads = run(model__mtp__depth=depth)
+  form = {'model__scan_layers': True, 'model__remat': 'report'}
+  got_total, _, got = run(**form, model__mtp__depth=depth)
   assert got_total == pytest.approx(total, rel=1e-5)
   assert max(differences(got, grads).values()) < FLIPS
 
 
-@pytest.mark.slow
-def test_blockwise_dgrad_is_another_gradient_of_the_same_loss():
-  total, _, grads = run()
-  got_total, _, got = run(precision='fp8_block_dgrad')
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'model__num_layers': 1, 'model__mtp__depth': 0},  # one dense layer
+    pytest.param({}, marks=pytest.mark.nightly),
+  ],
+  ids=['dense', 'all'],
+)
+def test_blockwise_dgrad_is_another_gradient_of_the_same_loss(changes):
+  total, _, grads = run(**changes)
+  got_total, _, got = run(precision='fp8_block_dgrad', **changes)
   assert got_total == total
   errors = differences(got, grads)
   np.testing.assert_array_equal(got['head']['w'], grads['head']['w'])
@@ -159,7 +170,8 @@ def test_training_reads_the_weights_that_an_export_holds():
   """The blocks of a step are those of the checkpoint's FP8 layout."""
   cfg = settings.small(**FP8)
   params, _ = map(models.f32, models.random_params(cfg))
-  forms = model.quantize(precision.POLICIES['fp8'], params)['quantized']
+  quantize = functools.partial(model.quantize, precision.POLICIES['fp8'])
+  forms = jax.jit(quantize)(params)['quantized']
   count = 0
   for tensor in hf_names.table(cfg.model):
     if len(tensor.leaves) > 1 or not tensor.num_in or tensor.copy:

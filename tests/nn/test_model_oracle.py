@@ -62,6 +62,7 @@ CASES = {
   },
   'all_dense': {'model__num_dense_layers': 3, 'model__mtp__depth': 0},
 }
+GRADIENTS = ('two_dense_two_shared', 'softmax_v2', 'isolated_deep')
 SAMPLES = ([13], [5, 4, 2], [7])
 
 
@@ -91,7 +92,15 @@ def assert_parts_match(total, parts, want):
   np.testing.assert_array_equal(np.reshape(loads, (-1, 8)), want['loads'])
 
 
-@pytest.mark.parametrize('name', CASES)
+# Those of the gradients' cases, whose losses and loads that test compares too,
+# are nightly.
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=pytest.mark.nightly if name in GRADIENTS else ())
+    for name in CASES
+  ],
+)
 def test_logits_losses_and_loads_match(name):
   cfg = settings.small(**CASES[name])
   params, router_biases, batch, whole, got = run(cfg, models.forward_and_loss)
@@ -110,9 +119,7 @@ def test_logits_losses_and_loads_match(name):
   assert_parts_match(total, parts, want)
 
 
-@pytest.mark.parametrize(
-  'name', ['two_dense_two_shared', 'softmax_v2', 'isolated_deep']
-)
+@pytest.mark.parametrize('name', GRADIENTS)
 def test_every_gradient_matches(name):
   # Two layers, so that YaRN, MTP and both kinds of layer are all there.
   changes = {'model__num_layers': 2, 'model__num_dense_layers': 1}

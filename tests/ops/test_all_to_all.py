@@ -33,8 +33,16 @@ def assert_equal(got, want, limit=F32):
 @pytest.mark.parametrize('routing', spread.ROUTINGS)
 @pytest.mark.parametrize(
   ('shape', 'hops'),
-  [(shape, 'one_hop') for shape in spread.MESHES]
-  + [((2, 2), 'two_hops'), ((2, 4), 'two_hops')],
+  [
+    ((1, 2), 'one_hop'),
+    ((2, 4), 'one_hop'),
+    ((2, 4), 'two_hops'),
+    *(
+      pytest.param(shape, 'one_hop', marks=pytest.mark.nightly)
+      for shape in ((2, 1), (1, 4), (2, 2))
+    ),
+    pytest.param((2, 2), 'two_hops', marks=pytest.mark.nightly),
+  ],
   ids=str,
 )
 def test_equals_one_device(shape, hops, routing):
@@ -55,7 +63,9 @@ def test_other_products_equal_one_device(product, hops):
 
 
 @pytest.mark.usefixtures('optimized')
-@pytest.mark.parametrize('hops', HOPS)
+@pytest.mark.parametrize(
+  'hops', [pytest.param('one_hop', marks=pytest.mark.nightly), 'two_hops']
+)
 def test_runs_again_bit_by_bit(hops):
   values, dy_MD = draw(2)
   args = values, spread.draw_ids('random', *spread.SIZES), dy_MD
@@ -100,7 +110,7 @@ def there_and_back(shape, data):
 
 
 @pytest.mark.parametrize(('shape', 'data'), [((2, 4), 1), ((2, 2), 2)])
-@hypothesis.settings(deadline=None, max_examples=40, derandomize=True)
+@hypothesis.settings(deadline=None, max_examples=20, derandomize=True)
 @hypothesis.given(
   sets=st.lists(st.sampled_from(SETS), min_size=40, max_size=40),
   seed=st.integers(0, 9),

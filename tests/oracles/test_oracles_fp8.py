@@ -2,7 +2,6 @@
 
 import ml_dtypes
 import numpy as np
-import torch
 
 from . import fp8
 
@@ -45,7 +44,7 @@ def test_beyond_the_largest_it_saturates_and_nan_stays():
   )
 
 
-def test_two_other_castings_agree():
+def test_two_other_castings_agree(torch):
   rng = np.random.default_rng(0)
   x = rng.normal(size=20_000) * np.exp2(rng.uniform(-12, 6, 20_000))
   x = np.clip(x, -448, 448).astype(np.float32)

@@ -4,7 +4,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 from . import cases, fp8, fp8_formats, fp8_gemm, fp8_layers
 
@@ -132,11 +131,11 @@ def test_experts_are_linears_of_their_own(counts_E):
   assert padded == len(x_ID)
 
 
-def torch_swiglu(gate, up, weight):
+def torch_swiglu(torch, gate, up, weight):
   return torch.nn.functional.silu(gate) * up * weight[:, None]
 
 
-def test_swiglu_by_autograd():
+def test_swiglu_by_autograd(torch):
   """Gradients at the copies, not at the numbers that were copied."""
   rng = np.random.default_rng(0)
   gate_MF, up_MF, dout_MF = rng.normal(size=(3, 5, 200)) * 3
@@ -144,7 +143,7 @@ def test_swiglu_by_autograd():
   got = fp8_layers.swiglu_cached(gate_MF, up_MF, dout_MF, weight_M, POW2)
   copies = [loop_fake(x, (1, 128), POW2) for x in (gate_MF, up_MF)]
   args = [torch.tensor(x, requires_grad=True) for x in (*copies, weight_M)]
-  out = torch_swiglu(*args)
+  out = torch_swiglu(torch, *args)
   wants = [out, *torch.autograd.grad(out, args, torch.tensor(dout_MF))]
   for g, w in zip(got, wants, strict=True):
     np.testing.assert_allclose(g, w.detach(), rtol=1e-11, atol=1e-11)
@@ -161,7 +160,7 @@ def attention_case():
   return qkv, rng.normal(size=(tokens, heads, 5)), 0.4
 
 
-def torch_attention(qkv, scale):
+def torch_attention(torch, qkv, scale):
   q_nope, q_rope, k_nope, k_rope, v = qkv
   logits = torch.einsum('tnh,snh->nts', q_nope, k_nope)
   logits = logits + torch.einsum('tnr,sr->nts', q_rope, k_rope)
@@ -170,11 +169,11 @@ def torch_attention(qkv, scale):
   return torch.einsum('nts,snu->tnu', torch.softmax(logits, -1), v), logits
 
 
-def test_attention_by_autograd():
+def test_attention_by_autograd(torch):
   qkv, do_TNU, scale = attention_case()
   o_TNU, lse_NT = fp8_layers.attention(*qkv, scale)
   args = [torch.tensor(x, requires_grad=True) for x in qkv]
-  out, logits = torch_attention(args, scale)
+  out, logits = torch_attention(torch, args, scale)
   np.testing.assert_allclose(o_TNU, out.detach(), atol=cases.EXACT)
   lse = torch.logsumexp(logits, -1).detach()
   np.testing.assert_allclose(lse_NT, lse, atol=cases.EXACT)
@@ -184,7 +183,7 @@ def test_attention_by_autograd():
     np.testing.assert_allclose(g, w, atol=cases.EXACT)
 
 
-def test_attention_from_the_e5m6_copy():
+def test_attention_from_the_e5m6_copy(torch):
   """Only delta changes: dv stays, dq moves by p times delta's error."""
   qkv, do_TNU, scale = attention_case()
   o_TNU, lse_NT = fp8_layers.attention(*qkv, scale)
@@ -195,7 +194,7 @@ def test_attention_from_the_e5m6_copy():
   np.testing.assert_array_equal(got[4], exact[4])
   error_NT = np.einsum('tnu,tnu->nt', copy_TNU - o_TNU, do_TNU)
   assert 1e-4 < np.max(np.abs(error_NT)) < 0.1
-  logits = torch_attention([torch.tensor(x) for x in qkv], scale)[1]
+  logits = torch_attention(torch, [torch.tensor(x) for x in qkv], scale)[1]
   probs_NTS = torch.softmax(logits, -1).numpy()
   for i, spec, k in ((0, 'nts,snh->tnh', qkv[2]), (1, 'nts,sr->tnr', qkv[3])):
     moved = -scale * np.einsum(spec, probs_NTS * error_NT[..., None], k)

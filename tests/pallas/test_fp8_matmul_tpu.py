@@ -13,8 +13,16 @@ from pallas_kernels.fp8_matmul import api, cases, pallas_tpu, reference
 from tests.pallas import products
 
 OPERAND_B = {'rows': products.rows, 'blocks': products.blocks}
-FORMS = [(name, tile, 'float32') for name in cases.SMALL for tile in OPERAND_B]
-FORMS += [(name, 'blocks', 'bfloat16') for name in ('two_tiles', 'odd')]
+FORMS = [
+  ('one_row', 'blocks', 'float32'),
+  ('rope_row', 'rows', 'float32'),
+  ('ragged', 'blocks', 'float32'),
+  ('odd', 'rows', 'float32'),
+  ('two_tiles', 'blocks', 'bfloat16'),
+]
+MORE = [(name, tile, 'float32') for name in cases.SMALL for tile in OPERAND_B]
+MORE = [form for form in MORE if form not in FORMS]
+MORE += [('odd', 'blocks', 'bfloat16')]
 V3 = [n for n in without_tpu.programs() if n.startswith('matmul')]
 SMALLEST = pallas_tpu.BlockSizes(128, 128, 128)
 reference_product = jax.jit(reference.matmul, static_argnums=2)
@@ -32,7 +40,10 @@ def operands(case, tile):
   return a, OPERAND_B[tile](1, case.n, case.k)
 
 
-@pytest.mark.parametrize(('name', 'tile', 'dtype'), FORMS)
+@pytest.mark.parametrize(
+  ('name', 'tile', 'dtype'),
+  [*FORMS, *(pytest.param(*form, marks=pytest.mark.nightly) for form in MORE)],
+)
 def test_is_the_reference(name, tile, dtype):
   a, b = operands(cases.SMALL[name], tile)
   got = product(a, b, dtype)
@@ -150,7 +161,7 @@ def test_no_race_and_nothing_read_that_was_not_written(capfd):
   assert 'RACE' not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('chip', ['v5p', 'v7x'])
+@pytest.mark.parametrize('chip', products.daily(['v5p', 'v7x'], 'v5p'))
 @pytest.mark.parametrize('name', V3)
 def test_lowers_for_a_tpu(name, chip):
   program = without_tpu.programs()[name]

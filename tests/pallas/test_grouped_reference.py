@@ -12,6 +12,7 @@ from pallas_kernels.fp8_matmul import reference as dense
 from pallas_kernels.grouped_matmul import api, cases
 from tests.oracles import fp8_formats as oracle
 from tests.oracles import fp8_gemm
+from tests.pallas import products
 
 quantize = jax.jit(dense.quantize, static_argnames=('tile', 'pow2'))
 grouped = jax.jit(
@@ -65,7 +66,7 @@ def assert_same_operands(got, want, dtype):
   assert error <= numerics.SAME_OPERANDS[jnp.dtype(dtype).name]
 
 
-@pytest.mark.parametrize('name', cases.SMALL)
+@pytest.mark.parametrize('name', products.daily(cases.SMALL, 'ragged none odd'))
 def test_rows_times_the_weight_of_their_expert(name):
   """Fprop and Dgrad from the unquantised arrays; padding gives zeros."""
   case = cases.SMALL[name]
@@ -96,7 +97,7 @@ def test_rows_times_the_weight_of_their_expert(name):
       np.testing.assert_array_equal(y_JN[empty_J], 0)
 
 
-@pytest.mark.parametrize('name', cases.SMALL)
+@pytest.mark.parametrize('name', products.daily(cases.SMALL, 'empty none odd'))
 def test_gradients_of_the_weights(name):
   """Wgrad from the unquantised arrays; an expert without rows has zeros."""
   case = cases.SMALL[name]

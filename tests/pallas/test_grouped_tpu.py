@@ -15,8 +15,9 @@ from tests.pallas import products
 
 ROWS = reference.ROWS
 V3 = [n for n in without_tpu.programs() if n.startswith('grouped')]
-FORMS = [(name, 'float32') for name in cases.SMALL]
-FORMS += [('odd', 'bfloat16')]
+FORMS = [('ragged', 'float32'), ('none', 'float32'), ('odd', 'bfloat16')]
+MORE = [(name, 'float32') for name in cases.SMALL]
+MORE = [form for form in MORE if form not in FORMS]
 STRICT = pltpu.InterpretParams(
   detect_races=True,
   uninitialized_memory='nan',
@@ -25,9 +26,6 @@ STRICT = pltpu.InterpretParams(
 )
 reference_grouped = jax.jit(reference.grouped, static_argnums=4)
 reference_grouped_k = jax.jit(reference.grouped_k, static_argnums=4)
-each_case = pytest.mark.parametrize(
-  'case', cases.SMALL.values(), ids=cases.SMALL
-)
 
 
 @functools.partial(jax.jit, static_argnums=(4, 5))
@@ -63,7 +61,10 @@ def operands_k(case):
   return a, b, expert_j, num_blocks, len(case.sizes)
 
 
-@pytest.mark.parametrize(('name', 'dtype'), FORMS)
+@pytest.mark.parametrize(
+  ('name', 'dtype'),
+  [*FORMS, *(pytest.param(*form, marks=pytest.mark.nightly) for form in MORE)],
+)
 def test_grouped_is_the_reference(name, dtype):
   args = (*operands(cases.SMALL[name]), dtype)
   got = grouped(*args)
@@ -72,8 +73,9 @@ def test_grouped_is_the_reference(name, dtype):
   assert not np.any(got[args[3] * ROWS :])
 
 
-@each_case
-def test_grouped_k_is_the_reference(case):
+@pytest.mark.parametrize('name', products.daily(cases.SMALL, 'empty none odd'))
+def test_grouped_k_is_the_reference(name):
+  case = cases.SMALL[name]
   args = operands_k(case)
   got = grouped_k(*args)
   products.assert_same(got, reference_grouped_k(*args))
@@ -208,7 +210,7 @@ def test_no_race_and_nothing_read_that_was_not_written(capfd):
   assert 'RACE' not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('chip', ['v5p', 'v7x'])
+@pytest.mark.parametrize('chip', products.daily(['v5p', 'v7x'], 'v5p'))
 @pytest.mark.parametrize('name', V3)
 def test_lowers_for_a_tpu(name, chip):
   program = without_tpu.programs()[name]

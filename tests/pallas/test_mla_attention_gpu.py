@@ -26,6 +26,8 @@ from tests.pallas import attention, gpu, products
 
 Case = cases.Case
 BOUND = attention.BOUND[jnp.bfloat16]
+# An interpreted program takes seconds: one sequence instead of two.
+SMALL = cases.SMALL | {'packed': cases.SMALL['packed']._replace(batch=1)}
 SHAPES = {
   'packed': cases.V3['packed'],
   'ragged': cases.SMALL['ragged'],
@@ -47,11 +49,11 @@ def on_hopper(monkeypatch):
   monkeypatch.setattr(dispatch, 'backend_kernel', lambda: 'pallas_gpu')
 
 
-def unlike():
+def unlike(length):
   """Two rows of several blocks: of two samples, and of three."""
-  case = Case(2, 300, 1, 16, 8, 24)
+  case = Case(2, length, 1, 16, 8, 24)
   args = list(attention.inputs(case))
-  first, second = np.zeros((2, 300), np.int32)
+  first, second = np.zeros((2, length), np.int32)
   first[130:] = 7
   second[1:20], second[20:] = -3, 5
   args[4] = jnp.asarray([first, second])
@@ -59,11 +61,11 @@ def unlike():
 
 
 @gpu.interpreted
-@pytest.mark.parametrize('name', cases.SMALL)
+@pytest.mark.parametrize('name', products.daily(SMALL, 'block packed'))
 def test_is_the_reference_and_the_oracle_without_races(
   name, interpreted, capfd
 ):
-  case = cases.SMALL[name]
+  case = SMALL[name]
   args, scale = attention.inputs(case), attention.scale(case)
   with gpu.no_races(capfd):
     got = jax.block_until_ready(run(args, scale))
@@ -74,21 +76,22 @@ def test_is_the_reference_and_the_oracle_without_races(
 
 
 @gpu.interpreted
-def test_many_blocks_and_rows_with_other_segments(interpreted, capfd):
-  args, scale = unlike()
+@pytest.mark.parametrize('length', products.daily([200, 300], '200'))
+def test_many_blocks_and_rows_with_other_segments(length, interpreted, capfd):
+  args, scale = unlike(length)
   with gpu.no_races(capfd):
     got = jax.block_until_ready(run(args, scale))
   attention.assert_close(got, attention.run(args, scale))
   attention.assert_close(got, attention.oracle(*args, scale))
 
 
-@pytest.mark.slow
 @gpu.interpreted
+@pytest.mark.parametrize('turns', products.daily([1, 2], '1'))
 def test_blocks_go_round_the_buffers_and_again_give_the_same_bits(
-  interpreted, capfd
+  turns, interpreted, capfd
 ):
-  """Twice round all three rings; widths of V3."""
-  case = Case(1, 4 * blocks_gpu.BLOCK + 3, 1)
+  """Round all three rings; widths of V3."""
+  case = Case(1, 2 * turns * blocks_gpu.BLOCK + 3, 1)
   args, scale = attention.inputs(case), attention.scale(case)
   with gpu.no_races(capfd):
     got = jax.block_until_ready(run(args, scale))
@@ -98,7 +101,7 @@ def test_blocks_go_round_the_buffers_and_again_give_the_same_bits(
 
 @gpu.interpreted
 def test_no_gradient_from_what_a_query_does_not_see(interpreted):
-  case = cases.SMALL['packed']
+  case = SMALL['packed']
   *operands, segments, do, dlse = attention.inputs(case)
   start, query = 71, 130  # a sample's start, and the last of it
   only = lambda x, axis: jnp.where(
@@ -123,7 +126,7 @@ def test_no_gradient_from_what_a_query_does_not_see(interpreted):
 def test_blocks_of_other_samples_are_not_loaded(interpreted):
   """NaN in them, which times a probability of zero is NaN, is not seen."""
   block = blocks_gpu.BLOCK
-  case = Case(1, 2 * block + 70, 1, 16, 8, 16, (block, block + 70))
+  case = Case(1, block + 70, 1, 16, 8, 16, (block, 70))
   clean, scale = list(attention.inputs(case)), attention.scale(case)
   want = run(clean, scale)
   for poisoned, kept in (
@@ -157,7 +160,7 @@ def test_bounds_leave_out_no_pair_that_meets(queries, keys):
 
 @gpu.interpreted
 def test_scores_far_apart_are_finite(interpreted):
-  case = cases.SMALL['ragged']
+  case = SMALL['block']
   args = list(attention.inputs(case))
   args[0] = args[0] * 1000
   got = run(args, attention.scale(case))
@@ -173,8 +176,9 @@ def test_vmap_is_a_loop(interpreted):
   pair = [jnp.stack([x, -x]) for x in args]
   got = jax.jit(jax.vmap(call))(*pair)
   for at in range(2):
-    others = call(*(x[at] for x in pair))
-    for x, y in zip(got, others, strict=True):
+    q, k_nope, k_rope, v, do, dlse = (x[at] for x in pair)
+    args = (q, k_nope, k_rope, v, None, do, dlse)
+    for x, y in zip(got, attention.run(args, scale), strict=True):
       assert numerics.difference(x[at], y) < BOUND
 
 
@@ -208,7 +212,7 @@ def kernels(case):
   }
 
 
-@pytest.mark.parametrize('name', SHAPES)
+@pytest.mark.parametrize('name', products.daily(SHAPES, 'one'))
 def test_all_shapes_are_lowered_to_wgmma(name):
   """Whole: the interpreter takes sizes that TMA would not."""
   width = max(SHAPES[name].nope, 64)
@@ -245,15 +249,20 @@ def test_registers_suffice(kernel, products_of, name):
 
 
 @pytest.mark.parametrize(
-  ('wrap', 'count'), [(lambda f: f, 3), (jax.checkpoint, 4)]
+  ('wrap', 'count', 'name'),
+  [
+    pytest.param(lambda f: f, 3, 'pretrain', marks=pytest.mark.nightly),
+    (jax.checkpoint, 4, 'packed'),
+  ],
 )
 def test_gradient_lowers_without_an_array_of_all_pairs(
-  wrap, count, monkeypatch
+  wrap, count, name, monkeypatch
 ):
   """Through `api`; the interpreter knows no remat."""
   on_hopper(monkeypatch)
-  case = cases.V3['pretrain']._replace(heads=16)
-  operands = structs(case)[:4]
+  case = cases.V3[name]._replace(heads=16)
+  *operands, segments_BT, _, _ = structs(case)
+  operands += [] if segments_BT is None else [segments_BT]
 
   def loss(*args):
     o_BTNU, lse_BNT = api.attention(*args, scale=0.1)
@@ -262,6 +271,8 @@ def test_gradient_lowers_without_an_array_of_all_pairs(
   gradient = jax.value_and_grad(wrap(loss), argnums=(0, 1, 2, 3))
   text = gpu.lower(gradient, *operands)
   assert text.count('@mosaic_gpu_v2') == count
+  kinds = {f'm64n{width}k16.f32.bf16.bf16' for width in (32, 64, 128)}
+  assert gpu.multiplications(text) == kinds
   shapes = re.findall(r'tensor<([0-9x]+)x[a-z]', text)
   sizes = [math.prod(map(int, shape.split('x'))) for shape in shapes]
   assert max(sizes) < case.length**2 * case.heads / 10

@@ -1,6 +1,7 @@
 """MLA's attention without kernels against a float64 oracle."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +12,38 @@ from pallas_kernels import numerics
 from pallas_kernels.mla_attention import api, cases
 from tests.pallas import attention
 
-NAMES = ('o', 'lse', 'dq', 'dk_nope', 'dk_rope', 'dv')
-BOUND = {jnp.bfloat16: 1e-5, jnp.float32: 1e-10}
-
-
-def _run(case, args, wrap=lambda f: f, implementation='reference'):
-  """o, lse and every gradient."""
-  *operands, segments, do, dlse = args
-  call = functools.partial(
-    api.attention,
-    segments_BT=segments,
-    scale=attention.scale(case),
-    implementation=implementation,
+NAMES, BOUND = attention.NAMES, attention.BOUND
+# Every case in one dtype, each dtype and each implementation in several.
+FORMS = [
+  *((name, 'bfloat16', 'xla') for name in ('one', 'block', 'padding')),
+  *((name, 'bfloat16', 'reference') for name in ('tiny', 'ragged', 'packed')),
+  *((name, 'float32', 'xla') for name in ('tiny', 'ragged', 'packed')),
+  *((name, 'float32', 'reference') for name in ('one', 'padding', 'packed')),
+]
+MORE = [
+  form
+  for form in itertools.product(
+    cases.SMALL, ('bfloat16', 'float32'), ('reference', 'xla')
   )
-  out, pull = jax.vjp(wrap(lambda *x: call(*x)), *operands)
-  return *out, *pull((do, dlse))
+  if form not in FORMS
+]
 
 
-@pytest.mark.parametrize('implementation', ['reference', 'xla'])
-@pytest.mark.parametrize('dtype', BOUND)
-@pytest.mark.parametrize('name', cases.SMALL)
+def _run(case, args, implementation='reference', remat=False):
+  """o, lse and every gradient."""
+  scale = attention.scale(case)
+  return attention.run(args, scale, implementation, remat)
+
+
+@pytest.mark.parametrize(
+  ('name', 'dtype', 'implementation'),
+  [*FORMS, *(pytest.param(*x, marks=pytest.mark.nightly) for x in MORE)],
+)
 def test_matches_the_oracle(name, dtype, implementation):
-  case = cases.SMALL[name]
+  case, dtype = cases.SMALL[name], getattr(jnp, dtype)
   args = attention.inputs(case, dtype)
   want = attention.oracle(*args, attention.scale(case))
-  outputs = _run(case, args, implementation=implementation)
+  outputs = _run(case, args, implementation)
   for what, x, y in zip(NAMES, outputs, want, strict=True):
     assert np.isfinite(np.asarray(x, np.float32)).all(), what
     assert numerics.difference(x, y) < BOUND[dtype], what
@@ -64,25 +72,26 @@ def test_no_gradient_from_what_a_query_does_not_see(name):
     assert x[:, first].any()
 
 
-@pytest.mark.parametrize('wrap', [jax.jit, jax.checkpoint, lambda f: f])
-def test_same_under_transformations(wrap):
+@pytest.mark.parametrize('remat', [False, True])
+def test_same_under_remat_and_again_gives_the_same_bits(remat):
   case = cases.SMALL['packed']
   args = attention.inputs(case)
-  again = _run(case, args, wrap)
+  again = _run(case, args, remat=remat)
   for x, y in zip(again, _run(case, args), strict=True):
     assert numerics.difference(x, y) < 1e-5
-  for x, y in zip(again, _run(case, args, wrap), strict=True):
+  for x, y in zip(again, _run(case, args, remat=remat), strict=True):
     np.testing.assert_array_equal(x, y)
 
 
 def test_vmap_is_a_loop():
+  """The loop runs without jit."""
   case = cases.SMALL['tiny']
   q, k_nope, k_rope, v, *_ = attention.inputs(case)
   call = functools.partial(
     api.attention, scale=attention.scale(case), implementation='reference'
   )
   pair = [jnp.stack([x, x[::-1]]) for x in (q, k_nope, k_rope, v)]
-  got = jax.vmap(call)(*pair)
+  got = jax.jit(jax.vmap(call))(*pair)
   for i in range(2):
     for x, y in zip(got, call(*(x[i] for x in pair)), strict=True):
       assert numerics.difference(x[i], y) < 1e-5

@@ -30,8 +30,15 @@ assert_close = attention.assert_close
 @pytest.mark.parametrize(
   ('name', 'dtype'),
   [
-    *((name, jnp.bfloat16) for name in cases.SMALL),
-    *((name, jnp.float32) for name in ('one', 'ragged', 'packed')),
+    ('one', jnp.bfloat16),
+    ('block', jnp.bfloat16),
+    ('packed', jnp.bfloat16),
+    ('ragged', jnp.float32),
+    pytest.param('tiny', jnp.bfloat16, marks=pytest.mark.nightly),
+    pytest.param('ragged', jnp.bfloat16, marks=pytest.mark.nightly),
+    pytest.param('padding', jnp.bfloat16, marks=pytest.mark.nightly),
+    pytest.param('one', jnp.float32, marks=pytest.mark.nightly),
+    pytest.param('packed', jnp.float32, marks=pytest.mark.nightly),
   ],
 )
 def test_is_the_reference_and_the_oracle(name, dtype):
@@ -59,10 +66,10 @@ def with_blocks(args, scale, blocks, interpret=True):
 @pytest.mark.parametrize(
   ('sizes', 'samples'),
   [
-    ((128, 128), 'one'),
+    pytest.param((128, 128), 'one', marks=pytest.mark.nightly),
     ((128, 128), 'unlike'),
     ((256, 128), 'unlike'),
-    ((128, 384), 'unlike'),
+    pytest.param((128, 384), 'unlike', marks=pytest.mark.nightly),
   ],
 )
 def test_many_blocks_and_rows_with_other_segments(sizes, samples):
@@ -78,7 +85,10 @@ def test_many_blocks_and_rows_with_other_segments(sizes, samples):
   assert_close(got, want, BOUND[jnp.bfloat16])
 
 
-@pytest.mark.parametrize('sizes', [(128, 128), (256, 128)])
+@pytest.mark.parametrize(
+  'sizes',
+  [(128, 128), pytest.param((256, 128), marks=pytest.mark.nightly)],
+)
 def test_no_gradient_from_what_a_query_does_not_see(sizes):
   case = cases.SMALL['packed']
   *operands, segments, do, dlse = attention.inputs(case)
@@ -157,7 +167,7 @@ def test_no_race_and_nothing_read_that_was_not_written(capfd):
   assert 'RACE' not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('chip', ['v5p', 'v7x'])
+@pytest.mark.parametrize('chip', products.daily(['v5p', 'v7x'], 'v5p'))
 @pytest.mark.parametrize('name', V3)
 def test_lowers_for_a_tpu(name, chip):
   program = without_tpu.programs()[name]

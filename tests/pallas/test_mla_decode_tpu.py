@@ -34,7 +34,12 @@ def decode(q_BTNY, cache, table_Bb, lengths_B, scale, splits=None, pages=None):
 reference_decode = jax.jit(reference.decode, static_argnames='scale')
 
 
-@pytest.mark.parametrize('name', cases.SMALL)
+@pytest.mark.parametrize(
+  'name',
+  products.daily(
+    cases.SMALL, 'page_border ragged shorter_than_queries v3_heads_16'
+  ),
+)
 def test_is_the_reference_over_poisoned_pages(name):
   args = decoding.draw(cases.SMALL[name])
   got = decode(*args)
@@ -43,7 +48,7 @@ def test_is_the_reference_over_poisoned_pages(name):
   products.assert_bitwise(decode(*args), got)
 
 
-@pytest.mark.parametrize('queries', [16, 17, 40])
+@pytest.mark.parametrize('queries', products.daily([16, 17, 40], '17'))
 def test_many_queries_come_in_slices(queries):
   case = cases.Case((130, 40, 3, 0), 2, queries=queries, latent=128)
   args = decoding.draw(case, 'float32')
@@ -52,7 +57,10 @@ def test_many_queries_come_in_slices(queries):
   decoding.assert_close(want, decoding.naive(args), 'float32')
 
 
-@pytest.mark.parametrize('name', ['ragged', 'speculative', 'v3_heads_16'])
+@pytest.mark.parametrize(
+  'name',
+  products.daily(['ragged', 'speculative', 'v3_heads_16'], 'speculative'),
+)
 def test_fp8_cache(name):
   args = decoding.draw(cases.SMALL[name], fp8=True)
   decoding.assert_close(decode(*args), reference_decode(*args), 'bfloat16')
@@ -61,8 +69,8 @@ def test_fp8_cache(name):
 @pytest.mark.parametrize(
   ('name', 'splits', 'pages'),
   [
-    ('ragged', 1, 1),
-    ('ragged', 2, 1),
+    pytest.param('ragged', 1, 1, marks=pytest.mark.nightly),
+    pytest.param('ragged', 2, 1, marks=pytest.mark.nightly),
     ('ragged', 3, 3),
     ('empty_row', 2, 2),
     ('shorter_than_queries', 7, 1),
@@ -121,7 +129,7 @@ def test_no_race_and_nothing_read_that_was_not_written(capfd):
   assert 'RACE' not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('chip', ['v5p', 'v7x'])
+@pytest.mark.parametrize('chip', products.daily(['v5p', 'v7x'], 'v5p'))
 @pytest.mark.parametrize('name', V3)
 def test_lowers_for_a_tpu(name, chip):
   program = without_tpu.programs()[name]

@@ -48,7 +48,7 @@ def shapes(draw):
 
 
 @hypothesis.given(shapes())
-@hypothesis.settings(max_examples=15)
+@hypothesis.settings(max_examples=8)
 def test_parts_add_up_to_the_arrays_of_the_model(changes):
   cfg = settings.small(**changes)
   net = model.build(cfg)
