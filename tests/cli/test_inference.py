@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 
-import openai
 import pytest
 
 import dsv3_jax
@@ -250,6 +249,8 @@ def test_chat_answers_line_by_line_until_it_is_full(trained, env):
 
 
 def test_serve_until_a_signal(trained, env):
+  import openai  # slow, so not by those who only collect tests
+
   flags = ('--port=0', '--name=mine', '--max_rows=1', '--cache_tokens=64')
   args = command('serve', trained, *flags)
   with subprocess.Popen(

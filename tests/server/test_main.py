@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 
-import openai
 import pytest
 
 from dsv3_jax import errors
@@ -47,7 +46,7 @@ main.run(
 """
 
 
-def begun(most, **options):
+def begun(openai, most, **options):
   """The process, and a stream that has begun."""
   options = {'host': '127.0.0.1', 'warm_up': False} | options
   child = subprocess.Popen(
@@ -67,8 +66,10 @@ def begun(most, **options):
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_streams_with_a_word_and_the_process_with_0(number):
-  child, ask, parts = begun(10**9)
+def test_a_signal_ends_streams_with_a_word_and_the_process_with_0(
+  openai, number
+):
+  child, ask, parts = begun(openai, 10**9)
   with child, ask:
     child.send_signal(number)
     with pytest.raises(openai.APIError, match='the model has ended'):
@@ -77,8 +78,8 @@ def test_a_signal_ends_streams_with_a_word_and_the_process_with_0(number):
   assert (child.returncode, err) == (0, '')
 
 
-def test_an_address_of_ipv6_after_a_warm_up():
-  child, ask, parts = begun(10**9, host='::1', warm_up=True)
+def test_an_address_of_ipv6_after_a_warm_up(openai):
+  child, ask, parts = begun(openai, 10**9, host='::1', warm_up=True)
   with child, ask:
     assert ask.base_url.host == '::1'
     parts.close()
@@ -100,8 +101,8 @@ def test_a_port_that_is_taken_is_said():
     server_main.bind('::1%nowhere', 1)
 
 
-def test_a_model_that_fails_ends_the_process():
-  child, ask, parts = begun(5)
+def test_a_model_that_fails_ends_the_process(openai):
+  child, ask, parts = begun(openai, 5)
   with child, ask:
     with pytest.raises(openai.APIError, match='the model has ended'):
       list(parts)

@@ -16,9 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
-from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 import dsv3_jax
 from benchmarks.common import hf_tensors
@@ -33,7 +30,6 @@ from tests.checkpoint.hf import exchanged
 from tests.nn import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
-torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings(
   # transformers' own imports
   'ignore::DeprecationWarning',
@@ -41,15 +37,28 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def theirs(cfg):
+@pytest.fixture(scope='module')
+def torch():
+  """The module, of one thread; slow to import, as transformers is."""
+  torch = importlib.import_module('torch')
+  torch.set_num_threads(1)
+  return torch
+
+
+@pytest.fixture(scope='module')
+def transformers(torch):
+  return importlib.import_module('transformers')
+
+
+def theirs(transformers, cfg):
   """An empty model of transformers with the shape of ours."""
   body = hf_config.write(cfg) | {'num_nextn_predict_layers': 0}
   hf_cfg = transformers.DeepseekV3Config(**body)
   hf_cfg._attn_implementation = 'eager'
-  return modeling_deepseek_v3.DeepseekV3ForCausalLM(hf_cfg).eval()
+  return transformers.DeepseekV3ForCausalLM(hf_cfg).eval()
 
 
-def randomise(net, seed):
+def randomise(torch, net, seed):
   """Random weights and biases; norms too, as ones would hide their absence."""
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
@@ -68,10 +77,10 @@ def tokens_of(cfg, shape=(2, 24), seed=3):
 
 
 @pytest.mark.parametrize('name', exchanged.CASES)
-def test_ours_reads_transformers(name, tmp_path):
+def test_ours_reads_transformers(torch, transformers, name, tmp_path):
   """save_pretrained -> `load`: logits within 1e-5, f32; MTP is absent."""
   cfg = exchanged.make(name)
-  net = randomise(theirs(cfg), seed=0)
+  net = randomise(torch, theirs(transformers, cfg), seed=0)
   net.save_pretrained(tmp_path, max_shard_size='60KB')
   assert len(list(tmp_path.glob('*.safetensors'))) > 1
   ours = dsv3_jax.load(tmp_path)
@@ -86,7 +95,7 @@ def test_ours_reads_transformers(name, tmp_path):
 
 
 @pytest.mark.parametrize('name', exchanged.CASES)
-def test_transformers_reads_ours(name, tmp_path):
+def test_transformers_reads_ours(torch, transformers, name, tmp_path):
   """`export` -> from_pretrained: logits within 1e-5, 64 greedy tokens equal."""
   cfg = exchanged.make(name)
   params, router_biases = exchanged.random_weights(cfg)
