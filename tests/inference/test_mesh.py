@@ -14,11 +14,11 @@ from tests.inference import meshes
 F32 = 2e-6  # sums in another order, relative to the largest logit
 ALL = {'data': 2, 'expert': 2, 'model': 2}
 LAYOUTS = (
-  {'data': 2},
-  {'expert': 2},
-  {'expert': 4},
+  *(
+    pytest.param({axis: size}, marks=pytest.mark.nightly)
+    for axis, size in (('data', 2), ('expert', 2), ('expert', 4), ('model', 2))
+  ),
   {'node': 2},
-  {'model': 2},
   ALL,
 )
 
@@ -47,7 +47,10 @@ def test_logits_are_those_of_one_device(one_device, axes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
   ('axes', 'num_speculative_tokens'),
-  [(ALL, 1), ({'node': 2, 'expert': 2}, 0)],
+  [
+    (ALL, 1),
+    pytest.param({'node': 2, 'expert': 2}, 0, marks=pytest.mark.nightly),
+  ],
   ids=str,
 )
 def test_requests_get_the_tokens_of_one_device(axes, num_speculative_tokens):
