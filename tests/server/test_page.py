@@ -152,7 +152,9 @@ def test_a_missing_key_is_said(browser):
     page.close()
 
 
-@pytest.mark.parametrize('width', [320, 390, 1280])
+@pytest.mark.parametrize(
+  'width', [320, pytest.param(390, marks=pytest.mark.nightly), 1280]
+)
 def test_nothing_is_wider_than_the_screen(page, width):
   page.set_viewport_size({'width': width, 'height': 700})
   say(page, 'A word ' + 'thatdoesnotend' * 30)
