@@ -113,7 +113,7 @@ def test_a_beginning_that_others_left_in_the_cache(runner, alone):
 def test_preemption_by_older_requests(runner, alone):
   model_engine = make_engine(runner)
   for seed in (5, 6, 7):
-    model_engine.submit(prompt(seed, 60), 130)
+    model_engine.submit(prompt(seed, 120), 70)
   request = model_engine.submit(*MINE)
   assert_same_bits(run_until_done(model_engine, request), alone)
   assert model_engine.stats().preempted > 0

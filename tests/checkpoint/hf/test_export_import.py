@@ -44,7 +44,15 @@ def same_trees(got, want):
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize('name', exchanged.CASES)
+@pytest.mark.parametrize(
+  'name',
+  exchanged.cases(
+    'no q_lora, 1 group, no dense',
+    '16 experts, 2 groups, 2 shared, 2 MTP',
+    'unrolled, 2 dense, no MTP',
+    'beyond one block',
+  ),
+)
 def test_f32_comes_back_to_the_bit(name, tmp_path):
   """export -> load -> export: the same arrays, the same files."""
   cfg = exchanged.make(name)
@@ -274,10 +282,9 @@ def test_what_is_begun_anew_is_not_gone_on_with(wide, tmp_path):
   same_trees(dsv3_jax.load(tmp_path / 'out').params, other)
 
 
-def test_dtypes_of_pytorch_are_read(tmp_path):
+def test_dtypes_of_pytorch_are_read(wide, tmp_path):
   """F16 as well; a rotary table that old exports carry is no weight."""
-  cfg = exchanged.make('plain')
-  params, router_biases = exchanged.random_weights(cfg)
+  cfg, params, router_biases = wide
   half = jax.tree.map(lambda w: w.astype('f2').astype('f4'), params)
   folder = exchanged.write(cfg, half, router_biases, tmp_path / 'a')
 

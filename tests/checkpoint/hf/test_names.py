@@ -30,6 +30,9 @@ from tests.checkpoint.hf import exchanged
 from tests.nn import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
+_MSCALE = 'yarn, mscale 0.707, no q_lora'
+_MANY = '16 experts, 2 groups, 2 shared, 2 MTP'
+_FEW = 'no q_lora, 1 group, no dense'
 pytestmark = pytest.mark.filterwarnings(
   # transformers' own imports
   'ignore::DeprecationWarning',
@@ -76,7 +79,9 @@ def tokens_of(cfg, shape=(2, 24), seed=3):
   return rng.integers(1, cfg.model.vocab_size, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize('name', exchanged.CASES)
+@pytest.mark.parametrize(
+  'name', exchanged.cases(_MSCALE, _MANY, _FEW, 'beyond one block')
+)
 def test_ours_reads_transformers(torch, transformers, name, tmp_path):
   """save_pretrained -> `load`: logits within 1e-5, f32; MTP is absent."""
   cfg = exchanged.make(name)
@@ -94,21 +99,9 @@ def test_ours_reads_transformers(torch, transformers, name, tmp_path):
   assert loaded.yarn == cfg.model.yarn and loaded.norm_eps == cfg.model.norm_eps
 
 
-def cases(*daily):
-  """Those that are not named are left to the nightly run."""
-  assert set(daily) <= set(exchanged.CASES)
-  marks = {name: () if name in daily else pytest.mark.nightly
-           for name in exchanged.CASES}  # fmt: skip
-  return [pytest.param(name, marks=mark) for name, mark in marks.items()]
-
-
-MSCALE, MANY = (
-  'yarn, mscale 0.707, no q_lora',
-  '16 experts, 2 groups, 2 shared, 2 MTP',
+@pytest.mark.parametrize(
+  'name', exchanged.cases(_MSCALE, _MANY, 'beyond one block')
 )
-
-
-@pytest.mark.parametrize('name', cases(MSCALE, MANY, 'beyond one block'))
 def test_transformers_reads_ours(torch, transformers, name, tmp_path):
   """`export` -> from_pretrained: logits and latents within 1e-5."""
   cfg = exchanged.make(name)
@@ -127,7 +120,7 @@ def test_transformers_reads_ours(torch, transformers, name, tmp_path):
   check_cached(cfg, params, router_biases, tokens_BT, out)
 
 
-@pytest.mark.parametrize('name', cases(MSCALE))
+@pytest.mark.parametrize('name', exchanged.cases(_MSCALE))
 def test_greedy_tokens_are_equal(torch, transformers, name, tmp_path):
   """64 of ours and of transformers, which has read what we export."""
   cfg = exchanged.make(name)
