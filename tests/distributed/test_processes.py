@@ -154,7 +154,7 @@ def test_one_process_that_crashes_ends_the_job(tmp_path):
 @pytest.fixture(
   scope='module',
   params=[
-    {'pipe': 2, 'data': 2},
+    {'data': 2},
     pytest.param(
       {'pipe': 2, 'expert': 2, 'data': 2}, marks=pytest.mark.nightly
     ),
@@ -162,7 +162,7 @@ def test_one_process_that_crashes_ends_the_job(tmp_path):
   ids=str,
 )
 def axes(request):
-  """The pipeline is over the two processes."""
+  """The first of them is over the two processes."""
   return request.param
 
 
