@@ -248,7 +248,10 @@ def test_a_model_without_mtp_cannot_draft():
     model_runner.ModelRunner(CONFIG, {}, {}, -1)
 
 
-@pytest.mark.parametrize(('num_speculative_tokens', 'size'), [(1, 63), (2, 62)])
+@pytest.mark.parametrize(
+  ('num_speculative_tokens', 'size'),
+  [(1, 63), pytest.param(2, 62, marks=pytest.mark.nightly)],
+)
 def test_answers_to_one_prompt_have_their_own_speculative_tokens(
   num_speculative_tokens, size
 ):
