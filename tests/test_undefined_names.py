@@ -45,12 +45,12 @@ def undefined_names(text):
 def test_every_name_is_defined():
   paths = [path for top in FOLDERS for path in (ROOT / top).rglob('*.py')]
   assert len(paths) > 200
-  found = [
+  undefined = [
     f'{path.relative_to(ROOT)}:{line} reads {name}'
     for path in paths
     for line, name in undefined_names(path.read_text(encoding='utf-8'))
   ]
-  assert not found
+  assert not undefined
 
 
 @pytest.mark.parametrize(
