@@ -34,7 +34,7 @@ from experiments import quickstart
 # Children are forks of a process that has imported JAX and not used it: that
 # takes three seconds of the ten that one lives.
 _FORKS = multiprocessing.get_context('forkserver')
-_FORKS.set_forkserver_preload(['dsv3_jax.training.loop'])
+_FORKS.set_forkserver_preload(['dsv3_jax.training.loop', 'tensorboardX'])
 
 
 def _train(folder: pathlib.Path, workdir: pathlib.Path) -> None:

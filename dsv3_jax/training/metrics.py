@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tensorboardX
 from matplotlib import figure
 
 from dsv3_jax.planning import hardware
@@ -87,6 +86,9 @@ class MetricWriter:
     )
     scratch.replace(self._path)
     self._file = self._path.open('a', encoding='utf-8')
+    # Only who writes waits for it: it imports PyTorch where that is installed.
+    import tensorboardX
+
     self._events = tensorboardX.SummaryWriter(
       str(workdir), purge_step=resume_step + 1
     )

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import transformers
 
 import dsv3_jax
 from dsv3_jax.cli import main as cli
@@ -117,6 +116,8 @@ def test_a_folder_has_neither_steps_nor_an_average(capsys, folder, tmp_path):
 
 def test_transformers_loads_the_tokenizer(folder, tokenizer):
   """The same ids of text and of a conversation."""
+  import transformers  # slow, so not by those who only collect tests
+
   theirs = transformers.AutoTokenizer.from_pretrained(folder)
   assert (theirs.bos_token_id, theirs.eos_token_id) == (
     tokenizer.bos_id,

@@ -23,7 +23,15 @@ ARGUMENTS = {
   'v3_16b': ('', 'runlocal'),
   'v3_671b': ('', 'pod', 'runlocal'),
 }
-EXPERIMENTS = [(name, arg) for name, args in ARGUMENTS.items() for arg in args]
+# The model of 671B again: 'pod' has it on a mesh.
+NIGHTLY = {('base', ''), ('v3_671b', ''), ('long_context', '32k')}
+EXPERIMENTS = [
+  pytest.param(
+    name, arg, marks=pytest.mark.nightly if (name, arg) in NIGHTLY else ()
+  )
+  for name, args in ARGUMENTS.items()
+  for arg in args
+]
 
 
 def flag(name, arg):

@@ -1,5 +1,6 @@
 """generate, chat and serve as a user meets them, on a run of a few steps."""
 
+import io
 import json
 import os
 import pathlib
@@ -9,7 +10,6 @@ import socket
 import subprocess
 import sys
 
-import openai
 import pytest
 
 import dsv3_jax
@@ -181,21 +181,27 @@ def test_without_a_number_as_many_tokens_as_fit(trained, capsys):
   assert json.loads(capsys.readouterr().out)['text']
 
 
+MESH = ['--parallel.data=2', '--parallel.expert=2', '--parallel.model=2']
+MESH += ['--redundant_experts=4', '--rebalance_every=3']
+NODES = ['--parallel.node=2', '--parallel.expert=2']  # two hops
+
+
 @pytest.mark.slow
-def test_a_mesh_gives_the_same_text(trained, capsys):
+@pytest.mark.parametrize(
+  'mesh', [MESH, pytest.param(NODES, marks=pytest.mark.nightly)]
+)
+def test_a_mesh_gives_the_same_text(trained, capsys, mesh):
   args = [f'--checkpoint={trained}', '--max_new_tokens=6', '--temperature=0']
   args += ['--json', '--prompt=import ', '--prompt=def f(', '--prompt=x']
-  mesh = ['--parallel.data=2', '--parallel.expert=2', '--parallel.model=2']
-  mesh += ['--redundant_experts=4', '--rebalance_every=3']
-  nodes = ['--parallel.node=2', '--parallel.expert=2']  # two hops
   outputs = []
-  for more in ([], mesh, nodes):
+  for more in ([], mesh):
     assert cli.main(['generate', *args, *more]) == 0
     outputs.append(capsys.readouterr())
-  assert outputs[0].out == outputs[1].out == outputs[2].out
+  assert outputs[0].out == outputs[1].out
   speed = [json.loads(output.err.splitlines()[-1]) for output in outputs]
   assert 'balancedness' not in speed[0]
-  assert 0.5 <= speed[1]['balancedness'] <= 1
+  if mesh == MESH:
+    assert 0.5 <= speed[1]['balancedness'] <= 1
 
 
 def test_a_mesh_that_the_model_does_not_fit_is_one_line(trained, capsys):
@@ -238,18 +244,20 @@ def test_weights_that_a_step_with_speculative_tokens_reads():
   assert alone == pytest.approx(active, rel=1e-4)  # active has no router bias
 
 
-@pytest.mark.slow
-def test_chat_answers_line_by_line_until_it_is_full(trained, env):
-  args = command('chat', trained, '--temperature=0')
-  done = subprocess.run(
-    args, input='Hello\n' * 99, capture_output=True, text=True, env=env
-  )
-  assert done.returncode == 2
-  assert done.stdout.endswith('\n') and done.stdout.strip()
-  assert 'the prompt has' in done.stderr and done.stderr.count('\n') == 1
+def test_chat_answers_line_by_line_until_it_is_full(
+  trained, monkeypatch, capsys
+):
+  monkeypatch.setattr(sys, 'stdin', io.StringIO('Hello\n' * 99))
+  args = ['chat', f'--checkpoint={trained}', '--temperature=0']
+  assert cli.main(args) == 2
+  out, err = capsys.readouterr()
+  assert out.endswith('\n') and out.strip()
+  assert 'the prompt has' in err and err.count('\n') == 1
 
 
 def test_serve_until_a_signal(trained, env):
+  import openai  # slow, so not by those who only collect tests
+
   flags = ('--port=0', '--name=mine', '--max_rows=1', '--cache_tokens=64')
   args = command('serve', trained, *flags)
   with subprocess.Popen(

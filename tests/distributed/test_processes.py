@@ -1,6 +1,7 @@
 """Training by several processes, as `launch/local.sh` runs them."""
 
 import json
+import math
 import os
 import pathlib
 import re
@@ -12,6 +13,7 @@ import jax
 import pytest
 
 from dsv3_jax import errors
+from dsv3_jax.cli import main as cli
 from dsv3_jax.distributed import processes
 from tests import limits, tiny_run
 
@@ -95,6 +97,7 @@ def local(command, args, **extra):
 JOIN = """
 import sys
 from dsv3_jax import errors
+from dsv3_jax.cli import main as cli
 from dsv3_jax.distributed import processes
 def main():
   with processes.join_job():
@@ -124,8 +127,6 @@ def lines(output):
 
 @pytest.mark.slow
 def test_processes_agree_and_an_error_of_one_ends_all(tmp_path):
-  code, output = job(tmp_path, JOIN.format(then=''))
-  assert (code, lines(output)) == (0, ['only the first says 0']), output
   then = (
     "with processes.propagate_errors('x'):\n"
     "      if me == 1: raise errors.InputError('no such file')\n"
@@ -150,14 +151,27 @@ def test_one_process_that_crashes_ends_the_job(tmp_path):
   assert output.count('local.sh: a process ended with 1; restart 1 of 1') == 1
 
 
+@pytest.fixture(
+  scope='module',
+  params=[
+    {'data': 2},
+    pytest.param(
+      {'pipe': 2, 'expert': 2, 'data': 2}, marks=pytest.mark.nightly
+    ),
+  ],
+  ids=str,
+)
+def axes(request):
+  """The first of them is over the two processes."""
+  return request.param
+
+
 @pytest.fixture(scope='module')
-def experiment(tmp_path_factory):
-  """A file with a pipeline of two, experts over two, and data over two."""
+def experiment(axes, tmp_path_factory):
+  """A file of an experiment on such a mesh."""
   folder = tmp_path_factory.mktemp('job')
   settings = tiny_run.overrides(folder, 8) | {
-    'parallel.pipe': 2,
-    'parallel.expert': 2,
-    'parallel.data': 2,
+    **{f'parallel.{axis}': size for axis, size in axes.items()},
     'parallel.schedule': 'gpipe',
     'train.microbatch_size': 4,
     'train.batch_size': 8,
@@ -205,9 +219,11 @@ def pid(output, process):
 
 
 @pytest.mark.slow
-def test_a_killed_process_loses_nothing(experiment, tmp_path):
+# How ml_collections loads an experiment, when asked in this process.
+@pytest.mark.filterwarnings('ignore:the load_module')
+def test_a_killed_process_loses_nothing(experiment, axes, tmp_path, capsys):
   """Uninterrupted == killed, restarted and stopped, to the bit; then alone."""
-  two = {'PROCESSES': '2', 'DEVICES': '4'}
+  two = {'PROCESSES': '2', 'DEVICES': str(math.prod(axes.values()) // 2)}
   calm, rough = tmp_path / 'calm', tmp_path / 'rough'
   child = train(experiment, calm, **two)
   output, _ = child.communicate(timeout=limits.HANG)
@@ -233,12 +249,10 @@ def test_a_killed_process_loses_nothing(experiment, tmp_path):
 
   steps = len(got)
   assert f'step {steps} is saved' in rest
-  one_step_more = f'--config.train.total_tokens={(steps + 1) * STEP_TOKENS}'
-  quiet = '--config.eval.max_bytes=100'
-  child = train(experiment, rough, one_step_more, quiet, DEVICES='8')
-  output, _ = child.communicate(timeout=limits.HANG)
-  assert child.returncode == 0, output
-  assert f'goes on after step {steps}' in output
+  args = [f'--config={experiment}', f'--workdir={rough}']
+  args += [f'--config.train.total_tokens={(steps + 1) * STEP_TOKENS}']
+  assert cli.main(['train', *args, '--config.eval.max_bytes=100']) == 0
+  assert f'goes on after step {steps}' in capsys.readouterr().out
   *before, last = tiny_run.read_metrics(rough)
   assert before == got
   assert last['step'] == steps + 1

@@ -46,8 +46,9 @@ def run(model_engine):
 
 
 def make_engine(runner, **options):
+  # One size of the cache, as each is compiled: too few blocks for all.
   return engine.Engine(
-    runner, **({'num_blocks': 30, 'max_rows': 4, 'min_blocks': 8} | options)
+    runner, **({'num_blocks': 7, 'max_rows': 4, 'min_blocks': 8} | options)
   )
 
 
@@ -96,10 +97,18 @@ def test_requests_with_one_prompt_compute_it_once(runner, expected):
   assert others[0].tokens == expected[1]
 
 
-@pytest.mark.parametrize('chunk', [64, 1024])
-def test_whoever_shares_the_steps(runner, expected, chunk):
+@pytest.mark.parametrize(
+  ('chunk', 'num_blocks'),
+  [
+    (128, 7),
+    pytest.param(64, 30, marks=pytest.mark.nightly),
+    pytest.param(1024, 30, marks=pytest.mark.nightly),
+  ],
+)
+def test_whoever_shares_the_steps(runner, expected, chunk, num_blocks):
   """They come at different times, to fewer rows than they are."""
-  model_engine = make_engine(runner, max_rows=3, chunk=chunk)
+  options = {'chunk': chunk, 'num_blocks': num_blocks}
+  model_engine = make_engine(runner, max_rows=3, **options)
   submitted = []
   for case in CASES:
     submitted.append(model_engine.submit(*case))
@@ -111,7 +120,7 @@ def test_whoever_shares_the_steps(runner, expected, chunk):
 
 
 def test_too_few_blocks_only_take_more_steps(runner, expected):
-  model_engine = make_engine(runner, num_blocks=7)
+  model_engine = make_engine(runner)
   submitted = [model_engine.submit(*case) for case in CASES]
   grows = model_engine.submit(prompt(6, 62), 80)
   run(model_engine)
@@ -122,8 +131,9 @@ def test_too_few_blocks_only_take_more_steps(runner, expected):
 
 def test_the_youngest_is_computed_anew_with_the_same_draws(runner):
   draw = requests.SamplingParams(temperature=1.0, seed=4)
-  cases = [(prompt(7, 50), 100, draw), (prompt(8, 60), 90, draw)]
-  model_engine = make_engine(runner, num_blocks=4)
+  sizes = {7: (50, 100), 8: (60, 90), 9: (40, 110)}
+  cases = [(prompt(s, size), n, draw) for s, (size, n) in sizes.items()]
+  model_engine = make_engine(runner)
   submitted = [model_engine.submit(*case) for case in cases]
   run(model_engine)
   assert model_engine.stats().preempted >= 1
@@ -177,7 +187,7 @@ def test_traffic_compiles_nothing_anew(runner):
 
   def traffic(seed):
     rng = np.random.default_rng(seed)
-    model_engine = make_engine(runner, max_rows=4, chunk=128)
+    model_engine = make_engine(runner, chunk=128)
     for _ in range(12):
       model_engine.submit(prompt(rng.integers(1e6), rng.integers(1, 300)), 20)
       model_engine.step()

@@ -12,7 +12,11 @@ from dsv3_jax.server import engine_thread, metrics
 from tests import settings
 from tests.inference import meshes
 
-MESHES = ({}, {'node': 2, 'expert': 2}, {'data': 2, 'expert': 2, 'model': 2})
+MESHES = (
+  {},
+  {'node': 2, 'expert': 2},
+  pytest.param({'data': 2, 'expert': 2, 'model': 2}, marks=pytest.mark.nightly),
+)
 
 
 def mesh_of(axes):

@@ -52,7 +52,16 @@ def full_logits(cfg, params, router_biases, rows):
   return models.logits(cfg)(params, router_biases, batch)[0]
 
 
-@pytest.mark.parametrize('sizes', [(1, 63, 64), (65, 2, 128, 100)])
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    (63, 64, 65, 128),
+    *(
+      pytest.param(sizes, marks=pytest.mark.nightly)
+      for sizes in [(1, 63, 64), (65, 2, 128, 100)]
+    ),
+  ],
+)
 def test_greedy_across_the_borders_of_padding(net, weights, sizes):
   # 64 is what prompts and caches are padded to multiples of.
   rng = np.random.default_rng(sizes[0])

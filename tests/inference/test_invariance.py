@@ -50,8 +50,9 @@ def runner(request):
   return model_runner.ModelRunner(CONFIG, params, router_biases, request.param)
 
 
-def make_engine(runner, num_blocks=24):
-  options = {'num_blocks': num_blocks, 'max_rows': 4, 'chunk': 128}
+def make_engine(runner):
+  # One size of the cache: each is compiled.
+  options = {'num_blocks': 10, 'max_rows': 4, 'chunk': 128}
   return engine.Engine(runner, **options, batch_invariant=True)
 
 
@@ -109,9 +110,10 @@ def test_a_beginning_that_others_left_in_the_cache(runner, alone):
   assert request.num_cached_tokens == 64
 
 
-def test_preemption_by_an_older_request(runner, alone):
-  model_engine = make_engine(runner, num_blocks=4)
-  model_engine.submit(prompt(5, 60), 130)
+def test_preemption_by_older_requests(runner, alone):
+  model_engine = make_engine(runner)
+  for seed in (5, 6, 7):
+    model_engine.submit(prompt(seed, 120), 70)
   request = model_engine.submit(*MINE)
   assert_same_bits(run_until_done(model_engine, request), alone)
   assert model_engine.stats().preempted > 0

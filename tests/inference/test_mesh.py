@@ -14,11 +14,11 @@ from tests.inference import meshes
 F32 = 2e-6  # sums in another order, relative to the largest logit
 ALL = {'data': 2, 'expert': 2, 'model': 2}
 LAYOUTS = (
-  {'data': 2},
-  {'expert': 2},
-  {'expert': 4},
+  *(
+    pytest.param({axis: size}, marks=pytest.mark.nightly)
+    for axis, size in (('data', 2), ('expert', 2), ('expert', 4), ('model', 2))
+  ),
   {'node': 2},
-  {'model': 2},
   ALL,
 )
 
@@ -44,7 +44,8 @@ def test_logits_are_those_of_one_device(one_device, axes):
   assert np.sum(load_LE) == tokens * meshes.CONFIG.model.moe.top_k
 
 
-@pytest.mark.slow
+# `test_expert_rebalancer.py` has the same traffic, while experts move.
+@pytest.mark.nightly
 @pytest.mark.parametrize(
   ('axes', 'num_speculative_tokens'),
   [(ALL, 1), ({'node': 2, 'expert': 2}, 0)],

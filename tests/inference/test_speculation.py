@@ -92,7 +92,8 @@ def test_speculative_tokens_save_steps():
 
 
 @pytest.mark.parametrize(
-  ('num_speculative_tokens', 'hidden'), [(1, 'post_norm'), (3, 'pre_norm')]
+  ('num_speculative_tokens', 'hidden'),
+  [pytest.param(1, 'post_norm', marks=pytest.mark.nightly), (3, 'pre_norm')],
 )
 def test_tokens_are_those_of_plain_decoding(num_speculative_tokens, hidden):
   cfg = small(model__mtp__hidden=hidden)
@@ -131,7 +132,8 @@ def test_first_speculative_tokens_are_the_mtp_module_s_choice(hidden):
   cfg = small(model__mtp__hidden=hidden)
   params, router_biases = weights(cfg)
   runner = model_runner.ModelRunner(cfg, params, router_biases, 2)
-  model_engine = engine.Engine(runner, num_blocks=20, max_rows=3, chunk=64)
+  sizes = {'num_blocks': 20, 'max_rows': 3, 'chunk': 64, 'min_blocks': 4}
+  model_engine = engine.Engine(runner, **sizes)
   seen = []
   for tokens in (prompt(5, 150), prompt(6, 3), prompt(5, 150)[:140] + [1, 2]):
     request = model_engine.submit(tokens, 20)
@@ -246,7 +248,10 @@ def test_a_model_without_mtp_cannot_draft():
     model_runner.ModelRunner(CONFIG, {}, {}, -1)
 
 
-@pytest.mark.parametrize(('num_speculative_tokens', 'size'), [(1, 63), (2, 62)])
+@pytest.mark.parametrize(
+  ('num_speculative_tokens', 'size'),
+  [(1, 63), pytest.param(2, 62, marks=pytest.mark.nightly)],
+)
 def test_answers_to_one_prompt_have_their_own_speculative_tokens(
   num_speculative_tokens, size
 ):

@@ -1,4 +1,6 @@
-"""Fixtures: a tokenizer, and a server that counts."""
+"""Fixtures: a tokenizer, a server that counts, and OpenAI's client."""
+
+import importlib
 
 import pytest
 
@@ -9,6 +11,12 @@ from tests.server import web
 @pytest.fixture(scope='module')
 def tokenizer():
   return tokenizers.train(web.TEXTS * 30, 280)
+
+
+@pytest.fixture(scope='session')
+def openai():
+  """The module; slow to import, so not by those who only collect tests."""
+  return importlib.import_module('openai')
 
 
 @pytest.fixture(scope='module')

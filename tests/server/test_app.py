@@ -3,7 +3,6 @@
 import asyncio
 import threading
 
-import openai
 import pytest
 
 from dsv3_jax.data import tokenizer as tokenizers
@@ -49,7 +48,7 @@ def test_chat_streams_what_it_says_at_once(served, tokenizer):
     assert last.usage.completion_tokens >= 1 and not last.choices
 
 
-def test_what_newer_clients_send(served, tokenizer):
+def test_what_newer_clients_send(openai, served, tokenizer):
   text, _ = web.text_of(tokenizer, web.chat_ids(tokenizer, 'Hello'), 9)
   parts = [{'type': 'text', 'text': 'Hel'}, {'type': 'text', 'text': 'lo'}]
   with web.client(served[0]) as ask:
@@ -71,7 +70,7 @@ def test_what_newer_clients_send(served, tokenizer):
       ask.completions.create(model='tiny', prompt='a', best_of=2)
 
 
-def test_the_model_has_one_name(served):
+def test_the_model_has_one_name(openai, served):
   with web.client(served[0]) as ask:
     assert ask.models.retrieve('tiny').id == 'tiny'
     wrong = [
@@ -157,7 +156,7 @@ def test_a_stop_cuts_the_text_and_frees_the_row(served, tokenizer):
   web.idle(served[1])
 
 
-def test_64_streams_at_once_get_their_own(served, tokenizer):
+def test_64_streams_at_once_get_their_own(openai, served, tokenizer):
   address, model = served
 
   async def one(ask, i):

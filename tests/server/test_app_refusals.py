@@ -4,7 +4,6 @@ import json
 import socket
 import time
 
-import openai
 import pytest
 
 from tests.inference import counting
@@ -35,7 +34,7 @@ def test_who_goes_away_is_cancelled(tokenizer):
     assert model.counts['cancelled'] == 2
 
 
-def test_a_full_queue_is_429(tokenizer):
+def test_a_full_queue_is_429(openai, tokenizer):
   with web.serving(tokenizer, 0.02, most_waiting=1, max_rows=1) as (
     address,
     model,
@@ -130,7 +129,7 @@ def test_a_body_that_is_too_long_is_not_read(served):
   assert code == 413 and 'at most 1048576 bytes' in body
 
 
-def test_a_model_that_fails_is_said(tokenizer, capfd):
+def test_a_model_that_fails_is_said(openai, tokenizer, capfd):
   runner = counting.Runner(280, 0.02, room=600)
   with web.serving(tokenizer, runner=runner) as (address, _):
     with web.client(address) as ask:

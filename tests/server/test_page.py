@@ -10,9 +10,6 @@ from tests import limits
 from tests.inference import counting
 from tests.server import web
 
-sync_api = pytest.importorskip(
-  'playwright.sync_api', reason='playwright is missing: pip install -e .[test]'
-)
 _CHROMIUM = os.environ.get('CHROMIUM') or shutil.which('chromium')
 pytestmark = pytest.mark.skipif(
   not _CHROMIUM, reason='there is no chromium here: apt-get install chromium'
@@ -37,7 +34,13 @@ class Runner(counting.Runner):
 
 
 @pytest.fixture(scope='module')
-def browser():
+def sync_api():
+  reason = 'playwright is missing: pip install -e .[test]'
+  return pytest.importorskip('playwright.sync_api', reason=reason)
+
+
+@pytest.fixture(scope='module')
+def browser(sync_api):
   with sync_api.sync_playwright() as playwright:
     options = {'executable_path': _CHROMIUM, 'args': ['--no-sandbox']}
     browser = playwright.chromium.launch(**options)
@@ -76,6 +79,8 @@ def say(page, text):
 
 
 def expect(page, selector):
+  from playwright import sync_api
+
   return sync_api.expect(page.locator(selector))
 
 
@@ -147,7 +152,9 @@ def test_a_missing_key_is_said(browser):
     page.close()
 
 
-@pytest.mark.parametrize('width', [320, 390, 1280])
+@pytest.mark.parametrize(
+  'width', [320, pytest.param(390, marks=pytest.mark.nightly), 1280]
+)
 def test_nothing_is_wider_than_the_screen(page, width):
   page.set_viewport_size({'width': width, 'height': 700})
   say(page, 'A word ' + 'thatdoesnotend' * 30)

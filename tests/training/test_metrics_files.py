@@ -4,7 +4,6 @@ import json
 
 import hypothesis
 from hypothesis import strategies as st
-from tensorboardX.proto import event_pb2
 
 from dsv3_jax.training import metrics
 
@@ -54,6 +53,8 @@ def test_a_line_says_what_was_written(tmp_path):
 
 
 def test_events_hold_the_same_numbers(tmp_path):
+  from tensorboardX.proto import event_pb2  # slow: imports PyTorch
+
   write(tmp_path, 0, [1, 2])
   [path] = tmp_path.glob('events.out.tfevents.*')
   data, value_of = path.read_bytes(), {}
