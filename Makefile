@@ -47,7 +47,6 @@ MODEL := tests/nn/test_model_oracle.py
 test312: .venv312/.tested
 	.venv312/bin/python $(PYTEST) $(GPU) \
 	  $(LINEAR)::test_linear_and_its_gradients_match_the_oracle \
-	  $(LINEAR)::test_kernels_give_the_gradients_of_the_reference \
 	  "$(EXCHANGE)::test_equals_one_device[(2, 4)-two_hops-uneven]" \
 	  "$(MODEL)::test_every_gradient_matches[two_dense_two_shared]"
 

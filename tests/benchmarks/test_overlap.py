@@ -63,6 +63,7 @@ def test_every_branch_has_a_row(monkeypatch, tmp_path):
   assert rows == {(name, half) for name in names for half in ('F&B', 'F', 'B')}
 
 
+@pytest.mark.nightly
 def test_the_branch_is_the_pipeline_s(monkeypatch):
   """Traced on fake devices, with the sizes of a test."""
   small = {'model.d_model': 32, 'model.moe.d_ff': 16, 'data.seq_len': 64}

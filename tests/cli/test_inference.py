@@ -123,6 +123,7 @@ def test_prompts_of_a_file(trained, tmp_path, capsys):
   assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
 
 
+@pytest.mark.nightly
 def test_old_flags_work_and_warn_in_one_line(trained, capsys):
   args = ['generate', f'--checkpoint={trained}', '--max_new_tokens=4', '--json']
   for old, new, name in (
@@ -213,6 +214,7 @@ def test_a_mesh_that_the_model_does_not_fit_is_one_line(trained, capsys):
   assert '= 2 slots: 2 or 4' in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_the_benchmark_of_speculation(trained, tmp_path, capsys):
   path = tmp_path / 'speculation.md'
   args = ['--prompts=2', '--new_tokens=4', '--rounds=1', '--most=1', '--json']

@@ -307,6 +307,7 @@ def test_changed_setting_is_refused(trained, folder):
   refused(dsv3(*args), 'optim.lr.peak=0.5 differs from', '--workdir')
 
 
+@pytest.mark.nightly
 def test_a_stuck_loader_ends_in_stacks_and_70(env, folder):
   code = (
     'import sys, time\n'
@@ -339,6 +340,7 @@ def test_an_earlier_step_and_the_average_are_evaluated(trained):
   refused(done, 'step 4 is intact')
 
 
+@pytest.mark.nightly
 def test_sigterm_saves_once_and_the_rerun_goes_on(env, trained, folder):
   """Code 75, one step saved; then the same end as the undisturbed run's."""
   workdir = folder / 'stopped'

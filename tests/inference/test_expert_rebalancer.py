@@ -13,7 +13,7 @@ from tests import settings
 from tests.inference import meshes
 
 MESHES = (
-  {},
+  pytest.param({}, marks=pytest.mark.nightly),
   {'node': 2, 'expert': 2},
   pytest.param({'data': 2, 'expert': 2, 'model': 2}, marks=pytest.mark.nightly),
 )
@@ -83,7 +83,7 @@ def test_the_load_is_spread_better_than_before():
   assert runner.rebalancer.rebalances == 2
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures('optimized')
 def test_requests_get_the_same_tokens_while_experts_move():
   params, router_biases = meshes.weights()

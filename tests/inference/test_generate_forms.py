@@ -125,6 +125,7 @@ def test_first_tokens_follow_the_distribution(net, weights):
   assert stats.chisquare(counts_V, count * probs_V).pvalue > 1e-3
 
 
+@pytest.mark.nightly
 def test_draws_of_rows_and_of_steps_are_independent(weights):
   # Where all tokens are as likely, so are all pairs: of neighbours in a row,
   # and of two rows at one place.

@@ -93,7 +93,7 @@ def test_speculative_tokens_save_steps():
 
 @pytest.mark.parametrize(
   ('num_speculative_tokens', 'hidden'),
-  [pytest.param(1, 'post_norm', marks=pytest.mark.nightly), (3, 'pre_norm')],
+  [(1, 'post_norm'), pytest.param(3, 'pre_norm', marks=pytest.mark.nightly)],
 )
 def test_tokens_are_those_of_plain_decoding(num_speculative_tokens, hidden):
   cfg = small(model__mtp__hidden=hidden)
@@ -126,7 +126,9 @@ def test_right_speculative_tokens_are_all_accepted():
   assert len(set(output.tokens[0])) > 5
 
 
-@pytest.mark.parametrize('hidden', HIDDEN)
+@pytest.mark.parametrize(
+  'hidden', [pytest.param(HIDDEN[0], marks=pytest.mark.nightly), HIDDEN[1]]
+)
 def test_first_speculative_tokens_are_the_mtp_module_s_choice(hidden):
   """However the latents came there: chunks, prefix cache, verified tokens."""
   cfg = small(model__mtp__hidden=hidden)
@@ -164,6 +166,7 @@ def mtp_logits(cfg, params, router_biases, tokens):
   return np.asarray(deeper[0][0, len(tokens) - 2])
 
 
+@pytest.mark.nightly
 def test_drawn_tokens_have_the_model_s_distribution():
   """10^5 rows of three tokens each, two of them behind speculative tokens."""
   vocab, start, rows, rounds = 5, 2, 10_000, 10
@@ -248,9 +251,10 @@ def test_a_model_without_mtp_cannot_draft():
     model_runner.ModelRunner(CONFIG, {}, {}, -1)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
   ('num_speculative_tokens', 'size'),
-  [(1, 63), pytest.param(2, 62, marks=pytest.mark.nightly)],
+  [(1, 63), (2, 62)],
 )
 def test_answers_to_one_prompt_have_their_own_speculative_tokens(
   num_speculative_tokens, size

@@ -99,7 +99,7 @@ def differences(got, want):
   }
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
   'depth', [0, pytest.param(1, marks=pytest.mark.nightly)]
 )

@@ -77,8 +77,14 @@ def assert_rows_match(logits_BV, full_BTV, last_B, dtype='float32'):
   tolerances.assert_close(logits_BV, want_BV, dtype)
 
 
-@pytest.mark.parametrize('name', CASES)
-@pytest.mark.parametrize('prefill_absorbed', [False, True])
+@pytest.mark.parametrize(
+  ('name', 'prefill_absorbed'),
+  [
+    pytest.param(name, absorbed, marks=[pytest.mark.nightly] * (i and absorbed))
+    for i, name in enumerate(CASES)
+    for absorbed in (False, True)
+  ],
+)
 def test_prefill_then_token_by_token(name, prefill_absorbed):
   cfg, params, router_biases, tokens_BT = setup(name)
   full_BTV = full_logits(cfg, params, router_biases, tokens_BT)
@@ -110,7 +116,9 @@ def test_prefill_then_token_by_token(name, prefill_absorbed):
     assert_rows_match(logits_BV, full_BTV, at_B)
 
 
-@pytest.mark.parametrize('prefill_absorbed', [False, True])
+@pytest.mark.parametrize(
+  'prefill_absorbed', [pytest.param(False, marks=pytest.mark.nightly), True]
+)
 def test_all_queries_see_latents_rounded_to_fp8(prefill_absorbed):
   # Two scales a token, the second of 32 values.
   cfg, _, _, tokens_BT = setup('scanned', model__mla__kv_lora_rank=160)

@@ -85,7 +85,14 @@ def placements(draw, spare=8):
 
 @pytest.mark.usefixtures('optimized')
 @pytest.mark.parametrize('routing', spread.ROUTINGS)
-@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize(
+  'shape',
+  [
+    shape if shape == (2, 2) else pytest.param(shape, marks=pytest.mark.nightly)
+    for shape in SHAPES
+  ],
+  ids=str,
+)
 def test_the_bits_of_one_device_without_redundancy(shape, routing):
   x_MD, gates_MK, experts = draw()
   ids_MK = spread.draw_ids(routing, TOKENS, TOP_K, EXPERTS)

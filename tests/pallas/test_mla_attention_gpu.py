@@ -61,7 +61,7 @@ def unlike(length):
 
 
 @gpu.interpreted
-@pytest.mark.parametrize('name', products.daily(SMALL, 'block packed'))
+@pytest.mark.parametrize('name', products.daily(SMALL, 'packed'))
 def test_is_the_reference_and_the_oracle_without_races(
   name, interpreted, capfd
 ):
@@ -122,6 +122,7 @@ def test_no_gradient_from_what_a_query_does_not_see(interpreted):
   assert not np.delete(np.asarray(dq, np.float32), query, axis=1).any()
 
 
+@pytest.mark.nightly
 @gpu.interpreted
 def test_blocks_of_other_samples_are_not_loaded(interpreted):
   """NaN in them, which times a probability of zero is NaN, is not seen."""
@@ -167,6 +168,7 @@ def test_scores_far_apart_are_finite(interpreted):
   assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got)
 
 
+@pytest.mark.nightly
 @gpu.interpreted
 def test_vmap_is_a_loop(interpreted):
   case = Case(1, 20, 1, 16, 8, 16)

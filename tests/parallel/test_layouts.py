@@ -32,6 +32,8 @@ FOUR_LAYERS = {'model.num_layers': 4}
 CASES = {
   'FSDP': ({'data': 2, 'node': 2, 'expert': 2}, USUAL | FSDP),
   'dualpipe, dense over two stages': (DUALPIPE, USUAL),
+}
+NIGHTLY = {
   'dualpipev, unusual': (
     {'pipe': 2, 'context': 2, 'schedule': 'dualpipev'},
     UNUSUAL,
@@ -41,8 +43,6 @@ CASES = {
     layouts.FEATURES['fp8']
     | {'model.remat': 'full', 'parallel.fsdp': ('expert',)},
   ),
-}
-NIGHTLY = {
   'zb1p, FSDP': (
     {'pipe': 2, 'expert': 2, 'data': 2, 'schedule': 'zb1p'},
     USUAL | FSDP,

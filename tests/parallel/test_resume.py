@@ -22,7 +22,9 @@ MESHES = (
 )
 
 
-@pytest.mark.parametrize('scan', [True, False])
+@pytest.mark.parametrize(
+  'scan', [pytest.param(True, marks=pytest.mark.nightly), False]
+)
 def test_states_go_from_layout_to_layout_to_the_bit(scan):
   changes = {'model.scan_layers': scan, 'model.num_layers': 4}
   want = state = layouts.start(layouts.make_config({}, changes))
@@ -40,7 +42,7 @@ def test_states_go_from_layout_to_layout_to_the_bit(scan):
   assert steps.same_bits(jax.device_get(state), jax.device_get(want))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_goes_on_on_another_mesh(tmp_path):
   """Pipeline with experts over devices, then one device."""
   cfg = tiny_run.make(tmp_path, optim__eps=1e-3)

@@ -22,6 +22,12 @@ from dsv3_jax.parallel.pipeline import (
 from dsv3_jax.parallel.schedules import make as schedules
 
 RANKS, LAYERS = 4, 6
+KINDS = [
+  pytest.param('1f1b', marks=pytest.mark.nightly),
+  'zb1p',
+  'dualpipe',
+  pytest.param('dualpipev', marks=pytest.mark.nightly),
+]
 ACTIVATION = 4 * 4 * 512 * 16  # bytes, where activations are long
 ACTIVATIONS = 2 * LAYERS  # of a stage: input and cosine of every product
 
@@ -154,14 +160,14 @@ def loop_of_ticks(step):
   return sum(products(step)[body] for body in bodies)
 
 
-@pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
+@pytest.mark.parametrize('kind', KINDS)
 def test_a_tick_does_only_what_its_branch_does(kind):
   step = wide(kind)
   assert sum(products(step).values()) > 4 * LAYERS
   assert loop_of_ticks(step) == 0
 
 
-@pytest.mark.parametrize('kind', ['1f1b', 'zb1p', 'dualpipe', 'dualpipev'])
+@pytest.mark.parametrize('kind', KINDS)
 def test_gradient_sums_stay_in_place(kind):
   step = wide(kind)
   one = step.sums / (1 if kind in ('1f1b', 'zb1p') else 2)  # of a stage
@@ -172,7 +178,7 @@ def test_gradient_sums_stay_in_place(kind):
   assert 0 < slack < 0.9 * one
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_memory_does_not_grow_with_ticks():
   assert temporary(wide('1f1b', 16)) == temporary(wide('1f1b', 8))
   assert temporary(long('1f1b', 16)) == temporary(long('1f1b', 8))
@@ -184,7 +190,9 @@ def test_memory_does_not_grow_with_ticks():
   assert grown == 8 * (ACTIVATIONS + 1) * ACTIVATION
 
 
-@pytest.mark.parametrize('kind', ['gpipe', '1f1b', 'zb1p', 'dualpipe'])
+@pytest.mark.parametrize(
+  'kind', [pytest.param('gpipe', marks=pytest.mark.nightly), *KINDS[:3]]
+)
 def test_activations_are_as_many_as_the_schedule_keeps(kind):
   step = long(kind)
   assert copies(step.compiled, (4, 512, 16)) == 0

@@ -116,7 +116,7 @@ def test_every_operand_is_in_its_slot(kind, stages, microbatches):
   assert of('I') == of('W') and not of('I') & of('B')
 
 
-@hypothesis.settings(max_examples=25)
+@hypothesis.settings(max_examples=10)
 @hypothesis.given(st.data())
 def test_any_sizes(data):
   kind = data.draw(st.sampled_from(schedules.KINDS))

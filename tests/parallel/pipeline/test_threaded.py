@@ -202,7 +202,7 @@ def model_params(params, layout, at):
   return of_stage
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_model_under_dualpipe_is_one_device():
   changes = {'model.num_layers': 2, 'train.batch_size': 32}
   changes |= {'train.batch_size_start': 32, 'model.remat': 'none'}
