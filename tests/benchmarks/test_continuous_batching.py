@@ -6,6 +6,7 @@ from benchmarks import continuous_batching
 from tests import settings
 
 
+@pytest.mark.nightly
 def test_both_ways_answer_all():
   cfg = settings.small(
     precision='f32',

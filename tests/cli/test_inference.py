@@ -187,7 +187,7 @@ MESH += ['--redundant_experts=4', '--rebalance_every=3']
 NODES = ['--parallel.node=2', '--parallel.expert=2']  # two hops
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
   'mesh', [MESH, pytest.param(NODES, marks=pytest.mark.nightly)]
 )

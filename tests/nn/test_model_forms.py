@@ -80,7 +80,9 @@ def test_scanned_equals_unrolled():
   assert_same(got, (value, unstack_all(grads)))
 
 
-@pytest.mark.parametrize('remat', ['none', 'full'])
+@pytest.mark.parametrize(
+  'remat', [pytest.param('none', marks=pytest.mark.nightly), 'full']
+)
 def test_remat_changes_nothing_but_memory(remat):
   changed = settings.small(**(BASE | {'model__remat': remat}))
   assert_same(run(changed), run(settings.small(**BASE)))
@@ -106,7 +108,8 @@ def test_remat_keeps_less():
 
 
 @pytest.mark.parametrize(
-  ('normalizer', 'isolated'), [('T', False), ('valid', True)]
+  ('normalizer', 'isolated'),
+  [pytest.param('T', False, marks=pytest.mark.nightly), ('valid', True)],
 )
 def test_micro_batches_add_up_to_the_batch(normalizer, isolated):
   changes = {'model__mtp__normalizer': normalizer}

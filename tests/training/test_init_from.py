@@ -84,7 +84,7 @@ def test_a_phase_starts_with_weights_and_biases_alone(tmp_path):
   assert not (tmp_path / 'second').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_phase_goes_on_without_the_run_before(tmp_path):
   """Rows of 512 tokens over two devices; the tokenizer comes along."""
   write_first(tmp_path)

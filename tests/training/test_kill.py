@@ -9,7 +9,7 @@ from benchmarks import kill_and_resume
 from tests import tiny_run
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_six_kills_lose_nothing(tmp_path, monkeypatch):
   # Bits are compared: compiled as users do.
   monkeypatch.setenv('JAX_DISABLE_MOST_OPTIMIZATIONS', '0')

@@ -94,7 +94,14 @@ def chats(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['v3_671b', 'v3_16b', 'ablations.fp8'])
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param('v3_671b', marks=pytest.mark.nightly),
+    'v3_16b',
+    'ablations.fp8',
+  ],
+)
 def test_every_experiment_runs_locally(folder, name):
   """Rematerialised on two devices; on chats with MTP; block-wise Dgrad."""
   source = importlib.import_module(f'experiments.{name}').get_config('runlocal')

@@ -79,9 +79,7 @@ def tokens_of(cfg, shape=(2, 24), seed=3):
   return rng.integers(1, cfg.model.vocab_size, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize(
-  'name', exchanged.cases(_MSCALE, _MANY, _FEW, 'beyond one block')
-)
+@pytest.mark.parametrize('name', exchanged.cases(_MSCALE, _MANY))
 def test_ours_reads_transformers(torch, transformers, name, tmp_path):
   """save_pretrained -> `load`: logits within 1e-5, f32; MTP is absent."""
   cfg = exchanged.make(name)
@@ -99,9 +97,7 @@ def test_ours_reads_transformers(torch, transformers, name, tmp_path):
   assert loaded.yarn == cfg.model.yarn and loaded.norm_eps == cfg.model.norm_eps
 
 
-@pytest.mark.parametrize(
-  'name', exchanged.cases(_MSCALE, _MANY, 'beyond one block')
-)
+@pytest.mark.parametrize('name', exchanged.cases(_MSCALE, 'beyond one block'))
 def test_transformers_reads_ours(torch, transformers, name, tmp_path):
   """`export` -> from_pretrained: logits and latents within 1e-5."""
   cfg = exchanged.make(name)

@@ -17,7 +17,10 @@ from tests.oracles import model as oracle
   ('name', 'dtype'),
   [
     ('beyond one block', 'fp8'),  # partial blocks, cut by heads
-    ('16 experts, 2 groups, 2 shared, 2 MTP', 'fp8'),
+    pytest.param(
+      *('16 experts, 2 groups, 2 shared, 2 MTP', 'fp8'),
+      marks=pytest.mark.nightly,
+    ),
     ('no q_lora, 1 group, no dense', 'bfloat16'),
   ],
 )
