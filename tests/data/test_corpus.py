@@ -246,3 +246,11 @@ def test_tokenizer_is_trained_once_and_kept(tmp_path):
   again = corpus.load_tokenizer(cfg, opened)
   assert path.stat().st_mtime_ns == stamp
   assert again.vocab_size == first.vocab_size == 290
+
+
+def test_a_parquet_file_without_the_column_names_what_it_has(tmp_path):
+  table = pyarrow.table({'body': ['x'], 'id': ['1']})
+  parquet.write_table(table, tmp_path / 'a.parquet')
+  message = re.escape("has no column 'text'; it has: body, id")
+  with pytest.raises(errors.InputError, match=message):
+    list(files.open_glob(str(tmp_path / '*'), 'text'))

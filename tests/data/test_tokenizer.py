@@ -201,3 +201,14 @@ def test_bad_files_are_named(tmp_path, body, expected):
   with pytest.raises(errors.InputError, match=expected) as caught:
     tokenizer.Tokenizer.from_file(path)
   assert str(path) in str(caught.value)
+
+
+def test_a_tokenizer_without_a_special_token_names_it(tmp_path):
+  path = tmp_path / 'tokenizer.json'
+  trained().save(path)
+  text = path.read_text(encoding='utf-8')
+  path.write_text(text.replace('User', 'Guest'), encoding='utf-8')
+  with pytest.raises(
+    errors.InputError, match=r'lacks the special token .*User'
+  ):
+    tokenizer.Tokenizer.from_file(path)

@@ -58,6 +58,18 @@ def test_what_the_environment_sets():
   assert processes.from_environment({}) is None
 
 
+def test_a_cluster_and_an_address_are_one_too_many(monkeypatch):
+  given = ('host:1', '2', '0')
+  for name, value in zip(processes.ENVIRONMENT, given, strict=True):
+    monkeypatch.setenv(name, value)
+  message = '--cluster and .*=host:1: only one may describe the job'
+  with (
+    pytest.raises(errors.InputError, match=message),
+    processes.join_job(cluster=True),
+  ):
+    pass
+
+
 def test_alone_a_process_agrees_with_itself():
   with processes.join_job():
     assert (processes.index(), processes.count()) == (0, 1)

@@ -106,6 +106,7 @@ def test_vmap_is_a_loop():
     (3, lambda x: x.astype(jnp.float32), 'v.dtype'),
     (0, lambda x: x[0], 'axes'),
     (0, lambda x: x[:, :0], 'a token'),
+    (0, lambda x: x.astype(jnp.float16), 'float16 must be bfloat16 or float32'),
   ],
 )
 def test_arguments_that_do_not_fit(index, change, message):
@@ -113,3 +114,10 @@ def test_arguments_that_do_not_fit(index, change, message):
   args[index] = change(args[index])
   with pytest.raises(ValueError, match=message):
     api.attention(*args, scale=1.0, implementation='reference')
+
+
+def test_segments_are_int32():
+  q, k_nope, k_rope, v, *_ = attention.inputs(cases.SMALL['tiny'])
+  segments = jnp.ones(q.shape[:2], jnp.int16)
+  with pytest.raises(ValueError, match=r'segments\.dtype=int16'):
+    api.attention(q, k_nope, k_rope, v, segments, scale=1.0)
