@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from pallas_kernels import numerics, quantized
 from pallas_kernels.fp8_matmul import reference
@@ -11,18 +10,6 @@ from pallas_kernels.grouped_matmul import reference as grouped_reference
 
 ROWS = grouped_reference.ROWS
 quantize = jax.jit(reference.quantize, static_argnums=1)
-
-
-def daily(names, chosen: str) -> list:
-  """Parameters, of which those not `chosen` are left to `make nightly`."""
-  chosen = chosen.split()
-  assert set(chosen) <= set(map(str, names))
-  return [
-    name
-    if str(name) in chosen
-    else pytest.param(name, marks=pytest.mark.nightly)
-    for name in names
-  ]
 
 
 def rows(seed, *shape):

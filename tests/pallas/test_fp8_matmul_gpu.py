@@ -10,7 +10,8 @@ import pytest
 from benchmarks.common import machine_code
 from pallas_kernels import numerics, quantized
 from pallas_kernels.fp8_matmul import cases, pallas_gpu, reference
-from tests.pallas import gpu, products
+from tests import nightly
+from tests.pallas import gpu
 
 BlockSizes = pallas_gpu.BlockSizes
 TILES = pytest.mark.parametrize('tile', [quantized.ROW, quantized.BLOCK])
@@ -141,7 +142,8 @@ def test_vmap_is_a_loop_of_products():
 
 @TILES
 @pytest.mark.parametrize(
-  'name', products.daily(cases.V3 | cases.SMALL, 'q_kv_down down one_row odd')
+  'name',
+  nightly.daily(cases.V3 | cases.SMALL, 'q_kv_down', 'down', 'one_row', 'odd'),
 )
 def test_all_shapes_are_lowered_to_wgmma_in_fp8(name, tile):
   """Whole: the interpreter takes sizes that TMA would not."""

@@ -10,6 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from benchmarks import compile_kernels_tpu as without_tpu
 from pallas_kernels.fp8_matmul import api, cases, pallas_tpu, reference
+from tests import nightly
 from tests.pallas import products
 
 OPERAND_B = {'rows': products.rows, 'blocks': products.blocks}
@@ -161,7 +162,7 @@ def test_no_race_and_nothing_read_that_was_not_written(capfd):
   assert 'RACE' not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('chip', products.daily(['v5p', 'v7x'], 'v5p'))
+@pytest.mark.parametrize('chip', nightly.daily(['v5p', 'v7x'], 'v5p'))
 @pytest.mark.parametrize('name', V3)
 def test_lowers_for_a_tpu(name, chip):
   program = without_tpu.programs()[name]

@@ -11,10 +11,10 @@ import pytest
 
 from pallas_kernels import numerics, quantized
 from pallas_kernels.fp8_matmul import api, cases, reference
+from tests import nightly
 from tests.oracles import fp8 as blocks_oracle
 from tests.oracles import fp8_formats as oracle
 from tests.oracles import fp8_gemm
-from tests.pallas import products
 
 HOW = ('tile', 'pow2', 'floor', 'dtype')
 quantize = jax.jit(reference.quantize, static_argnames=HOW)
@@ -229,7 +229,7 @@ def assert_same_operands(got, want, dtype):
 
 
 @pytest.mark.parametrize(
-  'name', products.daily(cases.SMALL, 'two_tiles one_row ragged odd')
+  'name', nightly.daily(cases.SMALL, 'two_tiles', 'one_row', 'ragged', 'odd')
 )
 @pytest.mark.parametrize('tile', [quantized.ROW, quantized.BLOCK])
 def test_products_of_the_same_operands(name, tile):
@@ -244,7 +244,7 @@ def test_products_of_the_same_operands(name, tile):
 
 
 @pytest.mark.parametrize(
-  'name', products.daily(cases.SMALL, 'one_row ragged odd')
+  'name', nightly.daily(cases.SMALL, 'one_row', 'ragged', 'odd')
 )
 def test_the_three_products_of_a_linear(name):
   """From the unquantised arrays: equal to the oracle's, whose scales agree."""
@@ -271,7 +271,7 @@ def parts(size, by=2048):
   return [slice(i, min(i + by, size)) for i in range(0, size, by)]
 
 
-@pytest.mark.parametrize('name', products.daily(cases.V3, 'q_kv_down'))
+@pytest.mark.parametrize('name', nightly.daily(cases.V3, 'q_kv_down'))
 def test_v3_products_differ_by_less_than_one_in_a_thousand(name):
   """From the product of the unquantised operands, by DeepGEMM's measure."""
   _, n, k = cases.V3[name]

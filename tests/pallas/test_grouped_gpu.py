@@ -11,7 +11,8 @@ from benchmarks.common import machine_code
 from pallas_kernels import numerics, quantized
 from pallas_kernels.fp8_matmul import reference as dense
 from pallas_kernels.grouped_matmul import cases, pallas_gpu, reference
-from tests.pallas import gpu, products
+from tests import nightly
+from tests.pallas import gpu
 
 ROWS = reference.ROWS
 UNUSED = 2  # blocks
@@ -52,7 +53,7 @@ def assert_same(got, want):
 
 
 @gpu.interpreted
-@pytest.mark.parametrize('name', products.daily(cases.SMALL, 'ragged none'))
+@pytest.mark.parametrize('name', nightly.daily(cases.SMALL, 'ragged', 'none'))
 def test_rows_times_the_weight_of_their_expert(name, capfd):
   case = cases.SMALL[name]
   a_JK, b_ENK, _ = draw(case)
@@ -88,7 +89,7 @@ def test_blocks_of_experts_may_lie_in_any_order(capfd):
 
 
 @gpu.interpreted
-@pytest.mark.parametrize('name', products.daily(cases.SMALL, 'empty odd'))
+@pytest.mark.parametrize('name', nightly.daily(cases.SMALL, 'empty', 'odd'))
 def test_gradients_of_the_weights(name, capfd):
   case = cases.SMALL[name]
   a_JK, _, dy_JN = draw(case)

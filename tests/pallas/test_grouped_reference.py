@@ -10,9 +10,9 @@ import pytest
 from pallas_kernels import numerics, quantized
 from pallas_kernels.fp8_matmul import reference as dense
 from pallas_kernels.grouped_matmul import api, cases
+from tests import nightly
 from tests.oracles import fp8_formats as oracle
 from tests.oracles import fp8_gemm
-from tests.pallas import products
 
 quantize = jax.jit(dense.quantize, static_argnames=('tile', 'pow2'))
 grouped = jax.jit(
@@ -66,7 +66,9 @@ def assert_same_operands(got, want, dtype):
   assert error <= numerics.SAME_OPERANDS[jnp.dtype(dtype).name]
 
 
-@pytest.mark.parametrize('name', products.daily(cases.SMALL, 'ragged none odd'))
+@pytest.mark.parametrize(
+  'name', nightly.daily(cases.SMALL, 'ragged', 'none', 'odd')
+)
 def test_rows_times_the_weight_of_their_expert(name):
   """Fprop and Dgrad from the unquantised arrays; padding gives zeros."""
   case = cases.SMALL[name]
@@ -97,7 +99,9 @@ def test_rows_times_the_weight_of_their_expert(name):
       np.testing.assert_array_equal(y_JN[empty_J], 0)
 
 
-@pytest.mark.parametrize('name', products.daily(cases.SMALL, 'empty none odd'))
+@pytest.mark.parametrize(
+  'name', nightly.daily(cases.SMALL, 'empty', 'none', 'odd')
+)
 def test_gradients_of_the_weights(name):
   """Wgrad from the unquantised arrays; an expert without rows has zeros."""
   case = cases.SMALL[name]

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from benchmarks import compile_kernels_tpu as without_tpu
 from pallas_kernels.fp8_matmul import pallas_tpu as dense
 from pallas_kernels.grouped_matmul import api, cases, pallas_tpu, reference
+from tests import nightly
 from tests.pallas import products
 
 ROWS = reference.ROWS
@@ -73,7 +74,9 @@ def test_grouped_is_the_reference(name, dtype):
   assert not np.any(got[args[3] * ROWS :])
 
 
-@pytest.mark.parametrize('name', products.daily(cases.SMALL, 'empty none odd'))
+@pytest.mark.parametrize(
+  'name', nightly.daily(cases.SMALL, 'empty', 'none', 'odd')
+)
 def test_grouped_k_is_the_reference(name):
   case = cases.SMALL[name]
   args = operands_k(case)
@@ -210,7 +213,7 @@ def test_no_race_and_nothing_read_that_was_not_written(capfd):
   assert 'RACE' not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('chip', products.daily(['v5p', 'v7x'], 'v5p'))
+@pytest.mark.parametrize('chip', nightly.daily(['v5p', 'v7x'], 'v5p'))
 @pytest.mark.parametrize('name', V3)
 def test_lowers_for_a_tpu(name, chip):
   program = without_tpu.programs()[name]

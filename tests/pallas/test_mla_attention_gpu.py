@@ -22,6 +22,7 @@ from pallas_kernels.mla_attention import (
   pallas_gpu,
   xla,
 )
+from tests import nightly
 from tests.pallas import attention, gpu, products
 
 Case = cases.Case
@@ -61,7 +62,7 @@ def unlike(length):
 
 
 @gpu.interpreted
-@pytest.mark.parametrize('name', products.daily(SMALL, 'packed'))
+@pytest.mark.parametrize('name', nightly.daily(SMALL, 'packed'))
 def test_is_the_reference_and_the_oracle_without_races(
   name, interpreted, capfd
 ):
@@ -76,7 +77,7 @@ def test_is_the_reference_and_the_oracle_without_races(
 
 
 @gpu.interpreted
-@pytest.mark.parametrize('length', products.daily([200, 300], '200'))
+@pytest.mark.parametrize('length', nightly.daily([200, 300], '200'))
 def test_many_blocks_and_rows_with_other_segments(length, interpreted, capfd):
   args, scale = unlike(length)
   with gpu.no_races(capfd):
@@ -86,7 +87,7 @@ def test_many_blocks_and_rows_with_other_segments(length, interpreted, capfd):
 
 
 @gpu.interpreted
-@pytest.mark.parametrize('turns', products.daily([1, 2], '1'))
+@pytest.mark.parametrize('turns', nightly.daily([1, 2], '1'))
 def test_blocks_go_round_the_buffers_and_again_give_the_same_bits(
   turns, interpreted, capfd
 ):
@@ -214,7 +215,7 @@ def kernels(case):
   }
 
 
-@pytest.mark.parametrize('name', products.daily(SHAPES, 'one'))
+@pytest.mark.parametrize('name', nightly.daily(SHAPES, 'one'))
 def test_all_shapes_are_lowered_to_wgmma(name):
   """Whole: the interpreter takes sizes that TMA would not."""
   width = max(SHAPES[name].nope, 64)

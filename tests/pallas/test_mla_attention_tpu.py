@@ -16,6 +16,7 @@ from pallas_kernels.mla_attention import (
   cases,
   pallas_tpu,
 )
+from tests import nightly
 from tests.pallas import attention, products
 
 BlockSizes = pallas_tpu.BlockSizes
@@ -167,7 +168,7 @@ def test_no_race_and_nothing_read_that_was_not_written(capfd):
   assert 'RACE' not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('chip', products.daily(['v5p', 'v7x'], 'v5p'))
+@pytest.mark.parametrize('chip', nightly.daily(['v5p', 'v7x'], 'v5p'))
 @pytest.mark.parametrize('name', V3)
 def test_lowers_for_a_tpu(name, chip):
   program = without_tpu.programs()[name]

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.common import machine_code
 from pallas_kernels.mla_decode import api, cases, pallas_gpu, reference
+from tests import nightly
 from tests.pallas import decoding, gpu, products
 
 STATIC = ('scale', 'splits')
@@ -51,8 +52,12 @@ def structs(case, fp8=False):
 @gpu.interpreted
 @pytest.mark.parametrize(
   'name',
-  products.daily(
-    cases.SMALL, 'page_border shorter_than_queries four_queries v3_heads_128'
+  nightly.daily(
+    cases.SMALL,
+    'page_border',
+    'shorter_than_queries',
+    'four_queries',
+    'v3_heads_128',
   ),
 )
 def test_is_the_reference_over_poisoned_pages_without_races(name, capfd):

@@ -10,12 +10,13 @@ import pytest
 from pallas_kernels import numerics, quantized
 from pallas_kernels.mla_decode import api, cases, parts
 from pallas_kernels.mla_decode import cache as caches
+from tests import nightly
 from tests.oracles import fp8 as fp8_oracle
 from tests.pallas import decoding, products
 
 SOME = pytest.mark.parametrize(
   'name',
-  products.daily(['ragged', 'speculative', 'empty_row'], 'speculative'),
+  nightly.daily(['ragged', 'speculative', 'empty_row'], 'speculative'),
 )
 SMALL = [
   *('page_border', 'ragged', 'empty_row', 'shorter_than_queries'),

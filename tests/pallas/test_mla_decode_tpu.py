@@ -16,6 +16,7 @@ from pallas_kernels.mla_decode import (
   pallas_tpu,
   reference,
 )
+from tests import nightly
 from tests.pallas import decoding, products
 
 BlockSizes = pallas_tpu.BlockSizes
@@ -36,8 +37,8 @@ reference_decode = jax.jit(reference.decode, static_argnames='scale')
 
 @pytest.mark.parametrize(
   'name',
-  products.daily(
-    cases.SMALL, 'page_border ragged shorter_than_queries v3_heads_16'
+  nightly.daily(
+    cases.SMALL, 'page_border', 'ragged', 'shorter_than_queries', 'v3_heads_16'
   ),
 )
 def test_is_the_reference_over_poisoned_pages(name):
@@ -48,7 +49,7 @@ def test_is_the_reference_over_poisoned_pages(name):
   products.assert_bitwise(decode(*args), got)
 
 
-@pytest.mark.parametrize('queries', products.daily([16, 17, 40], '17'))
+@pytest.mark.parametrize('queries', nightly.daily([16, 17, 40], '17'))
 def test_many_queries_come_in_slices(queries):
   case = cases.Case((130, 40, 3, 0), 2, queries=queries, latent=128)
   args = decoding.draw(case, 'float32')
@@ -59,7 +60,7 @@ def test_many_queries_come_in_slices(queries):
 
 @pytest.mark.parametrize(
   'name',
-  products.daily(['ragged', 'speculative', 'v3_heads_16'], 'speculative'),
+  nightly.daily(['ragged', 'speculative', 'v3_heads_16'], 'speculative'),
 )
 def test_fp8_cache(name):
   args = decoding.draw(cases.SMALL[name], fp8=True)
@@ -129,7 +130,7 @@ def test_no_race_and_nothing_read_that_was_not_written(capfd):
   assert 'RACE' not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize('chip', products.daily(['v5p', 'v7x'], 'v5p'))
+@pytest.mark.parametrize('chip', nightly.daily(['v5p', 'v7x'], 'v5p'))
 @pytest.mark.parametrize('name', V3)
 def test_lowers_for_a_tpu(name, chip):
   program = without_tpu.programs()[name]

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dsv3_jax.checkpoint.hf import exporter
 from dsv3_jax.checkpoint.safetensors import reader as shards
@@ -71,13 +70,6 @@ CASES = {
     'model__moe__d_ff': 140,
   },
 }
-
-
-def cases(*daily):
-  """All, as parameters of a test; those not named are for the nightly run."""
-  assert set(daily) <= set(CASES)
-  marks = {name: () if name in daily else pytest.mark.nightly for name in CASES}
-  return [pytest.param(name, marks=mark) for name, mark in marks.items()]
 
 
 def make(name, **changes):

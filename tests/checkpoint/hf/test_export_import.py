@@ -20,6 +20,7 @@ from dsv3_jax.checkpoint.safetensors import reader as shards
 from dsv3_jax.distributed import sharding
 from dsv3_jax.nn import model
 from experiments import base
+from tests import nightly
 from tests.checkpoint.hf import exchanged
 from tests.oracles import fp8 as oracle
 
@@ -46,7 +47,8 @@ def same_trees(got, want):
 
 @pytest.mark.parametrize(
   'name',
-  exchanged.cases(
+  nightly.daily(
+    exchanged.CASES,
     'no q_lora, 1 group, no dense',
     '16 experts, 2 groups, 2 shared, 2 MTP',
     'unrolled, 2 dense, no MTP',

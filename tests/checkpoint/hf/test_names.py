@@ -26,6 +26,7 @@ from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.inference import engine, generate, model_runner
 from dsv3_jax.nn import model
 from experiments import v3_671b
+from tests import nightly
 from tests.checkpoint.hf import exchanged
 from tests.nn import models
 
@@ -79,7 +80,7 @@ def tokens_of(cfg, shape=(2, 24), seed=3):
   return rng.integers(1, cfg.model.vocab_size, shape).astype(np.int32)
 
 
-@pytest.mark.parametrize('name', exchanged.cases(_MSCALE, _MANY))
+@pytest.mark.parametrize('name', nightly.daily(exchanged.CASES, _MSCALE, _MANY))
 def test_ours_reads_transformers(torch, transformers, name, tmp_path):
   """save_pretrained -> `load`: logits within 1e-5, f32; MTP is absent."""
   cfg = exchanged.make(name)
@@ -97,7 +98,9 @@ def test_ours_reads_transformers(torch, transformers, name, tmp_path):
   assert loaded.yarn == cfg.model.yarn and loaded.norm_eps == cfg.model.norm_eps
 
 
-@pytest.mark.parametrize('name', exchanged.cases(_MSCALE, 'beyond one block'))
+@pytest.mark.parametrize(
+  'name', nightly.daily(exchanged.CASES, _MSCALE, 'beyond one block')
+)
 def test_transformers_reads_ours(torch, transformers, name, tmp_path):
   """`export` -> from_pretrained: logits and latents within 1e-5."""
   cfg = exchanged.make(name)
@@ -116,7 +119,7 @@ def test_transformers_reads_ours(torch, transformers, name, tmp_path):
   check_cached(cfg, params, router_biases, tokens_BT, out)
 
 
-@pytest.mark.parametrize('name', exchanged.cases(_MSCALE))
+@pytest.mark.parametrize('name', nightly.daily(exchanged.CASES, _MSCALE))
 def test_greedy_tokens_are_equal(torch, transformers, name, tmp_path):
   """64 of ours and of transformers, which has read what we export."""
   cfg = exchanged.make(name)
