@@ -98,17 +98,23 @@ def test_ours_reads_transformers(torch, transformers, name, tmp_path):
   assert loaded.yarn == cfg.model.yarn and loaded.norm_eps == cfg.model.norm_eps
 
 
+def read_by(torch, transformers, name, folder):
+  """A model of ours, and what transformers reads of its export."""
+  cfg = exchanged.make(name)
+  params, router_biases = exchanged.random_weights(cfg)
+  output = exchanged.write(cfg, params, router_biases, folder / 'out')
+  net = transformers.AutoModelForCausalLM.from_pretrained(
+    output, attn_implementation='eager', dtype=torch.float32
+  )
+  return cfg, params, router_biases, net
+
+
 @pytest.mark.parametrize(
   'name', nightly.daily(exchanged.CASES, _MSCALE, 'beyond one block')
 )
 def test_transformers_reads_ours(torch, transformers, name, tmp_path):
   """`export` -> from_pretrained: logits and latents within 1e-5."""
-  cfg = exchanged.make(name)
-  params, router_biases = exchanged.random_weights(cfg)
-  folder = exchanged.write(cfg, params, router_biases, tmp_path / 'out')
-  net = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, attn_implementation='eager', dtype=torch.float32
-  )
+  cfg, params, router_biases, net = read_by(torch, transformers, name, tmp_path)
   tokens_BT = tokens_of(cfg)
   batch = exchanged.batch_of(tokens_BT)
   ours, _ = models.logits(cfg)(params, router_biases, batch)
@@ -122,12 +128,7 @@ def test_transformers_reads_ours(torch, transformers, name, tmp_path):
 @pytest.mark.parametrize('name', nightly.daily(exchanged.CASES, _MSCALE))
 def test_greedy_tokens_are_equal(torch, transformers, name, tmp_path):
   """64 of ours and of transformers, which has read what we export."""
-  cfg = exchanged.make(name)
-  params, router_biases = exchanged.random_weights(cfg)
-  folder = exchanged.write(cfg, params, router_biases, tmp_path / 'out')
-  net = transformers.AutoModelForCausalLM.from_pretrained(
-    folder, attn_implementation='eager', dtype=torch.float32
-  )
+  cfg, params, router_biases, net = read_by(torch, transformers, name, tmp_path)
   tokens_BT = tokens_of(cfg)
   prompt = torch.tensor(tokens_BT, dtype=torch.long)
   options = {'do_sample': False, 'pad_token_id': 0, 'eos_token_id': None}
