@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 
 import pytest
 
@@ -15,22 +16,30 @@ pytestmark = pytest.mark.skipif(
   not _CHROMIUM, reason='there is no chromium here: apt-get install chromium'
 )
 THOUGHT, ANSWER = 'one, two <b>', 'It is\n<i>three</i> \u4f60.'
-SCRIPT = f'<think>{THOUGHT}</think>{ANSWER}'
 
 
 class Runner(counting.Runner):
-  """Answers in the words of a script; of a plain text it counts on."""
+  """Answers in the words of a script; of a plain text it counts on.
+
+  `stops_at` has events by positions in the script: it waits there for them.
+  """
 
   def __init__(self, tokenizer, seconds):
     super().__init__(280, seconds, room=2000)
-    self._script_ids = [*tokenizer.encode(SCRIPT), tokenizer.eos_id]
+    self.thought_ids = tokenizer.encode(f'<think>{THOUGHT}</think>')
+    self.answer_ids = tokenizer.encode(ANSWER)
+    self._script_ids = [*self.thought_ids, *self.answer_ids, tokenizer.eos_id]
+    self.stops_at = {}
     self._begin = tokenizer.assistant_id
 
   def following(self, row):
     row = row.tolist()
     if self._begin not in row:
       return 40 + len(row) % 7  # never ends
-    return self._script_ids[row[::-1].index(self._begin)]
+    at = row[::-1].index(self._begin)
+    if at in self.stops_at:
+      assert self.stops_at[at].wait(limits.HANG)
+    return self._script_ids[at]
 
 
 @pytest.fixture(scope='module')
@@ -84,18 +93,25 @@ def expect(page, selector):
   return sync_api.expect(page.locator(selector))
 
 
-def test_an_answer_comes_bit_by_bit_its_thought_apart(page):
+def test_an_answer_comes_bit_by_bit_its_thought_apart(page, runner):
+  tokenizer = tokenizers.train(web.TEXTS * 30, 280)
+  parts = {  # by their ends in the script
+    len(runner.thought_ids) + n: tokenizer.decode(runner.answer_ids[:n])
+    for n in range(1, len(runner.answer_ids), 3)
+  }
+  runner.stops_at = {at: threading.Event() for at in parts}
+  assert len(parts) > 3 and all(map(ANSWER.startswith, parts.values()))
   expect(page, '#model').to_have_text('tiny')
   say(page, 'What is 1 + 2?')
   expect(page, '.user').to_have_text('What is 1 + 2?')
-  seen = set()
-  while page.locator('#stop').is_visible():
-    seen.add(page.locator('.assistant').text_content())
-  assert len(seen) > 3 and all(ANSWER.startswith(part) for part in seen)
+  for at, part in parts.items():
+    expect(page, '.assistant').to_have_text(part)
+    expect(page, '.thought div').to_have_text(THOUGHT)
+    runner.stops_at[at].set()
+  expect(page, '.note').to_contain_text('tokens')
   assert page.locator('.assistant').text_content() == ANSWER
   assert page.locator('.thought div').text_content() == THOUGHT
   assert page.locator('.assistant i, .thought b').count() == 0
-  expect(page, '.note').to_contain_text('tokens')
 
 
 def test_the_conversation_goes_on_without_thoughts(page):
@@ -114,7 +130,8 @@ def test_the_conversation_goes_on_without_thoughts(page):
   assert asked[-1]['messages'] == [hello]
 
 
-def test_stop_ends_it_here_and_there(page, served):
+def test_stop_ends_it_here_and_there(page, runner, served):
+  runner.seconds = 0.1  # not to be at its end before it is stopped
   page.get_by_label('chat').uncheck()
   page.get_by_label('tokens').fill('400')
   say(page, 'x')
