@@ -1,16 +1,18 @@
 """A model that only counts: the next token is a sum of all before it.
 
 It has a cache of tokens instead of latents, so that a wrong block is a wrong
-token. It takes `seconds` a step, and raises while `fails` is set.
+token. It takes `seconds` a step, waits while `may_run` is clear, and raises
+while `fails` is set.
 """
 
 import dataclasses
+import threading
 import time
 
 import numpy as np
 
 from dsv3_jax.inference import model_runner
-from tests import settings
+from tests import limits, settings
 
 VOCAB = 23
 
@@ -26,6 +28,8 @@ class Runner(model_runner.ModelRunner):
     self.cfg = dataclasses.replace(cfg, model=net)  # instead of the real one
     self.seconds, self.fails, self.calls = seconds, False, 0
     self.num_speculative_tokens = num_speculative_tokens
+    self.may_run = threading.Event()
+    self.may_run.set()
 
   def empty_caches(self, count, size):
     return np.full((count, size), -1)
@@ -59,6 +63,7 @@ class Runner(model_runner.ModelRunner):
   def _write(self, rows, caches):
     if self.fails:
       raise RuntimeError('out of order')
+    assert self.may_run.wait(limits.HANG)
     time.sleep(self.seconds)
     self.calls += 1
     size = caches.shape[1]

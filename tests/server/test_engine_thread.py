@@ -88,24 +88,28 @@ def test_a_cancelled_request_is_silent_and_releases_its_blocks(start):
 
 
 def test_one_that_is_cancelled_before_it_is_read_never_runs(start):
-  model = start(seconds=0.05)
+  runner = counting.Runner()
+  runner.may_run.clear()
+  model = start(runner=runner)
   first = Client(model, [1], 3)
   second = Client(model, [2], 300)
   model.cancel(second.request)
+  runner.may_run.set()
   first.tokens()
   assert second.outputs.empty()
   assert model.running == model.waiting == 0
 
 
 def test_a_full_queue_refuses_and_opens_again(start):
-  model = start(most_waiting=2, max_rows=1, seconds=0.02)
-  clients = [Client(model, [1], 20)]
-  clients[0].outputs.get(timeout=limits.HANG)
-  clients += [Client(model, [i], 2) for i in (2, 3)]
+  runner = counting.Runner()
+  model = start(runner=runner, most_waiting=2, max_rows=1)
+  runner.may_run.clear()
+  clients = [Client(model, [i], 2) for i in (1, 2, 3)]
   with pytest.raises(engine_thread.QueueFull):
     Client(model, [4], 2)
   assert model.counts['refused'] == 1
-  for client in clients[1:]:
+  runner.may_run.set()
+  for client in clients:
     client.tokens()
   assert Client(model, [4], 2).tokens() == counting.continued([4], 2)
 
@@ -145,11 +149,14 @@ def test_an_error_before_a_request_is_read_reaches_it(start, monkeypatch):
 
 
 def test_idle_rows_count_as_room(start):
-  model = start(most_waiting=1, max_rows=4, seconds=0.02)
+  runner = counting.Runner()
+  model = start(runner=runner, most_waiting=1, max_rows=4)
+  runner.may_run.clear()
   clients = [Client(model, [i], 5) for i in range(5)]
   with pytest.raises(engine_thread.QueueFull):
     Client(model, [9], 1)
   assert model.waiting + model.running == 5
+  runner.may_run.set()
   for client in clients:
     client.tokens()
   assert model.waiting == 0

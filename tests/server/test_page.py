@@ -73,7 +73,7 @@ def served(runner):
 @pytest.fixture
 def page(browser, served):
   page = browser.new_page()
-  page.set_default_timeout(20_000)
+  page.set_default_timeout(1000 * limits.HANG)
   failed = []
   page.on('pageerror', lambda error: failed.append(str(error)))
   page.goto(served[0])
