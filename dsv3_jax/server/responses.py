@@ -3,6 +3,7 @@
 A call may ask for several answers; their text comes piece by piece.
 """
 
+import abc
 import asyncio
 import contextlib
 import dataclasses
@@ -27,7 +28,7 @@ class TextPiece:
   finish_reason: requests.FinishReason | None = None
 
 
-class ResponseStream:
+class ResponseStream(abc.ABC):
   """The engine's requests for one call, and their tokens as text."""
 
   def __init__(
@@ -186,9 +187,9 @@ class ResponseFormat:
     body = {'index': piece.index, 'finish_reason': reason, 'logprobs': None}
     return body | self._content(piece, key)
 
+  @abc.abstractmethod
   def _content(self, piece: TextPiece, key: str) -> dict:
     """The text of a piece. key: where a chat response has it."""
-    raise NotImplementedError
 
 
 def _usage(stream: ResponseStream) -> dict:

@@ -12,7 +12,7 @@ import pytest
 
 import dsv3_jax
 from dsv3_jax import errors
-from dsv3_jax.checkpoint import fp8_blocks
+from dsv3_jax.checkpoint import fp8_blocks, partial_folder
 from dsv3_jax.checkpoint.hf import importer
 from experiments import base
 from tests.checkpoint.hf import exchanged
@@ -89,6 +89,18 @@ def test_a_config_that_is_not_built_is_refused(folder, field, value, expected):
   with edited(folder) as body:
     body[field] = value
   refused(folder, 'config.json: ' if field in expected else '', expected)
+
+
+def test_an_output_that_cannot_be_made_is_refused(tmp_path):
+  (tmp_path / 'file').write_text('x')
+  with pytest.raises(errors.InputError, match=r'^--output: .* cannot be writt'):
+    partial_folder.make(tmp_path / 'file' / 'below')
+
+
+def test_a_config_without_a_size_is_refused(folder):
+  with edited(folder) as body:
+    del body['hidden_size']
+  refused(folder, 'config.json: hidden_size is missing')
 
 
 def test_a_config_is_read_strictly(folder):

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +96,13 @@ def test_wrong_files_of_prompts_are_refused(tmp_path, capsys, text, message):
   path.write_text(text)
   assert cli.main(['generate', '--checkpoint=x', f'--prompts={path}']) == 2
   assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(trained, tmp_path, capsys):
+  shutil.copy(trained / 'config.json', tmp_path)
+  assert cli.main(['generate', f'--checkpoint={tmp_path}']) == 2
+  expected = f'there is no tokenizer.json in {tmp_path}'
+  assert expected in capsys.readouterr().err
 
 
 def test_prompts_of_a_file(trained, tmp_path, capsys):

@@ -54,6 +54,14 @@ def test_files_give_every_text_once(tmp_path, write):
   assert 3 <= len(texts[1]) <= 15
 
 
+def test_files_have_no_records_beyond_their_ends(tmp_path):
+  records = files.open_glob(str(write_jsonl(tmp_path)), 'text')
+  assert len(list(records)) == len(records)
+  for i in (-1, len(records)):
+    with pytest.raises(IndexError):
+      records[i]
+
+
 def test_split_follows_the_name_not_the_place_or_the_others(tmp_path):
   """A moved folder, or one with more files, holds out the same documents."""
   names = {}
@@ -148,6 +156,13 @@ class TextsWithoutSplit(OddTexts):
   splits = {'train': range(25)}
 
 
+class OnlyTestTexts(OddTexts):
+  """Nothing to learn from."""
+
+  VERSION = tfds.core.Version('2.0.0')
+  splits = {'test': range(25)}
+
+
 class BrokenTexts(OddTexts):
   VERSION = tfds.core.Version('2.0.0')
 
@@ -180,6 +195,14 @@ def test_a_tfds_set_that_cannot_be_made_is_one_line(tmp_path, name, expected):
   assert '\n' not in str(caught.value)
 
 
+def test_a_tfds_set_needs_a_split_to_learn_from(tmp_path):
+  cfg = data_config('tfds:only_test_texts', tmp_path, text_key='body')
+  with pytest.raises(
+    errors.InputError, match=r"test_texts' has no split 'train'; it has: test$"
+  ):
+    corpus.open_corpus(cfg)
+
+
 def test_fingerprint_is_of_names_and_sizes(tmp_path):
   marks = []
   for folder in ('one', 'two'):
@@ -201,6 +224,9 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
   opened = corpus.open_corpus(cfg)
   with pytest.raises(errors.InputError, match=r'data\.cache_dir: .*file'):
     corpus.load_tokenizer(cfg, opened)
+  cfg = data_config('tfds:odd_texts', tmp_path / 'file')
+  with pytest.raises(errors.InputError, match=r'^data\.cache_dir: .*file'):
+    corpus.open_corpus(cfg)
 
 
 def test_standard_library(tmp_path):

@@ -192,6 +192,7 @@ def test_save_and_load(tmp_path):
     (b'\xff\xfe', 'is damaged'),
     (b'[]', 'tokenizer'),
     (b'{}', 'tokenizer'),
+    (b'{"added_tokens": [], "model": {"type": "none"}}', 'is no tokenizer: '),
   ],
 )
 def test_bad_files_are_named(tmp_path, body, expected):
@@ -201,6 +202,16 @@ def test_bad_files_are_named(tmp_path, body, expected):
   with pytest.raises(errors.InputError, match=expected) as caught:
     tokenizer.Tokenizer.from_file(path)
   assert str(path) in str(caught.value)
+
+
+def test_a_fault_of_ours_is_not_the_file_s(tmp_path, monkeypatch):
+  def fails(self, text):
+    raise RuntimeError('ours')
+
+  trained().save(tmp_path / 'tokenizer.json')
+  monkeypatch.setattr(tokenizer.Tokenizer, '__init__', fails)
+  with pytest.raises(RuntimeError, match='ours'):
+    tokenizer.Tokenizer.from_file(tmp_path / 'tokenizer.json')
 
 
 def test_a_tokenizer_without_a_special_token_names_it(tmp_path):

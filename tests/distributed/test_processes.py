@@ -58,6 +58,21 @@ def test_what_the_environment_sets():
   assert processes.from_environment({}) is None
 
 
+def test_a_cluster_that_jax_does_not_know_is_one_line(monkeypatch):
+  def initialize(**options):
+    raise ValueError('no coordinator')
+
+  monkeypatch.setattr(jax.config, 'update', lambda name, value: None)
+  monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+  with (
+    pytest.raises(
+      errors.InputError, match=r'--cluster: .*\(no coordinator\): set JAX_COORD'
+    ),
+    processes.join_job(cluster=True),
+  ):
+    pass
+
+
 def test_a_cluster_and_an_address_are_one_too_many(monkeypatch):
   given = ('host:1', '2', '0')
   for name, value in zip(processes.ENVIRONMENT, given, strict=True):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax import config
+from dsv3_jax import config, errors
 from dsv3_jax.distributed import collectives, sharding
 
 Spec = jax.sharding.PartitionSpec
@@ -102,6 +102,16 @@ def test_too_large_a_mesh_says_what_was_asked_for():
     ValueError, match=r'parallel\.data=64.*need 64 devices, 8'
   ):
     sharding.make_mesh(mesh_config(data=64))
+
+
+def test_several_processes_use_all_their_devices(monkeypatch):
+  sharding.make_mesh(mesh_config(data=2))
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  sharding.make_mesh(mesh_config(data=8))
+  with pytest.raises(
+    errors.InputError, match=r'data=2.*use 2 of the 8 .* 2 processes: .* all'
+  ):
+    sharding.make_mesh(mesh_config(data=2))
 
 
 def test_sizes_shapes_and_sums_are_those_of_one_device_outside_a_mesh():

@@ -134,3 +134,15 @@ def test_half_of_the_products_are_never_made():
   heads = plain.CFG.mla.num_heads
   assert f'f32[1,{heads},8,8]' in text and 'length=9' in text
   assert f'{heads},16,64]' not in text
+
+
+def test_a_kernel_of_whole_sequences_is_refused():
+  q_BTNX = jnp.ones((1, 8, 2, 24))
+  k_BSNH, k_rope_BSR = jnp.ones((1, 8, 2, 16)), jnp.ones((1, 8, 8))
+
+  def body(q_BTNX):
+    keys = (k_BSNH, k_rope_BSR, k_BSNH, jnp.zeros((1, 8), jnp.int32))
+    return attention.causal(q_BTNX, *keys, 1.0, implementation='pallas_gpu')[0]
+
+  with pytest.raises(NotImplementedError, match="no 'pallas_gpu' for sharded"):
+    over(2, body)(q_BTNX)

@@ -147,6 +147,20 @@ def test_a_model_that_fails_is_said(openai, tokenizer, capfd):
   assert 'RuntimeError: out of order' in capfd.readouterr().err
 
 
+def test_a_model_that_fails_is_said_to_who_waits_for_the_whole(
+  openai, tokenizer
+):
+  runner = counting.Runner(280, room=600)
+  runner.fails = True
+  with (
+    web.serving(tokenizer, runner=runner) as (address, _),
+    web.client(address) as ask,
+    pytest.raises(openai.InternalServerError, match='the model has ended') as e,
+  ):
+    ask.completions.create(model='tiny', prompt=[5])
+  assert e.value.status_code == 503
+
+
 def test_pages_of_other_sites_may_not_ask(served):
   other = {'sec-fetch-site': 'cross-site'}
   assert web.fetch(f'{served[0]}/v1/completions', b'{}', **other)[0] == 403

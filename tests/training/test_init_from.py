@@ -97,3 +97,19 @@ def test_a_phase_goes_on_without_the_run_before(tmp_path):
   lines = metrics.read_metrics(second)
   train_steps = [line['step'] for line in lines if line['kind'] == 'train']
   assert train_steps == [1, 2]
+
+
+def test_a_workdir_that_cannot_be_read_is_named_with_its_setting(tmp_path):
+  folder = tmp_path / 'first'
+  cfg = tiny_run.make(tmp_path, checkpoint__init_from=str(folder))
+  with pytest.raises(
+    errors.InputError, match=r"init_from='.*first' cannot be read: name a work"
+  ):
+    init_from.start_directory(cfg, tmp_path / 'new')
+  folder.mkdir()
+  run_dir.write_config(cfg, folder)
+  assert init_from.start_directory(cfg, tmp_path / 'new') == folder
+  with pytest.raises(
+    errors.InputError, match=r"^checkpoint\.init_from='.*first': .*first"
+  ):
+    init_from.read(cfg, folder)

@@ -91,3 +91,13 @@ def test_a_run_keeps_its_tokenizer(tmp_path):
   ):
     with pytest.raises(errors.InputError, match=f'the {name} is'):
       run_dir.check_fingerprint(now, then, run)
+
+
+def test_processes_of_a_job_have_the_same_settings():
+  first = {'train': {'seed': 1, 'steps': 2}, 'data': {'source': 'a'}}
+  run_dir.check_same(first, first)
+  mine = first | {'train': {'seed': 3, 'steps': 2}}
+  with pytest.raises(
+    errors.InputError, match=r'train\.seed=3 differs from 1 in process 0'
+  ):
+    run_dir.check_same(mine, first)

@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from dsv3_jax.checkpoint.safetensors import header as shard_header
 from dsv3_jax.checkpoint.safetensors import reader as shards
 from dsv3_jax.checkpoint.safetensors import writer as shard_writer
 from tests.checkpoint.safetensors import fuzz, fuzz_config, fuzz_shards
@@ -54,6 +55,23 @@ def test_a_file_that_changes_after_it_was_opened_is_refused(tmp_path):
   with shards.Folder(tmp_path) as opened:
     path.unlink()
     files.refused(lambda: opened.read('v'), str(path), 'No such file')
+
+
+def test_a_header_that_is_cut_while_it_is_read_is_refused(
+  tmp_path, monkeypatch
+):
+  path, fstat = tmp_path / shards.SINGLE, os.fstat
+  files.put(path, {'v': np.ones(4, 'f4')})
+
+  def cut_after(handle):
+    found = fstat(handle)
+    os.truncate(path, 20)
+    return found
+
+  monkeypatch.setattr(shard_header.os, 'fstat', cut_after)
+  files.refused(
+    lambda: shard_header.read_header(path), str(path), 'cut while it was read'
+  )
 
 
 def remap(folder, change):

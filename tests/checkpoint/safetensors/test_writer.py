@@ -1,6 +1,7 @@
 """Whole files beside the safetensors package; plans; files filled in place."""
 
 import concurrent.futures
+import errno
 import itertools
 import json
 import math
@@ -289,6 +290,18 @@ def test_an_error_inside_is_the_one_that_is_seen(tmp_path):
     shard_writer.ShardWriter(tmp_path / shards.SINGLE, [SPEC]),
   ):
     raise KeyError('mine')
+  assert len(os.listdir('/proc/self/fd')) == before
+
+
+def test_a_disk_that_is_full_at_once_leaves_no_handle(tmp_path, monkeypatch):
+  before = len(os.listdir('/proc/self/fd'))
+
+  def full(*args):
+    raise OSError(errno.ENOSPC, 'No space left on device')
+
+  monkeypatch.setattr(shard_writer.os, 'truncate', full)
+  with pytest.raises(OSError, match='No space left'):
+    shard_writer.ShardWriter(tmp_path / shards.SINGLE, [SPEC])
   assert len(os.listdir('/proc/self/fd')) == before
 
 
