@@ -28,7 +28,7 @@ class TextPiece:
   finish_reason: requests.FinishReason | None = None
 
 
-class ResponseStream(abc.ABC):
+class ResponseStream:
   """The engine's requests for one call, and their tokens as text."""
 
   def __init__(
@@ -134,7 +134,7 @@ class ResponseStream(abc.ABC):
         yield TextPiece(index, text, finish_reason)
 
 
-class ResponseFormat:
+class ResponseFormat(abc.ABC):
   """The JSON of a kind of answer; see the two subclasses."""
 
   prefix = chunk_kind = kind = ''

@@ -64,9 +64,9 @@ def test_a_header_that_is_cut_while_it_is_read_is_refused(
   files.put(path, {'v': np.ones(4, 'f4')})
 
   def cut_after(handle):
-    found = fstat(handle)
+    status = fstat(handle)
     os.truncate(path, 20)
-    return found
+    return status
 
   monkeypatch.setattr(shard_header.os, 'fstat', cut_after)
   files.refused(
