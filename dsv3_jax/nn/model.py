@@ -358,8 +358,14 @@ def param_specs(
   )
 
 
-@functools.lru_cache(maxsize=4)  # tracing takes a while
 def _boxed_shapes(model: Model) -> dict:
+  """What sizes alone decide: not how layers are computed."""
+  cfg = dataclasses.replace(model.cfg, remat='none')
+  return _traced_shapes(Model(cfg, model.balance, precision.POLICIES['f32']))
+
+
+@functools.lru_cache(maxsize=16)  # tracing takes a while
+def _traced_shapes(model: Model) -> dict:
   return jax.eval_shape(lambda: _init_boxed(model, jax.random.key(0)))
 
 

@@ -40,6 +40,7 @@ def test_every_quantiser_of_the_layer_is_counted(layer):
   assert calls_of['quantizers.transposed'] == 5 + 2 + 1 + 1
 
 
+@pytest.mark.nightly
 def test_shares_sum_to_the_total(layer):
   rows = fp8_layer.measure(layer, clock.DRY)
   calls = [row for row in rows if row['what'].startswith(('quant', 'e5m6'))]

@@ -32,6 +32,7 @@ def test_every_precision_trains_in_turn():
   assert all(len(times) == 2 and min(times) > 0 for times in seconds.values())
 
 
+@pytest.mark.nightly
 def test_two_precisions_train_a_dense_layer_in_turn(monkeypatch):
   real = fp8_step.make_config
 

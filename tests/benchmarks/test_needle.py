@@ -63,9 +63,8 @@ def test_samples_in_a_row_stand_alone():
   ]
 
 
-@pytest.mark.parametrize(
-  'layers', [1, pytest.param(3, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize('layers', [1, 3])
 def test_the_phase_runs_over_context(layers, monkeypatch, tmp_path):
   """Weights go on into rows twice as long, sharded over two devices."""
   full = needle.make_config

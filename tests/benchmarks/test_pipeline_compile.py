@@ -18,9 +18,8 @@ def test_bad_flags_are_one_line(capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-  'dense', [True, pytest.param(False, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize('dense', [True, False])
 def test_a_step_is_compiled_and_run(dense):
   """Of dense layers alone, or of the whole model."""
   cfg = pipeline_compile.make_config(2, '1f1b', 2, 2)

@@ -66,6 +66,7 @@ def test_no_bit_depends_on_where_experts_are(axes):
   assert passes.run._cache_size() == (2 if axes else 1)  # 0 and 8 spare slots
 
 
+@pytest.mark.nightly
 def test_the_load_is_spread_better_than_before():
   axes = {'expert': 4}
   passes = meshes.Passes(mesh_of(axes), has_redundant=True)

@@ -104,6 +104,7 @@ def test_other_roundings_give_other_tokens(weights, alone):
   assert all(a != b for a, b in zip(one_by_one(exact), alone, strict=True))
 
 
+@pytest.mark.nightly
 def test_a_mesh_keeps_the_same(weights, alone):
   mesh = inference_mesh.make_mesh(data=2, expert=2)
   runner = model_runner.ModelRunner(CONFIG, *weights, mesh=mesh, fp8_cache=True)

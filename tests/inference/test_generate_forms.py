@@ -62,6 +62,7 @@ def full_logits(cfg, params, router_biases, rows):
     ),
   ],
 )
+@pytest.mark.nightly
 def test_greedy_across_the_borders_of_padding(net, weights, sizes):
   # 64 is what prompts and caches are padded to multiples of.
   rng = np.random.default_rng(sizes[0])

@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax.inference import engine, model_runner
 from dsv3_jax.inference import request as requests
-from tests import settings
+from tests import nightly, settings
 from tests.inference import counting
 from tests.nn import models
 
@@ -44,7 +44,11 @@ DRAW = requests.SamplingParams(temperature=1.0, top_p=0.95, seed=3)
 MINE = (prompt(0, 100), 60, DRAW)
 
 
-@pytest.fixture(scope='module', params=[0, 1], ids=['plain', 'speculative'])
+@pytest.fixture(
+  scope='module',
+  params=nightly.daily([0, 1], '1'),
+  ids=['plain', 'speculative'],
+)
 def runner(request):
   params, router_biases = map(models.f32, models.random_params(CONFIG))
   return model_runner.ModelRunner(CONFIG, params, router_biases, request.param)

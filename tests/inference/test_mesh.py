@@ -69,6 +69,7 @@ def test_requests_get_the_tokens_of_one_device(axes, num_speculative_tokens):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_what_shares_a_step_changes_nothing_on_a_mesh():
   """All together, and one after the other on either rank."""
   mesh = inference_mesh.make_mesh(data=2)

@@ -111,6 +111,7 @@ def test_tokens_are_those_of_plain_decoding(num_speculative_tokens, hidden):
     assert output.stats.tokens_per_step > 1
 
 
+@pytest.mark.nightly
 def test_right_speculative_tokens_are_all_accepted():
   # Where all tokens are as likely, only the noise decides, which is the same.
   params, router_biases = weights(CONFIG)

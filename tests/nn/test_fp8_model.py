@@ -119,6 +119,7 @@ def test_forms_agree(depth):
   ],
   ids=['dense', 'all'],
 )
+@pytest.mark.nightly
 def test_blockwise_dgrad_is_another_gradient_of_the_same_loss(changes):
   total, _, grads = run(**changes)
   got_total, _, got = run(precision='fp8_block_dgrad', **changes)

@@ -41,6 +41,7 @@ def assert_same(got, want):
   tolerances.assert_trees_close(grads, want_grads)
 
 
+@pytest.mark.nightly
 def test_the_attention_kernel_trains_the_same():
   """Interpreted; samples share rows, and layers are recomputed."""
   cfg = settings.small(**BASE, model__remat='full')

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import gradients, reference, settings
+from tests import gradients, nightly, reference, settings
 from tests.nn import models
 
 _SOFTMAX = {
@@ -62,7 +62,8 @@ CASES = {
   },
   'all_dense': {'model__num_dense_layers': 3, 'model__mtp__depth': 0},
 }
-GRADIENTS = ('two_dense_two_shared', 'softmax_v2', 'isolated_deep')
+DAILY = ('two_dense_two_shared', 'isolated_deep')
+GRADIENTS = (*DAILY, 'softmax_v2')
 SAMPLES = ([13], [5, 4, 2], [7])
 
 
@@ -92,12 +93,11 @@ def assert_parts_match(total, parts, want):
   np.testing.assert_array_equal(np.reshape(loads, (-1, 8)), want['loads'])
 
 
-# Those of the gradients' cases, whose losses and loads that test compares too,
-# are nightly.
+# Those whose losses and loads the daily gradients' test compares too are nightly.
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=pytest.mark.nightly if name in GRADIENTS else ())
+    pytest.param(name, marks=pytest.mark.nightly if name in DAILY else ())
     for name in CASES
   ],
 )
@@ -119,7 +119,7 @@ def test_logits_losses_and_loads_match(name):
   assert_parts_match(total, parts, want)
 
 
-@pytest.mark.parametrize('name', GRADIENTS)
+@pytest.mark.parametrize('name', nightly.daily(GRADIENTS, *DAILY))
 def test_every_gradient_matches(name):
   # Two layers, so that YaRN, MTP and both kinds of layer are all there.
   changes = {'model__num_layers': 2, 'model__num_dense_layers': 1}

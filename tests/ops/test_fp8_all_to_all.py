@@ -108,6 +108,7 @@ def test_two_hops_bring_the_same_rows_in_another_order(routing):
 
 
 @pytest.mark.usefixtures('optimized')
+@pytest.mark.nightly
 def test_runs_again_bit_by_bit():
   args = draw('random')
   run = devices((2, 4), spread.TWO_HOPS)

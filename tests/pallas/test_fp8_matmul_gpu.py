@@ -67,7 +67,6 @@ KERNELS = [
 DAILY = (
   ('one_row', 'bfloat16', quantized.ROW),
   ('ragged', 'float32', quantized.BLOCK),
-  ('odd', 'float32', quantized.ROW),
   ('odd', 'bfloat16', quantized.BLOCK),
 )
 
@@ -97,8 +96,8 @@ def test_kernel_matches_the_reference(name, out_dtype, tile, capfd):
   [
     (64, quantized.ROW, 2),
     (64, quantized.BLOCK, 4),
-    (128, quantized.ROW, 3),
-    (192, quantized.BLOCK, 2),
+    pytest.param(128, quantized.ROW, 3, marks=pytest.mark.nightly),
+    pytest.param(192, quantized.BLOCK, 2, marks=pytest.mark.nightly),
   ],
 )
 def test_every_tile_and_ring(columns, tile, stages, capfd):
@@ -111,6 +110,7 @@ def test_every_tile_and_ring(columns, tile, stages, capfd):
 
 @gpu.interpreted
 @ONE_TILE
+@pytest.mark.nightly
 def test_again_gives_the_same_bits_also_under_jit(tile):
   a, b = draw(cases.SMALL['ragged'], tile)
   run = functools.partial(
@@ -129,6 +129,7 @@ def test_zeros_give_zeros():
 
 
 @gpu.interpreted
+@pytest.mark.nightly
 def test_vmap_is_a_loop_of_products():
   pairs = [draw(cases.Case(65, 72, k), quantized.BLOCK) for k in (256, 256)]
   stacked = jax.tree.map(lambda *x: jnp.stack(x), *pairs)

@@ -77,7 +77,8 @@ def test_is_the_reference_and_the_oracle_without_races(
 
 
 @gpu.interpreted
-@pytest.mark.parametrize('length', nightly.daily([200, 300], '200'))
+@pytest.mark.parametrize('length', [200, 300])
+@pytest.mark.nightly
 def test_many_blocks_and_rows_with_other_segments(length, interpreted, capfd):
   args, scale = unlike(length)
   with gpu.no_races(capfd):
@@ -87,7 +88,8 @@ def test_many_blocks_and_rows_with_other_segments(length, interpreted, capfd):
 
 
 @gpu.interpreted
-@pytest.mark.parametrize('turns', nightly.daily([1, 2], '1'))
+@pytest.mark.parametrize('turns', [1, 2])
+@pytest.mark.nightly
 def test_blocks_go_round_the_buffers_and_again_give_the_same_bits(
   turns, interpreted, capfd
 ):

@@ -74,7 +74,7 @@ def test_is_the_reference_over_poisoned_pages_without_races(name, capfd):
   [
     ('ragged', 2),
     pytest.param('ragged', 4, marks=pytest.mark.nightly),
-    ('empty_row', 3),
+    pytest.param('empty_row', 3, marks=pytest.mark.nightly),
     pytest.param('speculative', 2, marks=pytest.mark.nightly),
   ],
 )
@@ -90,7 +90,7 @@ def test_parts_give_the_whole(name, splits, capfd):
   ('name', 'splits'),
   [
     ('many_turns', 1),
-    ('ragged', 2),
+    pytest.param('ragged', 2, marks=pytest.mark.nightly),
     pytest.param('v3', 1, marks=pytest.mark.nightly),
     pytest.param('v3', 2, marks=pytest.mark.nightly),
     pytest.param('many_turns', 2, marks=pytest.mark.nightly),
@@ -114,6 +114,7 @@ def test_many_pages_go_round_the_two_buffers(capfd):
 
 
 @gpu.interpreted
+@pytest.mark.nightly
 def test_again_gives_the_same_bits_also_without_jit():
   args = decoding.draw(FEW)
   first = decode(*args, splits=1)
@@ -177,6 +178,7 @@ def test_registers_suffice_for_output_and_scores(name, fp8):
 
 
 @gpu.interpreted
+@pytest.mark.nightly
 def test_vmap_is_a_loop():
   args = decoding.draw(cases.SMALL['tiny'])
   q_2BTNY = jnp.stack([args.q_BTNY, -args.q_BTNY])

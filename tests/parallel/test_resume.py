@@ -22,9 +22,8 @@ MESHES = (
 )
 
 
-@pytest.mark.parametrize(
-  'scan', [pytest.param(True, marks=pytest.mark.nightly), False]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize('scan', [True, False])
 def test_states_go_from_layout_to_layout_to_the_bit(scan):
   changes = {'model.scan_layers': scan, 'model.num_layers': 4}
   want = state = layouts.start(layouts.make_config({}, changes))

@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp('run')
 
 
+@pytest.mark.nightly
 def test_batch_ramp_does_not_recompile(folder):
   """Two rows a step at first, four later: one program."""
   cfg = tiny_run.make(folder)
@@ -98,7 +99,7 @@ def chats(folder):
   'name',
   [
     pytest.param('v3_671b', marks=pytest.mark.nightly),
-    'v3_16b',
+    pytest.param('v3_16b', marks=pytest.mark.nightly),
     'ablations.fp8',
   ],
 )
@@ -156,6 +157,7 @@ def equal(a, b):
   return bool(steps.same_bits(a, b))
 
 
+@pytest.mark.nightly
 def test_micro_batches_sum_to_one_batch():
   """Two micro-batches of 2 rows == one of 4, to f32 rounding."""
   _, step, state, batch, hyper = tiny_step()

@@ -156,6 +156,7 @@ def test_fp8_kept_as_fp8_comes_back_byte_by_byte(in_fp8, tmp_path):
   )
 
 
+@pytest.mark.nightly
 def test_parameters_come_sharded(in_fp8, monkeypatch):
   """Straight onto a mesh: each device has its part, nothing is read twice."""
   rules = sharding.ShardingRules(

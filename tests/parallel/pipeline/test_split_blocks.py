@@ -6,6 +6,7 @@ import math
 import jax
 import pytest
 
+from tests import nightly
 from tests.parallel.pipeline import stages
 
 CASES = {
@@ -25,7 +26,9 @@ def parts_of(case):
   return parts, args
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+  'case', nightly.daily(CASES, 'dense f32', 'mtp f32', 'moe fp8')
+)
 def test_gradients_are_those_of_vjp(case):
   parts_of(case)
 
