@@ -93,7 +93,7 @@ def assert_parts_match(total, parts, want):
   np.testing.assert_array_equal(np.reshape(loads, (-1, 8)), want['loads'])
 
 
-# Those whose losses and loads the daily gradients' test compares too are nightly.
+# Nightly: whose losses and loads the daily test of gradients compares too.
 @pytest.mark.parametrize(
   'name',
   [
