@@ -90,6 +90,7 @@ class ModelConfig:
   num_layers: int
   num_dense_layers: int
   norm_eps: float
+  latent_norm_eps: float
   init_std: float
   max_seq_len: int
   scan_layers: bool
@@ -278,7 +279,9 @@ def to_json(config: Config) -> str:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in a `config.json` of a workdir or a Hugging Face folder.
+  """The object in the `config.json` of a workdir.
+
+  Runs of version 0.2.0 have no `latent_norm_eps`: all norms had `norm_eps`.
 
   Raises:
     InputError: the file, which the message names, is missing or damaged.
@@ -294,6 +297,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     raise errors.InputError(f'{path} is not JSON: {error}') from error
   if not isinstance(body, dict):
     raise errors.InputError(f'{path} must hold one JSON object')
+  model = body.get('model')
+  if isinstance(model, dict) and 'norm_eps' in model:
+    model.setdefault('latent_norm_eps', model['norm_eps'])
   return body
 
 

@@ -66,7 +66,8 @@ def _model():
     'd_ff': 18432,  # of the dense layers' SwiGLU
     'num_layers': 61,
     'num_dense_layers': 3,  # the first ones
-    'norm_eps': 1e-6,
+    'norm_eps': 1e-6,  # of every RMSNorm but those of the latents
+    'latent_norm_eps': 1e-6,  # of the query and key-value latents' RMSNorms
     'init_std': 0.006,  # all matrices, TR 4.2
     'max_seq_len': 4096,  # YaRN is on if it is above rope.original_seq_len
     'scan_layers': True,  # False: layers unrolled (faster decode)

@@ -169,7 +169,7 @@ class LatentAttention(nn.Module):
     with jax.named_scope('kv_down'):
       y_BTY = linear.project(x, w_dkv_DY, self.policy).reshape(*tokens, -1)
     tables = (context.cos_BTr, context.sin_BTr)
-    return mla.compress(y_BTY, kv_norm, *tables, cfg.norm_eps)
+    return mla.compress(y_BTY, kv_norm, *tables, cfg.latent_norm_eps)
 
   def _queries(self, x: linear.Operand) -> Float[Array, 'M NX']:
     """Query heads, through the query latent if there is one (TR eqs. 6, 7)."""
@@ -190,7 +190,7 @@ class LatentAttention(nn.Module):
       )
       q_MQ = linear.project(x, w_dq_DQ, policy)
       q_MQ = checkpoint_name(q_MQ, 'q_latent')
-      q_MQ = norm.rms_norm(q_MQ, q_norm, self.cfg.norm_eps)
+      q_MQ = norm.rms_norm(q_MQ, q_norm, self.cfg.latent_norm_eps)
       return linear.project(linear.operand(q_MQ, policy), w_uq_QNX, policy)
 
   def _weight(self, name: str, shape: tuple[int, ...], *axes: str | None):

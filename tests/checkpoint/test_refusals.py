@@ -265,3 +265,13 @@ def test_a_weight_that_is_not_finite_is_not_exported(tmp_path, dtype, value):
   with pytest.raises(errors.InputError, match=name):
     exchanged.write(cfg, params, router_biases, tmp_path / 'out', dtype)
   assert not list(tmp_path.iterdir())
+
+
+def test_an_eps_that_the_format_cannot_say_is_not_exported(tmp_path):
+  """Readers have 1e-6 in the latents' norms; nothing is written."""
+  cfg = exchanged.make('plain', model__latent_norm_eps=1e-5)
+  weights = exchanged.random_weights(cfg)
+  expected = r'model\.latent_norm_eps=1e-05 must be 1e-06 to be exported'
+  with pytest.raises(errors.InputError, match=expected):
+    exchanged.write(cfg, *weights, tmp_path / 'out')
+  assert not list(tmp_path.iterdir())

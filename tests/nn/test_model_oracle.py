@@ -32,6 +32,8 @@ CASES = {
   },
   'two_dense_two_shared': {
     'model__num_dense_layers': 2,
+    'model__norm_eps': 1e-3,
+    'model__latent_norm_eps': 0.1,
     'model__moe__num_shared_experts': 2,
     'model__moe__num_groups': 2,
     'model__moe__top_groups': 1,

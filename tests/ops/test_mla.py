@@ -64,7 +64,7 @@ def oracle_forward(x_BTD, weights, positions_BT, segments_BT=None):
   for b, x_TD in enumerate(x_BTD):
     segments_T = None if segments_BT is None else segments_BT[b]
     args = (x_TD, weights, positions_BT[b], segments_T)
-    args += (SETTINGS.freqs, SETTINGS.scale, CFG.norm_eps)
+    args += (SETTINGS.freqs, SETTINGS.scale, CFG.latent_norm_eps)
     rows.append(oracle.mla_naive(*args)[0])
   return np.stack(rows)
 

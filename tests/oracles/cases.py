@@ -56,6 +56,7 @@ def small(**changes):
     'num_layers': 3,
     'num_dense_layers': 1,
     'norm_eps': 1e-6,
+    'latent_norm_eps': 1e-6,
     'max_seq_len': 32,
     'mla': {
       'num_heads': 2,

@@ -31,6 +31,7 @@ class Settings:
   """What the equations need beyond the weights."""
 
   eps: float
+  latent_eps: float  # of the norms of c_q and c
   freqs: np.ndarray
   scale: float
   rope_factor: float
@@ -70,6 +71,7 @@ def settings_of(config):
   )
   return Settings(
     eps=config.norm_eps,
+    latent_eps=config.latent_norm_eps,
     freqs=freqs,
     scale=scale,
     rope_factor=rope_factor,
@@ -123,7 +125,7 @@ def block(x_TD, weights, settings, positions_T, segments_T):
     segments_T,
     settings.freqs,
     settings.scale,
-    settings.eps,
+    settings.latent_eps,
     settings.rope_factor,
     settings.kept,
   )

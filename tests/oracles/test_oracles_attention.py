@@ -83,7 +83,7 @@ def naive(tree, settings, x_TD, positions_T=None, segments_T=None):
     segments_T,
     settings.freqs,
     settings.scale,
-    settings.eps,
+    settings.latent_eps,
     settings.rope_factor,
   )
 
@@ -105,7 +105,7 @@ def test_absorbed_decoding_equals_naive_attention(q_lora_rank, mscale):
       t,
       settings.freqs,
       settings.scale,
-      settings.eps,
+      settings.latent_eps,
       settings.rope_factor,
     )
     np.testing.assert_allclose(out_D, expected_TD[t], rtol=0, atol=cases.EXACT)

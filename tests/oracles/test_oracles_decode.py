@@ -21,7 +21,7 @@ def test_between_its_projections_it_is_attention(length):
   tree = weights.random_weights(config, seed=2, std=0.5)['layers'][0]['mla']
   settings = model.settings_of(config)
   x_TD = np.random.default_rng(3).normal(size=(length, config.d_model))
-  rope_args = (settings.freqs, settings.eps, settings.rope_factor)
+  rope_args = (settings.freqs, settings.latent_eps, settings.rope_factor)
   want_TD, (c_SC, k_SR) = mla.mla_naive(
     x_TD,
     tree,
@@ -29,7 +29,7 @@ def test_between_its_projections_it_is_attention(length):
     None,
     settings.freqs,
     settings.scale,
-    settings.eps,
+    settings.latent_eps,
     settings.rope_factor,
   )
   q_nope_TNH, q_rope_TNR = mla._queries(

@@ -87,7 +87,7 @@ def test_block_is_two_residual_branches_with_their_own_norms():
     None,
     settings.freqs,
     settings.scale,
-    settings.eps,
+    settings.latent_eps,
   )
   middle_TD = x_TD + attended_TD
   normed_TD = unit(middle_TD) * tree['ffn_norm_D']

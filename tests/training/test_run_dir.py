@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from dsv3_jax import errors
+from dsv3_jax import config, errors
 from dsv3_jax.checkpoint import source
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import tokenizer as tokenizers
@@ -37,6 +37,20 @@ def test_what_a_run_may_not_change(tmp_path):
                lambda: source.read_config(tmp_path)):  # fmt: skip
     with pytest.raises(errors.InputError, match=r'config\.json is not JSON'):
       read()
+
+
+def test_runs_from_before_there_were_two_eps(tmp_path):
+  """Version 0.2.0 had one: they still compute what they computed."""
+  eps = {'model__norm_eps': 1e-5, 'model__latent_norm_eps': 1e-5}
+  cfg = tiny_run.make(tmp_path, **eps)
+  body = json.loads(config.to_json(cfg))
+  del body['model']['latent_norm_eps']
+  (tmp_path / 'config.json').write_text(json.dumps(body))
+  assert source.read_config(tmp_path) == cfg
+  run_dir.check(cfg, tmp_path)
+  other = tiny_run.make(tmp_path, model__norm_eps=1e-5)
+  with pytest.raises(errors.InputError, match=r'latent_norm_eps=1e-06 differs'):
+    run_dir.check(other, tmp_path)
 
 
 def test_a_batch_wise_loss_keeps_its_micro_batches(tmp_path):

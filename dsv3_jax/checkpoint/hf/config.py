@@ -72,6 +72,8 @@ _FP8 = {
   'activation_scheme': 'dynamic',
   'weight_block_size': [128, 128],
 }
+# transformers has this eps in the latents' norms, whatever `rms_norm_eps` is.
+_LATENT_NORM_EPS = 1e-6
 _MOST_LENGTH = 2**31 - 1  # positions are int32
 _MOST_ROPE = 1e12  # of RoPE's numbers; their minimum is its inverse
 
@@ -86,8 +88,16 @@ def write(cfg: config.Config, dtype: str = 'float32') -> dict[str, Any]:
 
   Args:
     dtype: of the exported tensors: 'float32', 'bfloat16' or 'fp8'.
+
+  Raises:
+    InputError: the format cannot say what this model computes.
   """
   net = cfg.model
+  if net.latent_norm_eps != _LATENT_NORM_EPS:
+    raise errors.InputError(
+      f'model.latent_norm_eps={net.latent_norm_eps} must be '
+      f'{_LATENT_NORM_EPS} to be exported: the format has no field for it'
+    )
   body = copy.deepcopy(_FIXED)  # lists too: the caller may change them
   for field, path in _FIELDS.items():
     node = net
@@ -140,7 +150,7 @@ def read(path: pathlib.Path, most: int) -> dict[str, Any]:
   for field, value in _FIXED.items():
     if field in body and body[field] != value:
       raise refuse(field, f'is not built: it must be {value!r}')
-  settings = {}
+  settings: dict[str, Any] = {'latent_norm_eps': _LATENT_NORM_EPS}
   for field, name in _FIELDS.items():
     if field not in body and field not in _OPTIONAL:
       raise errors.InputError(f'{path}: {field} is missing')

@@ -102,10 +102,12 @@ def export(
     progress: called with a line for each finished shard.
 
   Raises:
-    InputError: `output` exists, or a weight is not finite (names the tensor).
+    InputError: `output` exists, the format cannot say what the model computes,
+      or a weight is not finite (names the tensor).
   """
   output = pathlib.Path(output)
   partial = partial_folder.path(output)
+  body = hf_config.write(cfg, dtype)  # first, as it may refuse
   places = hf_names.places(cfg)
   of = {spec.name: p for p in places for spec in _specs(p, dtype)}
   planned = shard_writer.plan_shards(manifest(cfg, dtype), shard_bytes)
@@ -124,7 +126,6 @@ def export(
     raise
   shard_writer.write_index(partial, planned)
   texts = dict(documents or {})
-  body = hf_config.write(cfg, dtype)
   texts['config.json'] = json.dumps(body, indent=2) + '\n'
   for name, text in texts.items():
     (partial / name).write_text(text, encoding='utf-8')

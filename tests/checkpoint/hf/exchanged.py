@@ -16,7 +16,7 @@ _SHAPE = {
   'model__vocab_size': 64,
   'model__d_model': 48,
   'model__d_ff': 40,
-  'model__norm_eps': 1e-6,
+  'model__norm_eps': 1e-3,
   'model__mla__qk_nope_head_dim': 8,
   'model__mla__qk_rope_head_dim': 8,
   'model__mla__v_head_dim': 12,

@@ -1,9 +1,9 @@
 """A check from outside: transformers' DeepseekV3ForCausalLM, in PyTorch.
 
 Both directions go through the folders that users exchange, several shards each.
-The two agree where the report and transformers agree: latent norms' eps is 1e-6
-there whatever the config says, so eps is 1e-6 here; YaRN is written only where
-it acts; its 1e-20 in the gates' normaliser is below f32.
+`rms_norm_eps` is 1e-3, so that a latent norm that took it would show. YaRN is
+written only where it acts; transformers' 1e-20 in the gates' normaliser is
+below f32.
 """
 
 import functools
