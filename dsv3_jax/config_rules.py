@@ -40,6 +40,7 @@ _MAY_BE_ZERO = {
   'model.mla.q_lora_rank',
   'model.moe.num_shared_experts',
   'model.mtp.depth',
+  'model.rope.mscale_all_dim',
   'balance.alpha',
   'balance.v2_expert_alpha',
   'balance.v2_device_alpha',
@@ -194,8 +195,7 @@ def _model(config: Any) -> Iterator[Rule]:
     f'model.moe.product={moe.product!r} must be auto with '
     f'precision={config.precision!r}, which has its own grouped matmul',
   )
-  longest = int(rope.original_seq_len * max(rope.factor, 1.0))
-  longest = min(longest, MAX_POSITIONS)
+  longest = min(int(rope.original_seq_len * max(rope.factor, 1)), MAX_POSITIONS)
   yield (
     model.max_seq_len <= longest,
     f'model.max_seq_len={model.max_seq_len} must be <= {longest} = '
@@ -203,8 +203,8 @@ def _model(config: Any) -> Iterator[Rule]:
   )
   yield rope.theta > 1, f'model.rope.theta={rope.theta} must be > 1'
   yield (
-    rope.beta_fast > rope.beta_slow,
-    f'model.rope.beta_fast={rope.beta_fast} must be > '
+    rope.beta_fast >= rope.beta_slow,
+    f'model.rope.beta_fast={rope.beta_fast} must be >= '
     f'model.rope.beta_slow={rope.beta_slow}',
   )
 

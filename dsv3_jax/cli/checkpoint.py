@@ -82,6 +82,7 @@ def import_(values: flags.FlagValues) -> None:
 
 def define_manifest(values: flags.FlagValues, argv: list[str]) -> None:
   experiment_flags.define(values, argv)
+  experiment_flags.define_hf(values)
   add = {'flag_values': values}
   about = 'Dtype of matrices.'
   flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, about, **add)
@@ -91,6 +92,7 @@ def manifest(values: flags.FlagValues) -> None:
   """Prints name, dtype and shape of every tensor of an export."""
   from dsv3_jax.checkpoint.hf import exporter
 
-  for spec in exporter.manifest(experiment_flags.read(values), values.dtype):
+  cfg = experiment_flags.read_any(values)
+  for spec in exporter.manifest(cfg, values.dtype):
     shape = 'x'.join(map(str, spec.shape))
     print(f'{spec.name}\t{spec.dtype}\t{shape}')

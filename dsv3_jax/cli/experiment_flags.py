@@ -1,5 +1,6 @@
 """`--config=FILE.py` and its overrides, checked before a command runs."""
 
+import pathlib
 import traceback
 
 from absl import flags
@@ -17,6 +18,11 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     flag_values=values,
     sys_argv=argv,
   )
+
+
+def define_hf(values: flags.FlagValues) -> None:
+  about = 'A config.json of Hugging Face, or its folder, in place of --config.'
+  flags.DEFINE_string('hf', None, about, flag_values=values)
 
 
 def check_overrides(argv: list[str]) -> None:
@@ -54,3 +60,16 @@ def read(values: flags.FlagValues) -> config.Config:
   if values.config is None:
     raise errors.InputError('--config=FILE.py is missing: see experiments/')
   return config.from_config_dict(values.config)
+
+
+def read_any(values: flags.FlagValues) -> config.Config:
+  """Of --config, or the model of --hf with the other settings of base."""
+  if values.hf is None:
+    return read(values)
+  if values.config is not None:
+    raise errors.InputError('--config and --hf are both given: give one')
+  from dsv3_jax.checkpoint.hf import importer
+  from experiments import base
+
+  settings = base.get_config().to_dict()
+  return importer.read_config_alone(pathlib.Path(values.hf), settings)

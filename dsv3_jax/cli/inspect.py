@@ -10,6 +10,7 @@ from dsv3_jax.cli import engine_flags, experiment_flags
 
 def define_inspect(values: flags.FlagValues, argv: list[str]) -> None:
   experiment_flags.define(values, argv)
+  experiment_flags.define_hf(values)
   flags.DEFINE_boolean('json', False, 'Print JSON.', flag_values=values)
   about = 'Print the sharding of each array on the mesh of config.parallel.'
   flags.DEFINE_boolean('sharding', False, about, flag_values=values)
@@ -20,7 +21,7 @@ def inspect(values: flags.FlagValues) -> None:
   from dsv3_jax import precision
   from dsv3_jax.planning import flops, memory
 
-  cfg = experiment_flags.read(values)
+  cfg = experiment_flags.read_any(values)
   if values.sharding:
     from dsv3_jax.parallel import sharding_report
 

@@ -7,15 +7,15 @@ at a size that it claims.
 
 import copy
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 from dsv3_jax import config, errors
+from dsv3_jax.checkpoint.hf import rope_config
 from dsv3_jax.checkpoint.safetensors import header as shard_header
 from dsv3_jax.checkpoint.safetensors import reader as shards
 
 # Field -> setting below `model.`.
-_FIELDS = {
+FIELDS = {
   'vocab_size': 'vocab_size',
   'hidden_size': 'd_model',
   'intermediate_size': 'd_ff',
@@ -44,47 +44,70 @@ _OPTIONAL = {'num_nextn_predict_layers': 0, 'initializer_range': 0.006}
 _KINDS = dict.fromkeys(
   ('rms_norm_eps', 'initializer_range', 'routed_scaling_factor'), (float, int)
 ) | {'norm_topk_prob': (bool,)}
-# Fields of which the model supports one value.
-_FIXED = {
-  'model_type': 'deepseek_v3',
-  'architectures': ['DeepseekV3ForCausalLM'],
-  'scoring_func': 'sigmoid',
-  'topk_method': 'noaux_tc',
-  'moe_layer_freq': 1,
-  'hidden_act': 'silu',
-  'attention_bias': False,
-  'attention_dropout': 0.0,
-  'mlp_bias': False,
-  'tie_word_embeddings': False,
-  'rope_interleave': True,
+# Fields that must have one of the values; the first is written.
+FIXED: dict[str, tuple] = {
+  'moe_layer_freq': (1,),
+  'hidden_act': ('silu',),
+  'attention_bias': (False,),
+  'attention_dropout': (0.0,),
+  'mlp_bias': (False,),
+  'tie_word_embeddings': (False,),
+  'rope_interleave': (True,),
+  'is_encoder_decoder': (False,),
 }
+# The same, by the gate that the `model_type` has.
+GATES: dict[str, dict[str, tuple]] = {
+  'sigmoid': {
+    'model_type': ('deepseek_v3', 'kimi_k2'),
+    'architectures': (['DeepseekV3ForCausalLM'], None),
+    'scoring_func': ('sigmoid',),
+    'topk_method': ('noaux_tc',),
+  },
+  'softmax': {
+    'model_type': ('deepseek_v2',),
+    'architectures': (['DeepseekV2ForCausalLM'], None),
+    'scoring_func': ('softmax',),
+    'topk_method': ('group_limited_greedy', 'greedy'),
+    # Readers of V2 disagree on what it would do.
+    'norm_topk_prob': (False,),
+  },
+}
+# Fields that equal others.
+DERIVED = ('num_key_value_heads', 'head_dim', 'qk_head_dim')
 # Fields that do not change the logits.
-_IGNORED = (
+IGNORED = (
   *('_name_or_path', 'auto_map', 'transformers_version', 'ep_size'),
   *('bos_token_id', 'eos_token_id', 'pad_token_id', 'torch_dtype', 'dtype'),
   *('aux_loss_alpha', 'seq_aux', 'pretraining_tp', 'use_cache', 'return_dict'),
   *('output_router_logits', 'output_attentions', 'output_hidden_states'),
+  *('chunk_size_feed_forward', 'id2label', 'label2id', 'problem_type'),
 )
-_ROPE = ('beta_fast', 'beta_slow', 'factor', 'mscale', 'mscale_all_dim')
+# The same of `quantization_config`. Which tensors are FP8 they say themselves;
+# `scale_fmt` is of the activations' scales.
 _FP8 = {
   'quant_method': 'fp8',
   'fmt': 'e4m3',
   'activation_scheme': 'dynamic',
   'weight_block_size': [128, 128],
 }
+_FP8_FIXED = {name: (value, None) for name, value in _FP8.items()} | {
+  'quant_method': ('fp8',),
+  'scale_fmt': ('float', 'ue8m0', None),
+  'expert_dtype': ('fp8', None),
+  'modules_to_convert': (None, []),
+}
+_FP8_IGNORED = ('modules_to_not_convert', 'ignored_layers', 'dequantize')
 # transformers has this eps in the latents' norms, whatever `rms_norm_eps` is.
 _LATENT_NORM_EPS = 1e-6
 _MOST_LENGTH = 2**31 - 1  # positions are int32
-_MOST_ROPE = 1e12  # of RoPE's numbers; their minimum is its inverse
 
-Refuse = Callable[[str, str], errors.InputError]
+Refuse = rope_config.Refuse
 
 
 def write(cfg: config.Config, dtype: str = 'float32') -> dict[str, Any]:
   """The config of a `DeepseekV3ForCausalLM` of this shape.
 
-  transformers applies YaRN at every length; we and the released code apply it
-  only beyond the original length. So `rope_scaling` is written only then.
+  With V2's gate, `score_func='softmax'`, of a `DeepseekV2ForCausalLM`.
 
   Args:
     dtype: of the exported tensors: 'float32', 'bfloat16' or 'fp8'.
@@ -98,22 +121,22 @@ def write(cfg: config.Config, dtype: str = 'float32') -> dict[str, Any]:
       f'model.latent_norm_eps={net.latent_norm_eps} must be '
       f'{_LATENT_NORM_EPS} to be exported: the format has no field for it'
     )
-  body = copy.deepcopy(_FIXED)  # lists too: the caller may change them
-  for field, path in _FIELDS.items():
+  if net.moe.score_func == 'softmax' and net.moe.norm_topk:
+    raise errors.InputError(
+      "model.moe.norm_topk=True must be False with score_func='softmax' to be "
+      'exported: transformers does not normalise the gates of V2'
+    )
+  fixed = FIXED | GATES[net.moe.score_func]
+  body = {field: values[0] for field, values in fixed.items()}
+  body = copy.deepcopy(body)  # lists too: the caller may change them
+  for field, path in FIELDS.items():
     node = net
     for name in path.split('.'):
       node = getattr(node, name)
     body[field] = node
   body['q_lora_rank'] = net.mla.q_lora_rank or None
   body['num_key_value_heads'] = net.mla.num_heads
-  body['scoring_func'] = net.moe.score_func
-  body['rope_theta'] = net.rope.theta
-  body['rope_scaling'] = None
-  if net.yarn:
-    scaling = {name: getattr(net.rope, name) for name in _ROPE}
-    original = net.rope.original_seq_len
-    scaling['original_max_position_embeddings'] = original
-    body['rope_scaling'] = {'type': 'yarn', **scaling}
+  body |= rope_config.write(net)
   body['torch_dtype'] = 'float32' if dtype == 'float32' else 'bfloat16'
   if dtype == 'fp8':
     body['quantization_config'] = copy.deepcopy(_FP8)
@@ -141,36 +164,70 @@ def read(path: pathlib.Path, most: int) -> dict[str, Any]:
     value = shard_header.show(body.get(field))
     return errors.InputError(f'{path}: {name}={value} {rule}')
 
-  known = {*_FIELDS, *_FIXED, *_IGNORED, 'rope_theta', 'rope_scaling'}
-  known |= {'rope_parameters', 'quantization_config', 'num_key_value_heads'}
-  known |= {'head_dim', 'qk_head_dim'}
+  gate = _gate(body, refuse)
+  known = {*FIELDS, *FIXED, *GATES[gate], *DERIVED, *IGNORED}
+  known |= {*rope_config.FIELDS, 'quantization_config'}
   for field in body:
     if field not in known:
       raise refuse(field, 'is a field that is not known here')
-  for field, value in _FIXED.items():
-    if field in body and body[field] != value:
-      raise refuse(field, f'is not built: it must be {value!r}')
-  settings: dict[str, Any] = {'latent_norm_eps': _LATENT_NORM_EPS}
-  for field, name in _FIELDS.items():
+  for field, values in (FIXED | GATES[gate]).items():
+    if field in body and body[field] not in values:
+      raise refuse(field, f'is not built: it must be {_either(values)}')
+  if body.get('topk_method', 'noaux_tc') == 'greedy':  # knows no groups
+    body |= {'n_group': 1, 'topk_group': 1}
+  settings: dict[str, Any] = {
+    'latent_norm_eps': _LATENT_NORM_EPS,
+    'moe.score_func': gate,
+  }
+  for field, name in FIELDS.items():
     if field not in body and field not in _OPTIONAL:
       raise errors.InputError(f'{path}: {field} is missing')
     settings[name] = _value(field, body, most, refuse)
-  sums = {
-    'num_key_value_heads': settings['mla.num_heads'],
-    'head_dim': settings['mla.qk_rope_head_dim'],
-    'qk_head_dim': settings['mla.qk_nope_head_dim']
-    + settings['mla.qk_rope_head_dim'],
-  }
-  for field, value in sums.items():
-    if field in body and body[field] != value:
+  rotary = settings['mla.qk_rope_head_dim']
+  query = settings['mla.qk_nope_head_dim'] + rotary
+  derived = (settings['mla.num_heads'], rotary, query)
+  for field, value in zip(DERIVED, derived, strict=True):
+    if body.get(field, value) not in (value, None):
       raise refuse(field, f'is not built: it must be {value}')
-  if body.get('quantization_config', _FP8) != _FP8:
-    raise refuse('quantization_config', f'is not built: it must be {_FP8}')
-  return settings | _rope(body, settings['max_seq_len'], refuse)
+  _check_fp8(body.get('quantization_config'), refuse)
+  return settings | rope_config.read(body, settings['max_seq_len'], refuse)
+
+
+def _gate(body: dict[str, Any], refuse: Refuse) -> str:
+  """The gate that belongs to the model's type."""
+  types = {
+    name: gate for gate, fixed in GATES.items() for name in fixed['model_type']
+  }
+  given = body.get('model_type', 'deepseek_v3')
+  if not isinstance(given, str) or given not in types:
+    raise refuse('model_type', f'is not built: it must be {_either(types)}')
+  return types[given]
+
+
+def _check_fp8(given: Any, refuse: Refuse) -> None:
+  """Checks that FP8 tensors are in blocks of 128 x 128."""
+  field = 'quantization_config'
+  if given is None:
+    return
+  if not isinstance(given, dict):
+    raise refuse(field, 'must be an object or null')
+  for name, value in given.items():
+    if name not in {*_FP8_FIXED, *_FP8_IGNORED}:
+      shown = shard_header.show(name)
+      raise refuse(field, f'is not built: {shown} is not known here')
+    if name in _FP8_FIXED and value not in _FP8_FIXED[name]:
+      rule = f'{name} must be {_either(_FP8_FIXED[name])}'
+      raise refuse(field, f'is not built: {rule}')
+  if 'quant_method' not in given:
+    raise refuse(field, 'must have a quant_method')
+
+
+def _either(values: Any) -> str:
+  return ' or '.join(repr(value) for value in values if value is not None)
 
 
 def _value(field: str, body: dict[str, Any], most: int, refuse: Refuse) -> Any:
-  """The value of one of `_FIELDS`, with its type and bounds checked."""
+  """The value of one of `FIELDS`, with its type and bounds checked."""
   value = body.get(field, _OPTIONAL.get(field))
   if value is None and field in ('q_lora_rank', 'n_shared_experts'):
     value = 0
@@ -182,48 +239,5 @@ def _value(field: str, body: dict[str, Any], most: int, refuse: Refuse) -> Any:
     if value > _MOST_LENGTH:
       raise refuse(field, f'must be at most {_MOST_LENGTH}')
   elif value > most:
-    raise refuse(field, f'is more than the {most} bytes of all tensors here')
+    raise refuse(field, f'is more than {most}, the most that can be here')
   return value
-
-
-def _rope(
-  body: dict[str, Any], max_seq_len: int, refuse: Refuse
-) -> dict[str, Any]:
-  """RoPE settings, as written by old and new versions of transformers."""
-  field, given = 'rope_parameters', body.get('rope_parameters')
-  if old := given is None:
-    field, given = 'rope_scaling', body.get('rope_scaling')
-    given = {} if given is None else given
-  if not isinstance(given, dict):
-    raise refuse(field, 'must be an object or null')
-  given = dict(given)
-  if old:
-    given['rope_theta'] = body.get('rope_theta')
-  kind = given.pop('rope_type', given.get('type', 'default'))
-  theta = given.pop('rope_theta', None)
-  given.pop('type', None)
-  numbers = [theta, *given.values()]
-  for x in numbers:
-    # Larger numbers, which no model has, would overflow in YaRN's formulas.
-    if type(x) not in (int, float) or not 1 / _MOST_ROPE <= x <= _MOST_ROPE:
-      raise refuse(
-        field,
-        f'with rope_theta must hold numbers > 0, {1 / _MOST_ROPE:.0e} to '
-        f'{_MOST_ROPE:.0e}',
-      )
-  if kind == 'default' and not given:
-    alone = {'rope.original_seq_len': max_seq_len, 'rope.factor': 1.0}
-    return alone | {'rope.theta': theta}
-  names = {*_ROPE, 'original_max_position_embeddings'}
-  if kind != 'yarn' or given.keys() != names:
-    raise refuse(field, f"must be of type 'yarn' with just {sorted(names)}")
-  original = given['original_max_position_embeddings']
-  if max_seq_len <= original:
-    raise refuse(
-      field,
-      'is ambiguous: the released code has YaRN off up to '
-      f'{original} positions, transformers on; drop it, or raise '
-      'max_position_embeddings',
-    )
-  settings = {f'rope.{name}': given[name] for name in _ROPE}
-  return settings | {'rope.theta': theta, 'rope.original_seq_len': original}

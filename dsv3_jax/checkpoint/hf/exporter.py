@@ -108,6 +108,7 @@ def export(
   output = pathlib.Path(output)
   partial = partial_folder.path(output)
   body = hf_config.write(cfg, dtype)  # first, as it may refuse
+  _check_biases(cfg, leaves)
   places = hf_names.places(cfg)
   of = {spec.name: p for p in places for spec in _specs(p, dtype)}
   planned = shard_writer.plan_shards(manifest(cfg, dtype), shard_bytes)
@@ -132,6 +133,18 @@ def export(
   shard_writer.write_sums(partial, digests)
   (partial / _JOURNAL).unlink()
   partial.rename(output)
+
+
+def _check_biases(cfg: config.Config, leaves: Leaves) -> None:
+  """Checks that no router bias would be lost."""
+  if hf_names.has_biases(cfg.model):
+    return
+  for path, leaf in leaves.items():
+    if path[0] == 'router' and np.any(np.asarray(leaf[:])):
+      raise errors.InputError(
+        "router biases must be 0 with model.moe.score_func='softmax' to be "
+        'exported: the format of V2 has none (train with optim.bias_rate 0)'
+      )
 
 
 def _write_shards(

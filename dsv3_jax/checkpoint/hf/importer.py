@@ -17,6 +17,7 @@ from dsv3_jax.checkpoint.hf import reader as hf_reader
 from dsv3_jax.checkpoint.safetensors import reader as shards
 
 Leaves = hf_reader.Leaves
+_MOST_ALONE = 10**6  # of every dim and count of a config without tensors
 
 
 @contextlib.contextmanager
@@ -52,6 +53,28 @@ def read_config(
   most = sum(entry.nbytes for entry in folder.entries.values())
   settings = hf_config.read(where, most)
   settings['mtp.depth'] = hf_reader.mtp_depth(folder)
+  return _config_of(settings, where, base)
+
+
+def read_config_alone(
+  where: pathlib.Path, base: Mapping[str, Any]
+) -> config.Config:
+  """The same from a `config.json` without tensors, which is trusted.
+
+  Args:
+    where: the file, or its folder.
+
+  Raises:
+    InputError: see `read_config`.
+  """
+  where = where / 'config.json' if where.is_dir() else where
+  return _config_of(hf_config.read(where, _MOST_ALONE), where, base)
+
+
+def _config_of(
+  settings: Mapping[str, Any], where: pathlib.Path, base: Mapping[str, Any]
+) -> config.Config:
+  """`base` with settings of the model."""
   body = copy.deepcopy(dict(base))
   for name, value in settings.items():
     node = body['model']

@@ -94,6 +94,11 @@ def table(cfg: config.ModelConfig) -> Iterator[HfTensor]:
     yield HfTensor(prefix + 'shared_head.head.weight', (head,), 1, copy=True)
 
 
+def has_biases(cfg: config.ModelConfig) -> bool:
+  """True if the layout has router biases; with V2's gate it has none."""
+  return cfg.moe.score_func == 'sigmoid'
+
+
 def _block(
   cfg: config.ModelConfig, prefix: str, where: ParamLeaf, bias: ParamLeaf | None
 ) -> Iterator[HfTensor]:
@@ -124,7 +129,8 @@ def _block(
       yield tensor(f'mlp.{theirs}', f'ffn.{ours}', 1)
     return
   yield tensor('mlp.gate', 'moe.w_router', 1)
-  yield HfTensor(prefix + 'mlp.gate.e_score_correction_bias', (bias,), 0)
+  if has_biases(cfg):
+    yield HfTensor(prefix + 'mlp.gate.e_score_correction_bias', (bias,), 0)
   for theirs, ours in _SWIGLU:
     for e in range(cfg.moe.num_experts):
       yield tensor(f'mlp.experts.{e}.{theirs}', f'moe.{ours}', 1, (e,))

@@ -85,8 +85,16 @@ def open_folder(
       sources.setdefault(leaf.path, {})[leaf.index] = piece
   return {
     path: _leaf(sources[path], shape, keep_fp8)
+    if path in sources
+    else _zeros(shape)
     for path, shape in hf_names.leaf_shapes(cfg).items()
   }
+
+
+def _zeros(shape: tuple[int, ...]) -> lazy_array.LazyArray:
+  """Router biases of a model that has none."""
+  read = lambda slices: np.zeros([s.stop - s.start for s in slices], 'f4')
+  return lazy_array.LazyArray(shape, np.dtype(np.float32), read, shape)
 
 
 def _leaf(
@@ -154,7 +162,7 @@ class _Piece(NamedTuple):
 
   def read_scales(self, slices: lazy_array.Slices) -> np.ndarray:
     """A slice of the leaf's scales."""
-    scales = read_scales(self.folder, scale_name(self.folder, self.name))
+    scales = read_scales(self.folder, self.name)
     if len(self.place.shapes) > 1:  # scales for each row, split like the rows
       rows = np.repeat(scales, fp8_blocks.TILE[0], axis=0)
       rows = rows[: self.place.file_shape[0]]
@@ -207,13 +215,22 @@ def read_values(folder: shards.Folder, name: str, rows: slice) -> np.ndarray:
 
 
 def read_scales(folder: shards.Folder, name: str) -> np.ndarray:
-  """All scales of a weight.
+  """All scales of the weight `name`, in f32; 0 only for blocks of zeros.
 
   Raises:
     InputError: one is not finite or not > 0.
   """
-  scales = folder.read(name)
-  finite.check_scales(scales, f'{folder.entries[name].path}: {name}')
+  where = scale_name(folder, name)
+  scales = folder.read(where).astype(np.float32)
+  high, wide = fp8_blocks.TILE
+  used = scales.copy()
+  for i in np.flatnonzero((scales == 0).any(axis=1)):
+    rows = folder.read(name, slice(i * high, (i + 1) * high))
+    nonzero = (rows.view(np.uint8) & 0x7F).any(axis=0)  # without the sign
+    starts = np.arange(0, len(nonzero), wide)
+    filled = np.logical_or.reduceat(nonzero, starts)
+    used[i, (scales[i] == 0) & ~filled] = 1.0
+  finite.check_scales(used, f'{folder.entries[where].path}: {where}')
   return scales
 
 
@@ -224,10 +241,9 @@ def read_rows(folder: shards.Folder, name: str, rows: slice) -> np.ndarray:
     InputError: see `read_values` and `read_scales`.
   """
   values = read_values(folder, name, rows)
-  scale = scale_name(folder, name)
-  if scale is None:
+  if scale_name(folder, name) is None:
     return values.astype(np.float32)
-  scales = read_scales(folder, scale)
+  scales = read_scales(folder, name)
   return fp8_blocks.dequantize_host(values, scales, first_row=rows.start)
 
 
@@ -319,8 +335,9 @@ def _check_entry(
   if scale is not None:
     scales = folder.entries[scale]
     blocks = tuple(-(-n // 128) for n in want)
-    if (scales.dtype, scales.shape) != ('F32', blocks) or len(want) != 2:
+    good = scales.dtype in ('F32', 'BF16') and scales.shape == blocks
+    if not good or len(want) != 2:
       raise errors.InputError(
         f'{scales.path}: {scale} is {scales.dtype}{list(scales.shape)}, wanted '
-        f'F32{list(blocks)}'
+        f'F32{list(blocks)} or BF16{list(blocks)}'
       )

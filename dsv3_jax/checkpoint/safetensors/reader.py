@@ -199,7 +199,7 @@ def _open_index(directory: pathlib.Path) -> dict[str, Entry]:
 def _read_map(path: pathlib.Path) -> dict[str, str]:
   """The index's weight_map: tensor -> name of its file, checked."""
   body = read_json(path)
-  if 'metadata' in body:
+  if body.get('metadata') is not None:
     shard_header.as_object(body['metadata'], str(path), 'metadata')
   shard_of = shard_header.as_object(
     body.get('weight_map'), str(path), 'weight_map'

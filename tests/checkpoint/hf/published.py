@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from tests.oracles import fp8
+from tests.oracles import fp8, model, rope
 
 _DTYPES = {
   'F32': np.float32,
@@ -62,7 +62,10 @@ def read(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 def weights(tensors: dict[str, np.ndarray], body: dict) -> dict:
   """What `oracles.model.forward` takes; `body` is the config.json."""
-  count, modules = body['num_hidden_layers'], body['num_nextn_predict_layers']
+  count, modules = (
+    body['num_hidden_layers'],
+    body.get('num_nextn_predict_layers', 0),
+  )
   get = lambda name: tensors[f'{name}.weight']
   mtp = []
   for i in range(count, count + modules):
@@ -89,6 +92,46 @@ def weights(tensors: dict[str, np.ndarray], body: dict) -> dict:
   }
 
 
+def settings(body: dict) -> model.Settings:
+  """What `oracles.model.forward` takes, from a config.json of either kind.
+
+  Of latents' norms, the release's code has eps 1e-6 whatever the config says.
+  YaRN's numbers that are not given are those of the release's code.
+  """
+  rotary, scaling = body['qk_rope_head_dim'], body['rope_scaling']
+  freqs = rope.frequencies(rotary, body['rope_theta'])
+  factor, mscale, mscale_all_dim = 1.0, 1.0, 0.0
+  if scaling:
+    assert scaling['type'] == 'yarn'
+    freqs = rope.yarn_frequencies(
+      rotary,
+      body['rope_theta'],
+      scaling['original_max_position_embeddings'],
+      scaling['factor'],
+      scaling.get('beta_fast', 32),
+      scaling.get('beta_slow', 1),
+    )
+    factor, mscale = scaling['factor'], scaling.get('mscale', 1)
+    mscale_all_dim = scaling.get('mscale_all_dim', 0)
+  scale, rope_factor = rope.softmax_scale(
+    body['qk_nope_head_dim'] + rotary, factor, mscale, mscale_all_dim, True
+  )
+  return model.Settings(
+    eps=body['rms_norm_eps'],
+    latent_eps=1e-6,
+    freqs=freqs,
+    scale=scale,
+    rope_factor=rope_factor,
+    num_groups=body['n_group'],
+    top_groups=body['topk_group'],
+    top_k=body['num_experts_per_tok'],
+    score_func=body['scoring_func'],
+    norm_topk=body['norm_topk_prob'],
+    route_scale=body['routed_scaling_factor'],
+    hidden='post_norm',
+  )
+
+
 def _block(tensors, body, i):
   prefix = f'model.layers.{i}.'
   get = lambda name: tensors[f'{prefix}{name}.weight']
@@ -106,7 +149,8 @@ def _block(tensors, body, i):
     stack = lambda key: np.stack([expert[key] for expert in experts])
     ffn = {
       'router_DE': get('mlp.gate').T,
-      'bias_E': tensors[prefix + 'mlp.gate.e_score_correction_bias'],
+      # V2 has none.
+      'bias_E': tensors.get(prefix + 'mlp.gate.e_score_correction_bias'),
       'experts': {
         'w_gate_EDF': stack('w_gate_DF'),
         'w_up_EDF': stack('w_up_DF'),

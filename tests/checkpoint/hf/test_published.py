@@ -1,13 +1,20 @@
 """What an import gives, against a reader of the published layout of its own."""
 
 import json
+import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 
 import dsv3_jax
+from dsv3_jax import errors
+from dsv3_jax.checkpoint import source as sources
+from dsv3_jax.checkpoint.hf import exporter
+from dsv3_jax.checkpoint.hf import reader as hf_reader
 from dsv3_jax.checkpoint.safetensors import reader as shards
+from experiments import base
 from tests import tolerances
 from tests.checkpoint.hf import exchanged, published
 from tests.oracles import model as oracle
@@ -79,3 +86,86 @@ def test_the_inference_code_s_layout_is_read(dtype, tmp_path):
   np.testing.assert_array_equal(
     got.router_biases['moe'], want.router_biases['moe']
   )
+
+
+@pytest.fixture(scope='module')
+def in_fp8(tmp_path_factory):
+  """A model in FP8 whose matrices have several blocks; not to be changed."""
+  cfg = exchanged.make('beyond one block')
+  weights = exchanged.random_weights(cfg)
+  path = tmp_path_factory.mktemp('fp8') / 'a'
+  return exchanged.write(cfg, *weights, path, 'fp8')
+
+
+def exported_again(folder, output):
+  """FP8 stays as it is on the way."""
+  settings = base.get_config().to_dict()
+  with sources.open_source(folder, settings, keep_fp8=True) as (cfg, leaves):
+    exporter.export(cfg, leaves, output, dtype='fp8')
+  return output
+
+
+def same_numbers(folder, other):
+  got, want = published.read(folder), published.read(other)
+  assert got.keys() == want.keys()
+  for name in want:
+    np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+_WEIGHT = 'model.layers.1.self_attn.kv_b_proj.weight'  # [304, 136]
+
+
+def test_scales_in_bf16_are_read(in_fp8, tmp_path):
+  """As the same numbers in f32, which is how they are exported."""
+  folder = shutil.copytree(in_fp8, tmp_path / 'a')
+
+  def change(arrays):
+    for name, array in arrays.items():
+      if name.endswith('_scale_inv'):
+        arrays[name] = array.astype(ml_dtypes.bfloat16)
+
+  exchanged.rewrite(folder, change)
+  same_numbers(exported_again(folder, tmp_path / 'b'), folder)
+  tensors = published.read(folder)
+  with shards.Folder(folder) as opened:
+    got = hf_reader.read_rows(opened, _WEIGHT, slice(3, 200))
+  np.testing.assert_array_equal(got, tensors[_WEIGHT][3:200])
+
+
+@pytest.mark.parametrize('zero', [0x00, 0x80])
+def test_a_scale_of_0_is_that_of_a_block_of_zeros(in_fp8, tmp_path, zero):
+  """Zeros of either sign; one other number in the block, and it is refused."""
+  folder = shutil.copytree(in_fp8, tmp_path / 'a')
+
+  def change(arrays, last=zero):
+    codes = arrays[_WEIGHT].view(np.uint8)
+    codes[256:, 128:] = zero  # the last block, a partial one
+    codes[-1, -1] = last
+    arrays[_WEIGHT + '_scale_inv'][2, 1] = 0.0
+
+  exchanged.rewrite(folder, change)
+  same_numbers(exported_again(folder, tmp_path / 'b'), folder)
+  with shards.Folder(folder) as opened:
+    got = hf_reader.read_rows(opened, _WEIGHT, slice(200, 304))
+  want = published.read(folder)[_WEIGHT][200:].astype(np.float32)
+  np.testing.assert_array_equal(got, want)
+  folder = shutil.copytree(in_fp8, tmp_path / 'other')
+  exchanged.rewrite(folder, lambda arrays: change(arrays, 0x01))
+  with pytest.raises(errors.InputError, match=r'the scale 0\.0 at \[2, 1\]'):
+    exported_again(folder, tmp_path / 'c')
+
+
+def test_an_index_may_have_no_metadata(in_fp8):
+  """`"metadata": null`, as some tools write it."""
+  path = in_fp8 / shards.INDEX
+  body = json.loads(path.read_text())
+  try:
+    for metadata in (None, {}):
+      path.write_text(json.dumps(body | {'metadata': metadata}))
+      with shards.Folder(in_fp8) as opened:
+        assert opened.entries.keys() == body['weight_map'].keys()
+    path.write_text(json.dumps(body | {'metadata': 1}))
+    with pytest.raises(errors.InputError, match='metadata'):
+      shards.Folder(in_fp8)
+  finally:
+    path.write_text(json.dumps(body))

@@ -37,12 +37,15 @@ FIELDS = (
 ROPE = (
   *('type', 'rope_type', 'rope_theta', 'factor', 'beta_fast', 'beta_slow'),
   *('mscale', 'mscale_all_dim', 'original_max_position_embeddings'),
+  *('truncate', 'partial_rotary_factor', 'attention_factor'),
 )
 VALUES = (
   *fuzz_shards.NUMBERS,
   *(16, 48, 64, 128, 10**4, 10**6, 2**30, 2**31 - 1, 2**40, 1e-6, 2.5, 1e-300),
   *(Text('1e999'), Text('-1e999'), Text('Infinity'), 'yarn', 'default', 'silu'),
-  *('deepseek_v3', ['DeepseekV3ForCausalLM'], [128, 128], [1] * 1000),
+  *('deepseek_v3', 'deepseek_v2', 'kimi_k2', 'greedy', 'softmax'),
+  *(['DeepseekV3ForCausalLM'], ['DeepseekV2ForCausalLM'], [128, 128]),
+  [1] * 1000,
   *(Pairs([['type', 'yarn']]), Pairs([['quant_method', 'fp8']]), 'x' * 10**5),
   *('a\nb', '\u2028', '\ud800', Text('"\\u0000"'), Text('[[[[[[[[]]]]]]]]')),
 )
