@@ -20,6 +20,10 @@ def define_export(values: flags.FlagValues, argv: list[str]) -> None:
   )
   about = 'Dtype of matrices.'
   flags.DEFINE_enum('dtype', 'bfloat16', _EXPORT_DTYPES, about, **add)
+  about = (
+    'With the MTP modules; --no-mtp for readers that refuse their tensors.'
+  )
+  flags.DEFINE_boolean('mtp', True, about, **add)
   about = 'Maximum size of a file [GB, 1e9 bytes].'
   flags.DEFINE_float('shard_gb', 5.0, about, **add)
 
@@ -43,6 +47,8 @@ def export(values: flags.FlagValues) -> None:
     if (tokenizer := source.read_tokenizer(directory)) is not None:
       length = cfg.model.max_seq_len
       documents = tokenizers.hf_documents(tokenizer, length)
+    if not values.mtp:
+      cfg, leaves = exporter.without_mtp(cfg, leaves)
     exporter.export(
       cfg,
       leaves,

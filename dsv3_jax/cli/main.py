@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
   try:
     experiment_flags.check_overrides(argv)
-    rest = values(argv)[1:]
+    rest = values([_negation(arg, values) for arg in argv])[1:]
     if rest:
       raise errors.InputError(f'{rest[0]!r} is no flag: write --name=value')
     with _reader_may_leave():
@@ -67,6 +67,13 @@ def _reader_may_leave() -> Iterator[None]:
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(errors.EXIT_NO_READER)
+
+
+def _negation(arg: str, values: flags.FlagValues) -> str:
+  """`--no-NAME` of a boolean flag as absl spells it: `--noNAME`."""
+  name = arg.removeprefix('--no-')
+  is_switch = name != arg and name in values and values[name].boolean
+  return f'--no{name}' if is_switch else arg
 
 
 def _fail(message: str) -> int:

@@ -1,6 +1,7 @@
 """export, import and manifest as commands; the tokenizer's files."""
 
 import ast
+import json
 import pathlib
 import shutil
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 import dsv3_jax
+from dsv3_jax.checkpoint.safetensors import reader as shards
 from dsv3_jax.cli import main as cli
 from dsv3_jax.data import tokenizer as tokenizers
 from tests.checkpoint.hf import exchanged
@@ -54,6 +56,46 @@ def test_there_and_back_by_commands(folder, tmp_path, capsys):
   assert capsys.readouterr().out.splitlines()[1].startswith('a tiny')
 
 
+def test_an_export_without_mtp(folder, tmp_path):
+  """However the flag is spelt, in FP8 too: the main model's tensors alone.
+
+  transformers knows the layer of MTP as such only in models of 61 layers; in
+  others its tensors are unexpected.
+  """
+  import transformers
+
+  def read(path):
+    """Names of tensors, and whether transformers has a place for all."""
+    with shards.Folder(path) as opened:
+      names = set(opened.entries)
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(
+      path, output_loading_info=True
+    )
+    assert not info['missing_keys']
+    return names, not info['unexpected_keys']
+
+  names, are_known = read(folder)
+  mtp = {name for name in names if name.startswith('model.layers.3.')}
+  assert mtp and not are_known
+  low = tmp_path / 'low'
+  args = [f'--checkpoint={folder}', f'--output={low}', '--dtype=fp8']
+  assert not cli.main(['export', *args])
+  for flag in ('--no-mtp', '--nomtp', '--mtp=false'):
+    out = tmp_path / flag
+    args = [f'--checkpoint={folder}', f'--output={out}', '--dtype=float32']
+    assert not cli.main(['export', *args, flag])
+    assert read(out) == (names - mtp, True)
+    body = json.loads((out / 'config.json').read_text())
+    assert body['num_nextn_predict_layers'] == 0
+  args = [f'--checkpoint={low}', f'--output={low}2', '--dtype=fp8', '--no-mtp']
+  assert not cli.main(['export', *args])
+  with shards.Folder(f'{low}2') as opened, shards.Folder(low) as whole:
+    left = {name for name in whole.entries if 'layers.3.' not in name}
+    assert opened.entries.keys() == left
+    name = 'model.layers.2.self_attn.o_proj.weight'
+    np.testing.assert_array_equal(opened.read(name), whole.read(name))
+
+
 def test_manifest_is_what_an_export_holds(capsys, monkeypatch):
   monkeypatch.chdir(ROOT)
   name = '--config=experiments/quickstart.py'
@@ -74,6 +116,7 @@ def test_manifest_is_what_an_export_holds(capsys, monkeypatch):
     (['export', '--checkpoint=no', '--output=x'], 'no/config.json'),
     (['export', '--checkpoint=x', '--output=x', '--shard_gb=0'], 'shard_gb=0'),
     (['export', '--checkpoint=x', '--output=x', '--dtype=f8'], 'dtype'),
+    (['export', '--no-output'], "Unknown command line flag 'no-output'"),
     (['import', '--output=x'], '--hf=DIR is missing'),
     (['import', '--hf=x'], '--output=DIR is missing'),
     (['import', '--hf=no', '--output=x'], 'no is not a folder'),

@@ -11,6 +11,7 @@ export that was interrupted keeps its finished shards when it runs again.
 
 import collections
 import concurrent.futures
+import dataclasses
 import functools
 import hashlib
 import json
@@ -61,6 +62,16 @@ def manifest(cfg: config.Config, dtype: str) -> list[shard_writer.TensorSpec]:
   for place in hf_names.places(cfg):
     specs += _specs(place, dtype)
   return specs
+
+
+def without_mtp(
+  cfg: config.Config, leaves: Leaves
+) -> tuple[config.Config, Leaves]:
+  """The main model alone, for readers that refuse the tensors of MTP."""
+  mtp = dataclasses.replace(cfg.model.mtp, depth=0)
+  net = dataclasses.replace(cfg.model, mtp=mtp)
+  cfg = dataclasses.replace(cfg, model=net)
+  return cfg, {path: leaves[path] for path in hf_names.leaf_shapes(cfg)}
 
 
 def _specs(
