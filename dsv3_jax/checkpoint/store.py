@@ -12,8 +12,10 @@ first process commits.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -24,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dsv3_jax import errors
-from dsv3_jax.checkpoint import lazy_array
+from dsv3_jax.checkpoint import full_disk, lazy_array
 from dsv3_jax.checkpoint.safetensors import reader as shards
 from dsv3_jax.distributed import processes
 
@@ -36,6 +38,11 @@ _UNFINISHED = ('.tmp-', '.old-')  # being written, being deleted
 
 class CheckpointError(errors.InputError):
   """A step cannot be used; the message names the file and a remedy."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """False for the tracebacks that Orbax logs and then raises."""
+  return not (record.exc_info and 'orbax' in record.pathname)
 
 
 class Store:
@@ -52,6 +59,7 @@ class Store:
   def __init__(self, directory: str | pathlib.Path, keep: int):
     self.directory = pathlib.Path(directory).absolute()
     self._keep = keep
+    logging.getLogger('absl').addFilter(_is_news)
     registry = lazy_array.registry()
     self._writer = ocp.AsyncCheckpointer(
       ocp.PyTreeCheckpointHandler(
@@ -82,17 +90,19 @@ class Store:
     Raises:
       ValueError: the step is committed already.
       OSError: the folder cannot be written.
+      FullDiskError: the same, for the disk is full; committed steps are safe.
     """
     self.wait()
     scratch = self.directory / f'.tmp-{step:09d}'
-    with processes.propagate_errors('save'):
+    with processes.propagate_errors('save'), self._full_disk():
       if processes.index() == 0:
         self._begin(step, scratch, extras)
     # Orbax copies device arrays before it returns; host arrays we copy.
     copy = lambda x: np.array(x) if isinstance(x, np.ndarray) else x
     state = jax.tree.map(copy, state)
     args = ocp.args.PyTreeSave(state, lazy_array.save_args(state))
-    self._writer.save(scratch / _ARRAYS, args)
+    with self._full_disk():
+      self._writer.save(scratch / _ARRAYS, args)
     self._commit = self._pool.submit(self._finish, step, scratch)
 
   def wait(self) -> None:
@@ -102,12 +112,17 @@ class Store:
       commit.result()
 
   def close(self) -> None:
-    """Waits for the save in progress and ends the threads."""
+    """Waits for the save in progress and ends the threads.
+
+    Raises:
+      FullDiskError: of the last save; Orbax may raise it a second time.
+    """
     try:
       self.wait()
     finally:
       self._pool.shutdown()
-      self._writer.close()
+      with self._full_disk():
+        self._writer.close()
 
   def verify(self, step: int) -> None:
     """Hashes every file of a step.
@@ -198,6 +213,15 @@ class Store:
       moved.append(path.rename(aside))
     return moved
 
+  def _full_disk(self) -> contextlib.AbstractContextManager:
+    """Says of a full disk which step is safe."""
+    newest = max(self.steps(), default=None)
+    safe = (
+      'no step is there yet' if newest is None else f'step {newest} is safe'
+    )
+    advice = f'{safe}; free space, and the same command goes on from there'
+    return full_disk.reported(self.directory, advice)
+
   def _path(self, step: int) -> pathlib.Path:
     return self.directory / f'{step:09d}'
 
@@ -218,7 +242,7 @@ class Store:
 
   def _finish(self, step: int, scratch: pathlib.Path) -> None:
     """The second half of a save, in the thread."""
-    with processes.propagate_errors('written'):
+    with processes.propagate_errors('written'), self._full_disk():
       self._writer.wait_until_finished()
     # A network file system may show a process its own files first, so all are
     # asked.
@@ -231,7 +255,7 @@ class Store:
     files = {}
     for part in processes.gather('hashes', hashed):
       files |= part
-    with processes.propagate_errors('committed'):
+    with processes.propagate_errors('committed'), self._full_disk():
       if processes.index() == 0:
         self._publish(step, scratch, files)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import flags
 
 from dsv3_jax import errors
+from dsv3_jax.checkpoint import full_disk
 from dsv3_jax.cli import (
   bench,
   checkpoint,
@@ -56,6 +57,12 @@ def main(argv: Sequence[str] | None = None) -> int:
       return run(values) or 0
   except (errors.InputError, flags.Error) as error:
     return _fail(str(error))
+  except OSError as error:
+    if (why := full_disk.reason(error)) is None:
+      raise
+    advice = 'free space, and run the same command again'
+    path = error.filename or 'a file'
+    return _fail(str(errors.FullDiskError(path, why, advice)))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsv3_jax import config, errors
-from dsv3_jax.checkpoint import fp8_blocks, partial_folder
+from dsv3_jax.checkpoint import fp8_blocks, full_disk, partial_folder
 from dsv3_jax.checkpoint.hf import config as hf_config
 from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.checkpoint.safetensors import finite
@@ -41,6 +41,10 @@ _FP8 = (
   *('o_proj', 'gate_proj', 'up_proj', 'down_proj'),
 )
 _JOURNAL = 'finished.json'
+_FULL = (
+  'its finished shards are safe; free space, and the same command goes on '
+  'from them'
+)
 
 Leaves = Mapping[tuple[str, ...], Any]
 
@@ -115,6 +119,7 @@ def export(
   Raises:
     InputError: `output` exists, the format cannot say what the model computes,
       or a weight is not finite (names the tensor).
+    FullDiskError: finished shards are kept.
   """
   output = pathlib.Path(output)
   partial = partial_folder.path(output)
@@ -131,17 +136,18 @@ def export(
     name: functools.partial(_write_shard, partial / name, specs, of, both)
     for name, specs in zip(names, planned, strict=True)
   }
-  try:
-    _write_shards(partial, jobs, mark.hexdigest(), digests, progress)
-  except errors.InputError:  # resuming would fail in the same way
-    shutil.rmtree(partial)
-    raise
-  shard_writer.write_index(partial, planned)
   texts = dict(documents or {})
   texts['config.json'] = json.dumps(body, indent=2) + '\n'
-  for name, text in texts.items():
-    (partial / name).write_text(text, encoding='utf-8')
-  shard_writer.write_sums(partial, digests)
+  with full_disk.reported(partial, _FULL):
+    try:
+      _write_shards(partial, jobs, mark.hexdigest(), digests, progress)
+    except errors.InputError:  # resuming would fail in the same way
+      shutil.rmtree(partial)
+      raise
+    shard_writer.write_index(partial, planned)
+    for name, text in texts.items():
+      (partial / name).write_text(text, encoding='utf-8')
+    shard_writer.write_sums(partial, digests)
   (partial / _JOURNAL).unlink()
   partial.rename(output)
 

@@ -10,13 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 
 from dsv3_jax import config, errors
-from dsv3_jax.checkpoint import fp8_blocks, partial_folder, store
+from dsv3_jax.checkpoint import fp8_blocks, full_disk, partial_folder, store
 from dsv3_jax.checkpoint.hf import config as hf_config
 from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.checkpoint.hf import reader as hf_reader
 from dsv3_jax.checkpoint.safetensors import reader as shards
 
 Leaves = hf_reader.Leaves
+_FULL = 'nothing of it is left, and --hf is as it was; free space, and repeat'
 _MOST_ALONE = 10**6  # of every dim and count of a config without tensors
 
 
@@ -108,6 +109,7 @@ def to_workdir(
 
   Raises:
     InputError: something in the folder is wrong, or `output` exists.
+    FullDiskError: nothing is left behind.
   """
   directory, output = pathlib.Path(directory), pathlib.Path(output)
   partial = partial_folder.path(output)
@@ -115,7 +117,8 @@ def to_workdir(
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted import
     partial_folder.make(partial)
     try:
-      _fill(partial, directory, cfg, _tree(leaves, dtype))
+      with full_disk.reported(output, _FULL):
+        _fill(partial, directory, cfg, _tree(leaves, dtype))
       partial.rename(output)
     except BaseException:
       shutil.rmtree(partial, ignore_errors=True)
