@@ -216,10 +216,12 @@ class Store:
   def _full_disk(self) -> contextlib.AbstractContextManager:
     """Says of a full disk which step is safe."""
     newest = max(self.steps(), default=None)
-    safe = (
-      'no step is there yet' if newest is None else f'step {newest} is safe'
-    )
-    advice = f'{safe}; free space, and the same command goes on from there'
+    advice = 'no step is there yet; free space, and start again'
+    if newest is not None:
+      advice = (
+        f'step {newest} is safe; free space, and the same command goes on '
+        'from there'
+      )
     return full_disk.reported(self.directory, advice)
 
   def _path(self, step: int) -> pathlib.Path:

@@ -10,6 +10,20 @@ _CAUSALITY = 'tests/nn/test_model_causality.py'
 
 MODEL = (
   (
+    'query latents normed with the other eps',
+    'dsv3_jax/nn/attention.py',
+    'q_norm, self.cfg.latent_norm_eps',
+    'q_norm, self.cfg.norm_eps',
+    (_MODEL,),
+  ),
+  (
+    'key-value latents normed with the other eps',
+    'dsv3_jax/nn/attention.py',
+    '*tables, cfg.latent_norm_eps',
+    '*tables, cfg.norm_eps',
+    (_MODEL,),
+  ),
+  (
     'bias moves the wrong way',
     'dsv3_jax/ops/routing.py',
     'return bias_E + rate * jnp.sign(',

@@ -10,6 +10,8 @@ _ZERO = 'tests/parallel/test_zero.py'
 _STORE = 'tests/checkpoint/test_store.py'
 _SCHEDULER = 'tests/inference/test_scheduler.py'
 _BLOCKS = 'tests/inference/test_block_pool.py'
+_PUBLISHED = 'tests/checkpoint/hf/test_published.py'
+_CONFIGS = 'tests/checkpoint/hf/test_published_configs.py'
 
 TRAINING = (
   (
@@ -207,6 +209,20 @@ PARALLEL = (
 )
 
 SYSTEM = (
+  (
+    'import: a scale of 0 for any block',
+    'dsv3_jax/checkpoint/hf/reader.py',
+    '(scales[i] == 0) & ~filled] = 1.0',
+    '(scales[i] == 0)] = 1.0',
+    (_PUBLISHED + '::test_a_scale_of_0_is_that_of_a_block_of_zeros',),
+  ),
+  (
+    "import: another default of YaRN's mscale_all_dim",
+    'dsv3_jax/checkpoint/hf/rope_config.py',
+    "'mscale_all_dim': 0.0",
+    "'mscale_all_dim': 1.0",
+    (_CONFIGS + '::test_yarn_of_two_numbers_has_the_defaults_of_others',),
+  ),
   (
     'store: a flipped byte is not seen',
     'dsv3_jax/checkpoint/store.py',
