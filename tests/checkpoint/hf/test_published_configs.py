@@ -174,6 +174,31 @@ def test_transformers_agrees(case, tmp_path):
   np.testing.assert_array_equal(again.logits(tokens_BT), ours)
 
 
+@pytest.mark.nightly
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+def test_transformers_drafts_with_our_mtp_layer(tmp_path):
+  """In a model of 61 layers: all tensors are known, and tokens are its own."""
+  transformers = importlib.import_module('transformers')
+  torch = importlib.import_module('torch')
+  torch.set_num_threads(1)
+  widths = {'model__d_model': 24, 'model__d_ff': 16, 'model__moe__d_ff': 8}
+  cfg = exchanged.make('plain', model__num_layers=61, **widths)
+  folder = exchanged.write(
+    cfg, *exchanged.random_weights(cfg), tmp_path / 'out', shard_bytes=10**9
+  )
+  net, info = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, output_loading_info=True
+  )
+  assert not any(info.values()), info
+  options = {'do_sample': False, 'pad_token_id': 0, 'eos_token_id': None}
+  prompt = torch.tensor(tokens_of({'vocab_size': 64}, (1, 12)))
+  run = lambda **more: net.generate(
+    prompt, max_new_tokens=12, **options, **more
+  ).tolist()
+  assert run(use_mtp=True) == run()
+
+
 @pytest.mark.parametrize(
   ('name', 'changes', 'expected'),
   [
