@@ -1,8 +1,8 @@
 """Byte-level BPE with DeepSeek-V3's pre-tokenizer and special tokens (TR 4.1).
 
 The algorithm is that of Hugging Face `tokenizers`. This module adds the three
-pre-tokenizer rules, the special tokens, the chat template, and a guarantee: the
-text of a document is never encoded as a special token, even if it spells one.
+pre-tokenizer rules, the special tokens, and a guarantee: the text of a document
+is never encoded as a special token, even if it spells one.
 """
 
 import functools
@@ -12,23 +12,23 @@ import os
 import pathlib
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax import errors
+from dsv3_jax.data import chat
 
 BOS = '<\uff5cbegin\u2581of\u2581sentence\uff5c>'
-EOS = '<\uff5cend\u2581of\u2581sentence\uff5c>'
 PAD = '<\uff5c\u2581pad\u2581\uff5c>'
 FIM_HOLE = '<\uff5cfim\u2581hole\uff5c>'
 FIM_BEGIN = '<\uff5cfim\u2581begin\uff5c>'
 FIM_END = '<\uff5cfim\u2581end\uff5c>'
-USER = '<\uff5cUser\uff5c>'
-ASSISTANT = '<\uff5cAssistant\uff5c>'
 EOT = '<|EOT|>'
-SPECIAL = (BOS, EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END, USER, ASSISTANT, EOT)
+SPECIAL = (BOS, chat.EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)
+SPECIAL += (chat.USER, chat.ASSISTANT, EOT)
 
 # Up to three digits; runs of Chinese and Japanese; words, punctuation with the
 # line ends that follow it, and white space.
@@ -43,16 +43,6 @@ SPLITS = (
 # A vocabulary is trained on at most so many characters: on every n-th document,
 # with the smallest n that suffices.
 _TRAIN_CHARS = 12_000_000
-# `Tokenizer.encode_chat` as a template for transformers.
-_CHAT_TEMPLATE = (
-  "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
-  "{{ m['content'] }}{% elif m['role'] == 'user' %}{{ '"
-  + USER
-  + "' + m['content'] }}{% elif m['role'] == 'assistant' %}{{ '"
-  + ASSISTANT
-  + "' + m['content'] + eos_token }}{% endif %}{% endfor %}"
-  "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
-)
 _BYTE_LEVEL = decoders.ByteLevel()
 _LINE_ENDS = '\u010a\u010d'  # how byte-level BPE spells the bytes 10 and 13
 
@@ -75,11 +65,13 @@ class Tokenizer:
     plain = spec | {'added_tokens': [], 'post_processor': None}
     self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
     self.vocab_size = 1 + max(self._full.get_vocab().values())
-    self.bos_id, self.eos_id, self.pad_id = map(self._id, (BOS, EOS, PAD))
+    self.bos_id, self.eos_id, self.pad_id = map(self._id, (BOS, chat.EOS, PAD))
     self.fim_hole_id = self._id(FIM_HOLE)
     self.fim_begin_id = self._id(FIM_BEGIN)
     self.fim_end_id = self._id(FIM_END)
-    self.user_id, self.assistant_id = self._id(USER), self._id(ASSISTANT)
+    self.user_id = self._id(chat.USER)
+    self.assistant_id = self._id(chat.ASSISTANT)
+    self._chat_ids = {t: self._full.token_to_id(t) for t in chat.TOKENS}
 
   def _id(self, token: str) -> int:
     index = self._full.token_to_id(token)
@@ -134,12 +126,7 @@ class Tokenizer:
     Raises:
       InputError: the text has a lone surrogate, which UTF-8 cannot encode.
     """
-    try:
-      text.encode()
-    except UnicodeEncodeError as error:
-      raise errors.InputError(
-        f'text has a lone surrogate at character {error.start}'
-      ) from error
+    chat.check_unicode(text, 'text')
     # A batch of one, as this call releases the GIL, unlike `encode`.
     batch = self._plain.encode_batch_fast([text], add_special_tokens=False)
     return np.array([self.bos_id] * add_bos + batch[0].ids, np.int32)
@@ -169,43 +156,42 @@ class Tokenizer:
 
   def encode_chat(
     self,
-    messages: Sequence[dict[str, str]],
+    messages: Sequence[dict[str, Any]],
     add_generation_prompt: bool = False,
   ) -> tuple[np.ndarray, np.ndarray]:
     """Ids of a conversation, and which of them are targets of the loss.
 
-    bos system <User> user <Assistant> answer eos ... The answers and the eos
-    after each are targets.
+    `chat` has the template. The answers, their calls of tools and the eos after
+    each are targets.
 
     Raises:
-      InputError: a role other than system, user, assistant; no messages.
+      InputError: `chat.check` fails; or a tool's turn, and the tokenizer has no
+        tokens for it.
     """
-    if not messages:
-      raise errors.InputError('messages=[] must hold at least one message')
+    chat.check(messages)
     ids, learned = [self.bos_id], [False]
-    for i, message in enumerate(messages):
-      role, content = message.get('role'), message.get('content')
-      if not isinstance(content, str):
-        raise errors.InputError(f'messages[{i}].content must be a string')
-      text = self.encode(content).tolist()
-      if role == 'system':
-        part, answer = text, False
-      elif role == 'user':
-        part, answer = [self.user_id, *text], False
-      elif role == 'assistant':
-        ids.append(self.assistant_id)
-        learned.append(False)
-        part, answer = [*text, self.eos_id], True
-      else:
-        raise errors.InputError(
-          f'messages[{i}].role={role!r} must be system, user or assistant'
-        )
+    for text, special, target in chat.pieces(messages, add_generation_prompt):
+      part = [self._chat_id(text)] if special else self.encode(text).tolist()
       ids += part
-      learned += [answer] * len(part)
-    if add_generation_prompt:
-      ids.append(self.assistant_id)
-      learned.append(False)
+      learned += [target] * len(part)
     return np.array(ids, np.int32), np.array(learned)
+
+  def _chat_id(self, token: str) -> int:
+    index = self._chat_ids[token]
+    return self._id(token) if index is None else index
+
+  def check_tools(self, where: str) -> None:
+    """Checks that turns of tools can be encoded; `where` names one.
+
+    Raises:
+      InputError: a special token is missing.
+    """
+    lacking = [t for t in chat.TOOLS if self._chat_ids[t] is None]
+    if lacking:
+      raise errors.InputError(
+        f'{where} has turns of tools, but the tokenizer lacks the special '
+        f'token {lacking[0]!a}: name another data.tokenizer'
+      )
 
   @functools.cached_property
   def punctuation_newlines(self) -> dict[int, np.ndarray]:
@@ -241,11 +227,11 @@ def hf_documents(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
   body = {
     'tokenizer_class': 'PreTrainedTokenizerFast',
     'bos_token': BOS,
-    'eos_token': EOS,
+    'eos_token': chat.EOS,
     'pad_token': PAD,
     'model_max_length': max_seq_len,
     'clean_up_tokenization_spaces': False,
-    'chat_template': _CHAT_TEMPLATE,
+    'chat_template': chat.TEMPLATE,
   }
   ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id}
   generation = {'do_sample': True, 'temperature': 0.7, 'top_p': 0.95}
@@ -263,10 +249,15 @@ def _is_punctuation(text: str) -> bool:
   return bool(bare) and all(unicodedata.category(c)[0] in 'PS' for c in bare)
 
 
-def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+def train(
+  texts: Sequence[str], vocab_size: int, tools: bool = False
+) -> Tokenizer:
   """Trains a vocabulary of `vocab_size` entries, special tokens first.
 
   Reads every n-th text, with the smallest n for at most 12M characters.
+
+  Args:
+    tools: also with the special tokens of calls and outputs of tools.
 
   Raises:
     InputError: the texts do not have enough pairs for `vocab_size`.
@@ -284,7 +275,7 @@ def train(texts: Sequence[str], vocab_size: int) -> Tokenizer:
   bpe.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
-    special_tokens=list(SPECIAL),
+    special_tokens=[*SPECIAL, *(chat.TOOLS if tools else ())],
     initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     show_progress=False,
   )

@@ -212,6 +212,10 @@ def _message(path: str, value: Any) -> dict[str, Any]:
   message = _effective(f'{path}.', fields, _MESSAGE, _MESSAGE_NEUTRAL)
   if message.get('role') == 'developer':
     message['role'] = 'system'
+  if message.get('role') == 'tool':
+    raise errors.InputError(
+      f"{path}.role='tool' must be system, user or assistant"
+    )
   content = message.get('content')
   if isinstance(content, list):
     parts = [_part(f'{path}.content[{i}]', x) for i, x in enumerate(content)]
