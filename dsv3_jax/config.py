@@ -129,6 +129,8 @@ class DataConfig:
   text_key: str
   valid_fraction: float
   cache_dir: str
+  bad_records: str
+  on_change: str
   tokenizer: str
   tokenizer_vocab: int
   seq_len: int

@@ -15,6 +15,7 @@ from dsv3_jax import errors, precision
 Rule = tuple[bool, str]
 
 MAX_POSITIONS = 1 << 20  # a position times 12 bits fits 32 bits (`ops.rope`)
+_SCHEDULES = ('gpipe', '1f1b', 'interleaved', 'zb1p', 'dualpipe', 'dualpipev')
 _CHOICES = {
   'precision': tuple(precision.POLICIES),
   'model.remat': ('none', 'report', 'full'),
@@ -23,15 +24,10 @@ _CHOICES = {
   'model.mtp.hidden': ('post_norm', 'pre_norm'),
   'model.mtp.normalizer': ('T', 'valid'),
   'balance.kind': ('sequence', 'batch', 'v2', 'none'),
+  'data.bad_records': ('refuse', 'skip'),
+  'data.on_change': ('refuse', 'continue'),
   'optim.moments_dtype': ('bfloat16', 'float32'),
-  'parallel.schedule': (
-    'gpipe',
-    '1f1b',
-    'interleaved',
-    'zb1p',
-    'dualpipe',
-    'dualpipev',
-  ),
+  'parallel.schedule': _SCHEDULES,
 }
 # Numbers that may be 0; every other number must be positive.
 _MAY_BE_ZERO = {

@@ -122,10 +122,13 @@ def _balance():
 
 def _data():
   return {
-    'source': 'stdlib',  # 'stdlib', 'tfds:NAME', or a .txt/.jsonl/.parquet glob
+    # 'stdlib', 'tfds:NAME', or a glob: .txt, .jsonl (also .gz, .zst), .parquet
+    'source': 'stdlib',
     'text_key': 'text',  # field of TFDS, JSONL and Parquet records
     'valid_fraction': 0.02,  # held out, by a hash of the document's name
     'cache_dir': '',  # '': dsv3_jax under the user's cache folder
+    'bad_records': 'refuse',  # of files; 'skip': left out and listed
+    'on_change': 'refuse',  # of a run's corpus; 'continue' with the new one
     'tokenizer': '',  # a tokenizer.json; '': train one on the corpus
     'tokenizer_vocab': 129280,  # entries of a trained one
     'seq_len': 4096,  # T, tokens predicted a row, TR 4.2

@@ -80,6 +80,8 @@ def changed(path, value):
     ('model.mtp.depth', 12, 'must be < data.seq_len=12'),
     ('optim.beta2', 1.0, 'optim.beta2=1.0 must be < 1'),
     ('optim.lr.peak', float('nan'), 'must be finite'),
+    ('data.bad_records', 'drop', 'must be one of: refuse, skip'),
+    ('data.on_change', '', "data.on_change='' must be one of: refuse, contin"),
     ('data.fim_rate', 1.5, 'data.fim_rate=1.5 must be <= 1'),
     ('data.seq_len', 17, 'data.seq_len=17 must be <= model.max_seq_len=16'),
     ('train.batch_size', 6, 'multiple of train.microbatch_size=4'),

@@ -23,6 +23,8 @@ from dsv3_jax.distributed import sharding
 from dsv3_jax.nn import model
 
 Leaves = hf_reader.Leaves
+# Settings that a `config.json` of release 0.2 does not have.
+_DATA_OF_OLD_RUNS = {'bad_records': 'refuse', 'on_change': 'refuse'}
 
 
 def describe(
@@ -113,6 +115,8 @@ def read_config(directory: str | pathlib.Path) -> config.Config:
   """
   path = pathlib.Path(directory) / 'config.json'
   settings = config.read_json(path)
+  if isinstance(settings.get('data'), dict):
+    settings['data'] = _DATA_OF_OLD_RUNS | settings['data']
   try:
     return config.from_config_dict(settings)
   except errors.InputError as error:

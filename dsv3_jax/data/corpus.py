@@ -2,8 +2,9 @@
 
 `data.source` is 'stdlib' (the running Python's standard library, about 30 MB of
 code and prose, converted to a TFDS dataset at first use), 'tfds:NAME', or a
-glob of .jsonl, .txt or .parquet files. If the source has no held-out split, a
-hash of a document's name decides whether it is held out.
+glob of .jsonl, .txt or .parquet files, all of them checked first (`files`). If
+the source has no held-out split, a hash of a document's name decides whether it
+is held out.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from dsv3_jax import config, errors
-from dsv3_jax.data import files, tokenizer
+from dsv3_jax.data import chat, files, tokenizer
 
 _SUFFIXES = ('.py', '.txt', '.rst', '.md', '.pyi', '.toml', '.cfg')
 
@@ -28,6 +29,7 @@ _SUFFIXES = ('.py', '.txt', '.rst', '.md', '.pyi', '.toml', '.cfg')
 # than the corpus. This is the first number for which zlib and xz compress both
 # parts equally well (docs/decisions/0005-held-out-split.md).
 _SALT = b'4:'
+_SHOWN = 3  # bad records, in the line that refuses them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,35 +37,42 @@ class Corpus:
   """Both parts: sequences of `{'name': str, 'text': str}`.
 
   Records of chat data have 'messages' instead of 'text'. `fingerprint` changes
-  with the documents: it depends on the files' names and sizes, or on the
-  version and sizes of a TFDS dataset.
+  with the documents: it depends on the files' names and content, or on the
+  version and sizes of a TFDS dataset. `size_fingerprint` is that of release
+  0.2, of names and sizes, or ''. `faults` describes records that were skipped,
+  `num_skipped` counts them. `tool_turns` is the first place with a turn of a
+  tool, or ''.
   """
 
   train: Sequence[dict[str, Any]]
   valid: Sequence[dict[str, Any]]
   fingerprint: str
+  size_fingerprint: str = ''
+  faults: Sequence[str] = ()
+  num_skipped: int = 0
+  tool_turns: str = ''
 
 
 def open_corpus(cfg: config.DataConfig) -> Corpus:
   """Opens `data.source`.
 
   Raises:
-    InputError: there are no such files, a record is broken, or a part is empty.
+    InputError: there are no such files, a part is empty, or records are bad and
+      `data.bad_records` is 'refuse'.
   """
   if cfg.source == 'stdlib':
     corpus = _open_stdlib(cfg)
   elif cfg.source.startswith('tfds:'):
     corpus = _open_tfds(cfg)
   else:
-    records = files.open_glob(cfg.source, cfg.text_key)
-    names = [records.name(i) for i in range(len(records))]
-    mark = records.fingerprint()
-    corpus = _split(records, names, cfg.valid_fraction, mark)
+    corpus = _open_files(cfg)
+  skipped = corpus.num_skipped
   for part in ('train', 'valid'):
     if not len(getattr(corpus, part)):
       raise errors.InputError(
         f'data.source={cfg.source!r} has no {part} documents at '
         f'data.valid_fraction={cfg.valid_fraction}'
+        + (f', {skipped:,} bad records left out' if skipped else '')
       )
   return corpus
 
@@ -76,19 +85,22 @@ def load_tokenizer(
     return tokenizer.Tokenizer.from_file(cfg.tokenizer)
   key = (corpus.fingerprint, cfg.text_key, cfg.tokenizer_vocab)
   key += (cfg.valid_fraction, _SALT, tokenizer.SPECIAL, tokenizer.SPLITS)
+  tools = bool(corpus.tool_turns)
+  key += chat.TOOLS if tools else ()
   path = cache_dir(cfg) / f'tokenizer-{_mark(key)}.json'
   if not path.exists():
     with _alone(path.with_suffix('.lock')):
       if not path.exists():  # another process may have trained it meanwhile
         texts = map(document_text, corpus.train)
-        tokenizer.train(list(texts), cfg.tokenizer_vocab).save(path)
+        trained = tokenizer.train(list(texts), cfg.tokenizer_vocab, tools)
+        trained.save(path)
   return tokenizer.Tokenizer.from_file(path)
 
 
 def document_text(record: dict[str, Any]) -> str:
   """A record's text; the turns of a conversation, one after the other."""
   if 'messages' in record:
-    return '\n'.join(turn['content'] for turn in record['messages'])
+    return chat.plain_text(record['messages'])
   return record['text']
 
 
@@ -153,6 +165,34 @@ def _split(
   return Corpus(*parts, mark)
 
 
+def _open_files(cfg: config.DataConfig) -> Corpus:
+  cache = cache_dir(cfg)
+  with contextlib.ExitStack() as stack:
+    # One process checks, others find the result. Without a cache, each checks.
+    with contextlib.suppress(errors.InputError):
+      key = _mark((cfg.source, cfg.text_key))
+      stack.enter_context(_alone(cache / 'scans' / f'{key}.lock'))
+    records = files.open_glob(cfg.source, cfg.text_key, cache)
+  faults, num_bad = records.faults(), records.num_bad
+  if num_bad and cfg.bad_records == 'refuse':
+    more = num_bad - len(faults[:_SHOWN])
+    raise errors.InputError(
+      f'data.source={cfg.source!r} has {num_bad:,} bad '
+      f'record{"s" if num_bad > 1 else ""}: '
+      f'{"; ".join(faults[:_SHOWN])}{f"; and {more:,} more" if more else ""}: '
+      "correct them, or leave them out by data.bad_records='skip'"
+    )
+  names = [records.name(i) for i in range(len(records))]
+  corpus = _split(records, names, cfg.valid_fraction, records.fingerprint())
+  return dataclasses.replace(
+    corpus,
+    size_fingerprint=records.size_fingerprint(),
+    faults=faults,
+    num_skipped=num_bad,
+    tool_turns=records.tool_turns(),
+  )
+
+
 def stdlib_documents(root: pathlib.Path) -> Iterator[tuple[str, str]]:
   """(relative path, text) of every UTF-8 text file, sorted by path."""
   for path in sorted(root.rglob('*')):
@@ -213,9 +253,12 @@ class _TfdsRecords(Sequence):
   def __getitem__(self, i: int) -> dict[str, Any]:
     if not 0 <= i < len(self):
       raise IndexError(i)
-    record = self.source[i]
-    name = record.get('name', f'{self.title}#{i}')
-    return {'name': _text(name), 'text': _text(record[self.text_key])}
+    record, place = self.source[i], f'{self.title}#{i}'
+    try:
+      name = _text(record.get('name', place))
+      return {'name': name, 'text': _text(record[self.text_key])}
+    except UnicodeDecodeError as error:
+      raise errors.InputError(f'{place}: not UTF-8') from error
 
 
 def _text(value: bytes | str) -> str:

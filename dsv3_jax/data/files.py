@@ -1,7 +1,9 @@
 """Documents in .jsonl, .txt and .parquet files, read by index.
 
 A document is a .txt file, a line of a .jsonl file or a row of a .parquet file.
-Only offsets of lines and counts of rows are in memory; text is read on demand.
+The first two may be compressed (.gz, .zst) and start with a byte order mark.
+All are checked when they are opened (`scan`). Only places of records are in
+memory; text is read on demand.
 """
 
 import bisect
@@ -9,7 +11,6 @@ import functools
 import glob
 import hashlib
 import itertools
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -19,13 +20,23 @@ import pyarrow
 from pyarrow import parquet
 
 from dsv3_jax import errors
+from dsv3_jax.data import chat, records, scan
+
+_CODECS = {'.gz': 'gzip', '.zst': 'zstd'}
+_CHUNK = 1 << 20  # bytes
 
 
-def open_glob(pattern: str, text_key: str) -> 'FileRecords':
-  """Opens all files that match, in order of their names.
+def open_glob(
+  pattern: str, text_key: str, cache: pathlib.Path
+) -> 'FileRecords':
+  """Opens and checks all files that match, in order of their names.
+
+  Args:
+    cache: a folder that remembers checked files.
 
   Raises:
-    InputError: nothing matches, or a file has another suffix.
+    InputError: nothing matches; a file has another suffix, cannot be read, or
+      is Parquet without the column. Bad records raise nothing: see `faults`.
   """
   paths = [pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
   paths = [path for path in paths if path.is_file()]
@@ -34,19 +45,63 @@ def open_glob(pattern: str, text_key: str) -> 'FileRecords':
       f"data.source={pattern!r} matches no file: name 'stdlib', 'tfds:NAME' "
       'or a glob of .jsonl, .txt or .parquet files'
     )
-  kinds = {'.jsonl': _Jsonl, '.txt': _Text, '.parquet': _Parquet}
-  for path in paths:
-    if path.suffix not in kinds:
-      raise errors.InputError(f'{path} must end in one of: {", ".join(kinds)}')
+  kinds = [_kind(path) for path in paths]
+  memory = scan.Memory(cache, text_key)
+  scans = [
+    _remembered(memory, path, codec)
+    for path, (_, codec) in zip(paths, kinds, strict=True)
+  ]
+  total = sum(
+    path.stat().st_size
+    for path, known in zip(paths, scans, strict=True)
+    if known is None
+  )
+  progress, parts = scan.Progress(total), []
+  for path, (kind, codec), known in zip(paths, kinds, scans, strict=True):
+    if known is None:
+      check = functools.partial(kind.check, text_key=text_key)
+      known = memory.scan(path, codec, check, progress)
+    content = memory.content_path(known) if codec else path
+    parts.append(kind(path, content, known, text_key))
   # Names, which decide what is held out, do not change if the folder moves.
   fixed = re.split(r'[*?[]', pattern)[0]
   root = pathlib.Path(fixed if fixed == pattern else fixed + 'x').parent
-  parts = [kinds[path.suffix](path, text_key) for path in paths]
   return FileRecords(parts, root)
 
 
+def _remembered(
+  memory: scan.Memory, path: pathlib.Path, codec: str | None
+) -> scan.FileScan | None:
+  """A file's scan, if it is unchanged and its unpacked copy is there."""
+  known = memory.load(path)
+  if known is None or codec is None or not known.spans.size:
+    return known
+  content = memory.content_path(known)
+  same = content.is_file() and content.stat().st_size == known.num_bytes
+  return known if same else None
+
+
+def _kind(path: pathlib.Path) -> tuple[Any, str | None]:
+  """Class and codec, by suffix."""
+  kinds = {'.jsonl': _Jsonl, '.txt': _Text, '.parquet': _Parquet}
+  codec = _CODECS.get(path.suffix)
+  suffix = path.with_suffix('').suffix if codec else path.suffix
+  if suffix not in kinds or (codec and suffix == '.parquet'):
+    packed = ', '.join(f'{a}{b}' for a in ('.jsonl', '.txt') for b in _CODECS)
+    raise errors.InputError(
+      f'{scan.show(path)} must end in one of: {", ".join(kinds)}, {packed}'
+    )
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise errors.InputError(
+      f'{scan.show(path)}: the name of the file is not UTF-8: rename it'
+    ) from error
+  return kinds[suffix], codec
+
+
 class FileRecords(Sequence):
-  """The records of several files as one sequence."""
+  """The good records of several files as one sequence."""
 
   def __init__(self, parts: list[Any], root: pathlib.Path):
     self._parts, self._root = parts, root
@@ -61,142 +116,239 @@ class FileRecords(Sequence):
     at = bisect.bisect_right(self._ends, i)
     return self._parts[at], i - (self._ends[at - 1] if at else 0)
 
+  def _file_name(self, part: Any) -> str:
+    """The path relative to the glob's fixed folder, as if not compressed."""
+    name = part.path.relative_to(self._root).as_posix()
+    return name if part.path == part.content else name.rpartition('.')[0]
+
   def name(self, i: int) -> str:
-    """`path#row`, the path relative to the glob's fixed folder."""
-    part, row = self._find(i)
-    return f'{part.path.relative_to(self._root).as_posix()}#{row}'
+    """`path#row`. Bad rows count, so that a repair changes no other's name."""
+    part, i = self._find(i)
+    return f'{self._file_name(part)}#{part.scan.spans[0, i]}'
 
   def fingerprint(self) -> str:
-    """A digest of the files' names and sizes [bytes]."""
-    sizes = [
-      (part.path.relative_to(self._root).as_posix(), part.path.stat().st_size)
-      for part in self._parts
+    """A digest of the files' names and contents, and of which rows are good."""
+    rows = lambda x: hashlib.sha256(x.spans[0].tobytes()).hexdigest()
+    marks = [
+      (self._file_name(p), p.scan.digest, p.scan.num_bad and rows(p.scan))
+      for p in self._parts
     ]
+    return 'content:' + hashlib.sha256(repr(marks).encode()).hexdigest()
+
+  def size_fingerprint(self) -> str:
+    """That of release 0.2, of names and sizes; '' if that read other text."""
+    for part in self._parts:
+      is_bom_new = isinstance(part, _Text) and part.scan.has_bom
+      if part.scan.num_bad or is_bom_new or part.path != part.content:
+        return ''
+    sizes = [(self._file_name(p), p.path.stat().st_size) for p in self._parts]
     return hashlib.sha256(repr(sizes).encode()).hexdigest()
+
+  @property
+  def num_bad(self) -> int:
+    """How many records were left out."""
+    return sum(part.scan.num_bad for part in self._parts)
+
+  def faults(self) -> list[str]:
+    """`path:line: reason` of these, for at most 10,000 of a file."""
+    return [
+      f'{scan.show(part.path)}{place}: {reason}'
+      for part in self._parts
+      for place, reason in part.scan.faults
+    ]
+
+  def tool_turns(self) -> str:
+    """The first place with a turn of a tool; '' if there is none."""
+    places = (scan.show(p.path) + p.scan.tools for p in self._parts
+              if p.scan.tools)  # fmt: skip
+    return next(places, '')
 
   def __getitem__(self, i: int) -> dict[str, Any]:
     part, row = self._find(i)
     return {'name': self.name(i), **part.read(row)}
 
 
-class _Text:
+class _Part:
+  """The good records of one file; `content` is the file itself or unpacked."""
+
+  def __init__(
+    self,
+    path: pathlib.Path,
+    content: pathlib.Path,
+    file_scan: scan.FileScan,
+    text_key: str,
+  ):
+    self.path, self.content, self.scan = path, content, file_scan
+    self.key = text_key
+
+  def __len__(self) -> int:
+    return self.scan.spans.shape[1]
+
+  def changed(self, place: str, why: Any) -> errors.InputError:
+    """The error of a record that was good when it was checked."""
+    return errors.InputError(
+      f'{scan.show(self.path)}{place}: {why}: the file changed after it was '
+      'checked'
+    )
+
+
+class _Text(_Part):
   """One document."""
 
-  def __init__(self, path: pathlib.Path, text_key: str):
-    self.path = path
-
-  def __len__(self) -> int:
-    return 1
-
-  def read(self, row: int) -> dict[str, str]:
+  @staticmethod
+  def check(path: pathlib.Path, out: scan.Builder, text_key: str) -> None:
+    data = path.read_bytes()
+    out.content(data)
+    out.has_bom = data.startswith(scan.BOM)
     try:
-      return {'text': self.path.read_text(encoding='utf-8')}
-    except UnicodeDecodeError as error:
-      raise errors.InputError(
-        f'{self.path} is not UTF-8: {error.reason}'
-      ) from error
+      records.from_text(data)
+      out.good(0)
+    except errors.InputError as error:
+      out.bad('', str(error))
+
+  def read(self, i: int) -> dict[str, Any]:
+    try:
+      data = self.content.read_bytes()
+      return records.from_text(data.removeprefix(scan.BOM))
+    except (OSError, errors.InputError) as error:
+      raise self.changed('', error) from error
 
 
-class _Jsonl:
+class _Jsonl(_Part):
   """One JSON object a line: a text, or a conversation in 'messages'."""
 
-  def __init__(self, path: pathlib.Path, text_key: str):
-    self.path, self._key = path, text_key
-    self._spans = []  # (line number, offset, length)
-    offset = 0
+  @staticmethod
+  def check(path: pathlib.Path, out: scan.Builder, text_key: str) -> None:
+    offset = row = 0
     with open(path, 'rb') as lines:
       for number, line in enumerate(lines, start=1):
-        if line.strip():
-          self._spans.append((number, offset, len(line)))
-        offset += len(line)
+        out.content(line)
+        body = line.removeprefix(scan.BOM) if number == 1 else line
+        start, offset = offset + len(line) - len(body), offset + len(line)
+        if not body or body.isspace():
+          continue
+        try:
+          record = records.from_json(body, text_key)
+        except errors.InputError as error:
+          out.bad(f':{number}', str(error))
+        else:
+          out.good(row, number, start, len(body))
+          _note_tools(out, f':{number}', record)
+        row += 1
 
-  def __len__(self) -> int:
-    return len(self._spans)
-
-  def read(self, row: int) -> dict[str, Any]:
-    number, offset, length = self._spans[row]
-    with open(self.path, 'rb') as file:
-      file.seek(offset)
-      data = file.read(length)
-    where = f'{self.path}:{number}'
+  def read(self, i: int) -> dict[str, Any]:
+    _, number, offset, length = self.scan.spans[:, i].tolist()
     try:
-      record = json.loads(data.decode())
-    except UnicodeDecodeError as error:
-      raise errors.InputError(
-        f'{where} is not UTF-8: {error.reason}'
-      ) from error
-    except json.JSONDecodeError as error:
-      raise errors.InputError(f'{where} is not JSON: {error.msg}') from error
-    if not isinstance(record, dict):
-      raise errors.InputError(f'{where} must be a JSON object')
-    if 'messages' in record:
-      return {'messages': _messages(record['messages'], where)}
-    return {'text': _field(record, self._key, where)}
+      with open(self.content, 'rb') as file:
+        file.seek(offset)
+        return records.from_json(file.read(length), self.key)
+    except (OSError, errors.InputError) as error:
+      raise self.changed(f':{number}', error) from error
 
 
-class _Parquet:
-  """One column of strings."""
+class _Parquet(_Part):
+  """One column: strings, or conversations as lists of structs."""
 
-  def __init__(self, path: pathlib.Path, text_key: str):
-    self.path, self._key = path, text_key
-    try:
-      self._file = parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-      why = str(error).splitlines()[0]
-      raise errors.InputError(f'{path} is no Parquet file: {why}') from error
-    names = self._file.schema_arrow.names
-    if text_key not in names:
-      raise errors.InputError(
-        f'{path} has no column {text_key!r}; it has: {", ".join(names)}'
-      )
-    meta = self._file.metadata
-    counts = (meta.row_group(g).num_rows for g in range(meta.num_row_groups))
-    self._ends = list(itertools.accumulate(counts))
+  def __init__(self, *args: Any):
+    super().__init__(*args)
     # Random access visits the same row group many times: a few are cached.
     self._group = functools.lru_cache(maxsize=4)(self._read_group)
 
-  def __len__(self) -> int:
-    return self._ends[-1] if self._ends else 0
+  @staticmethod
+  def check(path: pathlib.Path, out: scan.Builder, text_key: str) -> None:
+    with open(path, 'rb') as file:
+      while data := file.read(_CHUNK):
+        out.content(data)
+    try:
+      file = parquet.ParquetFile(path)
+      key = _column(file, path, text_key)
+    except (pyarrow.ArrowException, OSError) as error:
+      out.bad('', f'no Parquet file: {_first_line(error)}')
+      return
+    start = 0
+    for group in range(file.num_row_groups):
+      size = file.metadata.row_group(group).num_rows
+      try:
+        column = file.read_row_group(group, columns=[key])[key]
+      except (pyarrow.ArrowException, OSError) as error:
+        why = f'rows to {start + size - 1} cannot be read: {_first_line(error)}'
+        out.bad(f'#{start}', why, size)
+      else:
+        _scan_column(column, start, (key, text_key), out)
+      start += size
+
+  @functools.cached_property
+  def _file(self) -> tuple[Any, str, list[int]]:
+    """The open file, its column, and where its row groups end."""
+    file = parquet.ParquetFile(self.content)
+    groups = range(file.num_row_groups)
+    counts = (file.metadata.row_group(g).num_rows for g in groups)
+    key = _column(file, self.path, self.key)
+    return file, key, list(itertools.accumulate(counts))
 
   def _read_group(self, group: int) -> Any:
-    return self._file.read_row_group(group, columns=[self._key])[self._key]
+    file, key, _ = self._file
+    return file.read_row_group(group, columns=[key])[key]
 
-  def read(self, row: int) -> dict[str, str]:
-    group = bisect.bisect_right(self._ends, row)
-    start = self._ends[group - 1] if group else 0
-    value = self._group(group)[row - start].as_py()
-    return {'text': _field({self._key: value}, self._key, f'{self.path}#{row}')}
+  def read(self, i: int) -> dict[str, Any]:
+    row = int(self.scan.spans[0, i])
+    try:
+      _, key, ends = self._file
+      group = bisect.bisect_right(ends, row)
+      start = ends[group - 1] if group else 0
+      value = self._group(group)[row - start].as_py()
+      return records.from_value(value, key, self.key)
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
+      raise self.changed(f'#{row}', _first_line(error)) from error
 
 
-def _messages(turns: Any, where: str) -> list[dict[str, str]]:
-  """A conversation's turns, checked.
+def _column(file: Any, path: pathlib.Path, text_key: str) -> str:
+  """`data.text_key`, or 'messages' where there is no such column."""
+  names = file.schema_arrow.names
+  for key in (text_key, 'messages'):
+    if names.count(key) == 1:
+      return key
+  known = ', '.join(chat.short(name) for name in names)
+  raise errors.InputError(
+    f'{scan.show(path)} has no column {text_key!r}; it has: {known}'
+  )
 
-  Raises:
-    InputError: not a list of turns with role and content; names the place.
+
+def _scan_column(
+  column: Any, start: int, keys: tuple[str, str], out: scan.Builder
+) -> None:
+  """Adds the rows of one row group, the first of which is `start`.
+
+  `keys` are the column's name and `data.text_key`.
   """
-  roles = ('system', 'user', 'assistant')
-  if not isinstance(turns, list) or not turns:
-    raise errors.InputError(f'{where}: messages must be a list of turns')
-  for i, turn in enumerate(turns):
-    whole = isinstance(turn, dict) and isinstance(turn.get('content'), str)
-    if not whole or turn.get('role') not in roles:
-      raise errors.InputError(
-        f"{where}: messages[{i}] must have a 'role' ({', '.join(roles)}) and "
-        "a string in 'content'"
-      )
-  return turns
+  is_text = pyarrow.types.is_string(column.type)
+  is_text |= pyarrow.types.is_large_string(column.type)
+  if is_text and keys[0] == keys[1] and not column.null_count:
+    try:
+      column.validate(full=True)
+    except pyarrow.ArrowException:
+      pass  # some text is not UTF-8: row by row
+    else:
+      for row in range(start, start + len(column)):
+        out.good(row)
+      return
+  for row, value in enumerate(column, start=start):
+    try:
+      record = records.from_value(value.as_py(), *keys)
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+      not_unicode = isinstance(error, UnicodeDecodeError)
+      out.bad(f'#{row}', 'not UTF-8' if not_unicode else _first_line(error))
+    else:
+      out.good(row)
+      _note_tools(out, f'#{row}', record)
 
 
-def _field(record: dict[str, Any], key: str, where: str) -> str:
-  """The string at `key`.
+def _note_tools(out: scan.Builder, place: str, record: dict[str, Any]) -> None:
+  turns = record.get('messages')
+  if turns and not out.tools and chat.has_tools(turns):
+    out.tools = place
 
-  Raises:
-    InputError: it is missing or not a string; names the place.
-  """
-  value = record.get(key)
-  if not isinstance(value, str):
-    known = ', '.join(map(str, record))
-    raise errors.InputError(
-      f'{where} must have a string in data.text_key={key!r}; it has: {known}'
-    )
-  return value
+
+def _first_line(error: Exception) -> str:
+  line = (str(error).splitlines() or [type(error).__name__])[0]
+  return line if line.isprintable() else ascii(line)

@@ -33,6 +33,8 @@ class Loader:
   Args:
     documents: records with 'text' or 'messages', by index.
     rows: number of rows of a batch.
+  Attributes:
+    seed: of order, FIM and token splits.
   """
 
   def __init__(
@@ -44,6 +46,7 @@ class Loader:
     seed: int,
     rows: int,
   ):
+    self.seed = seed
     length = cfg.seq_len + 1
     encode = functools.partial(_encode, tokenizer=tokenizer, cfg=cfg)
     data = grain.MapDataset.source(documents).seed(seed).shuffle()

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax import config, errors
+from dsv3_jax import config
 from dsv3_jax.checkpoint import store
 from dsv3_jax.data import batch_ramp
 from dsv3_jax.data import corpus as corpora
@@ -35,6 +35,7 @@ from dsv3_jax.training import (
   init_from,
   lr_schedule,
   metrics,
+  run_data,
   run_dir,
   samples,
   watchdog,
@@ -101,11 +102,11 @@ def _open(
 ) -> TrainingRun:
   """Opens data, mesh and state, fresh or restored; `stack` closes them."""
   assert jax.process_count() == processes.count(), 'see processes.join_job'
-  _check_same({'config': json.loads(config.to_json(cfg))})
+  run_data.check_same({'config': json.loads(config.to_json(cfg))})
   trainer = steps.Trainer(cfg, sharding.make_mesh(cfg.parallel))
   source = init_from.start_directory(cfg, workdir)
   leaves = None if source is None else init_from.read(cfg, source)
-  corpus, tokenizer, windows = _data(cfg, source or workdir)
+  corpus, tokenizer, windows = run_data.open_data(cfg, source or workdir)
   before = None
   with processes.propagate_errors('workdir'):
     if processes.index() == 0:
@@ -114,24 +115,20 @@ def _open(
       tokenizer.save(workdir / 'tokenizer.json')
   checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
   stack.callback(checkpoints.close)
-  options = {'seed': cfg.seed, 'rows': cfg.train.microbatch_size}
-  loader = loaders.Loader(corpus.train, tokenizer, cfg.data, **options)
-  stack.callback(loader.close)
   resume = _step_to_resume(cfg, checkpoints, before)
   state, ema, extras = _state(trainer, checkpoints, resume, leaves)
   stack.callback(ema.close)
-  progress = {'step': 0, 'tokens': 0}
+  loader = run_data.open_loader(cfg, corpus, tokenizer, extras, workdir)
+  stack.callback(loader.close)
+  progress = extras.get('progress', {'step': 0, 'tokens': 0})
   if resume is not None:
-    data = run_dir.fingerprint(corpus, tokenizer)
-    run_dir.check_fingerprint(data, extras['data'], workdir)
-    progress = extras['progress']
-    loader.set_state(extras['loader'])
     print(f'goes on after step {resume}', flush=True)
   writer = None
   with processes.propagate_errors('begin'):
     if processes.index() == 0:
       writer = _begin(cfg, workdir, checkpoints, resume, progress)
       stack.callback(writer.close)
+      run_data.write_skipped(corpus, workdir)
   dog = watchdog.Watchdog(cfg.train.watchdog_seconds)
   stack.enter_context(dog)
   flop = flops.flops_per_token(cfg.model, cfg.data.seq_len)
@@ -163,25 +160,6 @@ def _begin(cfg, workdir, checkpoints, resume, progress) -> metrics.MetricWriter:
   run_dir.write_config(cfg, workdir)
   ended = progress['tokens'] >= cfg.train.total_tokens
   return metrics.MetricWriter(workdir, progress['step'], again=ended)
-
-
-def _data(
-  cfg: config.Config, workdir: pathlib.Path
-) -> tuple[corpora.Corpus, tokenizers.Tokenizer, dict]:
-  """Corpus, tokenizer, and the held-out windows."""
-  with processes.propagate_errors('data'):
-    corpus = corpora.open_corpus(cfg.data)
-    tokenizer = run_dir.tokenizer(cfg.data, corpus, workdir)
-    _check_tokens(cfg, tokenizer)
-    windows = evaluate.open_windows(cfg, corpus, tokenizer)
-  _check_same({'data': run_dir.fingerprint(corpus, tokenizer)})
-  return corpus, tokenizer, windows
-
-
-def _check_same(mine: dict) -> None:
-  firsts = processes.broadcast('same', mine)
-  with processes.propagate_errors('same'):
-    run_dir.check_same(mine, firsts)
 
 
 def _step_to_resume(
@@ -218,16 +196,6 @@ def _state(
   state = trainer.from_model(arrays['train'])
   average = trainer.params_from_model(arrays['ema'])
   return state, ema.HostEma(decay, average), extras
-
-
-def _check_tokens(cfg: config.Config, tokenizer: tokenizers.Tokenizer) -> None:
-  """Checks that the tokenizer and the prompts fit the model."""
-  if tokenizer.vocab_size > cfg.model.vocab_size:
-    raise errors.InputError(
-      f'model.vocab_size={cfg.model.vocab_size} must be >= '
-      f'{tokenizer.vocab_size}, the entries of the tokenizer'
-    )
-  samples.check(cfg, tokenizer)
 
 
 def _train(run: TrainingRun, stop: watchdog.StopSignal) -> bool:
@@ -356,7 +324,8 @@ def _save(run: TrainingRun) -> None:
   extras = {
     'progress': {'step': run.step, 'tokens': run.tokens},
     'loader': run.loader.get_state(),
-    'data': run_dir.fingerprint(run.corpus, run.tokenizer),
+    'loader_seed': run.loader.seed,
+    'data': run_data.fingerprint(run.corpus, run.tokenizer),
   }
   average = run.trainer.params_to_model(run.ema.tree())
   arrays = {'train': run.trainer.to_model(run.state), 'ema': average}

@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import pathlib
 from collections.abc import Iterator
@@ -26,6 +25,8 @@ _MAY_CHANGE = (
   # The fingerprint checks their content.
   'data.cache_dir',
   'data.source',
+  'data.bad_records',
+  'data.on_change',
   'data.tokenizer',
 )
 
@@ -129,30 +130,6 @@ def tokenizer(
         'run began: name another --workdir, or restore the file'
       )
   return own
-
-
-def fingerprint(
-  corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer
-) -> dict[str, str]:
-  """What the order of the training data depends on, for the checkpoint."""
-  digest = hashlib.sha256(tokenizer.text.encode()).hexdigest()
-  return {'corpus': corpus.fingerprint, 'tokenizer': digest}
-
-
-def check_fingerprint(
-  now: dict[str, str], then: dict[str, str], workdir: pathlib.Path
-) -> None:
-  """Checks that the data is that of the checkpoint.
-
-  Raises:
-    InputError: it is not; the stream of tokens would be another.
-  """
-  for name, value in then.items():
-    if now[name] != value:
-      raise errors.InputError(
-        f'the {name} is {now[name]!r}, but {workdir} was trained with '
-        f'{value!r}: restore it, or name another --workdir'
-      )
 
 
 def flatten(tree: dict, prefix: str = '') -> dict[str, Any]:

@@ -15,6 +15,13 @@ from dsv3_jax import errors
 from dsv3_jax.data import corpus, files
 from tests import settings
 
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+  """Not the user's own."""
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
+
+
 _TEXTS = [f'text {i}: gr\u00fc\u00dfe\n' * (i + 1) for i in range(30)]
 
 
@@ -23,6 +30,10 @@ def data_config(source, cache_dir='', **changes):
   return dataclasses.replace(
     cfg, source=str(source), cache_dir=str(cache_dir), **changes
   )
+
+
+def open_files(pattern, folder):
+  return files.open_glob(str(pattern), 'text', folder / 'cache')
 
 
 def write_text(folder):
@@ -55,7 +66,7 @@ def test_files_give_every_text_once(tmp_path, write):
 
 
 def test_files_have_no_records_beyond_their_ends(tmp_path):
-  records = files.open_glob(str(write_jsonl(tmp_path)), 'text')
+  records = open_files(write_jsonl(tmp_path), tmp_path)
   assert len(list(records)) == len(records)
   for i in (-1, len(records)):
     with pytest.raises(IndexError):
@@ -94,31 +105,35 @@ def test_conversations(tmp_path):
 @pytest.mark.parametrize(
   ('name', 'body', 'expected'),
   [
-    ('a.jsonl', b'{"text": "x"}\n{"text": 3}\n', 'a.jsonl:2'),
-    ('a.jsonl', b'{"text": "x"}\n{"tex', 'a.jsonl:2 is not JSON'),
-    ('a.jsonl', b'{"text": "x"}\n[1]\n', 'a.jsonl:2 must be a JSON object'),
+    ('a.jsonl', b'{"text": "x"}\n{"text": 3}\n', 'a.jsonl:2: data.text'),
+    (
+      'a.jsonl',
+      b'{"text": "x"}\n{"tex',
+      'a.jsonl:2: not JSON: Unterminated string',
+    ),
+    ('a.jsonl', b'{"text": "x"}\n[1]\n', 'a.jsonl:2: not a JSON object'),
     ('a.jsonl', b'{"body": "x"}\n', "data.text_key='text'"),
-    ('a.jsonl', b'{"text": "\xff"}\n', 'a.jsonl:1 is not UTF-8'),
+    ('a.jsonl', b'{"text": "\xff"}\n', 'a.jsonl:1: not UTF-8'),
     ('a.jsonl', b'{"messages": "x"}\n', 'a.jsonl:1: messages must be a list'),
     (
       'a.jsonl',
       b'{"messages": [{"role": "user"}]}\n',
-      "a.jsonl:1: messages[0] must have a 'role'",
+      'a.jsonl:1: messages[0].content must be a string',
     ),
     (
       'a.jsonl',
       b'{"messages": [{"role": "cat", "content": "x"}]}\n',
-      'system, user, assistant',
+      'must be one of: system, user, assistant, tool',
     ),
-    ('a.txt', b'\xff\xfe', 'a.txt is not UTF-8'),
-    ('a.parquet', b'PAR1 no', 'a.parquet is no Parquet file'),
+    ('a.txt', b'\xff\xfe', 'a.txt: not UTF-8: invalid start byte at byte 0'),
+    ('a.parquet', b'PAR1 no', 'a.parquet: no Parquet file: '),
     ('a.csv', b'text', 'a.csv must end in one of'),
   ],
 )
 def test_bad_files_are_named(tmp_path, name, body, expected):
   (tmp_path / name).write_bytes(body)
   with pytest.raises(errors.InputError, match=re.escape(expected)) as caught:
-    list(files.open_glob(str(tmp_path / '*'), 'text'))
+    corpus.open_corpus(data_config(tmp_path / '*'))
   assert '\n' not in str(caught.value)
 
 
@@ -203,18 +218,23 @@ def test_a_tfds_set_needs_a_split_to_learn_from(tmp_path):
     corpus.open_corpus(cfg)
 
 
-def test_fingerprint_is_of_names_and_sizes(tmp_path):
+def test_fingerprint_is_of_names_and_content(tmp_path):
   marks = []
   for folder in ('one', 'two'):
     (tmp_path / folder).mkdir()
     source = write_text(tmp_path / folder)
     marks.append(corpus.open_corpus(data_config(source)).fingerprint)
-  (tmp_path / 'two' / '00.txt').write_text('longer than it was before')
+  path = tmp_path / 'two' / '00.txt'
+  text = path.read_text()
+  path.write_text(text[::-1])  # as long as before
+  marks.append(corpus.open_corpus(data_config(source)).fingerprint)
+  path.rename(path.with_name('0.txt'))
   marks.append(corpus.open_corpus(data_config(source)).fingerprint)
   (tmp_path / 'two' / 'more.txt').write_text('')
   marks.append(corpus.open_corpus(data_config(source)).fingerprint)
-  assert marks[0] == marks[1]  # wherever the folder lies
-  assert len(set(marks)) == 3
+  assert marks[0] == marks[1]  # wherever the folder is
+  assert len(set(marks)) == 4
+  assert all(mark.startswith('content:') for mark in marks)
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
@@ -277,6 +297,6 @@ def test_tokenizer_is_trained_once_and_kept(tmp_path):
 def test_a_parquet_file_without_the_column_names_what_it_has(tmp_path):
   table = pyarrow.table({'body': ['x'], 'id': ['1']})
   parquet.write_table(table, tmp_path / 'a.parquet')
-  message = re.escape("has no column 'text'; it has: body, id")
+  message = re.escape("has no column 'text'; it has: 'body', 'id'")
   with pytest.raises(errors.InputError, match=message):
-    list(files.open_glob(str(tmp_path / '*'), 'text'))
+    open_files(tmp_path / '*', tmp_path)

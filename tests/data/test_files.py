@@ -1,0 +1,391 @@
+"""Files that others wrote: checked once, faults by place, packed or not."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import re
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from dsv3_jax import errors
+from dsv3_jax.data import corpus, files, records, scan
+from tests import settings
+from tests.data import fuzz
+
+DEEP = b'{"text": "x", "a": ' + b'[' * 5000 + b']' * 5000 + b'}'
+BAD = (
+  (b'{"text": "ab\\ud800"}', 'text has a lone surrogate at character 2'),
+  (b'{"text": "x", "n": ' + b'9' * 5000 + b'}', 'of more than 4,300 digits'),
+  (DEEP, 'more than 64 levels'),
+  (DEEP.replace(b'[' * 5000 + b']' * 5000, b'[' * 65 + b']' * 65), '64 levels'),
+  (b'{"text": null, "\\ud800\\n": 1}', "record has: 'text', '\\ud800\\n'"),
+  (b'{"messages": []}', 'messages=[] must hold'),
+)  # fmt: skip
+
+
+def data_config(folder, source, **changes):
+  cfg = settings.small(data__valid_fraction=0.3).data
+  cache = str(folder / 'cache')
+  return dataclasses.replace(
+    cfg, source=str(folder / source), cache_dir=cache, **changes
+  )
+
+
+def open_files(folder, pattern):
+  return files.open_glob(str(folder / pattern), 'text', folder / 'cache')
+
+
+def lines(count=40):
+  return [json.dumps({'text': f'text {i}'}).encode() for i in range(count)]
+
+
+def names(part):
+  return [part[i]['name'] for i in range(len(part))]
+
+
+@pytest.mark.parametrize(('bad', 'expected'), BAD)
+def test_a_bad_line_has_its_place_and_reason(tmp_path, bad, expected):
+  good = lines()
+  body = [*good[:7], b'', bad, *good[7:]]
+  (tmp_path / 'a.jsonl').write_bytes(b'\n'.join(body))
+  opened = open_files(tmp_path, '*.jsonl')
+  assert len(list(opened)) == len(good) and opened.num_bad == 1
+  (fault,) = opened.faults()
+  assert fault.startswith(f'{tmp_path}/a.jsonl:9: ') and expected in fault
+  assert fault.isprintable() and fault.isascii()
+
+
+def test_a_shallow_value_and_any_other_field_is_none_of_ours(tmp_path):
+  shallow = b'[' * 63 + b'NaN' + b']' * 63
+  line = b'{"a": %b, "text": "x", "messages": null}' % shallow
+  (tmp_path / 'a.jsonl').write_bytes(line)
+  assert open_files(tmp_path, '*.jsonl')[0]['text'] == 'x'
+
+
+def test_refused_by_default_or_left_out_when_asked(tmp_path):
+  body = lines()
+  for i, (bad, _) in enumerate(BAD):
+    body[3 * i] = bad
+  (tmp_path / 'a.jsonl').write_bytes(b'\n'.join(body))
+  with pytest.raises(errors.InputError) as caught:
+    corpus.open_corpus(data_config(tmp_path, '*.jsonl'))
+  message = str(caught.value)
+  assert 'has 6 bad records: ' in message and '; and 3 more: ' in message
+  assert re.findall(r'a\.jsonl:(\d+): ', message) == ['1', '4', '7']
+  assert message.endswith("data.bad_records='skip'") and message.isprintable()
+  skip = data_config(tmp_path, '*.jsonl', bad_records='skip')
+  opened = corpus.open_corpus(skip)
+  assert opened.num_skipped == len(opened.faults) == 6
+  assert len(opened.train) + len(opened.valid) == 34
+  (tmp_path / 'a.jsonl').write_bytes(b'\n'.join(bad for bad, _ in BAD))
+  with pytest.raises(
+    errors.InputError, match=r'no train .* 6 bad records left'
+  ):
+    corpus.open_corpus(skip)
+
+
+def test_a_bad_record_moves_no_other_to_the_other_part(tmp_path):
+  opened = {}
+  for kind in ('whole', 'broken'):
+    body = lines()
+    if kind == 'broken':
+      body[0] = body[5] = body[20] = b'{'
+    (tmp_path / kind).mkdir()
+    (tmp_path / kind / 'a.jsonl').write_bytes(b'\n'.join(body))
+    cfg = data_config(tmp_path, f'{kind}/*.jsonl', bad_records='skip')
+    opened[kind] = corpus.open_corpus(cfg)
+  gone = {'a.jsonl#0', 'a.jsonl#5', 'a.jsonl#20'}
+  for part in ('train', 'valid'):
+    whole = getattr(opened['whole'], part)
+    text_of = {whole[i]['name']: whole[i] for i in range(len(whole))}
+    left = {n: x for n, x in text_of.items() if n not in gone}
+    broken = getattr(opened['broken'], part)
+    assert {broken[i]['name']: broken[i] for i in range(len(broken))} == left
+  assert opened['broken'].fingerprint != opened['whole'].fingerprint
+
+
+def packed(kind, data):
+  if kind == '.gz':  # of two members, as written by parallel compressors
+    return gzip.compress(data[:99]) + gzip.compress(data[99:])
+  if kind == '.zst':
+    pack = lambda part: pyarrow.Codec('zstd').compress(part, asbytes=True)
+    return pack(data[:99]) + pack(data[99:])
+  return data
+
+
+@pytest.mark.parametrize('bom', [b'', b'\xef\xbb\xbf'])
+@pytest.mark.parametrize('kind', ['', '.gz', '.zst'])
+def test_packed_or_not_and_with_a_byte_order_mark(tmp_path, kind, bom):
+  """The same records by the same names; only a mark changes the content."""
+  body = b'\n'.join(lines())
+  for folder, pack, start in (('a', '', b''), ('b', kind, bom)):
+    (tmp_path / folder).mkdir()
+    for name, data in (('x.jsonl', body), ('y.txt', b'one\r\ntwo\rthree')):
+      path = tmp_path / folder / f'{name}{pack}'
+      path.write_bytes(packed(pack, start + data))
+  plain = open_files(tmp_path, 'a/*')
+  other = open_files(tmp_path, 'b/*')
+  assert list(plain) == list(other)
+  assert plain[40] == {'name': 'y.txt#0', 'text': 'one\ntwo\nthree'}
+  assert (plain.fingerprint() == other.fingerprint()) == (not bom)
+  assert not other.num_bad
+
+
+@pytest.mark.parametrize('kind', ['.gz', '.zst'])
+def test_a_damaged_archive_is_one_fault(tmp_path, kind):
+  whole = packed(kind, os.urandom(5000))
+  (tmp_path / 'good.jsonl').write_bytes(b'\n'.join(lines()))
+  for name, data in (
+    ('cut', whole[:-20]),
+    ('none', b'no archive'),
+    ('tail', whole + b'more'),
+  ):
+    (tmp_path / f'{name}.jsonl{kind}').write_bytes(data)
+  opened = open_files(tmp_path, '*.jsonl*')
+  assert len(opened) == 40 and opened.num_bad == 3
+  for fault, name in zip(opened.faults(), ('cut', 'none', 'tail'), strict=True):
+    place = re.escape(f'{tmp_path}/{name}.jsonl{kind}: cannot be unpacked: ')
+    assert re.match(place + '.+', fault)
+  # And none is left: only the scans of four files.
+  assert not list((tmp_path / 'cache' / 'unpacked').iterdir())
+  first = opened.fingerprint()
+  again = open_files(tmp_path, '*.jsonl*')
+  assert (again.num_bad, again.fingerprint()) == (3, first)
+
+
+def test_conversations_in_parquet(tmp_path):
+  """Structs have all fields, null where a turn has none."""
+  call = {'type': None, 'function': {'name': 'f', 'arguments': '{}'}}
+  good = [
+    {'role': 'user', 'content': 'a'},
+    {'role': 'assistant', 'content': None, 'tool_calls': [call]},
+    {'role': 'tool', 'content': 'b'},
+  ]
+  rows = [
+    good[:1],
+    good,
+    [{'role': 'user', 'content': None}],
+    None,
+    [{'role': 'cat', 'content': 'a'}],
+    [{'role': 'user', 'content': 'again'}, None],
+    good[:1],
+  ]
+  table = pyarrow.table({'messages': rows, 'id': list(range(7))})
+  assert str(table.schema.field('messages').type).startswith('list<')
+  parquet.write_table(table, tmp_path / 'x.parquet', row_group_size=2)
+  opened = open_files(tmp_path, '*.parquet')
+  where = f'{tmp_path}/x.parquet'
+  assert opened.faults() == [
+    f'{where}#2: messages[0].content must be a string',
+    f'{where}#3: messages must be a list of turns',
+    f"{where}#4: messages[0].role='cat' must be one of: system, user, "
+    'assistant, tool',
+    f'{where}#5: messages[1] must be an object',
+  ]
+  assert names(opened) == ['x.parquet#0', 'x.parquet#1', 'x.parquet#6']
+  assert opened.tool_turns() == f'{where}#1'
+  assert opened[0]['messages'][0]['content'] == 'a'
+  assert opened[1]['messages'][1]['tool_calls'] == [call]
+  assert corpus.document_text(opened[1]) == 'a\n\nf\n{}\nb'
+
+
+def test_a_column_of_messages_is_a_text_only_if_it_is_the_text_key(tmp_path):
+  table = pyarrow.table({'messages': ['a', 'b']})
+  parquet.write_table(table, tmp_path / 'x.parquet')
+  assert open_files(tmp_path, 'x*').num_bad == 2
+  path, cache = str(tmp_path / 'x.parquet'), tmp_path / 'cache'
+  opened = files.open_glob(path, 'messages', cache)
+  assert [record['text'] for record in opened] == ['a', 'b']
+
+
+def test_rows_of_text_in_parquet(tmp_path):
+  """A null, another type, bytes that are not UTF-8, a damaged row group."""
+  texts = [f'text {i} ' * 9 for i in range(30)]
+  path = tmp_path / 'b.parquet'
+  options = {'row_group_size': 10, 'use_dictionary': False}
+  options |= {'compression': 'none'}
+  parquet.write_table(pyarrow.table({'text': texts}), path, **options)
+  whole = path.read_bytes()
+  assert len(open_files(tmp_path, 'b*')) == 30
+  # A length within the second row group, and a byte of a text in the third.
+  at = whole.index(b'text 12 ') - 4
+  broken = whole[:at] + b'\xff\xff\xff\x7f' + whole[at + 4 :]
+  broken = broken.replace(b'text 25 text', b'text 2\xff text', 1)
+  path.write_bytes(broken)
+  nulls = pyarrow.array(['a', None, 'b'])
+  parquet.write_table(pyarrow.table({'text': nulls}), tmp_path / 'c.parquet')
+  numbers = pyarrow.table({'text': [1, 2]})
+  parquet.write_table(numbers, tmp_path / 'd.parquet')
+  opened = open_files(tmp_path, '*.parquet')
+  group, text, null, one, two = opened.faults()
+  assert re.search(r'b\.parquet#10: rows to 19 cannot be read: .+', group)
+  assert text.endswith('b.parquet#25: not UTF-8')
+  expected = "c.parquet#1: data.text_key='text' must be a string, not None"
+  assert null.endswith(expected)
+  assert [one[-1], two[-1]] == ['1', '2']
+  assert opened.num_bad == 10 + 1 + 1 + 2
+  want = [*range(10), *range(20, 25), *range(26, 30)]
+  left = [f'b.parquet#{i}' for i in want]
+  assert names(opened) == [*left, 'c.parquet#0', 'c.parquet#2']
+  assert opened[12]['text'] == texts[22]
+
+
+def test_a_name_in_one_line_and_one_that_is_no_text(tmp_path):
+  (tmp_path / 'a\nb.jsonl').write_bytes(b'{')
+  (fault,) = open_files(tmp_path, '*.jsonl').faults()
+  assert fault.isprintable() and 'a\\nb.jsonl' in fault
+  with open(os.fsencode(tmp_path) + b'/\xff.jsonl', 'wb') as file:
+    file.write(b'{"text": "x"}')
+  with pytest.raises(errors.InputError, match='is not UTF-8: rename') as caught:
+    open_files(tmp_path, '*.jsonl')
+  assert str(caught.value).isprintable()
+
+
+@pytest.fixture
+def checks(monkeypatch):
+  """Lines that were parsed."""
+  parsed, parse = [], records.from_json
+
+  def from_json(line, text_key):
+    parsed.append(line)
+    return parse(line, text_key)
+
+  monkeypatch.setattr(records, 'from_json', from_json)
+  return parsed
+
+
+@pytest.mark.parametrize('kind', ['', '.gz'])
+def test_an_unchanged_file_is_checked_once(tmp_path, checks, kind):
+  """By path, size and time of change, and `data.text_key`."""
+  body = [*lines(5), b'{']
+  paths = [tmp_path / f'{name}.jsonl{kind}' for name in 'ab']
+  for path in paths:
+    path.write_bytes(packed(kind, b'\n'.join(body)))
+  first = open_files(tmp_path, '*.jsonl*')
+  assert len(checks) == 12
+  again = open_files(tmp_path, '*.jsonl*')
+  assert len(checks) == 12
+  assert again.faults() == first.faults() and again.num_bad == 2
+  assert again.fingerprint() == first.fingerprint()
+  assert list(again) == list(first)
+  checks.clear()
+  # Another time: that file is checked again, and is the same.
+  os.utime(paths[0], ns=(1, 1))
+  assert open_files(tmp_path, '*').fingerprint() == first.fingerprint()
+  assert len(checks) == 6
+  # Another content of the same size; and with the old time it is not seen.
+  before = paths[1].stat()
+  other = packed(kind, b'\n'.join(body).replace(b'text 1', b'text 9'))
+  paths[1].write_bytes(other.ljust(before.st_size)[: before.st_size])
+  os.utime(paths[1], ns=(2, before.st_mtime_ns))
+  assert open_files(tmp_path, '*').fingerprint() == first.fingerprint()
+  os.utime(paths[1], ns=(3, 3))
+  assert open_files(tmp_path, '*').fingerprint() != first.fingerprint()
+  checks.clear()
+  files.open_glob(str(tmp_path / '*'), 'body', tmp_path / 'cache')
+  assert len(checks) >= 6
+
+
+def test_a_damaged_memory_is_checked_anew(tmp_path, checks):
+  (tmp_path / 'a.jsonl').write_bytes(b'\n'.join(lines(5)))
+  first = open_files(tmp_path, '*.jsonl')
+  (place,) = (tmp_path / 'cache' / 'scans').iterdir()
+  whole = place.read_bytes()
+  for damage in (b'', b'{}', b'[]\n', whole[:-1], whole[:-1] + b'x', b'\n'):
+    place.write_bytes(damage)
+    checks.clear()
+    assert list(open_files(tmp_path, '*.jsonl')) == list(first)
+    assert len(checks) == 5 + 10
+    assert place.read_bytes() == whole
+
+
+def test_an_unpacked_copy_that_is_gone_is_made_anew(tmp_path):
+  path = tmp_path / 'a.jsonl.gz'
+  path.write_bytes(packed('.gz', b'\n'.join(lines(5))))
+  opened = open_files(tmp_path, '*.gz')
+  (copy,) = (tmp_path / 'cache' / 'unpacked').iterdir()
+  copy.unlink()
+  with pytest.raises(
+    errors.InputError, match=r'a\.jsonl\.gz:1: .*after it was'
+  ):
+    opened[0]
+  assert len(list(open_files(tmp_path, '*.gz'))) == 5
+
+
+def test_a_file_that_changes_is_named(tmp_path, monkeypatch):
+  path = tmp_path / 'a.jsonl'
+  path.write_bytes(b'\n'.join(lines(5)))
+  opened = open_files(tmp_path, '*.jsonl')
+  path.write_bytes(b'{"text": 3}' * 9)
+  expected = r'a\.jsonl:2: not JSON.*: the file changed after it was checked'
+  with pytest.raises(errors.InputError, match=expected):
+    opened[1]
+  parse = records.from_json
+
+  def grows(line, text_key):
+    with open(path, 'ab') as file:
+      file.write(b'\n')
+    return parse(line, text_key)
+
+  monkeypatch.setattr(records, 'from_json', grows)
+  with pytest.raises(
+    errors.InputError, match=r'a\.jsonl: changed while it was'
+  ):
+    open_files(tmp_path, '*.jsonl')
+
+
+def test_without_a_cache(tmp_path, capsys):
+  """Plain files are checked at each start; others cannot be unpacked."""
+  (tmp_path / 'cache').write_text('a file')
+  (tmp_path / 'a.jsonl').write_bytes(b'\n'.join(lines()))
+  (tmp_path / 'b.jsonl').write_bytes(b'\n'.join(lines()))
+  opened = corpus.open_corpus(data_config(tmp_path, '*.jsonl'))
+  assert len(opened.train) + len(opened.valid) == 80
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f'data.cache_dir: {tmp_path}/cache cannot be written')
+  (tmp_path / 'c.jsonl.gz').write_bytes(gzip.compress(b'{}'))
+  expected = r'^data\.cache_dir: .*cache cannot be .* unpacked: name another$'
+  with pytest.raises(errors.InputError, match=expected):
+    corpus.open_corpus(data_config(tmp_path, '*.jsonl.gz'))
+
+
+def test_a_long_check_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+  path = tmp_path / 'a.txt'
+  path.write_bytes(b'x' * 3_000_000)
+  open_files(tmp_path, '*.txt')
+  assert capsys.readouterr().err == ''
+  monkeypatch.setattr(scan, 'QUIET_SECONDS', 0.0)
+  os.utime(path, ns=(1, 1))
+  open_files(tmp_path, '*.txt')
+  (line,) = capsys.readouterr().err.splitlines()
+  pattern = r'checking data\.source: 0\.0 of 0\.0 GB, \d+ MB/s, 0 min left'
+  assert re.fullmatch(pattern, line)
+
+
+def test_the_mark_of_release_0_2(tmp_path):
+  """Names and sizes; none where that release read other text, or none."""
+  texts = {'a.txt': b'one', 'b.txt': b'second'}
+  for name, data in texts.items():
+    (tmp_path / name).write_bytes(data)
+  sizes = [(name, len(data)) for name, data in texts.items()]
+  want = hashlib.sha256(repr(sizes).encode()).hexdigest()
+  opened = open_files(tmp_path, '*.txt')
+  assert opened.size_fingerprint() == want
+  for name, data in (
+    ('c.txt', scan.BOM + b'x'),
+    ('c.txt', b'\xff'),
+    ('c.txt.gz', gzip.compress(b'x')),
+  ):
+    (tmp_path / name).write_bytes(data)
+    assert open_files(tmp_path, '*.txt*').size_fingerprint() == ''
+    (tmp_path / name).unlink()
+
+
+def test_fuzzed_records_are_read_or_named(tmp_path):
+  counts = fuzz.run(tmp_path, 2000, seed=1)
+  assert all(good > 30 and bad > 30 for good, bad in counts.values())
+  assert len(counts) == 5
