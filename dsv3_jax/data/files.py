@@ -263,7 +263,7 @@ class _Parquet(_Part):
       file = parquet.ParquetFile(path)
       key = _column(file, path, text_key)
     except (pyarrow.ArrowException, OSError) as error:
-      out.bad('', f'no Parquet file: {_first_line(error)}')
+      out.bad('', f'no Parquet file: {scan.first_line(error)}')
       return
     start = 0
     for group in range(file.num_row_groups):
@@ -271,7 +271,9 @@ class _Parquet(_Part):
       try:
         column = file.read_row_group(group, columns=[key])[key]
       except (pyarrow.ArrowException, OSError) as error:
-        why = f'rows to {start + size - 1} cannot be read: {_first_line(error)}'
+        why = (
+          f'rows to {start + size - 1} cannot be read: {scan.first_line(error)}'
+        )
         out.bad(f'#{start}', why, size)
       else:
         _scan_column(column, start, (key, text_key), out)
@@ -299,7 +301,7 @@ class _Parquet(_Part):
       value = self._group(group)[row - start].as_py()
       return records.from_value(value, key, self.key)
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
-      raise self.changed(f'#{row}', _first_line(error)) from error
+      raise self.changed(f'#{row}', scan.first_line(error)) from error
 
 
 def _column(file: Any, path: pathlib.Path, text_key: str) -> str:
@@ -337,7 +339,7 @@ def _scan_column(
       record = records.from_value(value.as_py(), *keys)
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
       not_unicode = isinstance(error, UnicodeDecodeError)
-      out.bad(f'#{row}', 'not UTF-8' if not_unicode else _first_line(error))
+      out.bad(f'#{row}', 'not UTF-8' if not_unicode else scan.first_line(error))
     else:
       out.good(row)
       _note_tools(out, f'#{row}', record)
@@ -347,8 +349,3 @@ def _note_tools(out: scan.Builder, place: str, record: dict[str, Any]) -> None:
   turns = record.get('messages')
   if turns and not out.tools and chat.has_tools(turns):
     out.tools = place
-
-
-def _first_line(error: Exception) -> str:
-  line = (str(error).splitlines() or [type(error).__name__])[0]
-  return line if line.isprintable() else ascii(line)

@@ -7,6 +7,7 @@ into the same folder, as its records are read in any order.
 """
 
 import array
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -194,8 +195,7 @@ class Memory:
         scan = self._scan_packed(path, codec, read, progress)
       same = _stamp(path.stat()) == stamp
     except OSError as error:
-      why = error.strerror or error
-      raise errors.InputError(f'{show(path)}: cannot be read: {why}') from error
+      raise _unreadable(path, error) from error
     if not same:
       raise errors.InputError(
         f'{show(path)}: changed while it was checked: start again when it is '
@@ -208,17 +208,7 @@ class Memory:
     scratch = self._unpacked / f'.{os.getpid()}'
     builder = Builder(lambda num_bytes: None)
     try:
-      scratch.parent.mkdir(parents=True, exist_ok=True)
-      target = scratch.open('wb')
-    except OSError as error:
-      raise self._refusal(error) from error
-    try:
-      with target:
-        for chunk in _unpack(path, codec, progress):
-          try:
-            target.write(chunk)
-          except OSError as error:
-            raise self._refusal(error) from error
+      self._unpack(path, codec, scratch, progress)
       read(scratch, builder)
       scan = builder.build()
       scratch.replace(self.content_path(scan))
@@ -227,16 +217,23 @@ class Memory:
       with path.open('rb') as packed:
         while data := packed.read(_CHUNK):
           builder.content(data)
-      builder.bad('', f'cannot be unpacked: {str(error).splitlines()[0]}')
+      builder.bad('', f'cannot be unpacked: {first_line(error)}')
       return builder.build()
     finally:
-      scratch.unlink(missing_ok=True)
+      with contextlib.suppress(OSError):
+        scratch.unlink()
 
-  def _refusal(self, error: OSError) -> errors.InputError:
-    return errors.InputError(
-      f'data.cache_dir: {self._folder} cannot be written ({error.strerror}), '
-      'where compressed files are unpacked: name another'
-    )
+  def _unpack(self, path, codec, scratch, progress) -> None:
+    try:
+      scratch.parent.mkdir(parents=True, exist_ok=True)
+      with scratch.open('wb') as target:
+        for chunk in _chunks(path, codec, progress):
+          target.write(chunk)
+    except OSError as error:
+      raise errors.InputError(
+        f'data.cache_dir: {self._folder} cannot be written ({error.strerror}), '
+        'where compressed files are unpacked: name another'
+      ) from error
 
 
 def show(path: pathlib.Path) -> str:
@@ -245,22 +242,32 @@ def show(path: pathlib.Path) -> str:
   return text if text.isprintable() else ascii(text)
 
 
+def first_line(error: Exception) -> str:
+  """The first line of an error, without control characters."""
+  line = (str(error).splitlines() or [type(error).__name__])[0]
+  return line if line.isprintable() else ascii(line)
+
+
 def _stamp(stat: os.stat_result) -> list[int]:
   """What tells a file from a changed one, without reading it."""
   return [stat.st_size, stat.st_mtime_ns]
 
 
-def _unpack(
+def _chunks(
   path: pathlib.Path, codec: str, progress: Progress
 ) -> Iterator[bytes]:
   """The content of a compressed file, piece by piece.
 
   Raises:
     ArrowException: it is damaged.
+    InputError: it cannot be opened.
   """
-  done = 0
-  with pyarrow.OSFile(str(path)) as packed:
-    source = pyarrow.CompressedInputStream(packed, codec)
+  try:
+    packed = pyarrow.OSFile(str(path))
+  except OSError as error:
+    raise _unreadable(path, error) from error
+  with packed:
+    source, done = pyarrow.CompressedInputStream(packed, codec), 0
     while True:
       try:
         chunk = source.read(_CHUNK)
@@ -271,3 +278,8 @@ def _unpack(
       if not chunk:
         return
       yield chunk
+
+
+def _unreadable(path: pathlib.Path, error: OSError) -> errors.InputError:
+  why = error.strerror or error
+  return errors.InputError(f'{show(path)}: cannot be read: {why}')
