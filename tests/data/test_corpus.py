@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import sysconfig
@@ -227,6 +228,7 @@ def test_fingerprint_is_of_names_and_content(tmp_path):
   path = tmp_path / 'two' / '00.txt'
   text = path.read_text()
   path.write_text(text[::-1])  # as long as before
+  os.utime(path, ns=(1, 1))
   marks.append(corpus.open_corpus(data_config(source)).fingerprint)
   path.rename(path.with_name('0.txt'))
   marks.append(corpus.open_corpus(data_config(source)).fingerprint)

@@ -216,6 +216,7 @@ def test_rows_of_text_in_parquet(tmp_path):
   broken = whole[:at] + b'\xff\xff\xff\x7f' + whole[at + 4 :]
   broken = broken.replace(b'text 25 text', b'text 2\xff text', 1)
   path.write_bytes(broken)
+  os.utime(path, ns=(1, 1))  # the size is the same, and the time may be
   nulls = pyarrow.array(['a', None, 'b'])
   parquet.write_table(pyarrow.table({'text': nulls}), tmp_path / 'c.parquet')
   numbers = pyarrow.table({'text': [1, 2]})
