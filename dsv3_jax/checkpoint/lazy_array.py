@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 import tensorstore
 
 Slices = tuple[slice, ...]
+Part = TypeVar('Part')
 
 CHUNK_BYTES = 64 << 20
 _ALIGN = 64
@@ -142,7 +143,7 @@ class LazyHandler(ocp.type_handlers.NumpyHandler):
       if self._error is not None:
         return
       chunk = array.chunk_layout.write_chunk.shape
-      pieces = read_ahead(value, grid(value.shape, chunk))
+      pieces = read_ahead(value.read, grid(value.shape, chunk))
       writing = None
       while (item := await asyncio.to_thread(next, pieces, None)) is not None:
         if writing is not None:
@@ -163,14 +164,14 @@ def grid(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Slices]:
 
 
 def read_ahead(
-  array: LazyArray, parts: Iterable[Slices]
-) -> Iterator[tuple[Slices, np.ndarray]]:
-  """Reads slices on all cores, in order, with a bounded number in memory."""
+  read: Callable[[Part], np.ndarray], parts: Iterable[Part]
+) -> Iterator[tuple[Part, np.ndarray]]:
+  """Reads parts on all cores, in order, with a bounded number in memory."""
   workers = os.cpu_count() or 1
   waiting: collections.deque = collections.deque()
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     for part in parts:
-      waiting.append((part, pool.submit(array.read, part)))
+      waiting.append((part, pool.submit(read, part)))
       if len(waiting) > workers:  # bounds the memory
         first, job = waiting.popleft()
         yield first, job.result()
@@ -212,7 +213,7 @@ def _to_holders(
     )
     for at in grid(sizes, array.chunk)
   )
-  for at, piece in read_ahead(array, moved):
+  for at, piece in read_ahead(array.read, moved):
     if piece.ctypes.data % _ALIGN:
       copied = empty(piece.shape, piece.dtype)
       copied.view(bits)[...] = piece.view(bits)

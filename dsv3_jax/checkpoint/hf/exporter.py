@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import os
 import pathlib
 import shutil
@@ -32,7 +31,6 @@ from dsv3_jax.checkpoint.safetensors import finite
 from dsv3_jax.checkpoint.safetensors import reader as shards
 from dsv3_jax.checkpoint.safetensors import writer as shard_writer
 
-_PIECE_BYTES = 32 << 20
 _DTYPES = {'float32': 'F32', 'bfloat16': 'BF16', 'fp8': 'BF16'}
 # Linears that the published checkpoint holds in FP8 (TR 3.3.1): not the
 # embedding, the head, the gate, norms, nor MTP's projection.
@@ -242,18 +240,8 @@ def _jobs(specs, of, leaves, writer) -> Iterator[tuple]:
   for name in dict.fromkeys(n.removesuffix('_scale_inv') for n in here):
     place = of[name]
     pair = (here.get(name), here.get(name + '_scale_inv'))
-    for start, stop in _pieces(place):
+    for start, stop in place.pieces():
       yield _write_piece, pair, place, start, stop, leaves, writer
-
-
-def _pieces(place: hf_names.TensorPlace) -> Iterator[tuple[int, int]]:
-  """Ranges of steps, of bounded size and of full blocks of 128 rows."""
-  per = place.rows_per_step
-  row_bytes = 4 * math.prod(place.file_shape[1:])
-  whole = 128 // math.gcd(per, 128)  # steps until rows are a multiple of 128
-  count = max(1, _PIECE_BYTES // (row_bytes * per * whole)) * whole
-  for start in range(0, place.steps, count):
-    yield start, min(start + count, place.steps)
 
 
 def _write_piece(pair, place, start, stop, leaves, writer) -> None:
@@ -271,10 +259,10 @@ def _write_piece(pair, place, start, stop, leaves, writer) -> None:
       leaf.path: q.values
       for leaf, q in zip(place.tensor.leaves, kept, strict=True)
     }
-    values = _rows(place, start, stop, values)
+    values = place.read(start, stop, values)
     scales_ij = None if start else _kept_scales(place, kept)
   else:
-    values = _rows(place, start, stop, leaves.plain)
+    values = place.read(start, stop, leaves.plain)
     if write_fp8:
       values = np.ascontiguousarray(values, np.float32)
       finite.check(values, place.tensor.name, first)
@@ -286,17 +274,6 @@ def _write_piece(pair, place, start, stop, leaves, writer) -> None:
     writer.write(spec.name, first, values)
   if scales is not None and scales_ij is not None:
     writer.write(scales.name, first // 128, scales_ij)
-
-
-def _rows(place, start, stop, leaves) -> np.ndarray:
-  """Rows of a tensor, from slices of its leaves."""
-  slices = place.leaf_slices(start, stop)
-  return place.join(
-    [
-      np.asarray(leaves[leaf.path][(*leaf.index, *part)])
-      for leaf, part in zip(place.tensor.leaves, slices, strict=True)
-    ]
-  )
 
 
 def _kept_scales(

@@ -25,6 +25,7 @@ from dsv3_jax.nn import model
 
 Tree = dict[str, Any]
 
+_PIECE_BYTES = 32 << 20
 _SQUARE = 256
 
 
@@ -203,6 +204,27 @@ class TensorPlace(NamedTuple):
       + tuple(slice(0, n) for n in shape[at + 1 :])
       for shape in self.shapes
     ]
+
+  def pieces(self) -> Iterator[tuple[int, int]]:
+    """Ranges of steps, of bounded size and of full blocks of 128 rows."""
+    per = self.rows_per_step
+    row_bytes = 4 * math.prod(self.file_shape[1:])
+    whole = 128 // math.gcd(per, 128)  # steps until rows are a multiple of 128
+    count = max(1, _PIECE_BYTES // (row_bytes * per * whole)) * whole
+    for start in range(0, self.steps, count):
+      yield start, min(start + count, self.steps)
+
+  def read(
+    self, start: int, stop: int, leaves: Mapping[tuple[str, ...], Any]
+  ) -> np.ndarray:
+    """Rows of a range of steps, from slices of the leaves."""
+    slices = self.leaf_slices(start, stop)
+    return self.join(
+      [
+        np.asarray(leaves[leaf.path][(*leaf.index, *part)])
+        for leaf, part in zip(self.tensor.leaves, slices, strict=True)
+      ]
+    )
 
   def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
     """Converts slices of the leaves to rows of the tensor."""
