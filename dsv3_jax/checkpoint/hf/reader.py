@@ -111,7 +111,7 @@ def _leaf(
     )
 
   kinds = {piece.dtype for piece in pieces.values()}
-  if len(kinds) > 1 or (not keep_fp8 and fp8_blocks.E4M3 in kinds):
+  if len(kinds) > 1 or (not keep_fp8 and np.dtype(fp8_blocks.E4M3) in kinds):
     return array(shape, np.float32, _Piece.read, first.chunk)
   (kind,) = kinds
   if kind != fp8_blocks.E4M3:

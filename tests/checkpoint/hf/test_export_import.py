@@ -149,6 +149,9 @@ def test_fp8_kept_as_fp8_comes_back_byte_by_byte(in_fp8, tmp_path):
       output = tmp_path / f'of {folder.name}'
       exporter.export(cfg, leaves, output, dtype='fp8', shard_bytes=60_000)
     assert (output / SUMS).read_text() == (in_fp8 / SUMS).read_text()
+  with source.open_source(in_fp8, BASE) as (_, leaves):
+    kinds = {type(leaf) for leaf in leaves.values()}
+    assert fp8_blocks.Quantized not in kinds
   # Both ways of reading agree.
   kept, plain = map(dsv3_jax.load, (tmp_path / 'run', in_fp8))
   same_trees(
