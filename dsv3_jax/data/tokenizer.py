@@ -40,6 +40,12 @@ SPLITS = (
   '| ?[\\p{P}\\p{S}]+[\r\n]*'
   r'|\s*[' + '\r\n' + r']+|\s+(?!\S)|\s+',
 )
+# Text that any other rules would split in another way.
+_PROBE = (
+  "def f(x_1=12345, *y):\n\n    return 'a'+x.b;  # 3.14 don't \t\r\n  \n"
+  '\u4f60\u597d\u4e16\u754c2026\u5e74 \u3053\u3093abc \u30ab\u30bf!? '
+  'Stra\u00dfe cafe\u0301 \u00bd\u20ac10 \u0663\u0664 \U0001f600  '
+)
 # A vocabulary is trained on at most so many characters: on every n-th document,
 # with the smallest n that suffices.
 _TRAIN_CHARS = 12_000_000
@@ -142,11 +148,11 @@ class Tokenizer:
     """Decodes ids; bytes that are not UTF-8 become U+FFFD."""
     ids = [int(i) for i in ids]
     if skip_special:
-      ids = [i for i in ids if i not in self._special_ids]
+      ids = [i for i in ids if i not in self.special_ids]
     return self._full.decode(ids, skip_special_tokens=False)
 
   @functools.cached_property
-  def _special_ids(self) -> frozenset[int]:
+  def special_ids(self) -> frozenset[int]:
     """Ids of special tokens; a reasoning model's think tags count as text."""
     added = self._full.get_added_tokens_decoder()
     tags = ('<think>', '</think>')
@@ -192,6 +198,13 @@ class Tokenizer:
         f'{where} has turns of tools, but the tokenizer lacks the special '
         f'token {lacking[0]!a}: name another data.tokenizer'
       )
+
+  @functools.cached_property
+  def splits_as_published(self) -> bool:
+    """True if `pieces` splits text as the rules of DeepSeek-V3 do."""
+    rules = _pre_tokenizer()
+    want = [piece for piece, _ in rules.pre_tokenize_str(_PROBE)]
+    return self.pieces(_PROBE) == want
 
   @functools.cached_property
   def punctuation_newlines(self) -> dict[int, np.ndarray]:
@@ -243,6 +256,17 @@ def hf_documents(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
   }
 
 
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+  """`SPLITS`, then bytes as letters."""
+  rules = [
+    pre_tokenizers.Split(tokenizers.Regex(rule), 'isolated') for rule in SPLITS
+  ]
+  rules.append(
+    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  )
+  return pre_tokenizers.Sequence(rules)
+
+
 def _is_punctuation(text: str) -> bool:
   """True for punctuation and symbols only, after at most one space."""
   bare = text.removeprefix(' ')
@@ -265,13 +289,7 @@ def train(
   total = sum(len(text) for text in texts)
   every = max(1, -(-total // _TRAIN_CHARS))
   bpe = tokenizers.Tokenizer(models.BPE())
-  rules = [
-    pre_tokenizers.Split(tokenizers.Regex(rule), 'isolated') for rule in SPLITS
-  ]
-  rules.append(
-    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-  )
-  bpe.pre_tokenizer = pre_tokenizers.Sequence(rules)
+  bpe.pre_tokenizer = _pre_tokenizer()
   bpe.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,

@@ -127,7 +127,7 @@ def test_markers_in_text_stay_text():
   t = trained()
   for marker in tokenizer.SPECIAL:
     ids = t.encode(marker)
-    assert not set(ids.tolist()) & set(t._special_ids)
+    assert not set(ids.tolist()) & set(t.special_ids)
     assert t.decode(ids) == marker
     chat = [{'role': 'user', 'content': marker}]
     np.testing.assert_array_equal(t.encode_chat(chat)[0][2:], ids)
