@@ -44,6 +44,8 @@ def export(values: flags.FlagValues) -> None:
     )
   if not values.shard_gb > 0:
     raise errors.InputError(f'shard_gb={values.shard_gb} must be > 0')
+  if values.format == 'gguf' and values['shard_gb'].present:
+    raise errors.InputError('--shard_gb is for --format=hf: GGUF is one file')
   write = _export_gguf if values.format == 'gguf' else _export_hf
   write(values, pathlib.Path(values.checkpoint))
 

@@ -100,6 +100,7 @@ def test_steps_and_the_average(model, tokenizer, tmp_path):
     (['--dtype=fp8'], '--dtype=fp8 with --format=gguf must be one of: float32'),
     (['--format=hf', '--dtype=q8_0'], '--dtype=q8_0 with --format=hf must be'),
     (['--format=onnx'], 'format'),
+    (['--shard_gb=5'], '--shard_gb is for --format=hf'),
     (['--checkpoint=no'], 'no/config.json'),
   ],
 )

@@ -1,8 +1,9 @@
 """Writes parameters as a GGUF file for llama.cpp, piece by piece.
 
 The file is written as `OUTPUT.partial`, front to back, in pieces of at most
-32 MB of f32. One rename at the end makes it `OUTPUT`; whatever stops the export
-removes it. MTP modules are left out: `deepseek2` has none.
+32 MB of f32. One rename at the end makes it `OUTPUT`. An export that fails or
+is interrupted removes it; one that is killed leaves it to the next. MTP modules
+are left out: `deepseek2` has none.
 """
 
 import functools
@@ -59,6 +60,7 @@ def export(
     progress(f'model.mtp.depth={depth}: left out, llama.cpp has no MTP here')
   writer = gguf.GGUFWriter(None, metadata.ARCH)
   writer.add_type(gguf.GGUFType.MODEL)
+  writer.add_name(output.stem)
   writer.add_file_type(_FILE_TYPES[dtype])
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   metadata.write(writer, cfg)
@@ -73,9 +75,11 @@ def export(
     _write_data(partial, table, hf_names.dequantised(leaves, cfg), progress)
     shard_writer.flush(partial)
     partial.rename(output)
+  except BrokenPipeError:
+    raise  # nobody reads the progress any more
   except OSError as error:
     raise errors.InputError(
-      f'--output={output} cannot be written ({error.strerror})'
+      f'--output={output} not written: {error}'
     ) from error
   finally:
     partial.unlink(missing_ok=True)

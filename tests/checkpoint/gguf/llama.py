@@ -7,6 +7,7 @@ import urllib.request
 
 import gguf
 import jax
+import jax.numpy as jnp
 import numpy as np
 import xllamacpp
 
@@ -35,9 +36,21 @@ def make(name, **changes):
 
 
 def weights(cfg):
-  """f32 parameters whose logits are spread, and router biases."""
+  """f32 parameters and router biases of a model whose text does not repeat.
+
+  Like a trained one, it prefers some token after each, none of them special.
+  Of random weights alone, greedy tokens soon go in circles.
+  """
   params, router_biases = exchanged.random_weights(cfg)
-  params['head']['w'] *= 4.0
+  depth = cfg.model.num_layers  # whose outputs the embedding must outweigh
+  embed_VD = 4.0 * (depth / 3) ** 0.5 * params['embed']['w']
+  first = len(tokenizers.SPECIAL)
+  order = np.random.default_rng(3).permutation(cfg.model.vocab_size - first)
+  head_VD = jnp.zeros_like(embed_VD)
+  before, after = first + order, first + np.roll(order, 1)
+  head_VD = head_VD.at[after].set(embed_VD[before])
+  params['embed']['w'] = embed_VD
+  params['head']['w'] = 4.0 * params['head']['w'] + 0.5 * head_VD.T
   return params, router_biases
 
 

@@ -160,6 +160,7 @@ def test_metadata_is_the_config(model, file, tokenizer):
     f'deepseek2.{name}' for name in want
   }
   assert got['general.architecture'] == 'deepseek2'
+  assert got['general.name'] == file.stem
   assert got['general.file_type'] == gguf.LlamaFileType.ALL_F32
   assert got['tokenizer.ggml.pre'] == 'deepseek-v3'
   assert got['tokenizer.ggml.bos_token_id'] == tokenizer.bos_id
@@ -299,11 +300,8 @@ def test_bad_weights_are_refused(
   assert not list(tmp_path.iterdir())
 
 
-class _Stopped(BaseException):
-  pass
-
-
-def test_a_stopped_export_leaves_nothing(model, tokenizer, tmp_path):
+@pytest.mark.parametrize('kind', [KeyboardInterrupt, BrokenPipeError])
+def test_a_stopped_export_leaves_nothing(kind, model, tokenizer, tmp_path):
   cfg, params, router_biases = model
   output = tmp_path / 'deep' / 'x.gguf'
   seen = []
@@ -313,23 +311,27 @@ def test_a_stopped_export_leaves_nothing(model, tokenizer, tmp_path):
       return
     seen.append([path.name for path in output.parent.iterdir()])
     if line.startswith('blk.1'):
-      raise _Stopped
+      raise kind
 
   args = (cfg, params, router_biases, output, tokenizer)
-  with pytest.raises(_Stopped):
+  with pytest.raises(kind):
     llama.write(*args, progress=stop)
   assert seen[-1] == ['x.gguf.partial'] and not list(output.parent.iterdir())
+
+
+def test_a_file_is_whole_or_not_there(model, tokenizer, tmp_path):
+  args = (*model, tmp_path / 'x.gguf', tokenizer)
   full = OSError(errno.ENOSPC, 'No space left on device')
   with (
     mock.patch.object(shard_writer, 'flush', side_effect=full),
     pytest.raises(errors.InputError, match='No space left on device'),
   ):
     llama.write(*args)
-  assert not list(output.parent.iterdir())
+  assert not list(tmp_path.iterdir())
   # What a killed process left is replaced; what exists already is not.
-  (output.parent / 'x.gguf.partial').write_bytes(b'old')
+  (tmp_path / 'x.gguf.partial').write_bytes(b'old')
   llama.write(*args)
-  assert [path.name for path in output.parent.iterdir()] == ['x.gguf']
+  assert [path.name for path in tmp_path.iterdir()] == ['x.gguf']
   with pytest.raises(errors.InputError, match='exists: name another'):
     llama.write(*args)
   (tmp_path / 'y.partial').mkdir()

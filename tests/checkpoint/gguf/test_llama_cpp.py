@@ -72,7 +72,7 @@ def test_greedy_tokens_and_log_probs_agree(case, tokenizer, tmp_path):
   tokens = theirs.greedy(PROMPT, COUNT)
   row = PROMPT + tokens
   ours_TV = llama.our_log_probs(*model, row)[len(PROMPT) - 1 :]
-  assert len(tokens) == COUNT and len(set(tokens)) > 4
+  assert len(tokens) == COUNT and len(set(tokens)) > 10
   assert ours_TV[:-1].argmax(-1).tolist() == tokens
   for i in (0, COUNT // 2, COUNT):
     got_V = theirs.log_probs(row[: len(PROMPT) + i], cfg.model.vocab_size)
