@@ -18,9 +18,12 @@ from dsv3_jax import errors
 from dsv3_jax.inference import (
   block_pool,
   engine_stats,
+  forward,
+  logit_adjustments,
   model_runner,
   sampling,
   scheduler,
+  token_outputs,
 )
 from dsv3_jax.inference import request as requests
 from pallas_kernels.mla_decode import api as mla_decode
@@ -226,13 +229,17 @@ class Engine:
     if self.batch_invariant:
       is_uncached, longest = False, self.chunk
     run = self._runner.prefill if is_uncached else self._runner.extend
+    if schedule.is_scored:
+      run = self._runner.score
     width = BLOCK_SIZE * round_up(-(-longest // BLOCK_SIZE))
     step_output, outputs = self._run(schedule, run, width), []
     for b, (request, count) in enumerate(_pairs(schedule)):
       is_end = request.num_uncomputed == count
+      if request.sampling.prompt_logprobs:
+        token_outputs.append_prompt_logprobs(request, step_output, b, count)
       self._scheduler.commit(request, count)
       if is_end:
-        num_new = self._append(request, step_output, b)
+        num_new = token_outputs.append(request, step_output, b)
         outputs += self._outputs(request, num_new)
     return outputs
 
@@ -245,7 +252,7 @@ class Engine:
     self._counts['decode_steps'] += 1
     outputs = []
     for b, (request, count) in enumerate(_pairs(schedule)):
-      num_new = self._append(request, step_output, b)
+      num_new = token_outputs.append(request, step_output, b)
       self._counts['decoded_rows'] += 1
       self._counts['decoded_tokens'] += num_new
       self._counts['speculative_tokens'] += count - 1
@@ -256,7 +263,7 @@ class Engine:
 
   def _run(
     self, schedule: scheduler.ScheduledStep, run: Callable, width: int = 0
-  ) -> model_runner.StepOutput | None:
+  ) -> forward.StepOutput | None:
     """Runs a step; returns lists, one entry for each request.
 
     Args:
@@ -265,34 +272,22 @@ class Engine:
     self._caches = self._runner.copy_blocks(schedule.copies, self._caches)
     rows, step_input, arrays = self._step_input(schedule, width)
     output, self._caches = run(step_input, self._caches, arrays)
-    if all(request.num_uncomputed > n for request, n in _pairs(schedule)):
+    pairs = _pairs(schedule)
+    if not schedule.is_scored and all(r.num_uncomputed > n for r, n in pairs):
       return None  # no request gets a token: do not wait for the device
-    lists = (x[rows].tolist() for x in jax.device_get(output))
-    return model_runner.StepOutput(*lists)
-
-  def _append(
-    self, request: requests.Request, output: model_runner.StepOutput, b: int
-  ) -> int:
-    """Appends the new tokens, up to the first stop token; returns how many."""
-    new = output.tokens_Bt[b][: output.count_B[b]]
-    stops = [i for i, t in enumerate(new, 1) if t in request.stop_ids]
-    new = new[: min(stops, default=len(new))]
-    request.all_tokens += new
-    request.speculative_tokens = output.speculative_Bk[b]
-    return len(new)
+    *tokens, logprobs, scores = jax.device_get(output)
+    lists = (x[rows].tolist() for x in tokens)
+    if any(arrays.logprobs_B):
+      pick = lambda x: x[rows]
+      logprobs, scores = jax.tree.map(pick, (logprobs, scores))
+    return forward.StepOutput(*lists, logprobs, scores)
 
   def _outputs(
     self, request: requests.Request, num_new: int
   ) -> list[requests.TokenOutput]:
     """An output for each new token not reported yet; finishes the request."""
-    length, reason = len(request.all_tokens), request.finish_reason
-    first = max(length - num_new, request.num_reported)
-    reasons = {length - 1: reason}
-    outputs = [
-      requests.TokenOutput(request, request.all_tokens[i], reasons.get(i))
-      for i in range(first, length)
-    ]
-    if reason is not None:
+    outputs = token_outputs.report(request, num_new)
+    if request.finish_reason is not None:
       self._scheduler.finish(request)
     return outputs
 
@@ -321,8 +316,12 @@ class Engine:
       arrays.keys_B2[b], params = request.key_2, request.sampling
       arrays.temperature_B[b] = params.temperature
       arrays.top_k_B[b] = params.top_k
-      arrays.top_p_B[b] = params.top_p
-    return rows, step_input, arrays
+      arrays.top_p_B[b], arrays.min_p_B[b] = params.top_p, params.min_p
+      arrays.logprobs_B[b] = params.logprobs is not None
+    adjustments = logit_adjustments.stack(
+      chosen, rows, num_rows, self._runner.cfg.model.vocab_size
+    )
+    return rows, step_input, arrays._replace(adjustments=adjustments)
 
   def _rows(self, ranks: list[int], min_rows: int) -> tuple[list[int], int]:
     """A row for each request, given their ranks, and the number of all rows.
@@ -345,11 +344,11 @@ class Engine:
 
   def _empty(
     self, num_rows: int, width: int, num_blocks: int
-  ) -> tuple[model_runner.StepInput, sampling.SamplingArrays]:
+  ) -> tuple[forward.StepInput, sampling.SamplingArrays]:
     """Arrays of a compiled step, without tokens."""
     full = lambda value, *shape: np.full(shape, value, np.int32)
     no_block = self._scheduler.num_blocks_per_rank
-    step_input = model_runner.StepInput(
+    step_input = forward.StepInput(
       tokens_BT=full(0, num_rows, width),
       index_BT=full(-1, num_rows, width),
       last_B=full(0, num_rows),
@@ -357,9 +356,15 @@ class Engine:
       # Entries behind a row's blocks are out of range: writes are dropped.
       table_Bb=full(no_block, num_rows, num_blocks),
     )
-    temperature_B, top_p_B = np.zeros((2, num_rows), np.float32)
-    keys_B2, top_k_B = np.zeros((num_rows, 2), np.uint32), full(0, num_rows)
-    arrays = sampling.SamplingArrays(keys_B2, temperature_B, top_k_B, top_p_B)
+    temperature_B, top_p_B, min_p_B = np.zeros((3, num_rows), np.float32)
+    arrays = sampling.SamplingArrays(
+      np.zeros((num_rows, 2), np.uint32),
+      temperature_B,
+      full(0, num_rows),
+      top_p_B,
+      min_p_B,
+      np.zeros(num_rows, bool),
+    )
     return step_input, arrays
 
 
@@ -370,7 +375,11 @@ def _pairs(schedule: scheduler.ScheduledStep) -> list[tuple]:
 
 def _key(params: requests.SamplingParams) -> np.ndarray:
   """Data of a request's PRNG key."""
-  key = jax.random.fold_in(jax.random.key(params.seed), params.rng_stream)
+  low, high = params.seed % 2**32, params.seed // 2**32 % 2**32
+  key = jax.random.key(low)
+  if high:
+    key = jax.random.fold_in(key, high)
+  key = jax.random.fold_in(key, params.rng_stream)
   return np.asarray(jax.random.key_data(key))
 
 

@@ -14,44 +14,20 @@ the arrays decide what is compiled; the caller keeps their number small.
 
 import functools
 import itertools
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
 
 from dsv3_jax import config, errors
-from dsv3_jax.inference import block_pool, redundant_experts, sampling
+from dsv3_jax.inference import (
+  block_pool,
+  forward,
+  redundant_experts,
+  sampling,
+)
 from dsv3_jax.inference import mesh as inference_mesh
 from dsv3_jax.nn import latent_cache, model
 from pallas_kernels.mla_decode import api as mla_decode
-
-
-class StepInput(NamedTuple):
-  """Tokens to compute.
-
-  index_BT: int32, position of each token in its row, -1 for padding.
-  last_B: which of a row's tokens is the last. after_B: the token behind it, -1
-  if it is to be sampled. table_Bb: block table of each row.
-  """
-
-  tokens_BT: np.ndarray
-  index_BT: np.ndarray
-  last_B: np.ndarray
-  after_B: np.ndarray
-  table_Bb: np.ndarray
-
-
-class StepOutput(NamedTuple):
-  """New tokens of each row, and speculative tokens that may follow them.
-
-  The first `count_B` of `tokens_Bt` are new.
-  """
-
-  tokens_Bt: Int[Array, 'B t']
-  count_B: Int[Array, 'B']
-  speculative_Bk: Int[Array, 'B k']
 
 
 class ModelRunner:
@@ -107,10 +83,11 @@ class ModelRunner:
       )
       self._plain_variables, specs['redundant_slots'] = {}, replicated
     naive, absorbed = model.build(cfg), model.build(cfg, absorbed=True)
-    first = _Forward(naive, absorbed, num_speculative_tokens)
-    later = _Forward(absorbed, absorbed, num_speculative_tokens)
+    first = forward.Forward(naive, absorbed, num_speculative_tokens)
+    later = forward.Forward(absorbed, absorbed, num_speculative_tokens)
     self._prefill = self._compile(first.chunk, specs)
     self._extend = self._compile(later.chunk, specs)
+    self._score = self._compile(later.score, specs)
     self._decode = self._compile(later.verify, specs)
     rows, caches = inference_mesh.ROWS, inference_mesh.BLOCKS
     self._copy = self._mesh.jit(
@@ -145,28 +122,37 @@ class ModelRunner:
 
   def prefill(
     self,
-    step_input: StepInput,
+    step_input: forward.StepInput,
     caches: model.Caches,
     arrays: sampling.SamplingArrays,
-  ) -> tuple[StepOutput, model.Caches]:
+  ) -> tuple[forward.StepOutput, model.Caches]:
     """One new token of each row; donates `caches`."""
     return self._run(self._prefill, step_input, caches, arrays)
 
   def extend(
     self,
-    step_input: StepInput,
+    step_input: forward.StepInput,
     caches: model.Caches,
     arrays: sampling.SamplingArrays,
-  ) -> tuple[StepOutput, model.Caches]:
+  ) -> tuple[forward.StepOutput, model.Caches]:
     """As `prefill`, for rows that have tokens in the cache."""
     return self._run(self._extend, step_input, caches, arrays)
 
-  def decode(
+  def score(
     self,
-    step_input: StepInput,
+    step_input: forward.StepInput,
     caches: model.Caches,
     arrays: sampling.SamplingArrays,
-  ) -> tuple[StepOutput, model.Caches]:
+  ) -> tuple[forward.StepOutput, model.Caches]:
+    """As `extend`, with the log-probabilities of the prompt's own tokens."""
+    return self._run(self._score, step_input, caches, arrays)
+
+  def decode(
+    self,
+    step_input: forward.StepInput,
+    caches: model.Caches,
+    arrays: sampling.SamplingArrays,
+  ) -> tuple[forward.StepOutput, model.Caches]:
     """Up to 1 + num_speculative_tokens new tokens a row; donates `caches`.
 
     Args:
@@ -194,12 +180,12 @@ class ModelRunner:
       caches = self._copy(source_P, target_P, caches)
     return caches
 
-  def _compile(self, forward, specs):
+  def _compile(self, function, specs):
     """A jitted step; see `_step_and_count` for its arguments."""
     rows, caches = inference_mesh.ROWS, inference_mesh.BLOCKS
     in_specs = (specs, inference_mesh.REPLICATED, rows, caches, rows, rows)
     return self._mesh.jit(
-      functools.partial(_step_and_count, forward),
+      functools.partial(_step_and_count, function),
       in_specs,
       (rows, caches, rows),
       donate_argnums=3,
@@ -207,7 +193,7 @@ class ModelRunner:
 
   def _run(
     self, run, step_input, caches, arrays
-  ) -> tuple[StepOutput, model.Caches]:
+  ) -> tuple[forward.StepOutput, model.Caches]:
     """Runs a compiled step; the rebalancer gets the load of the experts."""
     load_PLE = None if self.rebalancer is None else self.rebalancer.load_PLE
     weights, args = (self.variables, self.router_biases), (caches, arrays)
@@ -254,129 +240,12 @@ def empty_caches(
   )
 
 
-class _DraftInput(NamedTuple):
-  """What the MTP module drafts from.
-
-  previous_BTD: hidden states of the step's tokens. next_BT: the token behind
-  each of them. at_B1: index of each row's last accepted token.
-  """
-
-  previous_BTD: Array
-  next_BT: Array
-  at_B1: Array
-
-
-class _Forward(NamedTuple):
-  """The functions that steps compile.
-
-  net: the model in the form that takes the step's tokens; absorbed: the form
-  that takes rows with tokens in the cache.
-  """
-
-  net: model.Model
-  absorbed: model.Model
-  num_speculative_tokens: int
-
-  def chunk(self, variables, router_biases, step_input, caches, arrays):
-    """One pass over a chunk, and the token behind its last one."""
-    tokens_BT, last_B1 = step_input.tokens_BT, step_input.last_B[:, None]
-    logits_B1V, previous_BTD, caches, load_LE = self.net.apply(
-      variables,
-      tokens_BT,
-      step_input.index_BT,
-      last_B1,
-      step_input.table_Bb,
-      router_biases,
-      caches,
-      method='forward_cached',
-    )
-    # A sample depends on its position in the row only, not on the chunks.
-    place_B1 = jnp.take_along_axis(step_input.index_BT, last_B1, axis=1)
-    token_B = sampling.sample(logits_B1V[:, 0], arrays, place_B1[:, 0])
-    after_B = step_input.after_B
-    follows_B = jnp.where(after_B < 0, token_B, after_B)
-    is_last_BT = jnp.arange(tokens_BT.shape[1]) == last_B1
-    next_BT = jnp.roll(tokens_BT, -1, axis=1)
-    next_BT = jnp.where(is_last_BT, follows_B[:, None], next_BT)
-    draft_input = _DraftInput(previous_BTD, next_BT, last_B1)
-    speculative_Bk, caches = self._draft(
-      variables, router_biases, step_input, draft_input, caches, arrays
-    )
-    token_B1 = token_B[:, None]
-    output = StepOutput(token_B1, jnp.ones_like(token_B), speculative_Bk)
-    return output, caches, load_LE
-
-  def verify(self, variables, router_biases, step_input, caches, arrays):
-    """One pass over last and speculative tokens; samples behind each."""
-    batch, width = step_input.tokens_BT.shape
-    index_BT = step_input.index_BT
-    at_BT = jnp.broadcast_to(jnp.arange(width), (batch, width))
-    logits_BTV, previous_BTD, caches, load_LE = self.net.apply(
-      variables,
-      step_input.tokens_BT,
-      index_BT,
-      at_BT,
-      step_input.table_Bb,
-      router_biases,
-      caches,
-      method='forward_cached',
-    )
-    arrays_M = jax.tree.map(lambda x: jnp.repeat(x, width, axis=0), arrays)
-    logits_MV = logits_BTV.reshape(batch * width, -1)
-    token_M = sampling.sample(logits_MV, arrays_M, index_BT.ravel())
-    token_BT = token_M.reshape(batch, width)
-    agrees_Bk = token_BT[:, :-1] == step_input.tokens_BT[:, 1:]
-    agrees_Bk &= index_BT[:, 1:] >= 0
-    accepted_B1 = jnp.sum(jnp.cumprod(agrees_Bk, axis=1), axis=1, keepdims=True)
-    draft_input = _DraftInput(previous_BTD, token_BT, accepted_B1)
-    speculative_Bk, caches = self._draft(
-      variables, router_biases, step_input, draft_input, caches, arrays
-    )
-    output = StepOutput(token_BT, accepted_B1[:, 0] + 1, speculative_Bk)
-    return output, caches, load_LE
-
-  def _draft(
-    self, variables, router_biases, step_input, draft_input, caches, arrays
-  ):
-    """Drafts, by the MTP module, the speculative tokens of the next step.
-
-    The first comes from one pass over all tokens of the step, which also fills
-    the module's cache. Each further one comes from the module's own hidden
-    state; the latents that it writes are overwritten when the tokens are known.
-    Tokens are drafted with the random numbers that the main model will sample
-    with: those of the same position.
-    """
-    previous_BTD, next_BT, at_B1 = draft_input
-    index_BT, net, speculative = step_input.index_BT, self.net, []
-    place_B1 = jnp.take_along_axis(index_BT, at_B1, axis=1)
-    for _ in range(self.num_speculative_tokens):
-      logits_B1V, previous_BTD, caches = net.apply(
-        variables,
-        previous_BTD,
-        next_BT,
-        index_BT,
-        at_B1,
-        step_input.table_Bb,
-        router_biases,
-        caches,
-        method='draft',
-      )
-      place_B1 = jnp.where(place_B1 < 0, place_B1, place_B1 + 1)
-      token_B = sampling.sample(logits_B1V[:, 0], arrays, place_B1[:, 0])
-      speculative.append(token_B)
-      net, next_BT, index_BT = self.absorbed, token_B[:, None], place_B1
-      at_B1 = jnp.zeros_like(at_B1)
-    if not speculative:
-      return jnp.zeros((len(at_B1), 0), jnp.int32), caches
-    return jnp.stack(speculative, axis=1), caches
-
-
 def _step_and_count(
-  forward, variables, router_biases, step_input, caches, arrays, load_PLE
+  function, variables, router_biases, step_input, caches, arrays, load_PLE
 ):
   """A step on one rank; adds its expert load to that of earlier steps."""
   args = (router_biases, step_input, caches, arrays)
-  output, caches, load_LE = forward(variables, *args)
+  output, caches, load_LE = function(variables, *args)
   if load_PLE is not None:
     load_PLE += load_LE
   return output, caches, load_PLE

@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,15 +17,41 @@ FinishReason = Literal['stop', 'length', 'aborted']
 class SamplingParams:
   """How the tokens of a request are sampled; see `sampling.SamplingArrays`.
 
+  seed: any integer; its lowest 64 bits count.
   rng_stream: number of a random stream; requests of one seed with different
     streams have independent random numbers.
+  logit_bias: ids, and what is added to their logits.
+  presence_penalty, frequency_penalty: subtracted from the logits of generated
+    tokens, once, and as often as they occur.
+  repetition_penalty: divides positive logits of the tokens so far, prompt
+    included, and multiplies negative ones.
+  logprobs: how many likeliest tokens are reported with each new one, and its
+    own log-probability; None: neither.
+  prompt_logprobs: the same of the prompt's tokens.
   """
 
   temperature: float = 0.0
   top_k: int = 0
   top_p: float = 1.0
+  min_p: float = 0.0
   seed: int = 0
   rng_stream: int = 0
+  logit_bias: tuple[tuple[int, float], ...] = ()
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  repetition_penalty: float = 1.0
+  logprobs: int | None = None
+  prompt_logprobs: bool = False
+
+  @property
+  def has_penalty(self) -> bool:
+    """What is sampled depends on the tokens before, beyond the model."""
+    penalties = (self.presence_penalty, self.frequency_penalty)
+    return any(penalties) or self.repetition_penalty != 1.0
+
+  @property
+  def adjusts_logits(self) -> bool:
+    return self.has_penalty or bool(self.logit_bias)
 
 
 GREEDY = SamplingParams()
@@ -37,6 +63,13 @@ class RequestState(enum.Enum):
   WAITING = enum.auto()
   RUNNING = enum.auto()
   FINISHED = enum.auto()
+
+
+class TokenLogprobs(NamedTuple):
+  """Log-probability of a token, and the likeliest in its place by id."""
+
+  logprob: float
+  top: tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(eq=False)
@@ -55,6 +88,9 @@ class Request:
   num_reported: how many of `all_tokens` had a `TokenOutput` before a
     preemption. These are not reported again when they are regenerated.
   key_2: data of its PRNG key.
+  adjuster: its `logit_adjustments.Adjuster`, if it has one.
+  logprobs: of the generated tokens, if wanted. prompt_logprobs: of the prompt's
+  tokens, if wanted; None of the first.
   """
 
   prompt: list[int]
@@ -71,9 +107,13 @@ class Request:
   speculative_tokens: list[int] = dataclasses.field(default_factory=list)
   num_reported: int = 0
   key_2: np.ndarray | None = None
+  adjuster: Any = None
+  logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+  prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(init=False)
 
   def __post_init__(self):
     self.all_tokens = list(self.prompt)
+    self.prompt_logprobs = [None] * len(self.prompt)
 
   @property
   def tokens(self) -> list[int]:
@@ -114,11 +154,13 @@ class TokenOutput(NamedTuple):
   token: None only where `finish_reason` is 'aborted': the engine has stopped
   before the request was finished.
   finish_reason: None: more tokens follow.
+  logprobs: None if they are not wanted.
   """
 
   request: Request
   token: int | None
   finish_reason: FinishReason | None = None
+  logprobs: TokenLogprobs | None = None
 
   @property
   def is_last(self) -> bool:

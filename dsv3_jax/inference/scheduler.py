@@ -19,6 +19,7 @@ module touches no arrays.
 """
 
 import bisect
+import collections
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ from dsv3_jax.inference import request as requests
 
 RUNNING, WAITING = requests.RequestState.RUNNING, requests.RequestState.WAITING
 FINISHED = requests.RequestState.FINISHED
+# Tokens of a prompt that are scored at a time: each has logits of its own.
+SCORED_CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +51,13 @@ class ScheduledStep:
 
   @property
   def is_uncached(self) -> bool:
-    """The cache holds no token of its requests."""
-    return all(request.is_uncached for request in self.requests)
+    """The cache holds no token of its requests, which are not scored."""
+    return not self.is_scored and all(r.is_uncached for r in self.requests)
+
+  @property
+  def is_scored(self) -> bool:
+    """Log-probabilities of its prompt are wanted; it has one request a rank."""
+    return any(request.sampling.prompt_logprobs for request in self.requests)
 
 
 class Scheduler:
@@ -144,16 +152,18 @@ class Scheduler:
     """Admits requests while there is room, then schedules a chunk of each rank.
 
     Returns:
-      At most two steps, which run different programs: first that of the ranks
-      whose requests have nothing in the cache, then that of the others.
+      At most three steps, which run different programs: of the ranks whose
+      requests have nothing in the cache, of those whose prompts are scored, and
+      of the others.
     """
     while self.waiting and self._admit(self.waiting[0]):
       self.waiting.pop(0)
     chunks = [self._next_chunk(rank) for rank in range(len(self.pools))]
     chunks = [step for step in chunks if step is not None]
-    uncached = [step for step in chunks if step.is_uncached]
-    cached = [step for step in chunks if not step.is_uncached]
-    return [_join(steps) for steps in (uncached, cached) if steps]
+    programs = collections.defaultdict(list)
+    for step in chunks:
+      programs[not step.is_uncached, step.is_scored].append(step)
+    return [_join(programs[kind]) for kind in sorted(programs)]
 
   def decode(self) -> ScheduledStep | None:
     """Last and speculative tokens of all requests that are ready to decode."""
@@ -186,11 +196,16 @@ class Scheduler:
     for request in self.running_by_rank[rank]:
       if request.shares_prompt_with or self._is_ready_to_decode(request):
         continue
+      is_scored = request.sampling.prompt_logprobs
       if chosen and (
-        self.batch_invariant or request.is_uncached != chosen[0].is_uncached
+        self.batch_invariant
+        or is_scored
+        or chosen[0].sampling.prompt_logprobs
+        or request.is_uncached != chosen[0].is_uncached
       ):
         continue
-      count = min(request.num_uncomputed, self.chunk)
+      most = min(self.chunk, SCORED_CHUNK) if is_scored else self.chunk
+      count = min(request.num_uncomputed, most)
       longest = pool.block_size * pool.blocks_for(max([count, *counts]))
       if chosen and longest * (len(chosen) + 1) > self.chunk:
         break
@@ -217,6 +232,8 @@ class Scheduler:
           break
     for request in chosen:  # k speculative tokens give at most k + 1 tokens
       most = max(request.max_length - len(request.all_tokens) - 1, 0)
+      if request.sampling.has_penalty:  # a penalty needs the tokens before
+        most = 0
       del request.speculative_tokens[most:]
     counts = [1 + len(request.speculative_tokens) for request in chosen]
     return ScheduledStep(chosen, counts, copies)
@@ -252,7 +269,8 @@ class Scheduler:
       request.shares_prompt_with = None
     pool, table = self.pools[rank], block_pool.BlockTable()
     if not request.shares_prompt_with:
-      table = pool.match_prefix(request.all_tokens)
+      if not request.sampling.prompt_logprobs:  # all of it is computed
+        table = pool.match_prefix(request.all_tokens)
       try:
         # Nothing is copied, as only whole blocks match.
         pool.extend(table, self._num_places(request))
@@ -283,6 +301,7 @@ class Scheduler:
     request.num_reported = max(request.num_reported, num_tokens)
     if self.batch_invariant:  # no prefill may compute generated tokens
       del request.all_tokens[len(request.prompt) :]
+      request.logprobs.clear()
     bisect.insort(self.waiting, request, key=_number)
 
   def _release(self, request: requests.Request) -> None:

@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 
-from dsv3_jax.inference import model_runner
+from dsv3_jax.inference import forward, model_runner, sampling
 from tests import limits, settings
 
 VOCAB = 23
@@ -45,10 +45,17 @@ class Runner(model_runner.ModelRunner):
       self._output(rows, caches, b, [last])
       for b, last in enumerate(rows.last_B)
     ]
-    arrays = map(np.array, zip(*outputs, strict=True))
-    return model_runner.StepOutput(*arrays), caches
+    new, *rest = map(np.array, zip(*outputs, strict=True))
+    return forward.StepOutput(new, *rest, self.logprobs(new)), caches
 
   prefill = extend
+
+  def score(self, rows, caches, arrays):
+    output, caches = self.extend(rows, caches, arrays)
+    next_BT = np.roll(rows.tokens_BT, -1, axis=1)
+    at_B = np.arange(len(next_BT))
+    next_BT[at_B, rows.last_B] = np.maximum(rows.after_B, 0)
+    return output._replace(prompt_logprobs=self.logprobs(next_BT)), caches
 
   def decode(self, rows, caches, arrays):
     self._write(rows, caches)
@@ -57,8 +64,18 @@ class Runner(model_runner.ModelRunner):
       self._output(rows, caches, b, range(width))
       for b in range(len(rows.last_B))
     ]
-    arrays = map(np.array, zip(*outputs, strict=True))
-    return model_runner.StepOutput(*arrays), caches
+    new, *rest = map(np.array, zip(*outputs, strict=True))
+    return forward.StepOutput(new, *rest, self.logprobs(new)), caches
+
+  def logprobs(self, tokens_Bt):
+    """A token's is an eighth of its id below 0; others follow by halves."""
+    count_K = np.arange(sampling.TOP_LOGPROBS)
+    chosen_Bt = -tokens_Bt / 8
+    return sampling.Logprobs(
+      chosen_Bt,
+      chosen_Bt[..., None] - count_K / 2,
+      (tokens_Bt[..., None] + count_K) % self.cfg.model.vocab_size,
+    )
 
   def _write(self, rows, caches):
     if self.fails:

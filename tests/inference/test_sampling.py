@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.inference import sampling
+from tests.inference import sampling_arrays
 
 _DRAWS = 20_000
 
@@ -16,7 +17,7 @@ def draw(probs_V, temperature, top_p, top_k=0, seed=0):
   rows = jnp.broadcast_to(logits, (_DRAWS, len(probs_V)))
   full = lambda x: jnp.full(_DRAWS, x)
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(seed), _DRAWS))
-  arrays = sampling.SamplingArrays(
+  arrays = sampling_arrays.make(
     keys_B2, full(temperature), full(top_k), full(float(top_p))
   )
   ids = jax.jit(sampling.sample)(rows, arrays, full(7))
@@ -63,9 +64,7 @@ def test_a_tiny_temperature_is_greedy(temperature):
   logits_BV = jnp.float32(rng.normal(0.0, 3.0, (40, 280)))
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(3), 40))
   full = lambda x: jnp.full(40, x)
-  arrays = sampling.SamplingArrays(
-    keys_B2, full(temperature), full(0), full(0.95)
-  )
+  arrays = sampling_arrays.make(keys_B2, full(temperature), full(0), full(0.95))
   ids = jax.jit(sampling.sample)(logits_BV, arrays, full(0))
   np.testing.assert_array_equal(ids, np.argmax(logits_BV, axis=-1))
 
@@ -77,9 +76,7 @@ def test_rows_have_their_own_sampling_parameters():
   kind_B = np.arange(3000) % 3
   temperature_B = jnp.where(kind_B == 0, 0.0, 1.0)
   top_k_B = jnp.where(kind_B == 2, 2, 0)
-  arrays = sampling.SamplingArrays(
-    keys_B2, temperature_B, top_k_B, jnp.ones(3000)
-  )
+  arrays = sampling_arrays.make(keys_B2, temperature_B, top_k_B, jnp.ones(3000))
   ids = np.asarray(
     sampling.sample(logits_BV, arrays, jnp.zeros(3000, jnp.int32))
   )

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import strategies as st
 
 from dsv3_jax.inference import sampling
+from tests.inference import sampling_arrays
 
 
 def draws(keys_B, temperature, top_p):
   full = lambda x: jnp.full(len(keys_B), x)
-  return sampling.SamplingArrays(
+  return sampling_arrays.make(
     jax.random.key_data(keys_B), full(temperature), full(0), full(top_p)
   )
 
@@ -124,7 +125,7 @@ def test_who_keeps_all_draws_alike_beside_one_who_does_not(beside):
   logits_BV = jax.random.normal(jax.random.key(0), (2, 50))
   keys_B2 = jax.random.key_data(jax.random.split(jax.random.key(1), 2))
   top_k_B = jnp.array([0, beside[0]])
-  arrays = sampling.SamplingArrays(
+  arrays = sampling_arrays.make(
     keys_B2, jnp.ones(2), top_k_B, jnp.array([1, beside[1]])
   )
   drawn = jax.jit(sampling.sample)

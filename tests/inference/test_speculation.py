@@ -9,11 +9,11 @@ import pytest
 from scipy import stats
 
 from dsv3_jax import errors
-from dsv3_jax.inference import engine, generate, model_runner, sampling
+from dsv3_jax.inference import engine, forward, generate, model_runner
 from dsv3_jax.inference import request as requests
 from dsv3_jax.nn import model
 from tests import settings
-from tests.inference import counting
+from tests.inference import counting, sampling_arrays
 from tests.nn import models
 
 ROOM = 200
@@ -192,7 +192,7 @@ def triples(runner, start, rows, seed):
   """Three tokens of each row, and whether its second step gave two."""
   keys_B = jax.random.split(jax.random.key(seed), rows)
   ones_B = np.ones(rows, np.float32)
-  draws = sampling.SamplingArrays(
+  draws = sampling_arrays.make(
     *(np.asarray(jax.random.key_data(keys_B)), ones_B),
     *(np.zeros(rows, np.int32), ones_B),
   )
@@ -207,7 +207,7 @@ def triples(runner, start, rows, seed):
       index_B2[:, 1] = -1
     tokens_B2 = np.stack([last_B, draft_B], axis=1)
     arrays = (tokens_B2, index_B2, zeros_B, none_B, table_B1)
-    rows = model_runner.StepInput(*(x.astype(np.int32) for x in arrays))
+    rows = forward.StepInput(*(x.astype(np.int32) for x in arrays))
     output, caches = runner.decode(rows, caches, draws)
     return *map(np.asarray, output), caches
 
