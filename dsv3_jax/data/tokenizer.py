@@ -151,6 +151,19 @@ class Tokenizer:
       ids = [i for i in ids if i not in self.special_ids]
     return self._full.decode(ids, skip_special_tokens=False)
 
+  def token_bytes(self, index: int) -> bytes:
+    """The bytes that a token stands for; perhaps a part of a character."""
+    token = self._full.id_to_token(index)
+    if token is None or index in self._full.get_added_tokens_decoder():
+      return (token or '').encode()
+    return bytes(_BYTE_OF[letter] for letter in token)
+
+  def encode_fim(self, prefix: str, suffix: str) -> np.ndarray:
+    """The prompt for the text between two others (TR 4.1, PSM order)."""
+    ids = [self.bos_id, self.fim_begin_id, *self.encode(prefix)]
+    ids += [self.fim_hole_id, *self.encode(suffix), self.fim_end_id]
+    return np.array(ids, np.int32)
+
   @functools.cached_property
   def special_ids(self) -> frozenset[int]:
     """Ids of special tokens; a reasoning model's think tags count as text."""
@@ -305,3 +318,14 @@ def train(
       'has no more pairs to merge'
     )
   return Tokenizer(bpe.to_str())
+
+
+def _byte_of() -> dict[str, int]:
+  """Byte-level letters: a printable byte is its own, others follow U+0100."""
+  printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+  others = [byte for byte in range(256) if byte not in printable]
+  letters = {chr(byte): byte for byte in printable}
+  return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_of()

@@ -109,6 +109,10 @@ class Engine:
     return self._runner.cfg.model.max_seq_len
 
   @property
+  def vocab_size(self) -> int:
+    return self._runner.cfg.model.vocab_size
+
+  @property
   def decode_width(self) -> int:
     """Tokens of a row that a decode step computes."""
     return 1 + self._runner.num_speculative_tokens
@@ -319,7 +323,7 @@ class Engine:
       arrays.top_p_B[b], arrays.min_p_B[b] = params.top_p, params.min_p
       arrays.logprobs_B[b] = params.logprobs is not None
     adjustments = logit_adjustments.stack(
-      chosen, rows, num_rows, self._runner.cfg.model.vocab_size
+      chosen, rows, num_rows, self.vocab_size
     )
     return rows, step_input, arrays._replace(adjustments=adjustments)
 

@@ -1,6 +1,7 @@
 """An HTTP server for OpenAI clients: Starlette, and the engine in a thread.
 
   POST /v1/completions, /v1/chat/completions   also as server-sent events
+  POST /tokenize, /detokenize                  as vLLM has them
   GET  /v1/models, /health, /metrics (Prometheus), / (a page to try it)
 
 A client that disconnects cancels its request. A full queue is answered with
@@ -22,10 +23,16 @@ from starlette import applications, exceptions, requests, responses, routing
 
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
-from dsv3_jax.server import engine_thread, metrics, protocol
+from dsv3_jax.server import (
+  engine_thread,
+  metrics,
+  protocol,
+  response_formats,
+)
 from dsv3_jax.server import responses as openai_responses
 
-_MAX_BODY = 2**20  # bytes
+_MAX_BODY = 2**20  # bytes, or more for a model of a long context
+_TOKEN_BYTES = 64  # the most that JSON needs for a token of usual text
 _ENDED = 'the model has ended'  # after an error, or while it shuts down
 
 
@@ -57,6 +64,8 @@ class Server:
       routes=[
         route('/v1/completions', self._completions, methods=['POST']),
         route('/v1/chat/completions', self._chat, methods=['POST']),
+        route('/tokenize', self._tokenize, methods=['POST']),
+        route('/detokenize', self._detokenize, methods=['POST']),
         route('/v1/models', self._models),
         route('/v1/models/{name:path}', self._model),
         route('/health', self._health),
@@ -65,6 +74,7 @@ class Server:
       ],
       exception_handlers={
         errors.InputError: _bad_input,
+        openai_responses.ContextLengthError: _too_long,
         protocol.NoModelError: _no_model,
         exceptions.HTTPException: _http_error,
         requests.ClientDisconnect: _gone,
@@ -76,14 +86,31 @@ class Server:
   async def _completions(self, request: requests.Request):
     api_request = await self._parse(request, protocol.parse_completion)
     return await self._answer(
-      request, api_request, openai_responses.CompletionFormat(self.name)
+      request,
+      api_request,
+      response_formats.CompletionFormat(self.name, self.tokenizer),
     )
 
   async def _chat(self, request: requests.Request):
     api_request = await self._parse(request, protocol.parse_chat)
     return await self._answer(
-      request, api_request, openai_responses.ChatFormat(self.name)
+      request,
+      api_request,
+      response_formats.ChatFormat(self.name, self.tokenizer),
     )
+
+  async def _tokenize(self, request: requests.Request):
+    data = await self._body(request)
+    run = lambda: protocol.parse_tokenize(_json(data), self.tokenizer)
+    ids = await asyncio.to_thread(run)
+    body = {'count': len(ids), 'max_model_len': self._room, 'tokens': ids}
+    return responses.JSONResponse(body)
+
+  async def _detokenize(self, request: requests.Request):
+    data = await self._body(request)
+    vocab_size = self.thread.vocab_size
+    ids = protocol.parse_detokenize(_json(data), vocab_size)
+    return responses.JSONResponse({'prompt': self.tokenizer.decode(ids)})
 
   async def _models(self, request: requests.Request):
     self._check_key(request)
@@ -117,6 +144,11 @@ class Server:
 
   # What the endpoints share.
 
+  @property
+  def _room(self) -> int:
+    """Tokens that a prompt and its answer may have together."""
+    return self.thread.max_new_tokens(0)
+
   def _check_key(self, request: requests.Request) -> None:
     header = request.headers.get('authorization', '').encode('latin-1')
     expected = f'Bearer {self._key}'.encode()
@@ -129,6 +161,7 @@ class Server:
       'object': 'model',
       'created': self.started,
       'owned_by': 'dsv3-jax',
+      'max_model_len': self._room,
     }
 
   async def _parse(
@@ -140,6 +173,7 @@ class Server:
       model=self.name,
       max_choices=self.thread.max_open,
       max_tokens=self.max_tokens,
+      vocab_size=self.thread.vocab_size,
       seed=secrets.randbits(32),
     )
     run = lambda: parse(_json(data), self.tokenizer, limits)
@@ -150,12 +184,12 @@ class Server:
     self._check_key(request)
     if request.headers.get('sec-fetch-site') in ('cross-site', 'same-site'):
       raise exceptions.HTTPException(403, "another site's page may not ask")
-    data = bytearray()
+    data, most = bytearray(), max(_MAX_BODY, _TOKEN_BYTES * self._room)
     async for piece in request.stream():
       data += piece
-      if len(data) > _MAX_BODY:
+      if len(data) > most:
         raise exceptions.HTTPException(
-          413, f'the body must have at most {_MAX_BODY} bytes'
+          413, f'the body must have at most {most} bytes'
         )
     return bytes(data)
 
@@ -163,7 +197,7 @@ class Server:
     self,
     request: requests.Request,
     api_request: protocol.ChatRequest,
-    response_format: openai_responses.ResponseFormat,
+    response_format: response_formats.ResponseFormat,
   ):
     stream = openai_responses.ResponseStream(
       self.thread, self.tokenizer, api_request, self.max_tokens
@@ -201,7 +235,7 @@ class Server:
 
   async def _events(
     self,
-    response_format: openai_responses.ResponseFormat,
+    response_format: response_formats.ResponseFormat,
     stream: openai_responses.ResponseStream,
   ) -> AsyncIterator[str]:
     """Server-sent events."""
@@ -264,6 +298,10 @@ def _error(
 
 async def _bad_input(request, error: errors.InputError):
   return _error(400, str(error))
+
+
+async def _too_long(request, error: openai_responses.ContextLengthError):
+  return _error(400, str(error), code='context_length_exceeded')
 
 
 async def _no_model(request, error: protocol.NoModelError):

@@ -117,6 +117,11 @@ class EngineThread:
     """As `Engine.stats`."""
     return self._engine.stats()
 
+  @property
+  def vocab_size(self) -> int:
+    """Of the model."""
+    return self._engine.vocab_size
+
   def max_new_tokens(self, prompt_length: int) -> int:
     """As `Engine.max_new_tokens`."""
     return self._engine.max_new_tokens(prompt_length)

@@ -5,60 +5,64 @@ no effect, and a field that never changes an answer.
 """
 
 import dataclasses
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import request as requests
+from dsv3_jax.inference import sampling
+from dsv3_jax.server import fields, sampling_fields
 
 _COMMON = {
   'model': str,
   'stream': bool,
   'stream_options': dict,
-  'temperature': (int, float),
-  'top_p': (int, float),
-  'top_k': int,
-  'seed': int,
-  'stop': (str, list),
   'n': int,
+  'stop': (str, list),
+  'ignore_eos': bool,
   # These never change an answer.
   'metadata': dict,
   'prompt_cache_key': str,
   'safety_identifier': str,
   'user': str,
-}
+} | sampling_fields.TYPES
 _COMPLETION = _COMMON | {
   'prompt': (str, list),
+  'suffix': str,
+  'echo': bool,
   'max_tokens': int,
   'best_of': int,
+  'logprobs': int,
 }
 _CHAT = _COMMON | {
   'messages': list,
   'max_tokens': int,
   'max_completion_tokens': int,
+  'logprobs': bool,
+  'top_logprobs': int,
 }
 # Accepted at these values, at which they have no effect.
 _NEUTRAL = {
-  'echo': (False,),
-  'frequency_penalty': (0, 0.0),
   'function_call': ('none', 'auto'),
   'functions': ([],),
-  'logit_bias': ({},),
-  'logprobs': (False, 0),
+  'include_stop_str_in_output': (False,),
+  'length_penalty': (1, 1.0),
+  'logprobs': (False,),
+  'min_tokens': (0,),
   'modalities': (['text'],),
   'parallel_tool_calls': (False, True),
-  'presence_penalty': (0, 0.0),
   'response_format': ({'type': 'text'},),
   'service_tier': ('auto', 'default'),
+  'skip_special_tokens': (True,),
+  'spaces_between_special_tokens': (True,),
+  'stop_token_ids': ([],),
   'store': (False,),
-  'suffix': ('',),
   'tool_choice': ('none', 'auto'),
   'tools': ([],),
-  'top_logprobs': (0,),
+  'use_beam_search': (False,),
 }
-_MESSAGE = ('role', 'content')
+_MESSAGE = ('role', 'content', 'name')
 # Fields of an answer that a client sends back in the next conversation turn.
 _MESSAGE_NEUTRAL = {
   'annotations': ([],),
@@ -79,12 +83,13 @@ class Limits:
   """Limits of a server, and the seed of a call that has none.
 
   model: name of the model. max_choices: answers of one call. max_tokens: of one
-  answer.
+  answer. vocab_size: of the model.
   """
 
   model: str
   max_choices: int
   max_tokens: int
+  vocab_size: int
   seed: int
 
 
@@ -95,16 +100,23 @@ class ChatRequest:
   A chat has one prompt, its messages in the chat template; a completion may
   have several.
 
-  prompts: token ids. n: answers to each prompt. max_tokens: of an answer; None:
-  as many as fit. stream: answer with server-sent events. include_usage: the
-  last event has the number of tokens.
+  prompts: token ids. n: answers to each prompt. best_of: how many of each are
+  made, of which the n likeliest are given. max_tokens: of an answer, perhaps 0;
+  None: as many as fit. clamps: fewer are made if no more fit. echo: the answer
+  begins with its prompt. ignore_eos: the end of the sequence does not end an
+  answer. stream: answer with server-sent events. include_usage: the last event
+  has the number of tokens.
   """
 
   prompts: list[list[int]]
   n: int
+  best_of: int
   max_tokens: int | None
+  clamps: bool
   sampling: requests.SamplingParams
   stop: tuple[str, ...]
+  echo: bool
+  ignore_eos: bool
   stream: bool
   include_usage: bool
 
@@ -118,86 +130,79 @@ def parse_completion(
     NoModelError: it names another model.
     InputError: names the field, its value and the rule.
   """
-  fields = _fields(body, _COMPLETION, limits)
-  inputs = fields.get('prompt', '')
+  values = _values(body, _COMPLETION, limits)
+  inputs = values.get('prompt', '')
   is_ids = inputs and all(type(x) is int for x in inputs)
   if isinstance(inputs, str) or is_ids:
     inputs = [inputs]
-  n = _num_choices(fields, len(inputs), limits)
-  if fields.get('best_of', n) != n:
-    raise errors.InputError(
-      f'best_of={fields["best_of"]} is not supported here, unless it is n'
-    )
-  prompts = [_prompt(i, x, tokenizer) for i, x in enumerate(inputs)]
+  best_of = _num_choices(values, len(inputs), limits)
+  suffix, echo = values.get('suffix', ''), values.get('echo', False)
+  if suffix and echo:
+    raise errors.InputError('echo=true is not supported here with a suffix')
+  prompts = [_prompt(i, x, suffix, tokenizer) for i, x in enumerate(inputs)]
   if not prompts:
     raise errors.InputError('prompt=[] must hold at least one prompt')
-  fields = {'max_tokens': min(16, limits.max_tokens)} | fields
-  return _chat_request(fields, prompts, n, limits)
+  logprobs = values.get('logprobs')
+  if logprobs is not None:
+    fields.within('logprobs', logprobs, 0, sampling.TOP_LOGPROBS)
+  default = {'max_tokens': min(16, limits.max_tokens)}
+  api_request = _chat_request(
+    default | values, prompts, best_of, logprobs, limits
+  )
+  scored = echo and logprobs is not None
+  return dataclasses.replace(
+    api_request,
+    clamps='max_tokens' not in values,
+    echo=echo,
+    sampling=dataclasses.replace(api_request.sampling, prompt_logprobs=scored),
+  )
 
 
 def parse_chat(
   body: Any, tokenizer: tokenizers.Tokenizer, limits: Limits
 ) -> ChatRequest:
   """Parses a body of `/v1/chat/completions`; raises as `parse_completion`."""
-  fields = _fields(body, _CHAT, limits)
-  n = _num_choices(fields, 1, limits)
-  if {'max_tokens', 'max_completion_tokens'} <= fields.keys():
+  values = _values(body, _CHAT, limits)
+  n = _num_choices(values, 1, limits)
+  if {'max_tokens', 'max_completion_tokens'} <= values.keys():
     raise errors.InputError(
       'max_tokens and max_completion_tokens are the same: give one of them'
     )
-  inputs = enumerate(fields.get('messages', []))
+  inputs = enumerate(values.get('messages', []))
   messages = [_message(f'messages[{i}]', x) for i, x in inputs]
+  top = values.get('top_logprobs', 0)
+  fields.within('top_logprobs', top, 0, sampling.TOP_LOGPROBS)
+  if top and not values.get('logprobs'):
+    raise errors.InputError(f'top_logprobs={top} needs logprobs=true')
   ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
-  return _chat_request(fields, [ids.tolist()], n, limits)
+  logprobs = top if values.get('logprobs') else None
+  return _chat_request(values, [ids.tolist()], n, logprobs, limits)
 
 
-def _fields(
+def _values(
   body: Any, known: Mapping[str, Any], limits: Limits
 ) -> dict[str, Any]:
   """The fields that have an effect, of the right types; null is absent."""
   if not isinstance(body, dict):
     raise errors.InputError('the body must be a JSON object')
-  fields = _effective('', body, known, _NEUTRAL)
-  for name, value in fields.items():
-    wanted = known[name]
-    is_bool = isinstance(value, bool)
-    if not isinstance(value, wanted) or (is_bool and wanted is not bool):
-      raise errors.InputError(f'{name}={_short(value)} has the wrong type')
-  model = fields.get('model', limits.model)
+  values = fields.effective('', body, known, _NEUTRAL)
+  fields.check_types(values, known)
+  model = values.get('model', limits.model)
   if model != limits.model:
-    raise NoModelError(f'model={_short(model)} is not served here')
-  return fields
+    raise NoModelError(f'model={fields.short(model)} is not served here')
+  return values
 
 
-def _effective(path: str, fields: dict, known, neutral) -> dict[str, Any]:
-  """The fields of an object that have an effect.
-
-  Raises:
-    InputError: a field that is unknown, or not supported at its value.
-  """
-  effective = {}
-  for name, value in fields.items():
-    # Not `in`: for Python, True is 1 and 0.0 is False.
-    same = (x for x in neutral.get(name, ()) if type(x) is type(value))
-    if value is None or any(x == value for x in same):
-      continue
-    if name in neutral:
-      raise errors.InputError(
-        f'{path}{name}={_short(value)} is not supported here'
-      )
-    if name not in known:
-      raise errors.InputError(
-        f'{path}{_short(name)} is no field of this request: '
-        f'{", ".join(sorted(known))}'
-      )
-    effective[name] = value
-  return effective
-
-
-def _prompt(i: int, value: Any, tokenizer: tokenizers.Tokenizer) -> list[int]:
+def _prompt(
+  i: int, value: Any, suffix: str, tokenizer: tokenizers.Tokenizer
+) -> list[int]:
   """Ids of one prompt, which is a text or ids."""
+  if isinstance(value, str) and suffix:
+    return tokenizer.encode_fim(value, suffix).tolist()
   if isinstance(value, str):
     return tokenizer.encode(value, add_bos=True).tolist()
+  if suffix:
+    raise errors.InputError('a suffix needs a prompt that is a string')
   if isinstance(value, list) and all(type(x) is int for x in value):
     return value
   raise errors.InputError(f'prompt[{i}] must be a string or a list of ids')
@@ -208,8 +213,10 @@ def _message(path: str, value: Any) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise errors.InputError(f'{path} must be an object')
   # The model does not read the thoughts of its answers again.
-  fields = {k: v for k, v in value.items() if k != 'reasoning_content'}
-  message = _effective(f'{path}.', fields, _MESSAGE, _MESSAGE_NEUTRAL)
+  given = {k: v for k, v in value.items() if k != 'reasoning_content'}
+  message = fields.effective(f'{path}.', given, _MESSAGE, _MESSAGE_NEUTRAL)
+  if not isinstance(message.pop('name', ''), str):  # no part of the template
+    raise errors.InputError(f'{path}.name must be a string')
   if message.get('role') == 'developer':
     message['role'] = 'system'
   if message.get('role') == 'tool':
@@ -229,74 +236,111 @@ def _part(path: str, value: Any) -> str:
     raise errors.InputError(f'{path} must be an object')
   if value.get('type') != 'text':
     raise errors.InputError(
-      f"{path}.type={_short(value.get('type'))} must be 'text'"
+      f"{path}.type={fields.short(value.get('type'))} must be 'text'"
     )
   if value.keys() != {'type', 'text'} or not isinstance(value['text'], str):
     raise errors.InputError(f'{path} must have one string, its text')
   return value['text']
 
 
-def _num_choices(fields: dict, prompts: int, limits: Limits) -> int:
-  """Answers to each prompt; checked before anything is tokenised."""
-  n = _within('n', fields.get('n', 1), 1, _MAX_CHOICES)
-  _within('n * prompts', n * prompts, 0, limits.max_choices)
-  return n
+def _num_choices(values: dict, prompts: int, limits: Limits) -> int:
+  """Answers made to each prompt; checked before anything is tokenised."""
+  n = fields.within('n', values.get('n', 1), 1, _MAX_CHOICES)
+  best_of = values.get('best_of', n)
+  fields.within('best_of', best_of, n, _MAX_CHOICES)
+  if best_of > n and values.get('stream'):
+    raise errors.InputError(
+      f'best_of={best_of} above n={n} cannot be streamed: the best is known '
+      'at the end'
+    )
+  name = 'n' if best_of == n else 'best_of'
+  fields.within(f'{name} * prompts', best_of * prompts, 0, limits.max_choices)
+  return best_of
 
 
 def _chat_request(
-  fields: dict, prompts: list, n: int, limits: Limits
+  values: dict,
+  prompts: list,
+  best_of: int,
+  logprobs: int | None,
+  limits: Limits,
 ) -> ChatRequest:
-  max_tokens = None
+  n, max_tokens = values.get('n', 1), None
   for name in ('max_tokens', 'max_completion_tokens'):
-    if name in fields:
-      max_tokens = _within(name, fields[name], 1, limits.max_tokens)
-  stops = fields.get('stop', [])
+    if name in values:
+      max_tokens = fields.within(name, values[name], 0, limits.max_tokens)
+  stops = values.get('stop', [])
   stops = [stops] if isinstance(stops, str) else stops
   if len(stops) > _MAX_STOPS or not all(isinstance(s, str) for s in stops):
     raise errors.InputError(f'stop must be at most {_MAX_STOPS} strings')
-  temperature = _within('temperature', fields.get('temperature', 1), 0, 100)
-  params = requests.SamplingParams(
-    temperature=float(temperature),
-    top_k=_within('top_k', fields.get('top_k', 0), 0, 2**31 - 1),
-    top_p=float(_fraction(fields.get('top_p', 1))),
-    seed=_within('seed', fields.get('seed', limits.seed), 0, 2**32 - 1),
-  )
+  if best_of > n and logprobs is None:
+    logprobs = 0  # by which the best are known
   return ChatRequest(
     prompts=prompts,
     n=n,
+    best_of=best_of,
     max_tokens=max_tokens,
-    sampling=params,
+    clamps=max_tokens is None,
+    sampling=sampling_fields.parse(
+      values, limits.vocab_size, limits.seed, logprobs
+    ),
     stop=tuple(stops),
-    stream=fields.get('stream', False),
-    include_usage=_include_usage(fields),
+    echo=False,
+    ignore_eos=values.get('ignore_eos', False),
+    stream=values.get('stream', False),
+    include_usage=_include_usage(values),
   )
 
 
-def _include_usage(fields: dict) -> bool:
-  options = fields.get('stream_options', {})
-  if options and not fields.get('stream'):
+def _include_usage(values: dict) -> bool:
+  options = values.get('stream_options', {})
+  if options and not values.get('stream'):
     raise errors.InputError('stream_options is for stream=true only')
-  neutral = {'include_obfuscation': (False,)}
+  neutral = {
+    'continuous_usage_stats': (False,),
+    'include_obfuscation': (False,),
+  }
   known = ('include_usage',)
-  options = _effective('stream_options.', options, known, neutral)
+  options = fields.effective('stream_options.', options, known, neutral)
   include_usage = options.get('include_usage', False)
   if not isinstance(include_usage, bool):
     raise errors.InputError('stream_options.include_usage must be a bool')
   return include_usage
 
 
-def _short(value: Any) -> str:
-  """The value on one line, shortened if it is long."""
-  return reprlib.repr(value)
+def parse_tokenize(body: Any, tokenizer: tokenizers.Tokenizer) -> list[int]:
+  """Ids of a text, or of a conversation; raises as `parse_completion`."""
+  known = {
+    'model': str,
+    'prompt': str,
+    'messages': list,
+    'add_special_tokens': bool,
+    'add_generation_prompt': bool,
+  }
+  if not isinstance(body, dict):
+    raise errors.InputError('the body must be a JSON object')
+  values = fields.effective('', body, known, {'return_token_strs': (False,)})
+  fields.check_types(values, known)
+  if ('prompt' in values) == ('messages' in values):
+    raise errors.InputError('give either prompt or messages')
+  if 'prompt' in values:
+    add_bos = values.get('add_special_tokens', True)
+    return tokenizer.encode(values['prompt'], add_bos=add_bos).tolist()
+  inputs = enumerate(values['messages'])
+  messages = [_message(f'messages[{i}]', x) for i, x in inputs]
+  opens = values.get('add_generation_prompt', True)
+  ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=opens)
+  return ids.tolist()
 
 
-def _within(name: str, value, low, high):
-  if not low <= value <= high:  # NaN is within nothing
-    raise errors.InputError(f'{name}={value} must be in [{low}, {high}]')
-  return value
-
-
-def _fraction(value):
-  if not 0 < value <= 1:
-    raise errors.InputError(f'top_p={value} must be in (0, 1]')
-  return value
+def parse_detokenize(body: Any, vocab_size: int) -> list[int]:
+  """Ids to decode; raises as `parse_completion`."""
+  if not isinstance(body, dict):
+    raise errors.InputError('the body must be a JSON object')
+  known = {'model': str, 'tokens': list}
+  values = fields.effective('', body, known, {})
+  fields.check_types(values, known)
+  ids = values.get('tokens', [])
+  if not all(type(x) is int and 0 <= x < vocab_size for x in ids):
+    raise errors.InputError(f'tokens must be ids from 0 to {vocab_size - 1}')
+  return ids

@@ -1,15 +1,12 @@
-"""Answers to a call: requests to the engine, their text, and OpenAI's JSON.
+"""Answers to a call: requests to the engine, and their text piece by piece.
 
-A call may ask for several answers; their text comes piece by piece.
+A call may ask for several answers.
 """
 
-import abc
 import asyncio
 import contextlib
 import dataclasses
 import functools
-import secrets
-import time
 from collections.abc import AsyncIterator
 
 from dsv3_jax import errors
@@ -21,11 +18,20 @@ from dsv3_jax.server import engine_thread, protocol
 
 @dataclasses.dataclass(frozen=True)
 class TextPiece:
-  """A piece of one answer; `finish_reason` is None except at its end."""
+  """A piece of one answer; `finish_reason` is None except at its end.
+
+  tokens: those that the text came from, with their log-probabilities, if these
+  are wanted; those of the first token of a prompt are None.
+  """
 
   index: int
   text: str
   finish_reason: requests.FinishReason | None = None
+  tokens: tuple[tuple[int, requests.TokenLogprobs | None], ...] = ()
+
+
+class ContextLengthError(errors.InputError):
+  """Prompt and answer are longer than what the model or its cache takes."""
 
 
 class ResponseStream:
@@ -55,12 +61,15 @@ class ResponseStream:
     """Submits all requests, or none.
 
     Raises:
+      ContextLengthError: a prompt and its answer do not fit.
       InputError, QueueFull, Closed: see `EngineThread.submit`.
     """
+    for prompt in self.api_request.prompts:
+      self._check_length(len(prompt))
     try:
       for prompt in self.api_request.prompts:
         first = self._submit(prompt)
-        for _ in range(self.api_request.n - 1):
+        for _ in range(self.api_request.best_of - 1):
           self._submit(prompt, first)
     except (errors.InputError, engine_thread.QueueFull, engine_thread.Closed):
       self.cancel()
@@ -69,21 +78,32 @@ class ResponseStream:
   def _submit(
     self, prompt: list[int], shares_prompt_with: requests.Request | None = None
   ) -> requests.Request:
-    params = self.api_request.sampling
-    count = self.api_request.max_tokens
-    if count is None:
-      room = self._thread.max_new_tokens(len(prompt))
-      count = max(min(self._max_tokens, room), 1)
+    call = self.api_request
+    count = self._max_tokens if call.max_tokens is None else call.max_tokens
+    if call.clamps:
+      count = min(count, self._thread.max_new_tokens(len(prompt)))
     request = requests.Request(
       prompt,
-      count,
-      dataclasses.replace(params, rng_stream=len(self.requests)),
-      frozenset([self._tokenizer.eos_id]),
-      shares_prompt_with,
+      max(count, 1),  # an answer of no token leaves the first one out
+      dataclasses.replace(call.sampling, rng_stream=len(self.requests)),
+      frozenset([] if call.ignore_eos else [self._tokenizer.eos_id]),
+      # Each computes a prompt whose log-probabilities are wanted.
+      None if call.sampling.prompt_logprobs else shares_prompt_with,
     )
     self._thread.submit(request, self._on_output)
     self.requests.append(request)
     return request
+
+  def _check_length(self, length: int) -> None:
+    """In the words that clients look for."""
+    call, limit = self.api_request, self._thread.max_new_tokens(0)
+    count = 1 if call.clamps else call.max_tokens
+    if length + max(count, 1) > limit:
+      raise ContextLengthError(
+        f"This model's maximum context length is {limit} tokens. However, you "
+        f'requested {length + count} tokens ({length} in the prompt, {count} '
+        'in the completion): shorten one of them'
+      )
 
   def _on_output(self, output: requests.TokenOutput) -> None:
     """Hands an output over to the event loop; runs in the engine's thread."""
@@ -102,137 +122,71 @@ class ResponseStream:
       Closed: the engine has stopped before the answers were finished.
     """
     decode = functools.partial(self._tokenizer.decode, skip_special=True)
-    eos, stop = self._tokenizer.eos_id, self.api_request.stop
-    # What turns the tokens of each unfinished request into text.
-    streams = {
-      request: (
+    answers = {
+      request: _Answer(
         index,
         detokenizer.Characters(decode),
-        detokenizer.Stops(stop),
+        detokenizer.Stops(self.api_request.stop),
       )
       for index, request in enumerate(self.requests)
     }
-    while streams:
+    if self.api_request.echo:
+      for request, answer in answers.items():
+        answer.text = decode(request.prompt)
+    while answers:
       output = await self._outputs.get()
       request = output.request
-      if request not in streams:
+      if request not in answers:
         continue
       if output.token is None:
         raise engine_thread.Closed
-      self.completion_tokens += 1
-      index, characters, stops = streams[request]
-      text = '' if output.token == eos else characters.feed(output.token)
-      if output.is_last:
-        text += characters.end()
-      text = stops.feed(text)
-      finish_reason = 'stop' if stops.stopped else output.finish_reason
-      if finish_reason:
-        text += stops.end()
-        del streams[request]
+      piece = self._feed(answers[request], output)
+      if piece.finish_reason:
+        del answers[request]
         self._thread.cancel(request)
-      if text or finish_reason:
-        yield TextPiece(index, text, finish_reason)
+      if piece.text or piece.finish_reason:
+        yield piece
+
+  def _feed(self, answer: '_Answer', output: requests.TokenOutput) -> TextPiece:
+    """What a token adds to an answer: nothing while its text is held back."""
+    call, request = self.api_request, output.request
+    if call.echo and not answer.begun and call.sampling.logprobs is not None:
+      pairs = zip(request.prompt, request.prompt_logprobs, strict=True)
+      answer.tokens += pairs
+    answer.begun = True
+    text, reason = '', output.finish_reason
+    is_end = output.token == self._tokenizer.eos_id and not call.ignore_eos
+    if call.max_tokens == 0:
+      reason = 'length'
+    else:
+      self.completion_tokens += 1
+      if not is_end:
+        text = answer.characters.feed(output.token)
+        if output.logprobs is not None:
+          answer.tokens.append((output.token, output.logprobs))
+      if output.is_last:
+        text += answer.characters.end()
+      text = answer.stops.feed(text)
+      reason = 'stop' if answer.stops.stopped else reason
+    if reason:
+      text += answer.stops.end()
+    text, answer.text = answer.text + text, ''
+    piece = TextPiece(answer.index, text, reason, tuple(answer.tokens))
+    if text or reason:
+      answer.tokens.clear()
+    return piece
 
 
-class ResponseFormat(abc.ABC):
-  """The JSON of a kind of answer; see the two subclasses."""
+@dataclasses.dataclass
+class _Answer:
+  """What turns the tokens of an unfinished request into text.
 
-  prefix = chunk_kind = kind = ''
+  text: comes before all else. tokens: not given yet.
+  """
 
-  def __init__(self, model: str):
-    self._frame = {
-      'id': f'{self.prefix}-{secrets.token_hex(12)}',
-      'created': int(time.time()),
-      'model': model,
-    }
-
-  def opening(self, count: int) -> list[dict]:
-    """Chunks before the first piece of `count` answers."""
-    return []
-
-  def chunk(self, piece: TextPiece) -> dict:
-    """A chunk of a stream."""
-    return self._frame | {
-      'object': self.chunk_kind,
-      'choices': [self._choice(piece, 'delta')],
-    }
-
-  def usage(self, stream: ResponseStream) -> dict:
-    """The last chunk of a stream, with the number of tokens."""
-    return self._frame | {
-      'object': self.chunk_kind,
-      'choices': [],
-      'usage': _usage(stream),
-    }
-
-  async def collect(self, stream: ResponseStream) -> dict:
-    """The whole response as one object."""
-    texts = [[] for _ in stream.requests]
-    reasons = [None for _ in stream.requests]
-    async for piece in stream.pieces():
-      texts[piece.index].append(piece.text)
-      reasons[piece.index] = piece.finish_reason
-    choices = []
-    for index, (parts, reason) in enumerate(zip(texts, reasons, strict=True)):
-      piece = TextPiece(index, ''.join(parts), reason)
-      choices.append(self._choice(piece, 'message'))
-    return self._frame | {
-      'object': self.kind,
-      'choices': choices,
-      'usage': _usage(stream),
-    }
-
-  def _choice(self, piece: TextPiece, key: str) -> dict:
-    reason = piece.finish_reason
-    body = {'index': piece.index, 'finish_reason': reason, 'logprobs': None}
-    return body | self._content(piece, key)
-
-  @abc.abstractmethod
-  def _content(self, piece: TextPiece, key: str) -> dict:
-    """The text of a piece. key: where a chat response has it."""
-
-
-def _usage(stream: ResponseStream) -> dict:
-  return {
-    'prompt_tokens': stream.prompt_tokens,
-    'completion_tokens': stream.completion_tokens,
-    'total_tokens': stream.prompt_tokens + stream.completion_tokens,
-  }
-
-
-class CompletionFormat(ResponseFormat):
-  prefix, chunk_kind, kind = 'cmpl', 'text_completion', 'text_completion'
-
-  def _content(self, piece: TextPiece, key: str) -> dict:
-    return {'text': piece.text}
-
-
-class ChatFormat(ResponseFormat):
-  """Thoughts go to `reasoning_content`, the rest to `content`."""
-
-  prefix, chunk_kind = 'chatcmpl', 'chat.completion.chunk'
-  kind = 'chat.completion'
-
-  def __init__(self, model: str):
-    super().__init__(model)
-    self._thoughts: dict[int, detokenizer.Thoughts] = {}
-
-  def opening(self, count: int) -> list[dict]:
-    role = {'role': 'assistant', 'content': ''}
-    first = {'finish_reason': None, 'logprobs': None, 'delta': role}
-    frame = self._frame | {'object': self.chunk_kind}
-    return [frame | {'choices': [{'index': i} | first]} for i in range(count)]
-
-  def _content(self, piece: TextPiece, key: str) -> dict:
-    thoughts = self._thoughts.setdefault(piece.index, detokenizer.Thoughts())
-    parts = thoughts.feed(piece.text)
-    if piece.finish_reason:
-      parts += thoughts.end()
-    content = {'content': '', 'reasoning_content': ''}
-    for is_thought, part in parts:
-      content['reasoning_content' if is_thought else 'content'] += part
-    if not content['reasoning_content']:
-      del content['reasoning_content']
-    if key == 'message':
-      content['role'] = 'assistant'
-    return {key: content}
+  index: int
+  characters: detokenizer.Characters
+  stops: detokenizer.Stops
+  text: str = ''
+  tokens: list = dataclasses.field(default_factory=list)
+  begun: bool = False

@@ -109,10 +109,10 @@ def log_probs_of(runner):
 def run(runner, *submitted, **options):
   """Requests after all of their tokens."""
   model_engine = engine.Engine(runner, num_blocks=40, max_rows=4, **options)
-  made = [model_engine.submit(*args) for args in submitted]
+  submitted = [model_engine.submit(*args) for args in submitted]
   while not model_engine.is_idle:
     model_engine.step()
-  return made
+  return submitted
 
 
 def assert_logprobs(got, want_V, token, count):

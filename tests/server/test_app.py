@@ -66,8 +66,9 @@ def test_what_newer_clients_send(openai, served, tokenizer):
       model='tiny', messages=[*again, {'role': 'user', 'content': 'x'}]
     )
     assert response.usage.prompt_tokens > 4
-    with pytest.raises(openai.BadRequestError, match='best_of=2 is not'):
-      ask.completions.create(model='tiny', prompt='a', best_of=2)
+    extra = {'suffix_of': 2}
+    with pytest.raises(openai.BadRequestError, match="'suffix_of' is no field"):
+      ask.completions.create(model='tiny', prompt='a', extra_body=extra)
 
 
 def test_the_model_has_one_name(openai, served):

@@ -146,7 +146,7 @@ def test_stop_ends_it_here_and_there(page, runner, served):
 def test_errors_are_shown_and_can_be_mended(page, runner):
   page.get_by_label('tokens').fill('501')
   say(page, 'Hello')
-  expect(page, '.error').to_have_text('max_tokens=501 must be in [1, 500]')
+  expect(page, '.error').to_have_text('max_tokens=501 must be in [0, 500]')
   expect(page, '.assistant').to_have_count(0)
   page.get_by_label('tokens').fill('400')
   page.get_by_label('chat').uncheck()

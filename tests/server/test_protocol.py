@@ -4,9 +4,12 @@ import pytest
 
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.inference import request as requests
 from dsv3_jax.server import protocol
 
-LIMITS = protocol.Limits(model='tiny', max_choices=20, max_tokens=500, seed=7)
+LIMITS = protocol.Limits(
+  model='tiny', max_choices=20, max_tokens=500, vocab_size=280, seed=7
+)
 HELLO = [{'role': 'user', 'content': 'Hello'}]
 
 
@@ -33,24 +36,35 @@ def test_what_says_nothing_is_taken(tokenizer):
     'frequency_penalty': 0.0,
     'function_call': 'auto',
     'functions': [],
+    'ignore_eos': False,
+    'include_stop_str_in_output': False,
+    'length_penalty': 1.0,
+    'logit_bias': {},
     'logprobs': False,
     'max_tokens': None,
     'metadata': {'run': '3'},
+    'min_p': 0,
+    'min_tokens': 0,
     'modalities': ['text'],
     'n': 1,
     'parallel_tool_calls': True,
     'presence_penalty': 0,
     'prompt_cache_key': 'k',
     'reasoning_effort': None,
+    'repetition_penalty': 1,
     'response_format': {'type': 'text'},
     'safety_identifier': 's',
     'service_tier': 'auto',
+    'skip_special_tokens': True,
+    'stop_token_ids': [],
     'store': False,
     'stream': True,
     'stream_options': {'include_usage': True, 'include_obfuscation': False},
     'tool_choice': 'none',
     'tools': [],
+    'top_k': -1,
     'top_logprobs': 0,
+    'use_beam_search': False,
     'user': 'me',
   }
   plain = {'messages': HELLO, 'stream': True}
@@ -61,19 +75,74 @@ def test_what_says_nothing_is_taken(tokenizer):
   )
 
 
-def test_best_of_is_n_or_nothing(tokenizer):
-  body = {'prompt': 'a', 'n': 3, 'best_of': 3}
-  assert protocol.parse_completion(body, tokenizer, LIMITS).n == 3
-  for wrong in ({'best_of': 2}, {'best_of': 1, 'n': 2}):
-    with pytest.raises(errors.InputError, match=r'best_of=. is not supported'):
-      protocol.parse_completion({'prompt': 'a'} | wrong, tokenizer, LIMITS)
+def test_what_sampling_fields_say(tokenizer):
+  body = {
+    'messages': HELLO,
+    'seed': -(2**63),
+    'min_p': 0.1,
+    'top_k': 5,
+    'presence_penalty': -2,
+    'frequency_penalty': 2.0,
+    'repetition_penalty': 1.5,
+    'logit_bias': {'3': -100, '279': 1.5},
+    'logprobs': True,
+    'top_logprobs': 20,
+    'ignore_eos': True,
+  }
+  parsed = protocol.parse_chat(body, tokenizer, LIMITS)
+  assert parsed.ignore_eos
+  assert parsed.sampling == requests.SamplingParams(
+    temperature=1.0,
+    top_k=5,
+    min_p=0.1,
+    seed=-(2**63),
+    logit_bias=((3, -100.0), (279, 1.5)),
+    presence_penalty=-2.0,
+    frequency_penalty=2.0,
+    repetition_penalty=1.5,
+    logprobs=20,
+  )
+
+
+@pytest.mark.parametrize(
+  ('wrong', 'message'),
+  [
+    ({'best_of': 1, 'n': 2}, r'best_of=1 must be in \[2, 16\]'),
+    ({'best_of': 3, 'stream': True}, r'best_of=3 above n=1 cannot be streamed'),
+    ({'best_of': 11, 'prompt': ['a', 'b']}, r'best_of \* prompts=22 must be'),
+    ({'echo': 1}, 'echo=1 has the wrong type'),
+    ({'echo': True, 'suffix': 'b'}, 'echo=true is not supported here with a'),
+    ({'logprobs': True}, 'logprobs=True has the wrong type'),
+    ({'logprobs': 21}, r'logprobs=21 must be in \[0, 20\]'),
+    ({'max_tokens': -1}, r'max_tokens=-1 must be in \[0, 500\]'),
+    ({'min_p': 1.1}, r'min_p=1.1 must be in \[0, 1\]'),
+    ({'presence_penalty': 2.1}, r'presence_penalty=2.1 must be in \[-2, 2\]'),
+    ({'repetition_penalty': 0}, r'repetition_penalty=0 must be in \(0, 100\]'),
+    ({'seed': 2**64}, 'seed=18446744073709551616 must be in'),
+    ({'suffix': 'b', 'prompt': [5]}, 'a suffix needs a prompt that is a str'),
+    ({'top_k': -2}, r'top_k=-2 must be in \[-1, '),
+    ({'logit_bias': {'x': 1}}, r"logit_bias\['x'\] must have a token id"),
+    ({'logit_bias': {'280': 1}}, r"logit_bias\['280'\]: ids are below 280"),
+    ({'logit_bias': {'3': True}}, r"logit_bias\['3'\]=True must be a number"),
+    ({'logit_bias': {'3': 101}}, r"logit_bias\['3'\]=101 must be in \[-100"),
+    ({'logit_bias': {'3': float('nan')}}, r"logit_bias\['3'\]=nan must be in"),
+    (
+      {'logit_bias': {str(i): 1 for i in range(1025)}},
+      'logit_bias has 1025 entries; at most 1024',
+    ),
+  ],
+)
+def test_wrong_completions_are_one_line(tokenizer, wrong, message):
+  with pytest.raises(errors.InputError, match=message) as caught:
+    protocol.parse_completion({'prompt': 'a'} | wrong, tokenizer, LIMITS)
+  assert '\n' not in str(caught.value)
 
 
 def test_texts_in_parts_and_developers(tokenizer):
   parts = [{'type': 'text', 'text': 'Hel'}, {'type': 'text', 'text': 'lo'}]
   messages = [
     {'role': 'developer', 'content': 'x = 1'},
-    {'role': 'user', 'content': parts},
+    {'role': 'user', 'content': parts, 'name': 'Ada'},
     {
       'role': 'assistant',
       'content': 'world',
@@ -103,9 +172,11 @@ def test_another_model_is_not_there(tokenizer):
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
-    ({'best_of': True}, 'best_of'),
-    ({'frequency_penalty': False}, 'frequency_penalty=False is not supported'),
-    ({'logprobs': True}, 'logprobs=True is not supported here'),
+    ({'best_of': 2}, "'best_of' is no field"),
+    ({'frequency_penalty': False}, 'frequency_penalty=False has the wrong ty'),
+    ({'logprobs': 1}, 'logprobs=1 has the wrong type'),
+    ({'top_logprobs': 2}, 'top_logprobs=2 needs logprobs=true'),
+    ({'logprobs': True, 'top_logprobs': 21}, r'top_logprobs=21 must be in'),
     ({'max_tokens': 3, 'max_completion_tokens': 3}, 'give one of them'),
     ({'max_completion_tokens': 501}, r'max_completion_tokens=501 must be in'),
     ({'n': True}, 'n=True has the wrong type'),
@@ -125,12 +196,13 @@ def test_another_model_is_not_there(tokenizer):
     ({'temperature': True}, 'temperature=True has the wrong type'),
     ({'tool_choice': 'required'}, "tool_choice='required' is not supported"),
     ({'tools': [{'type': 'function'}]}, 'tools=.* is not supported here'),
-    ({'top_logprobs': False}, 'top_logprobs=False is not supported'),
+    ({'top_logprobs': False}, 'top_logprobs=False has the wrong type'),
+    ({'min_tokens': 3}, 'min_tokens=3 is not supported here'),
     ({'verbosity': 'low'}, "'verbosity' is no field"),
     ({'messages': [{'role': 'user'}]}, r'messages\[0\].content must be a str'),
     (
-      {'messages': [{'role': 'user', 'content': 'a', 'name': 'b'}]},
-      r"messages\[0\].'name' is no field",
+      {'messages': [{'role': 'user', 'content': 'a', 'name': 3}]},
+      r'messages\[0\].name must be a string',
     ),
     (
       {'messages': [{'role': 'user', 'content': ['a']}]},

@@ -1,0 +1,216 @@
+"""Log-probabilities, echo, suffixes and lengths by OpenAI's client."""
+
+import json
+
+import pytest
+
+from tests.inference import counting
+from tests.server import web
+
+
+def own(token):
+  """What `counting.Runner` says of a token."""
+  return -token / 8
+
+
+@pytest.fixture
+def ask(served):
+  with web.client(served[0]) as client:
+    yield client
+
+
+def test_completion_logprobs_are_the_engine_s(ask, tokenizer):
+  ids = [7, 8, 9]
+  want = counting.continued(ids, 6, 280)
+  answer = ask.completions.create(
+    model='tiny', prompt=ids, max_tokens=6, logprobs=2, temperature=0
+  ).choices[0]
+  end = want.index(tokenizer.eos_id) if tokenizer.eos_id in want else 6
+  want = want[:end]
+  got = answer.logprobs
+  assert got.token_logprobs == [own(token) for token in want]
+  texts = [tokenizer.token_bytes(token) for token in want]
+  for text, data in zip(got.tokens, texts, strict=True):
+    spelled = 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in data)
+    assert text.encode() == data or text == spelled
+  for token, top in zip(want, got.top_logprobs, strict=True):
+    assert sorted(top.values()) == [own(token) - 0.5, own(token)]
+  lengths = [len(tokenizer.decode([token], True)) for token in want]
+  assert got.text_offset == [sum(lengths[:i]) for i in range(len(want))]
+
+
+def test_chat_logprobs_stream_with_their_text(ask, tokenizer):
+  fields = {'messages': [{'role': 'user', 'content': 'Hello'}]}
+  fields |= {'model': 'tiny', 'max_tokens': 12, 'logprobs': True}
+  whole = ask.chat.completions.create(**fields, top_logprobs=3).choices[0]
+  content = whole.logprobs.content
+  ids = web.chat_ids(tokenizer, 'Hello')
+  want = counting.continued(ids, 12, 280)
+  want = want[: len(content)]
+  assert [entry.logprob for entry in content] == [own(x) for x in want]
+  for token, entry in zip(want, content, strict=True):
+    assert bytes(entry.bytes) == tokenizer.token_bytes(token)
+    values = [top.logprob for top in entry.top_logprobs]
+    assert values == [own(token), own(token) - 0.5, own(token) - 1.0]
+  data = b''.join(bytes(entry.bytes) for entry in content)
+  assert data.decode(errors='replace') == whole.message.content
+  parts = ask.chat.completions.create(**fields, top_logprobs=3, stream=True)
+  streamed = [
+    entry
+    for part in parts
+    if part.choices[0].logprobs
+    for entry in part.choices[0].logprobs.content
+  ]
+  assert streamed == content
+  plain = ask.chat.completions.create(**fields).choices[0].logprobs.content
+  assert [x.logprob for x in plain] == [x.logprob for x in content]
+  assert not any(x.top_logprobs for x in plain)
+
+
+@pytest.mark.parametrize('count', [0, 1, 2])
+@pytest.mark.parametrize('stream', [False, True])
+def test_echo_gives_the_prompt_s_log_probabilities(
+  ask, tokenizer, count, stream
+):
+  """As evaluation harnesses ask for them: `count` of 0 scores alone."""
+  prompts = ['Hello, x', 'x = 1']
+  answer = ask.completions.create(
+    model='tiny',
+    prompt=prompts,
+    max_tokens=count,
+    echo=True,
+    logprobs=1,
+    temperature=0,
+    stream=stream,
+  )
+  texts, tokens, logprobs, offsets = ({0: [], 1: []} for _ in range(4))
+  for part in answer if stream else [answer]:
+    for choice in part.choices:
+      texts[choice.index].append(choice.text)
+      if choice.logprobs:
+        tokens[choice.index] += choice.logprobs.tokens
+        logprobs[choice.index] += choice.logprobs.token_logprobs
+        offsets[choice.index] += choice.logprobs.text_offset
+  for i, prompt in enumerate(prompts):
+    ids = tokenizer.encode(prompt, add_bos=True).tolist()
+    new = counting.continued(ids, count, 280)
+    assert tokenizer.eos_id not in new
+    text = ''.join(texts[i])
+    assert text == prompt + tokenizer.decode(new, True)
+    first, *rest = logprobs[i]
+    assert first is None and rest == [own(x) for x in (ids + new)[1:]]
+    assert len(tokens[i]) == len(offsets[i]) == len(ids) + count
+    assert offsets[i][:2] == [0, 0]  # the first token has no text
+    assert text[offsets[i][2] :].startswith(tokenizer.decode(ids[2:3]))
+
+
+def test_an_answer_of_no_token(ask):
+  answer = ask.completions.create(model='tiny', prompt='Hello', max_tokens=0)
+  assert answer.choices[0].text == ''
+  assert answer.choices[0].finish_reason == 'length'
+  assert answer.usage.completion_tokens == 0
+
+
+def test_a_suffix_is_filled_in(ask, served, tokenizer):
+  ids = tokenizer.encode_fim('def f(', 'return').tolist()
+  begin, hole, end = (
+    tokenizer.fim_begin_id,
+    tokenizer.fim_hole_id,
+    tokenizer.fim_end_id,
+  )
+  head, tail = tokenizer.encode('def f('), tokenizer.encode('return')
+  assert ids == [tokenizer.bos_id, begin, *head, hole, *tail, end]
+  text, _ = web.text_of(tokenizer, ids, 9)
+  fields = {'model': 'tiny', 'max_tokens': 9, 'temperature': 0}
+  answer = ask.completions.create(prompt='def f(', suffix='return', **fields)
+  assert answer.choices[0].text == text
+  assert answer.usage.prompt_tokens == len(ids)
+
+
+def test_best_of_gives_the_likeliest(tokenizer):
+  class Runner(counting.Runner):
+    """Its n-th answer is of the token 40 + n: the first are likelier."""
+
+    def following(self, row):
+      return 40 + int(self.calls) % 5
+
+  with (
+    web.serving(tokenizer, runner=Runner(280, room=600)) as (address, _),
+    web.client(address) as ask,
+  ):
+    fields = {'model': 'tiny', 'prompt': [5], 'max_tokens': 4}
+    answer = ask.completions.create(best_of=4, n=2, logprobs=0, **fields)
+  means = [sum(choice.logprobs.token_logprobs) / 4 for choice in answer.choices]
+  assert len(means) == 2 and means[0] >= means[1]
+  assert answer.usage.completion_tokens == 16
+
+
+def test_ignore_eos_goes_on(tokenizer):
+  class Runner(counting.Runner):
+    def following(self, row):
+      return tokenizer.eos_id if len(row) == 3 else 40
+
+  with (
+    web.serving(tokenizer, runner=Runner(280, room=600)) as (address, _),
+    web.client(address) as ask,
+  ):
+    fields = {'model': 'tiny', 'prompt': [5], 'max_tokens': 6}
+    ended = ask.completions.create(**fields)
+    went_on = ask.completions.create(**fields, extra_body={'ignore_eos': True})
+  letter = tokenizer.decode([40])
+  assert ended.choices[0].text == 2 * letter
+  assert ended.choices[0].finish_reason == 'stop'
+  assert went_on.choices[0].text == 5 * letter
+  assert went_on.choices[0].finish_reason == 'length'
+
+
+def test_what_is_too_long_is_said_as_clients_expect(openai, ask):
+  with pytest.raises(openai.BadRequestError) as caught:
+    ask.completions.create(model='tiny', prompt=[5] * 590, max_tokens=30)
+  assert caught.value.code == 'context_length_exceeded'
+  message = (
+    "This model's maximum context length is 600 tokens. However, you requested "
+    '620 tokens (590 in the prompt, 30 in the completion)'
+  )
+  assert message in str(caught.value)
+  parts = 697 * [{'type': 'text', 'text': 'x'}]
+  messages = [{'role': 'user', 'content': parts}]
+  with pytest.raises(openai.BadRequestError, match='requested 701 tokens'):
+    ask.chat.completions.create(model='tiny', messages=messages)
+
+
+def test_a_length_that_was_not_asked_for_is_what_fits(ask):
+  answer = ask.completions.create(
+    model='tiny', prompt=[5] * 595, extra_body={'ignore_eos': True}
+  )
+  assert answer.usage.completion_tokens == 5
+
+
+def test_tokens_there_and_back(served, tokenizer):
+  def post(path, body):
+    status, text, _ = web.fetch(
+      f'{served[0]}/{path}', json.dumps(body).encode()
+    )
+    return status, json.loads(text)
+
+  status, body = post('tokenize', {'prompt': 'Hello, x'})
+  ids = tokenizer.encode('Hello, x', add_bos=True).tolist()
+  assert status == 200
+  assert body == {'count': len(ids), 'max_model_len': 600, 'tokens': ids}
+  bare = {'prompt': 'Hello, x', 'add_special_tokens': False}
+  assert post('tokenize', bare)[1]['tokens'] == ids[1:]
+  chat = {'messages': [{'role': 'user', 'content': 'Hello'}]}
+  assert post('tokenize', chat)[1]['tokens'] == web.chat_ids(tokenizer, 'Hello')
+  assert post('detokenize', {'tokens': ids[1:]}) == (
+    200,
+    {'prompt': 'Hello, x'},
+  )
+  for path, wrong in (
+    ('tokenize', {}),
+    ('tokenize', {'prompt': 'a', 'messages': []}),
+    ('tokenize', []),
+    ('detokenize', {'tokens': [280]}),
+    ('detokenize', {'tokens': [True]}),
+    ('detokenize', []),
+  ):
+    assert post(path, wrong)[0] == 400
