@@ -30,7 +30,7 @@ def check(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> None:
   spec = json.loads(tokenizer.text)
   model, normalizer = spec['model'], spec.get('normalizer')
   rules = {
-    f'model.type={model.get("type")!r} must be BPE': model.get('type') == 'BPE',
+    f'model type={model.get("type")!r} must be BPE': model.get('type') == 'BPE',
     'normalizer must be null': not normalizer
     or normalizer.get('normalizers') == [],
     'pre_tokenizer must be that of DeepSeek-V3': tokenizer.splits_as_published,
