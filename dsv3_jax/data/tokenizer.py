@@ -153,10 +153,14 @@ class Tokenizer:
 
   def token_bytes(self, index: int) -> bytes:
     """The bytes that a token stands for; perhaps a part of a character."""
-    token = self._full.id_to_token(index)
-    if token is None or index in self._full.get_added_tokens_decoder():
-      return (token or '').encode()
+    token = self._full.id_to_token(index) or ''
+    if index in self._added_ids:
+      return token.encode()
     return bytes(_BYTE_OF[letter] for letter in token)
+
+  @functools.cached_property
+  def _added_ids(self) -> frozenset[int]:
+    return frozenset(self._full.get_added_tokens_decoder())
 
   def encode_fim(self, prefix: str, suffix: str) -> np.ndarray:
     """The prompt for the text between two others (TR 4.1, PSM order)."""

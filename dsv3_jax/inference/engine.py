@@ -232,6 +232,8 @@ class Engine:
     is_uncached, longest = schedule.is_uncached, max(schedule.counts)
     if self.batch_invariant:
       is_uncached, longest = False, self.chunk
+      if schedule.is_scored:
+        longest = min(longest, scheduler.SCORED_CHUNK)
     run = self._runner.prefill if is_uncached else self._runner.extend
     if schedule.is_scored:
       run = self._runner.score

@@ -28,6 +28,9 @@ class SamplingParams:
   logprobs: how many likeliest tokens are reported with each new one, and its
     own log-probability; None: neither.
   prompt_logprobs: the same of the prompt's tokens.
+
+  Raises:
+    ValueError: `prompt_logprobs` without `logprobs`.
   """
 
   temperature: float = 0.0
@@ -42,6 +45,10 @@ class SamplingParams:
   repetition_penalty: float = 1.0
   logprobs: int | None = None
   prompt_logprobs: bool = False
+
+  def __post_init__(self):
+    if self.prompt_logprobs and self.logprobs is None:
+      raise ValueError('prompt_logprobs=True needs a number of logprobs')
 
   @property
   def has_penalty(self) -> bool:
@@ -113,7 +120,9 @@ class Request:
 
   def __post_init__(self):
     self.all_tokens = list(self.prompt)
-    self.prompt_logprobs = [None] * len(self.prompt)
+    self.prompt_logprobs = [None] * (
+      len(self.prompt) if self.sampling.prompt_logprobs else 0
+    )
 
   @property
   def tokens(self) -> list[int]:

@@ -101,15 +101,15 @@ class Server:
 
   async def _tokenize(self, request: requests.Request):
     data = await self._body(request)
-    run = lambda: protocol.parse_tokenize(_json(data), self.tokenizer)
+    limits = self._limits()
+    run = lambda: protocol.parse_tokenize(_json(data), self.tokenizer, limits)
     ids = await asyncio.to_thread(run)
     body = {'count': len(ids), 'max_model_len': self._room, 'tokens': ids}
     return responses.JSONResponse(body)
 
   async def _detokenize(self, request: requests.Request):
     data = await self._body(request)
-    vocab_size = self.thread.vocab_size
-    ids = protocol.parse_detokenize(_json(data), vocab_size)
+    ids = protocol.parse_detokenize(_json(data), self._limits())
     return responses.JSONResponse({'prompt': self.tokenizer.decode(ids)})
 
   async def _models(self, request: requests.Request):
@@ -169,15 +169,18 @@ class Server:
   ) -> protocol.ChatRequest:
     """Parses the body in a thread, as tokenising a long text takes a while."""
     data = await self._body(request)
-    limits = protocol.Limits(
+    limits = self._limits()
+    run = lambda: parse(_json(data), self.tokenizer, limits)
+    return await asyncio.to_thread(run)
+
+  def _limits(self) -> protocol.Limits:
+    return protocol.Limits(
       model=self.name,
       max_choices=self.thread.max_open,
       max_tokens=self.max_tokens,
       vocab_size=self.thread.vocab_size,
       seed=secrets.randbits(32),
     )
-    run = lambda: parse(_json(data), self.tokenizer, limits)
-    return await asyncio.to_thread(run)
 
   async def _body(self, request: requests.Request) -> bytes:
     """The body; reading stops where it becomes too long."""

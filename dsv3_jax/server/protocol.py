@@ -44,6 +44,13 @@ _CHAT = _COMMON | {
 }
 # Accepted at these values, at which they have no effect.
 _NEUTRAL = {
+  'add_generation_prompt': (True,),
+  'add_special_tokens': (True,),
+  'bad_words': ([],),
+  'chat_template_kwargs': ({},),
+  'continue_final_message': (False,),
+  'early_stopping': (False,),
+  'echo': (False,),
   'function_call': ('none', 'auto'),
   'functions': ([],),
   'include_stop_str_in_output': (False,),
@@ -52,7 +59,10 @@ _NEUTRAL = {
   'min_tokens': (0,),
   'modalities': (['text'],),
   'parallel_tool_calls': (False, True),
+  'priority': (0,),
   'response_format': ({'type': 'text'},),
+  'return_token_ids': (False,),
+  'return_tokens_as_token_ids': (False,),
   'service_tier': ('auto', 'default'),
   'skip_special_tokens': (True,),
   'spaces_between_special_tokens': (True,),
@@ -61,6 +71,7 @@ _NEUTRAL = {
   'tool_choice': ('none', 'auto'),
   'tools': ([],),
   'use_beam_search': (False,),
+  'verbosity': ('medium',),
 }
 _MESSAGE = ('role', 'content', 'name')
 # Fields of an answer that a client sends back in the next conversation turn.
@@ -103,9 +114,9 @@ class ChatRequest:
   prompts: token ids. n: answers to each prompt. best_of: how many of each are
   made, of which the n likeliest are given. max_tokens: of an answer, perhaps 0;
   None: as many as fit. clamps: fewer are made if no more fit. echo: the answer
-  begins with its prompt. ignore_eos: the end of the sequence does not end an
-  answer. stream: answer with server-sent events. include_usage: the last event
-  has the number of tokens.
+  begins with its prompt. logprobs: they are part of the answer. ignore_eos: the
+  end of the sequence does not end an answer. stream: answer with server-sent
+  events. include_usage: the last event has the number of tokens.
   """
 
   prompts: list[list[int]]
@@ -116,6 +127,7 @@ class ChatRequest:
   sampling: requests.SamplingParams
   stop: tuple[str, ...]
   echo: bool
+  logprobs: bool
   ignore_eos: bool
   stream: bool
   include_usage: bool
@@ -180,12 +192,15 @@ def parse_chat(
 
 
 def _values(
-  body: Any, known: Mapping[str, Any], limits: Limits
+  body: Any,
+  known: Mapping[str, Any],
+  limits: Limits,
+  neutral: Mapping[str, Any] = _NEUTRAL,
 ) -> dict[str, Any]:
   """The fields that have an effect, of the right types; null is absent."""
   if not isinstance(body, dict):
     raise errors.InputError('the body must be a JSON object')
-  values = fields.effective('', body, known, _NEUTRAL)
+  values = fields.effective('', body, known, neutral)
   fields.check_types(values, known)
   model = values.get('model', limits.model)
   if model != limits.model:
@@ -273,8 +288,9 @@ def _chat_request(
   stops = [stops] if isinstance(stops, str) else stops
   if len(stops) > _MAX_STOPS or not all(isinstance(s, str) for s in stops):
     raise errors.InputError(f'stop must be at most {_MAX_STOPS} strings')
-  if best_of > n and logprobs is None:
-    logprobs = 0  # by which the best are known
+  wants_logprobs = logprobs is not None
+  if best_of > n and not wants_logprobs:
+    logprobs = 0  # which answers are best
   return ChatRequest(
     prompts=prompts,
     n=n,
@@ -286,6 +302,7 @@ def _chat_request(
     ),
     stop=tuple(stops),
     echo=False,
+    logprobs=wants_logprobs,
     ignore_eos=values.get('ignore_eos', False),
     stream=values.get('stream', False),
     include_usage=_include_usage(values),
@@ -308,7 +325,9 @@ def _include_usage(values: dict) -> bool:
   return include_usage
 
 
-def parse_tokenize(body: Any, tokenizer: tokenizers.Tokenizer) -> list[int]:
+def parse_tokenize(
+  body: Any, tokenizer: tokenizers.Tokenizer, limits: Limits
+) -> list[int]:
   """Ids of a text, or of a conversation; raises as `parse_completion`."""
   known = {
     'model': str,
@@ -317,12 +336,14 @@ def parse_tokenize(body: Any, tokenizer: tokenizers.Tokenizer) -> list[int]:
     'add_special_tokens': bool,
     'add_generation_prompt': bool,
   }
-  if not isinstance(body, dict):
-    raise errors.InputError('the body must be a JSON object')
-  values = fields.effective('', body, known, {'return_token_strs': (False,)})
-  fields.check_types(values, known)
+  neutral = {'return_token_strs': (False,), 'continue_final_message': (False,)}
+  values = _values(body, known, limits, neutral)
   if ('prompt' in values) == ('messages' in values):
     raise errors.InputError('give either prompt or messages')
+  alone = {'prompt': 'add_generation_prompt', 'messages': 'add_special_tokens'}
+  for name, other in alone.items():
+    if name in values and other in values:
+      raise errors.InputError(f'{other} has no meaning with {name}')
   if 'prompt' in values:
     add_bos = values.get('add_special_tokens', True)
     return tokenizer.encode(values['prompt'], add_bos=add_bos).tolist()
@@ -333,14 +354,12 @@ def parse_tokenize(body: Any, tokenizer: tokenizers.Tokenizer) -> list[int]:
   return ids.tolist()
 
 
-def parse_detokenize(body: Any, vocab_size: int) -> list[int]:
+def parse_detokenize(body: Any, limits: Limits) -> list[int]:
   """Ids to decode; raises as `parse_completion`."""
-  if not isinstance(body, dict):
-    raise errors.InputError('the body must be a JSON object')
-  known = {'model': str, 'tokens': list}
-  values = fields.effective('', body, known, {})
-  fields.check_types(values, known)
-  ids = values.get('tokens', [])
-  if not all(type(x) is int and 0 <= x < vocab_size for x in ids):
-    raise errors.InputError(f'tokens must be ids from 0 to {vocab_size - 1}')
+  ids = _values(body, {'model': str, 'tokens': list}, limits, {}).get(
+    'tokens', []
+  )
+  most = limits.vocab_size - 1
+  if not all(type(x) is int and 0 <= x <= most for x in ids):
+    raise errors.InputError(f'tokens must be ids from 0 to {most}')
   return ids

@@ -1,6 +1,7 @@
 """The JSON of answers, as OpenAI's two endpoints give it."""
 
 import abc
+import itertools
 import secrets
 import time
 from typing import Any
@@ -9,7 +10,6 @@ import numpy as np
 
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import detokenizer
-from dsv3_jax.inference import request as requests
 from dsv3_jax.server import responses
 
 _LEAST = -9999.0  # JSON has no -inf
@@ -55,7 +55,10 @@ class ResponseFormat(abc.ABC):
     choices = []
     for index, place in enumerate(_best(stream)):
       text = ''.join(piece.text for piece in parts[place])
-      tokens = sum((piece.tokens for piece in parts[place]), ())
+      tokens = None
+      if stream.api_request.logprobs:
+        tokens = itertools.chain(*(piece.tokens for piece in parts[place]))
+        tokens = tuple(tokens)
       reason = parts[place][-1].finish_reason
       piece = responses.TextPiece(index, text, reason, tokens)
       choices.append(self._choice(piece, 'message'))
@@ -67,7 +70,7 @@ class ResponseFormat(abc.ABC):
 
   def _choice(self, piece: responses.TextPiece, key: str) -> dict:
     reason = piece.finish_reason
-    logprobs = self._logprobs(piece) if piece.tokens else None
+    logprobs = None if piece.tokens is None else self._logprobs(piece)
     body = {'index': piece.index, 'finish_reason': reason}
     return body | {'logprobs': logprobs} | self._content(piece, key)
 
@@ -82,6 +85,8 @@ class ResponseFormat(abc.ABC):
   def _token(self, index: int) -> str:
     """A token as text; bytes that are no whole characters are spelled out."""
     data = self._tokenizer.token_bytes(index)
+    if not data:  # the model has more rows than the tokenizer has tokens
+      return f'token_id:{index}'
     try:
       return data.decode()
     except UnicodeDecodeError:
@@ -91,32 +96,26 @@ class ResponseFormat(abc.ABC):
 class CompletionFormat(ResponseFormat):
   prefix, chunk_kind, kind = 'cmpl', 'text_completion', 'text_completion'
 
-  def __init__(self, model: str, tokenizer: tokenizers.Tokenizer):
-    super().__init__(model, tokenizer)
-    self._offsets: dict[int, int] = {}
-
   def _content(self, piece: responses.TextPiece, key: str) -> dict:
     return {'text': piece.text}
 
   def _logprobs(self, piece: responses.TextPiece) -> dict:
-    offset, offsets, tops = self._offsets.get(piece.index, 0), [], []
-    for token, logprobs in piece.tokens:
-      offsets.append(offset)
-      offset += len(self._tokenizer.decode([token], skip_special=True))
-      if logprobs is None:
-        tops.append(None)
-        continue
-      own = {self._token(token): _finite(logprobs.logprob)}
-      tops.append({self._token(v): _finite(x) for v, x in logprobs.top} | own)
-    self._offsets[piece.index] = offset
+    tops = []
+    for token in piece.tokens:
+      tops.append(None)
+      if token.logprobs is not None:
+        own = (token.index, token.logprobs.logprob)
+        # Of two that are spelt alike the likelier one stays.
+        pairs = sorted([own, *token.logprobs.top], key=lambda pair: pair[1])
+        tops[-1] = {self._token(v): _finite(x) for v, x in pairs}
     return {
-      'tokens': [self._token(token) for token, _ in piece.tokens],
+      'tokens': [self._token(token.index) for token in piece.tokens],
       'token_logprobs': [
-        None if logprobs is None else _finite(logprobs.logprob)
-        for _, logprobs in piece.tokens
+        None if token.logprobs is None else _finite(token.logprobs.logprob)
+        for token in piece.tokens
       ],
       'top_logprobs': tops,
-      'text_offset': offsets,
+      'text_offset': [token.offset for token in piece.tokens],
     }
 
 
@@ -152,10 +151,10 @@ class ChatFormat(ResponseFormat):
 
   def _logprobs(self, piece: responses.TextPiece) -> dict:
     entries = []
-    for token, logprobs in piece.tokens:
-      entry = self._entry(token, logprobs.logprob)
-      entry['top_logprobs'] = [self._entry(v, x) for v, x in logprobs.top]
-      entries.append(entry)
+    for token in piece.tokens:
+      entry = self._entry(token.index, token.logprobs.logprob)
+      top = [self._entry(v, x) for v, x in token.logprobs.top]
+      entries.append(entry | {'top_logprobs': top})
     return {'content': entries, 'refusal': None}
 
   def _entry(self, token: int, logprob: float) -> dict[str, Any]:
@@ -172,13 +171,9 @@ def _best(stream: responses.ResponseStream) -> list[int]:
   for start in range(0, len(stream.requests), call.best_of):
     group = range(start, start + call.best_of)
     if call.best_of > call.n:
-      group = sorted(group, key=lambda i: -_mean_logprob(stream.requests[i]))
+      group = sorted(group, key=lambda i: -np.mean(stream.logprobs[i] or [0.0]))
     chosen += group[: call.n]
   return chosen
-
-
-def _mean_logprob(request: requests.Request) -> float:
-  return float(np.mean([x.logprob for x in request.logprobs]))
 
 
 def _finite(logprob: float) -> float:

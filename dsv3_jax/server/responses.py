@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import AsyncIterator
+from typing import NamedTuple
 
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
@@ -16,18 +17,28 @@ from dsv3_jax.inference import request as requests
 from dsv3_jax.server import engine_thread, protocol
 
 
+class Token(NamedTuple):
+  """A token of an answer, or of its prompt.
+
+  logprobs: None of the first token of a prompt. offset: characters before it.
+  """
+
+  index: int
+  logprobs: requests.TokenLogprobs | None
+  offset: int
+
+
 @dataclasses.dataclass(frozen=True)
 class TextPiece:
   """A piece of one answer; `finish_reason` is None except at its end.
 
-  tokens: those that the text came from, with their log-probabilities, if these
-  are wanted; those of the first token of a prompt are None.
+  tokens: those that the text came from; None: no log-probabilities are wanted.
   """
 
   index: int
   text: str
   finish_reason: requests.FinishReason | None = None
-  tokens: tuple[tuple[int, requests.TokenLogprobs | None], ...] = ()
+  tokens: tuple[Token, ...] | None = None
 
 
 class ContextLengthError(errors.InputError):
@@ -50,12 +61,14 @@ class ResponseStream:
       max_tokens: of an answer, if `api_request` has no limit.
     """
     self._thread, self._tokenizer = thread, tokenizer
+    self._decode = functools.partial(tokenizer.decode, skip_special=True)
     self.api_request, self._max_tokens = api_request, max_tokens
     self._outputs: asyncio.Queue[requests.TokenOutput] = asyncio.Queue()
     self._loop = asyncio.get_running_loop()
     self.requests: list[requests.Request] = []
     self.prompt_tokens = sum(map(len, api_request.prompts))
     self.completion_tokens = 0
+    self.logprobs: list[list[float]] = []  # of each answer, up to its end
 
   def submit(self) -> None:
     """Submits all requests, or none.
@@ -84,7 +97,7 @@ class ResponseStream:
       count = min(count, self._thread.max_new_tokens(len(prompt)))
     request = requests.Request(
       prompt,
-      max(count, 1),  # an answer of no token leaves the first one out
+      max(count, 1),  # if none is wanted, it is dropped
       dataclasses.replace(call.sampling, rng_stream=len(self.requests)),
       frozenset([] if call.ignore_eos else [self._tokenizer.eos_id]),
       # Each computes a prompt whose log-probabilities are wanted.
@@ -92,13 +105,14 @@ class ResponseStream:
     )
     self._thread.submit(request, self._on_output)
     self.requests.append(request)
+    self.logprobs.append([])
     return request
 
   def _check_length(self, length: int) -> None:
-    """In the words that clients look for."""
+    """Clients look for the words of the message."""
     call, limit = self.api_request, self._thread.max_new_tokens(0)
-    count = 1 if call.clamps else call.max_tokens
-    if length + max(count, 1) > limit:
+    count = 1 if call.clamps else max(call.max_tokens, 1)
+    if length + count > limit:
       raise ContextLengthError(
         f"This model's maximum context length is {limit} tokens. However, you "
         f'requested {length + count} tokens ({length} in the prompt, {count} '
@@ -121,18 +135,14 @@ class ResponseStream:
     Raises:
       Closed: the engine has stopped before the answers were finished.
     """
-    decode = functools.partial(self._tokenizer.decode, skip_special=True)
     answers = {
       request: _Answer(
         index,
-        detokenizer.Characters(decode),
+        detokenizer.Characters(self._decode),
         detokenizer.Stops(self.api_request.stop),
       )
       for index, request in enumerate(self.requests)
     }
-    if self.api_request.echo:
-      for request, answer in answers.items():
-        answer.text = decode(request.prompt)
     while answers:
       output = await self._outputs.get()
       request = output.request
@@ -149,44 +159,70 @@ class ResponseStream:
 
   def _feed(self, answer: '_Answer', output: requests.TokenOutput) -> TextPiece:
     """What a token adds to an answer: nothing while its text is held back."""
-    call, request = self.api_request, output.request
-    if call.echo and not answer.begun and call.sampling.logprobs is not None:
-      pairs = zip(request.prompt, request.prompt_logprobs, strict=True)
-      answer.tokens += pairs
+    call, text, reason = self.api_request, '', output.finish_reason
+    if call.echo and not answer.begun:
+      text = self._echo(answer, output.request)
     answer.begun = True
-    text, reason = '', output.finish_reason
-    is_end = output.token == self._tokenizer.eos_id and not call.ignore_eos
     if call.max_tokens == 0:
       reason = 'length'
     else:
-      self.completion_tokens += 1
-      if not is_end:
-        text = answer.characters.feed(output.token)
-        if output.logprobs is not None:
-          answer.tokens.append((output.token, output.logprobs))
-      if output.is_last:
-        text += answer.characters.end()
-      text = answer.stops.feed(text)
+      text += self._answer_text(answer, output)
       reason = 'stop' if answer.stops.stopped else reason
     if reason:
       text += answer.stops.end()
-    text, answer.text = answer.text + text, ''
-    piece = TextPiece(answer.index, text, reason, tuple(answer.tokens))
-    if text or reason:
-      answer.tokens.clear()
-    return piece
+    if not text and not reason:
+      return TextPiece(answer.index, '')
+    answer.num_given += len(text)
+    most = answer.num_given  # a stop string is cut off
+    tokens = [x._replace(offset=min(x.offset, most)) for x in answer.tokens]
+    answer.tokens.clear()
+    return TextPiece(
+      answer.index, text, reason, tuple(tokens) if call.logprobs else None
+    )
+
+  def _answer_text(
+    self, answer: '_Answer', output: requests.TokenOutput
+  ) -> str:
+    """The text of a new token, as far as it is certain."""
+    self.completion_tokens += 1
+    if output.logprobs is not None:
+      self.logprobs[answer.index].append(output.logprobs.logprob)
+      if self.api_request.logprobs:
+        token = Token(output.token, output.logprobs, answer.length)
+        answer.tokens.append(token)
+    text = answer.characters.feed(output.token)
+    if output.is_last:
+      text += answer.characters.end()
+    answer.length += len(text)
+    return answer.stops.feed(text)
+
+  def _echo(self, answer: '_Answer', request: requests.Request) -> str:
+    """The text of the prompt; its tokens come with it."""
+    characters = detokenizer.Characters(self._decode)
+    text = []
+    for i, index in enumerate(request.prompt):
+      if request.prompt_logprobs:
+        token = Token(index, request.prompt_logprobs[i], answer.length)
+        answer.tokens.append(token)
+      text.append(characters.feed(index))
+      answer.length += len(text[-1])
+    text.append(characters.end())
+    answer.length += len(text[-1])
+    return ''.join(text)
 
 
 @dataclasses.dataclass
 class _Answer:
   """What turns the tokens of an unfinished request into text.
 
-  text: comes before all else. tokens: not given yet.
+  tokens: not given yet. length, num_given: characters of the whole text, and
+  of what was given of it. begun: it has a token.
   """
 
   index: int
   characters: detokenizer.Characters
   stops: detokenizer.Stops
-  text: str = ''
-  tokens: list = dataclasses.field(default_factory=list)
+  tokens: list[Token] = dataclasses.field(default_factory=list)
+  length: int = 0
+  num_given: int = 0
   begun: bool = False

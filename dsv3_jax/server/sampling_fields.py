@@ -36,8 +36,8 @@ def parse(
   get, within = values.get, fields.within
   top_k = within('top_k', get('top_k', 0), -1, 2**31 - 1)  # -1 keeps all too
   penalty = lambda name: float(within(name, get(name, 0), -2, 2))
-  repetition = fields.above(
-    'repetition_penalty', get('repetition_penalty', 1), 0, 100
+  repetition = within(
+    'repetition_penalty', get('repetition_penalty', 1), 0.01, 100
   )
   return requests.SamplingParams(
     temperature=float(within('temperature', get('temperature', 1), 0, 100)),

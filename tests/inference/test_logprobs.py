@@ -88,8 +88,14 @@ def runner(request):
 
 
 @pytest.fixture(scope='module')
-def log_probs_of(runner):
-  """Log-probabilities at all positions of a row, from the training forward."""
+def log_probs_of(logits_of):
+  """Log-probabilities at all positions of a row, in float64."""
+  return lambda tokens: np.array([log_softmax(x) for x in logits_of(tokens)])
+
+
+@pytest.fixture(scope='module')
+def logits_of(runner):
+  """Logits at all positions of a row, from the training forward."""
   forward = jax.jit(models.model.build(runner.cfg).apply)
   variables = {'params': runner.params}
 
@@ -101,18 +107,24 @@ def log_probs_of(runner):
       tokens_BT, tokens_BT, at_BT, ones_BT, ones_BT.astype(jnp.float32)
     )
     logits_BTV, _ = forward(variables, batch, runner.router_biases)
-    return np.array([log_softmax(row) for row in logits_BTV[0, : len(tokens)]])
+    return np.asarray(logits_BTV[0, : len(tokens)])
 
   return of
 
 
 def run(runner, *submitted, **options):
-  """Requests after all of their tokens."""
+  """Requests after all of their tokens; None waits for those before."""
   model_engine = engine.Engine(runner, num_blocks=40, max_rows=4, **options)
-  submitted = [model_engine.submit(*args) for args in submitted]
+  all_of_them = []
+  for args in submitted:
+    if args is None:
+      while not model_engine.is_idle:
+        model_engine.step()
+    else:
+      all_of_them.append(model_engine.submit(*args))
   while not model_engine.is_idle:
     model_engine.step()
-  return submitted
+  return all_of_them
 
 
 def assert_logprobs(got, want_V, token, count):
@@ -137,13 +149,16 @@ def test_those_of_a_request_are_those_of_the_whole_forward(
   penal = requests.SamplingParams(
     temperature=0.7, seed=2, logprobs=0, presence_penalty=1.0
   )
-  shared, scored, penalised = run(
+  first, other, scored, penalised = run(
     runner,
-    (prompt, 8),  # fills the prefix cache, which the next one must not use
+    (prompt, 8),  # fills the prefix cache, which scoring must not use
+    None,
+    (prompt, 8),
     (prompt, 20, params),
     (prompt[:20], 20, penal),
   )
-  assert not shared.logprobs and shared.prompt_logprobs[1] is None
+  assert not first.logprobs and not first.prompt_logprobs
+  assert other.num_cached_tokens > 0 and scored.num_cached_tokens == 0
   want_TV = log_probs_of(scored.all_tokens)
   assert scored.prompt_logprobs[0] is None
   for t in range(1, 150):
@@ -195,14 +210,18 @@ def test_greedy_tokens_follow_the_adjusted_logits(
   assert plain.tokens != got.tokens
 
 
-def test_the_repetition_penalty_counts_the_prompt(runner):
-  """Its formula is on logits, not log-probabilities: they are read here."""
-  prompt = RNG.integers(0, runner.cfg.model.vocab_size, 12).tolist()
-  params = requests.SamplingParams(repetition_penalty=1e9)
-  (got,) = run(runner, (prompt, 12, params))
-  # Positive logits of what was there become 0, negative ones very small.
-  assert len(set(got.tokens)) == 12
-  assert not set(got.tokens) & set(prompt)
+def test_the_repetition_penalty_counts_the_prompt(runner, logits_of):
+  """Its formula is on logits, not log-probabilities."""
+  prompt = np.random.default_rng(8).integers(0, 23, 12).tolist()
+  params = requests.SamplingParams(repetition_penalty=1.7)
+  got, plain = run(runner, (prompt, 12, params), (prompt, 12))
+  want = []
+  for _ in range(12):
+    logits_V = logits_of(prompt + want)[-1].astype(np.float64)
+    for v in {*prompt, *want}:
+      logits_V[v] *= 1.7 ** -np.sign(logits_V[v])
+    want.append(int(np.argmax(logits_V)))
+  assert got.tokens == want != plain.tokens
 
 
 def test_a_preempted_request_counts_its_tokens_anew(runner):

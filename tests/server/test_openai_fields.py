@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from dsv3_jax.data import chat
 from tests.inference import counting
 from tests.server import web
 
@@ -26,7 +27,7 @@ def test_completion_logprobs_are_the_engine_s(ask, tokenizer):
     model='tiny', prompt=ids, max_tokens=6, logprobs=2, temperature=0
   ).choices[0]
   end = want.index(tokenizer.eos_id) if tokenizer.eos_id in want else 6
-  want = want[:end]
+  want = want[: end + 1]  # with the end of the sequence
   got = answer.logprobs
   assert got.token_logprobs == [own(token) for token in want]
   texts = [tokenizer.token_bytes(token) for token in want]
@@ -35,8 +36,63 @@ def test_completion_logprobs_are_the_engine_s(ask, tokenizer):
     assert text.encode() == data or text == spelled
   for token, top in zip(want, got.top_logprobs, strict=True):
     assert sorted(top.values()) == [own(token) - 0.5, own(token)]
-  lengths = [len(tokenizer.decode([token], True)) for token in want]
-  assert got.text_offset == [sum(lengths[:i]) for i in range(len(want))]
+
+
+def test_offsets_are_those_of_whole_characters(ask, tokenizer):
+  text = 'x \U0001f600 = d\u00e9'
+  ids = tokenizer.encode(text, add_bos=True).tolist()
+  answer = ask.completions.create(
+    model='tiny', prompt=text, echo=True, max_tokens=0, logprobs=0
+  ).choices[0]
+  assert answer.text == text
+  got = answer.logprobs.text_offset
+  for i in range(len(ids)):
+    before = tokenizer.decode(ids[:i], True)
+    assert got[i] == len(before.rstrip('\ufffd'))
+
+
+def test_an_answer_that_ends_at_once_has_the_end_s_log_probability(tokenizer):
+  class Runner(counting.Runner):
+    def following(self, row):
+      return tokenizer.eos_id
+
+  with (
+    web.serving(tokenizer, runner=Runner(280, room=600)) as (address, _),
+    web.client(address) as ask,
+  ):
+    fields = {'model': 'tiny', 'logprobs': 1}
+    plain = ask.completions.create(prompt=[5, 6], **fields).choices[0]
+    echo = ask.completions.create(
+      prompt=[5, 6], echo=True, max_tokens=1, **fields
+    ).choices[0]
+    chat = ask.chat.completions.create(
+      model='tiny',
+      messages=[{'role': 'user', 'content': 'x'}],
+      logprobs=True,
+    ).choices[0]
+  end = own(tokenizer.eos_id)
+  assert (plain.text, plain.logprobs.token_logprobs) == ('', [end])
+  # Harnesses drop the last one, whatever it is.
+  assert echo.logprobs.token_logprobs == [None, own(6), end]
+  assert [entry.logprob for entry in chat.logprobs.content] == [end]
+
+
+def test_a_stop_string_ends_texts_and_offsets(ask, tokenizer):
+  fields = {'model': 'tiny', 'prompt': [7, 8, 9], 'max_tokens': 30}
+  fields |= {'logprobs': 0, 'extra_body': {'ignore_eos': True}}
+  whole = ask.completions.create(**fields).choices[0]
+  stop = whole.text[4:6]
+  for stream in (False, True):
+    answer = ask.completions.create(stop=stop, stream=stream, **fields)
+    choices = [part.choices[0] for part in (answer if stream else [answer])]
+    text = ''.join(choice.text for choice in choices)
+    offsets = sum((choice.logprobs.text_offset for choice in choices), [])
+    assert text == whole.text[: whole.text.index(stop)]
+    assert choices[-1].finish_reason == 'stop'
+    assert offsets == sorted(offsets) and offsets[-1] <= len(text)
+    assert offsets == [
+      min(x, len(text)) for x in whole.logprobs.text_offset[: len(offsets)]
+    ]
 
 
 def test_chat_logprobs_stream_with_their_text(ask, tokenizer):
@@ -53,7 +109,8 @@ def test_chat_logprobs_stream_with_their_text(ask, tokenizer):
     values = [top.logprob for top in entry.top_logprobs]
     assert values == [own(token), own(token) - 0.5, own(token) - 1.0]
   data = b''.join(bytes(entry.bytes) for entry in content)
-  assert data.decode(errors='replace') == whole.message.content
+  text = data.decode(errors='replace').removesuffix(chat.EOS)
+  assert text == whole.message.content
   parts = ask.chat.completions.create(**fields, top_logprobs=3, stream=True)
   streamed = [
     entry
@@ -129,20 +186,31 @@ def test_a_suffix_is_filled_in(ask, served, tokenizer):
 
 def test_best_of_gives_the_likeliest(tokenizer):
   class Runner(counting.Runner):
-    """Its n-th answer is of the token 40 + n: the first are likelier."""
+    """Each token of all answers is another: the first answers are likelier."""
+
+    given = 0
 
     def following(self, row):
-      return 40 + int(self.calls) % 5
+      self.given += 1
+      return 40 + self.given
 
+  runner = Runner(280, room=600)
   with (
-    web.serving(tokenizer, runner=Runner(280, room=600)) as (address, _),
+    web.serving(tokenizer, runner=runner) as (address, _),
     web.client(address) as ask,
   ):
     fields = {'model': 'tiny', 'prompt': [5], 'max_tokens': 4}
-    answer = ask.completions.create(best_of=4, n=2, logprobs=0, **fields)
-  means = [sum(choice.logprobs.token_logprobs) / 4 for choice in answer.choices]
-  assert len(means) == 2 and means[0] >= means[1]
-  assert answer.usage.completion_tokens == 16
+    best = ask.completions.create(best_of=4, n=2, logprobs=0, **fields)
+    plain = ask.completions.create(best_of=4, **fields)
+    runner.given = 0
+    all_four = ask.completions.create(n=4, logprobs=0, **fields)
+  means = lambda answer: [
+    sum(choice.logprobs.token_logprobs) for choice in answer.choices
+  ]
+  got, want = means(best), means(all_four)
+  assert len(set(want)) == 4 and len(got) == 2 and got[0] > got[1]
+  assert best.usage.completion_tokens == 16
+  assert len(plain.choices) == 1 and plain.choices[0].logprobs is None
 
 
 def test_ignore_eos_goes_on(tokenizer):
@@ -209,6 +277,8 @@ def test_tokens_there_and_back(served, tokenizer):
     ('tokenize', {}),
     ('tokenize', {'prompt': 'a', 'messages': []}),
     ('tokenize', []),
+    ('tokenize', {'prompt': 'a', 'add_generation_prompt': True}),
+    ('tokenize', {'messages': [], 'add_special_tokens': True}),
     ('detokenize', {'tokens': [280]}),
     ('detokenize', {'tokens': [True]}),
     ('detokenize', []),

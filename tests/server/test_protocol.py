@@ -32,7 +32,13 @@ def test_what_is_not_given(tokenizer):
 def test_what_says_nothing_is_taken(tokenizer):
   """What clients send along, at the values that ask for nothing."""
   body = {
+    'add_generation_prompt': True,
     'audio': None,
+    'bad_words': [],
+    'chat_template_kwargs': {},
+    'continue_final_message': False,
+    'early_stopping': False,
+    'echo': False,
     'frequency_penalty': 0.0,
     'function_call': 'auto',
     'functions': [],
@@ -48,6 +54,8 @@ def test_what_says_nothing_is_taken(tokenizer):
     'modalities': ['text'],
     'n': 1,
     'parallel_tool_calls': True,
+    'priority': 0,
+    'return_tokens_as_token_ids': False,
     'presence_penalty': 0,
     'prompt_cache_key': 'k',
     'reasoning_effort': None,
@@ -66,6 +74,7 @@ def test_what_says_nothing_is_taken(tokenizer):
     'top_logprobs': 0,
     'use_beam_search': False,
     'user': 'me',
+    'verbosity': 'medium',
   }
   plain = {'messages': HELLO, 'stream': True}
   plain |= {'stream_options': {'include_usage': True}}
@@ -117,7 +126,10 @@ def test_what_sampling_fields_say(tokenizer):
     ({'max_tokens': -1}, r'max_tokens=-1 must be in \[0, 500\]'),
     ({'min_p': 1.1}, r'min_p=1.1 must be in \[0, 1\]'),
     ({'presence_penalty': 2.1}, r'presence_penalty=2.1 must be in \[-2, 2\]'),
-    ({'repetition_penalty': 0}, r'repetition_penalty=0 must be in \(0, 100\]'),
+    (
+      {'repetition_penalty': 0},
+      r'repetition_penalty=0 must be in \[0.01, 100\]',
+    ),
     ({'seed': 2**64}, 'seed=18446744073709551616 must be in'),
     ({'suffix': 'b', 'prompt': [5]}, 'a suffix needs a prompt that is a str'),
     ({'top_k': -2}, r'top_k=-2 must be in \[-1, '),
@@ -198,7 +210,7 @@ def test_another_model_is_not_there(tokenizer):
     ({'tools': [{'type': 'function'}]}, 'tools=.* is not supported here'),
     ({'top_logprobs': False}, 'top_logprobs=False has the wrong type'),
     ({'min_tokens': 3}, 'min_tokens=3 is not supported here'),
-    ({'verbosity': 'low'}, "'verbosity' is no field"),
+    ({'verbosity': 'low'}, "verbosity='low' is not supported here"),
     ({'messages': [{'role': 'user'}]}, r'messages\[0\].content must be a str'),
     (
       {'messages': [{'role': 'user', 'content': 'a', 'name': 3}]},
