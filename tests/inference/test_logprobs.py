@@ -7,8 +7,8 @@ import pytest
 
 from dsv3_jax.inference import engine, model_runner, sampling, scheduler
 from dsv3_jax.inference import request as requests
-from tests import settings
-from tests.inference import sampling_arrays
+from tests import nightly, settings
+from tests.inference import counting, sampling_arrays
 from tests.nn import models
 
 RNG = np.random.default_rng(5)
@@ -80,7 +80,11 @@ def test_min_p_keeps_what_is_likely_enough(min_p):
   assert set(top_two) == set(np.flatnonzero(kept_V)[:2])
 
 
-@pytest.fixture(scope='module', params=[0, 2], ids=['plain', 'speculative'])
+@pytest.fixture(
+  scope='module',
+  params=nightly.daily([0, 2], '0'),
+  ids=['plain', 'speculative'],
+)
 def runner(request):
   cfg = settings.small(model__num_layers=2, model__max_seq_len=600)
   params, router_biases = map(models.f32, models.random_params(cfg))
@@ -242,3 +246,16 @@ def test_a_preempted_request_counts_its_tokens_anew(runner):
     [x.logprob for x in alone.logprobs],
     atol=1e-4,
   )
+
+
+@pytest.mark.parametrize('penalty', [0.0, 1.0])
+def test_with_a_penalty_nothing_is_speculated(penalty):
+  """A penalty of the second token depends on the first."""
+  model_engine = engine.Engine(
+    counting.Runner(num_speculative_tokens=2), num_blocks=4, max_rows=2
+  )
+  params = requests.SamplingParams(frequency_penalty=penalty)
+  model_engine.submit([1, 2, 3], 20, params)
+  while not model_engine.is_idle:
+    model_engine.step()
+  assert (model_engine.stats().speculative_tokens == 0) == (penalty > 0)
