@@ -1,4 +1,4 @@
-"""Logit bias and penalties of a request, kept up with its tokens.
+"""Logit bias and penalties of a request, from its tokens so far.
 
 Penalties as in OpenAI's API and vLLM: those for presence and frequency count
 generated tokens only; the repetition penalty counts the prompt's too. It comes
@@ -35,18 +35,19 @@ class Adjuster:
 
   def update(self) -> None:
     """Counts the tokens that the request has got since."""
-    params, tokens = self._request.sampling, self._request.tokens
+    request, params = self._request, self._request.sampling
     if not params.has_penalty:
       return
-    if len(tokens) < self._num_seen:  # a preemption took some away
+    num_tokens = len(request.all_tokens) - len(request.prompt)
+    if num_tokens < self._num_seen:  # a preemption took some away
       self._reset()
-    for token in tokens[self._num_seen :]:
+    for token in request.all_tokens[len(request.prompt) + self._num_seen :]:
       if token not in self._present:
         self._present.add(token)
         self.offset_V[token] -= params.presence_penalty
         self.repeated_V[token] = params.repetition_penalty != 1.0
       self.offset_V[token] -= params.frequency_penalty
-    self._num_seen = len(tokens)
+    self._num_seen = num_tokens
 
 
 def stack(

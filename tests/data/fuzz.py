@@ -14,7 +14,6 @@ import pathlib
 import random
 import re
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ from pyarrow import parquet
 
 from dsv3_jax import errors
 from dsv3_jax.data import corpus, files, tokenizer
+from tests import fuzzing
 
 _TEXTS = (
   '',
@@ -232,12 +232,5 @@ def run(folder: pathlib.Path, count: int, seed: int = 0) -> dict[str, list]:
   return counts
 
 
-def main(argv: list[str]) -> None:
-  """Runs many cases and counts their records."""
-  seed = int(argv[2]) if len(argv) > 2 else 0
-  with tempfile.TemporaryDirectory() as folder:
-    print(run(pathlib.Path(folder), int(argv[1]), seed))
-
-
 if __name__ == '__main__':
-  main(sys.argv)
+  fuzzing.main(run, sys.argv)

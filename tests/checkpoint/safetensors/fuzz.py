@@ -7,8 +7,8 @@ Every third case is a config, the others are headers and indexes.
 
 import pathlib
 import sys
-import tempfile
 
+from tests import fuzzing
 from tests.checkpoint.safetensors import fuzz_config, fuzz_shards
 
 _DEEP = 20  # each so manyth config is opened in full, which takes long
@@ -44,12 +44,5 @@ def run(folder: pathlib.Path, count: int, seed: int = 0) -> dict[str, list]:
   return counts
 
 
-def main(argv: list[str]) -> None:
-  """Runs many cases and counts them."""
-  seed = int(argv[2]) if len(argv) > 2 else 0
-  with tempfile.TemporaryDirectory() as folder:
-    print(run(pathlib.Path(folder), int(argv[1]), seed))
-
-
 if __name__ == '__main__':
-  main(sys.argv)
+  fuzzing.main(run, sys.argv)
