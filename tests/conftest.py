@@ -19,17 +19,21 @@ jax.config.update('jax_num_cpu_devices', 8)
 
 # Compiling is most of the time, and what LLVM makes of a program is not ours to
 # test: few of its optimisations, and not through MLIR where there is a choice
-# (a third less time). Processes that tests start inherit both. A 0 from outside
-# asks for all; so does `optimized`, for claims on bits.
+# (a third less time), by one thread (a fifth less; each worker has its core).
+# Processes that tests start inherit all. A 0 from outside asks for all; so does
+# `optimized`, for claims on bits.
 _FEW = os.environ.get('JAX_DISABLE_MOST_OPTIMIZATIONS') != '0'
-_MLIR = 'xla_cpu_use_fusion_emitters'
-_CHOICE = jax.__version_info__ < (0, 11)
+# What tests compile with, and users.
+_FLAGS = {'xla_cpu_parallel_codegen_split_count': (1, 32)}
+if jax.__version_info__ < (0, 11):
+  _FLAGS['xla_cpu_use_fusion_emitters'] = (False, True)
 if _FEW:
   os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
   jax.config.update('jax_disable_most_optimizations', True)
-if _FEW and _CHOICE and _MLIR not in os.environ.get('XLA_FLAGS', ''):
-  flags = (os.environ.get('XLA_FLAGS', ''), f'--{_MLIR}=false')
-  os.environ['XLA_FLAGS'] = ' '.join(flags).strip()
+  outside = os.environ.get('XLA_FLAGS', '')
+  flags = [f'--{k}={x}'.lower() for k, (x, _) in _FLAGS.items()]
+  flags = [flag for flag in flags if flag.split('=')[0] not in outside]
+  os.environ['XLA_FLAGS'] = ' '.join([outside, *flags]).strip()
 
 # Tracing makes many objects and few cycles: a twentieth of the time.
 gc.set_threshold(50_000, 20, 50)
@@ -93,11 +97,11 @@ def optimized():
 
 
 def _as_users_do(*args, _of_tests=compiler.get_compile_options, **kwargs):
-  """Options of one compilation, through MLIR whatever `XLA_FLAGS` says."""
+  """Options of one compilation, those of users whatever `XLA_FLAGS` says."""
   options = _of_tests(*args, **kwargs)
-  if _CHOICE:
-    given = options.env_option_overrides
-    options.env_option_overrides = [*given, (_MLIR, True)]
+  given = options.env_option_overrides
+  users = [(name, x) for name, (_, x) in _FLAGS.items()]
+  options.env_option_overrides = [*given, *users]
   return options
 
 
