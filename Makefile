@@ -48,7 +48,7 @@ test312: .venv312/.tested
 	.venv312/bin/python $(PYTEST) $(GPU) \
 	  $(LINEAR)::test_linear_and_its_gradients_match_the_oracle \
 	  "$(EXCHANGE)::test_equals_one_device[(2, 4)-two_hops-uneven]" \
-	  "$(MODEL)::test_every_gradient_matches[two_dense_two_shared]"
+	  "$(MODEL)::test_every_gradient_matches[isolated_deep]"
 
 # What is long and of a claim that `make test` and `make test312` check more
 # briefly, and what they run with one JAX with the other.

@@ -96,6 +96,7 @@ PHRASES = {
   'whole on every device': 'replicated',
   'kept for the backward pass': 'saved for the backward pass',
 }
+_PHRASE = re.compile(rf'\b(?:{"|".join(PHRASES)})\b')
 
 
 def files(root, scope):
@@ -122,9 +123,8 @@ def problems(root, scope=(*SCOPE, *PAGES)):
       if word in NAMES and where not in ALLOWED.get(word, ()):
         yield f'{where}:{line}: {name} -> {NAMES[word]}'
     for line, prose in written:
-      for phrase, use in PHRASES.items():
-        if re.search(rf'\b{phrase}\b', ' '.join(prose.split()), re.I):
-          yield f'{where}:{line}: {phrase!r} -> {use}'
+      for phrase in set(_PHRASE.findall(' '.join(prose.split()).lower())):
+        yield f'{where}:{line}: {phrase!r} -> {PHRASES[phrase]}'
 
 
 def names(tree):

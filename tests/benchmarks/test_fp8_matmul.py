@@ -27,6 +27,7 @@ def table(tmp_path_factory):
   return rows, (folder / 'table.md').read_text()
 
 
+@pytest.mark.nightly
 def test_every_kind_of_work_is_timed_and_right(table):
   rows, text = table
   ours = [row for row in rows if row.get('implementation') == 'reference']
@@ -48,6 +49,7 @@ def test_every_kind_of_work_is_timed_and_right(table):
     assert f'| {row["op"]} | {row["case"]} |' in text
 
 
+@pytest.mark.nightly
 def test_shares_are_of_the_ceilings_beside(table):
   rows = {
     row['implementation']: row
@@ -67,6 +69,7 @@ def test_shares_are_of_the_ceilings_beside(table):
   )
 
 
+@pytest.mark.nightly
 def test_an_absent_rival_says_why(table):
   (row,) = [r for r in table[0] if 'torch' in r.get('implementation', '')]
   assert 'NVIDIA' in row['note'] and 'milliseconds_median' not in row
@@ -144,6 +147,7 @@ def test_pytorch_gets_scales_in_the_layout_of_cublaslt(monkeypatch, block):
   assert numerics.difference(run(), a @ b.T) < numerics.FP8_DIFFERENCE
 
 
+@pytest.mark.nightly
 def test_pytorch_without_a_gpu_is_absent():
   pytest.importorskip('torch')
   rivals = torch_rivals.Rivals()

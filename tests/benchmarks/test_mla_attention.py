@@ -22,6 +22,7 @@ def table(tmp_path_factory):
   return rows, (folder / 'table.md').read_text()
 
 
+@pytest.mark.nightly
 def test_both_passes_are_timed_and_right(table):
   rows, text = table
   assert [row['case'] for row in rows[:2]] == ['copy', 'bf16 dot']
@@ -85,6 +86,7 @@ def test_a_wrong_gradient_fails_the_run(monkeypatch, tmp_path):
   assert mla_attention.main(['--dry_run', *flags]) == 1
 
 
+@pytest.mark.nightly
 def test_torch_says_why_it_is_absent():
   rivals = torch_rivals.Rivals()
   assert rivals.attend((1, 4, 1), 24, 16) == []

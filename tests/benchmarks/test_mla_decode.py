@@ -19,6 +19,7 @@ def table(tmp_path_factory):
   return rows, (folder / 'table.md').read_text()
 
 
+@pytest.mark.nightly
 def test_every_cache_is_timed_and_right(table):
   rows, text = table
   assert [row['case'] for row in rows[:2]] == ['copy', 'bf16 dot']

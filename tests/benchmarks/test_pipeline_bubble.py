@@ -6,6 +6,7 @@ from benchmarks import pipeline_bubble
 from dsv3_jax.parallel.schedules import make as schedules
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize('kind', ['1f1b', 'dualpipe'])
 def test_ranks_sleep_at_the_same_time(kind):
   row = pipeline_bubble.measure(kind, 2, 4, seconds=0.04, runs=2)

@@ -24,7 +24,8 @@ ARGUMENTS = {
   'v3_671b': ('', 'pod', 'runlocal'),
 }
 # The model of 671B again: 'pod' has it on a mesh.
-NIGHTLY = {('base', ''), ('v3_671b', ''), ('long_context', '32k')}
+NIGHTLY = {('base', ''), ('v3_671b', '')}
+NIGHTLY |= {('long_context', '32k'), ('long_context', '128k')}
 EXPERIMENTS = [
   pytest.param(
     name, arg, marks=pytest.mark.nightly if (name, arg) in NIGHTLY else ()

@@ -70,6 +70,7 @@ def test_folders_and_workdirs_give_the_same_file(folder, tmp_path, capsys):
   )
 
 
+@pytest.mark.nightly
 def test_steps_and_the_average(model, tokenizer, tmp_path):
   cfg, params, router_biases = model
   run = tmp_path / 'run'

@@ -19,34 +19,12 @@ from dsv3_jax import config
 from dsv3_jax.cli import inference as cli_inference
 from dsv3_jax.cli import main as cli
 from dsv3_jax.server import main as server_main
-from dsv3_jax.training import loop
 from experiments import v3_671b
 from pallas_kernels import quantized
-from tests import limits, tiny_run
+from tests import limits
+from tests.cli import commands
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('generate')
-  cfg = tiny_run.make(folder, train__total_tokens=tiny_run.tokens_after(4))
-  loop.run(cfg, folder / 'run')
-  return folder / 'run'
-
-
-@pytest.fixture
-def env(trained):
-  return os.environ | {
-    'JAX_COMPILATION_CACHE_DIR': str(trained / 'compiled'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PLATFORMS': 'cpu',
-  }
-
-
-def command(name, trained, *args):
-  flags = [name, f'--checkpoint={trained}', *args]
-  return [sys.executable, '-m', 'dsv3_jax.cli', *flags]
 
 
 @pytest.mark.parametrize(
@@ -124,9 +102,17 @@ def test_prompts_of_a_file(trained, tmp_path, capsys):
   one = ['generate', '--prompt=def f(', '--json', *args]
   assert cli.main(one) == 0
   assert json.loads(capsys.readouterr().out)['text'] == rows[1]['text']
-  assert cli.main([*one, '--num_speculative_tokens=2']) == 0
+
+
+@pytest.mark.nightly
+def test_speculation_gives_the_same_text_and_says_how_it_went(trained, capsys):
+  args = ['generate', f'--checkpoint={trained}', '--prompt=def f(', '--json']
+  args += ['--max_new_tokens=6', '--temperature=0']
+  assert cli.main(args) == 0
+  want = json.loads(capsys.readouterr().out)['text']
+  assert cli.main([*args, '--num_speculative_tokens=2']) == 0
   out, err = capsys.readouterr()
-  assert json.loads(out)['text'] == rows[1]['text']
+  assert json.loads(out)['text'] == want
   drafted = json.loads(err.splitlines()[-1])
   assert 0 <= drafted['acceptance'] <= 1 <= drafted['tokens_per_step'] <= 3
 
@@ -269,7 +255,7 @@ def test_serve_until_a_signal(trained, env):
   import openai  # slow, so not by those who only collect tests
 
   flags = ('--port=0', '--name=mine', '--max_rows=1', '--cache_tokens=64')
-  args = command('serve', trained, *flags)
+  args = commands.command('serve', f'--checkpoint={trained}', *flags)
   with subprocess.Popen(
     args, stdout=subprocess.PIPE, env=env | {'DSV3_API_KEY': 'k'}, text=True
   ) as child:
@@ -353,7 +339,9 @@ def test_chat_is_left_by_an_interrupt(trained, monkeypatch, capsys):
 
 
 def test_what_is_said_must_be_text(trained, env):
-  args = command('chat', trained, '--max_new_tokens=1')
+  args = commands.command(
+    'chat', f'--checkpoint={trained}', '--max_new_tokens=1'
+  )
   env = env | {'PYTHONIOENCODING': 'utf-8:strict'}
   done = subprocess.run(args, input=b'\xff\n', capture_output=True, env=env)
   assert done.returncode == 2

@@ -4,8 +4,6 @@ import contextlib
 import io
 import json
 import math
-import os
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -15,39 +13,10 @@ import pytest
 
 from dsv3_jax.cli import main as cli
 from dsv3_jax.training import loop, metrics, watchdog
-from tests import tiny_run
+from tests.cli import commands
 
-_ROOT = pathlib.Path(__file__).resolve().parents[2]
 # How ml_collections loads an experiment, when asked in this process.
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
-_CONFIG = '--config=experiments/quickstart.py:runlocal'
-
-
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-  return tmp_path_factory.mktemp('cli')
-
-
-@pytest.fixture(scope='module')
-def env(folder):
-  """One compilation cache for all processes."""
-  return os.environ | {
-    'JAX_COMPILATION_CACHE_DIR': str(folder / 'compiled'),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-    'JAX_PLATFORMS': 'cpu',
-    'XDG_CACHE_HOME': str(folder / 'user-cache'),
-  }
-
-
-def command(*args):
-  return [sys.executable, '-m', 'dsv3_jax.cli', *map(str, args)]
-
-
-def process(env, *args):
-  """The command in a process of its own."""
-  return subprocess.run(
-    command(*args), capture_output=True, text=True, cwd=_ROOT, env=env
-  )
 
 
 def dsv3(*args):
@@ -56,30 +25,11 @@ def dsv3(*args):
   sys.modules.pop('config_config', None)
   out, err = io.StringIO(), io.StringIO()
   with contextlib.ExitStack() as stack:
-    stack.enter_context(contextlib.chdir(_ROOT))
+    stack.enter_context(contextlib.chdir(commands.ROOT))
     stack.enter_context(contextlib.redirect_stdout(out))
     stack.enter_context(contextlib.redirect_stderr(err))
     code = cli.main(list(map(str, args)))
   return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
-
-
-def train_args(folder, workdir, steps, **changes):
-  named = {n.replace('__', '.'): x for n, x in changes.items()}
-  smaller = {'model.mtp.depth': 0}  # a third less to compile
-  flags = tiny_run.overrides(folder / 'data', steps) | smaller | named
-  overrides = [f'--config.{name}={value}' for name, value in flags.items()]
-  return 'train', _CONFIG, f'--workdir={workdir}', *overrides
-
-
-@pytest.fixture(scope='module')
-def trained(folder, env):
-  """Workdir of a run of 12 steps."""
-  workdir = folder / 'trained'
-  args = train_args(folder, workdir, 12, checkpoint__every_steps=4)
-  done = process(env, *args)
-  assert not done.returncode, done.stderr
-  assert 'bits_per_byte' in done.stdout
-  return workdir
 
 
 def refused(done, *expected):
@@ -96,26 +46,36 @@ def refused(done, *expected):
   [
     (['fly'], "'fly' is no command"),
     (['train'], '--config=FILE.py is missing'),
-    (['train', _CONFIG], '--workdir=DIR is missing'),
+    (['train', commands.CONFIG], '--workdir=DIR is missing'),
     (['train', '--config=nowhere.py', '--workdir=x'], 'nowhere.py'),
-    (['train', _CONFIG, '--workdir=x', '--speed=9'], 'speed'),
-    (['train', _CONFIG, '--workdir=x', 'extra'], "'extra' is no flag"),
+    (['train', commands.CONFIG, '--workdir=x', '--speed=9'], 'speed'),
+    (['train', commands.CONFIG, '--workdir=x', 'extra'], "'extra' is no flag"),
     (
-      ['train', _CONFIG, '--workdir=x', '--config.model.moe.topk=2'],
+      ['train', commands.CONFIG, '--workdir=x', '--config.model.moe.topk=2'],
       'model.moe.topk is unknown; did you mean model.moe.top_k?',
     ),
     (['inspect', '--config', 'no.py', '--config.seed', '2'], 'no.py'),
-    (['inspect', _CONFIG, '--config.seed.x=2'], 'seed is one value'),
+    (['inspect', commands.CONFIG, '--config.seed.x=2'], 'seed is one value'),
     (
-      ['train', _CONFIG, '--workdir=x', '--config.sample.max_new_tokens=64'],
+      [
+        'train',
+        commands.CONFIG,
+        '--workdir=x',
+        '--config.sample.max_new_tokens=64',
+      ],
       'sample.max_new_tokens=64 must be < model.max_seq_len=64',
     ),
     (
-      ['train', _CONFIG, '--workdir=x', '--config.model.moe.top_k=9'],
+      ['train', commands.CONFIG, '--workdir=x', '--config.model.moe.top_k=9'],
       'model.moe.top_k=9 must be <= model.moe.num_experts=8',
     ),
     (
-      ['train', _CONFIG, '--workdir=x', '--config.data.source=none/*.txt'],
+      [
+        'train',
+        commands.CONFIG,
+        '--workdir=x',
+        '--config.data.source=none/*.txt',
+      ],
       'none/*.txt',
     ),
     (['train', '--config=experiments/base.py:big', '--workdir=x'], 'runlocal'),
@@ -140,11 +100,11 @@ def refused(done, *expected):
   ],
 )
 def test_bad_input_is_one_line(capsys, monkeypatch, args, expected):
-  monkeypatch.chdir(_ROOT)
+  monkeypatch.chdir(commands.ROOT)
   code = cli.main(args)
   done = subprocess.CompletedProcess(args, code, *capsys.readouterr())
   refused(done, expected)
-  assert not (_ROOT / 'x').exists()
+  assert not (commands.ROOT / 'x').exists()
 
 
 @pytest.mark.parametrize(
@@ -176,9 +136,9 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     raise ValueError('a shape of ours')
 
   monkeypatch.setattr('dsv3_jax.planning.flops.inspect_dict', fault)
-  monkeypatch.chdir(_ROOT)
+  monkeypatch.chdir(commands.ROOT)
   with pytest.raises(ValueError, match='a shape of ours'):
-    cli.main(['inspect', _CONFIG])
+    cli.main(['inspect', commands.CONFIG])
 
 
 @pytest.mark.parametrize(
@@ -194,14 +154,14 @@ def test_exit_codes(capsys, monkeypatch, error, code, expected):
     raise error
 
   monkeypatch.setattr(loop, 'run', run)
-  monkeypatch.chdir(_ROOT)
-  assert cli.main(['train', _CONFIG, '--workdir=x']) == code
+  monkeypatch.chdir(commands.ROOT)
+  assert cli.main(['train', commands.CONFIG, '--workdir=x']) == code
   assert expected in ''.join(capsys.readouterr())
 
 
 def test_bad_input_ends_the_process_with_2(env):
-  args = ('inspect', _CONFIG, '--config.model.moe.topk=2')
-  refused(process(env, *args), 'top_k')
+  args = ('inspect', commands.CONFIG, '--config.model.moe.topk=2')
+  refused(commands.process(env, *args), 'top_k')
 
 
 @pytest.mark.parametrize('name', ['train', 'inspect', 'generate', 'eval'])
@@ -262,7 +222,7 @@ def test_eval(trained):
 def test_generate(env, trained):
   args = [f'--checkpoint={trained}', '--prompt=def ', '--prompt=import os\n']
   args += ['--max_new_tokens=5', '--json', '--temperature=0']
-  runs = [process(env, 'generate', *args), dsv3('generate', *args)]
+  runs = [commands.process(env, 'generate', *args), dsv3('generate', *args)]
   assert not runs[0].returncode, runs[0].stderr
   rows = [json.loads(line) for line in runs[0].stdout.splitlines()]
   assert [row['prompt'] for row in rows] == ['def ', 'import os\n']
@@ -289,7 +249,7 @@ def test_damaged_checkpoint_is_refused_by_name(trained, folder):
   expected = (path.name, 'step 8 is intact', 'checkpoint.restore_step=8')
   refused(dsv3('generate', f'--checkpoint={workdir}'), *expected)
   changes = {'checkpoint__every_steps': 4}
-  refused(dsv3(*train_args(folder, workdir, 14, **changes)), *expected)
+  refused(dsv3(*commands.train_args(folder, workdir, 14, **changes)), *expected)
 
 
 def test_truncated_config_is_refused(trained, folder):
@@ -303,7 +263,7 @@ def test_truncated_config_is_refused(trained, folder):
 
 
 def test_changed_setting_is_refused(trained, folder):
-  args = train_args(folder, trained, 14, optim__lr__peak=0.5)
+  args = commands.train_args(folder, trained, 14, optim__lr__peak=0.5)
   refused(dsv3(*args), 'optim.lr.peak=0.5 differs from', '--workdir')
 
 
@@ -318,10 +278,12 @@ def test_a_stuck_loader_ends_in_stacks_and_70(env, folder):
     'loader.Loader.__next__ = no_batch\n'
     'sys.exit(cli.main(sys.argv[1:]))\n'
   )
-  args = train_args(folder, folder / 'stuck', 4, train__watchdog_seconds=5.0)
+  args = commands.train_args(
+    folder, folder / 'stuck', 4, train__watchdog_seconds=5.0
+  )
   done = subprocess.run(
     [sys.executable, '-c', code, *args],
-    capture_output=True, text=True, cwd=_ROOT, env=env,
+    capture_output=True, text=True, cwd=commands.ROOT, env=env,
   )  # fmt: skip
   assert done.returncode == 70
   assert 'no step finished for 5 s' in done.stderr
@@ -345,9 +307,13 @@ def test_sigterm_saves_once_and_the_rerun_goes_on(env, trained, folder):
   """Code 75, one step saved; then the same end as the undisturbed run's."""
   workdir = folder / 'stopped'
   changes = {'checkpoint__every_steps': 1 << 20, 'sample__prompts': ()}
-  args = train_args(folder, workdir, 400, **changes)
+  args = commands.train_args(folder, workdir, 400, **changes)
   child = subprocess.Popen(
-    command(*args), cwd=_ROOT, env=env, text=True, stdout=subprocess.PIPE
+    commands.command(*args),
+    cwd=commands.ROOT,
+    env=env,
+    text=True,
+    stdout=subprocess.PIPE,
   )
   for line in child.stdout:
     if line.startswith('step 3 '):
@@ -360,8 +326,8 @@ def test_sigterm_saves_once_and_the_rerun_goes_on(env, trained, folder):
   (saved,) = (workdir / 'checkpoints').iterdir()
   stopped_at = int(saved.name)
   assert 3 <= stopped_at < 400
-  more = train_args(folder, workdir, stopped_at + 5, **changes)
-  done = process(env, *more)
+  more = commands.train_args(folder, workdir, stopped_at + 5, **changes)
+  done = commands.process(env, *more)
   assert not done.returncode, done.stderr
   assert f'goes on after step {stopped_at}' in done.stdout
   losses = lambda where: [

@@ -168,7 +168,7 @@ def test_processes_agree_and_an_error_of_one_ends_all(tmp_path):
   )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_one_process_that_crashes_ends_the_job(tmp_path):
   """The other waits for it, and would for a minute; no restart helps."""
   then = "if me == 1: raise RuntimeError('a bug')\n    processes.barrier('x')"
@@ -182,9 +182,7 @@ def test_one_process_that_crashes_ends_the_job(tmp_path):
   scope='module',
   params=[
     {'data': 2},
-    pytest.param(
-      {'pipe': 2, 'expert': 2, 'data': 2}, marks=pytest.mark.nightly
-    ),
+    {'pipe': 2, 'expert': 2, 'data': 2},
   ],
   ids=str,
 )
@@ -243,7 +241,7 @@ def pid(output, process):
   return int(re.findall(f'process {process} has pid ([0-9]+)', output)[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 # How ml_collections loads an experiment, when asked in this process.
 @pytest.mark.filterwarnings('ignore:the load_module')
 def test_a_killed_process_loses_nothing(experiment, axes, tmp_path, capsys):

@@ -46,7 +46,7 @@ def weights():
 
 @pytest.fixture(
   scope='module',
-  params=[pytest.param(0, marks=pytest.mark.nightly), 1],
+  params=[0, pytest.param(1, marks=pytest.mark.nightly)],
   ids=['plain', 'speculative'],
 )
 def runner(request, weights):

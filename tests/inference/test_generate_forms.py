@@ -101,6 +101,7 @@ def test_ends_at_once_if_prefill_stops(net):
   assert output.tokens_per_second == 0.0 and output.prefill_seconds > 0.0
 
 
+@pytest.mark.nightly
 def test_casting_once_is_casting_at_every_use():
   # Products take BF16; norms and the router's choice are f32 as in training.
   cfg = settings.small(precision='bf16', model__num_layers=2)

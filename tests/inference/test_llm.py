@@ -158,6 +158,7 @@ def test_text_is_asked_of_the_engine_until_eos(trained, monkeypatch):
   assert calls == [(ids, 9, eos), (ids, 9, options)]
 
 
+@pytest.mark.nightly
 def test_old_keywords_are_accepted_with_a_warning(run, trained, monkeypatch):
   match = 'num_drafts is deprecated: use num_speculative_tokens'
   with pytest.warns(DeprecationWarning, match=match):

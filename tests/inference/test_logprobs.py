@@ -116,9 +116,15 @@ def logits_of(runner):
   return of
 
 
-def run(runner, *submitted, **options):
+def make_engine(runner, num_blocks=40):
+  # One size of a step and of block tables: fewer programs to compile.
+  options = {'max_rows': 4, 'min_rows': 4, 'min_blocks': 4, 'chunk': 64}
+  return engine.Engine(runner, num_blocks=num_blocks, **options)
+
+
+def run(runner, *submitted):
   """Requests after all of their tokens; None waits for those before."""
-  model_engine = engine.Engine(runner, num_blocks=40, max_rows=4, **options)
+  model_engine = make_engine(runner)
   all_of_them = []
   for args in submitted:
     if args is None:
@@ -234,7 +240,7 @@ def test_a_preempted_request_counts_its_tokens_anew(runner):
     frequency_penalty=0.5, temperature=1.0, seed=1, logprobs=1
   )
   (alone,) = run(runner, (prompt, 60, params))
-  model_engine = engine.Engine(runner, num_blocks=4, max_rows=2)
+  model_engine = make_engine(runner, num_blocks=4)
   other = model_engine.submit(prompt[:70], 90)
   again = model_engine.submit(prompt, 60, params)
   while not model_engine.is_idle:

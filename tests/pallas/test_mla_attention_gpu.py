@@ -162,6 +162,7 @@ def test_bounds_leave_out_no_pair_that_meets(queries, keys):
   assert all(x.mean() > 0.3 for x in fewer)  # of packed rows
 
 
+@pytest.mark.nightly
 @gpu.interpreted
 def test_scores_far_apart_are_finite(interpreted):
   case = SMALL['block']
@@ -257,7 +258,7 @@ def test_registers_suffice(kernel, products_of, name):
   ('wrap', 'count', 'name'),
   [
     pytest.param(lambda f: f, 3, 'pretrain', marks=pytest.mark.nightly),
-    (jax.checkpoint, 4, 'packed'),
+    pytest.param(jax.checkpoint, 4, 'packed', marks=pytest.mark.nightly),
   ],
 )
 def test_gradient_lowers_without_an_array_of_all_pairs(

@@ -55,8 +55,6 @@ def structs(case, fp8=False):
   nightly.daily(
     cases.SMALL,
     'page_border',
-    'shorter_than_queries',
-    'four_queries',
     'v3_heads_128',
   ),
 )

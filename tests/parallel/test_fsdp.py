@@ -38,7 +38,9 @@ def test_matrices_are_cut_as_far_as_their_masters():
   assert rows[dense]['compute_per_device'] * 8 == rows[dense]['elements']
 
 
-@pytest.mark.parametrize('remat', ['report', 'full'])
+@pytest.mark.parametrize(
+  'remat', ['report', pytest.param('full', marks=pytest.mark.nightly)]
+)
 def test_no_gathered_weight_waits_for_the_backward_pass(remat):
   """What leaves the forward scan of the layers has no whole matrix in it."""
   cfg = make(parallel__fsdp=AXES, model__remat=remat)

@@ -67,7 +67,10 @@ def begun(openai, most, **options):
 
 @pytest.mark.parametrize(
   ('number', 'host', 'warm_up'),
-  [(signal.SIGTERM, '127.0.0.1', False), (signal.SIGINT, '::1', True)],
+  [
+    (signal.SIGTERM, '127.0.0.1', True),
+    pytest.param(signal.SIGINT, '::1', False, marks=pytest.mark.nightly),
+  ],
 )
 def test_a_signal_ends_streams_with_a_word_and_the_process_with_0(
   openai, number, host, warm_up

@@ -46,7 +46,7 @@ def test_batch_ramp_does_not_recompile(folder):
 
 def test_non_finite_loss_stops_before_the_optimizer(folder, monkeypatch):
   """The error has step and metrics; the last checkpoint stands."""
-  cfg, workdir = tiny_run.make(folder), folder / 'nan'
+  cfg, workdir = tiny_run.make(folder, sample__prompts=()), folder / 'nan'
   loop.run(tiny_run.until(cfg, 5), workdir)
   want, _ = tiny_run.committed(cfg, workdir, 5)
   real = lr_schedule.lr_at
@@ -94,15 +94,8 @@ def chats(folder):
   return str(folder / 'chats.jsonl')
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param('v3_671b', marks=pytest.mark.nightly),
-    pytest.param('v3_16b', marks=pytest.mark.nightly),
-    'ablations.fp8',
-  ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize('name', ['v3_671b', 'v3_16b', 'ablations.fp8'])
 def test_every_experiment_runs_locally(folder, name):
   """Rematerialised on two devices; on chats with MTP; block-wise Dgrad."""
   source = importlib.import_module(f'experiments.{name}').get_config('runlocal')
@@ -137,6 +130,7 @@ def compiled_step(**changes):
     'train__batch_size': 4,
     'train__batch_size_start': 4,
     'train__microbatch_size': 2,
+    'train__spike_sigmas': 4.0,
     'optim__moments_dtype': 'float32',
   }
   cfg = settings.small(**(settings_ | changes))
@@ -217,7 +211,7 @@ def test_non_finite_step_changes_nothing_but_the_guard(value):
 
 
 def test_spike_is_skipped_and_training_goes_on():
-  _, step, state, batch, hyper = tiny_step(train__spike_sigmas=4.0)
+  _, step, state, batch, hyper = tiny_step()
   spike_state = state['guard'] | {
     'mean': jnp.float32(0.1),
     'variance': jnp.float32(0.01),

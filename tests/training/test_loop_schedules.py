@@ -29,10 +29,11 @@ BIAS_RATE = {'first': 0.01, 'first_tokens': AFTER[9] - 1, 'then': 0.0}
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """The run's config, its lines, and the arrays of every step."""
+  """The config of a run in FP8, its lines, and the arrays of every step."""
   folder = tmp_path_factory.mktemp('schedules')
   changes = {'checkpoint.every_steps': 1, 'checkpoint.keep': STEPS}
   changes |= {'optim.ema_decay': DECAY, 'sample.prompts': ()}
+  changes |= {'precision': 'fp8_block_dgrad'}
   named = {'lr': LR, 'mtp_weight': MTP_WEIGHT, 'bias_rate': BIAS_RATE}
   for name, fields in named.items():
     changes |= {f'optim.{name}.{key}': x for key, x in fields.items()}

@@ -109,9 +109,7 @@ def read_by(torch, transformers, name, folder):
   return cfg, params, router_biases, net
 
 
-@pytest.mark.parametrize(
-  'name', nightly.daily(exchanged.CASES, _MSCALE, 'beyond one block')
-)
+@pytest.mark.parametrize('name', nightly.daily(exchanged.CASES, _MSCALE))
 def test_transformers_reads_ours(torch, transformers, name, tmp_path):
   """`export` -> from_pretrained: logits and latents within 1e-5."""
   cfg, params, router_biases, net = read_by(torch, transformers, name, tmp_path)

@@ -49,7 +49,7 @@ def written(folder, body):
   return folder
 
 
-@pytest.mark.parametrize('name', nightly.daily(CONFIGS, 'DeepSeek-R1', _KIMI))
+@pytest.mark.parametrize('name', nightly.daily(CONFIGS, _KIMI))
 def test_sizes_are_the_published_ones(name, tmp_path, capsys):
   """`dsv3 inspect` and `dsv3 manifest` of a config.json alone."""
   folder = written(tmp_path / 'a', CONFIGS[name])
