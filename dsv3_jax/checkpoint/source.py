@@ -14,11 +14,12 @@ import jax
 
 from dsv3_jax import config, errors
 from dsv3_jax.checkpoint import fp8_blocks, lazy_array, store
-from dsv3_jax.checkpoint.hf import importer
+from dsv3_jax.checkpoint.hf import generation_config, importer
 from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.checkpoint.hf import reader as hf_reader
 from dsv3_jax.checkpoint.safetensors import reader as shards
 from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.data import tokenizer_files
 from dsv3_jax.distributed import sharding
 from dsv3_jax.nn import model
 
@@ -126,11 +127,18 @@ def read_config(directory: str | pathlib.Path) -> config.Config:
 def read_tokenizer(directory: pathlib.Path) -> tokenizers.Tokenizer | None:
   """`tokenizer.json`; None if there is none, as in some Hugging Face folders.
 
+  It has the special tokens, the chat template and the ends of answers that the
+  files beside it name.
+
   Raises:
-    InputError: it is damaged.
+    InputError: it is damaged, or one of those files is.
   """
   path = directory / 'tokenizer.json'
-  return tokenizers.Tokenizer.from_file(path) if path.exists() else None
+  if not path.exists():
+    return None
+  eos_ids = generation_config.read(directory).eos_ids
+  settings = tokenizer_files.read(directory, eos_ids)
+  return tokenizers.Tokenizer.from_file(path, settings)
 
 
 def step_leaves(

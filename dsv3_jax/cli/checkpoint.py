@@ -52,16 +52,14 @@ def export(values: flags.FlagValues) -> None:
 
 def _export_hf(values: flags.FlagValues, directory: pathlib.Path) -> None:
   from dsv3_jax.checkpoint import source
-  from dsv3_jax.checkpoint.hf import exporter
-  from dsv3_jax.data import tokenizer as tokenizers
+  from dsv3_jax.checkpoint.hf import exporter, kept_files
   from experiments import base
 
   options = {'step': values.step, 'ema': values.ema, 'keep_fp8': True}
-  settings, documents = base.get_config().to_dict(), {}
+  settings = base.get_config().to_dict()
   with source.open_source(directory, settings, **options) as (cfg, leaves):
-    if (tokenizer := source.read_tokenizer(directory)) is not None:
-      length = cfg.model.max_seq_len
-      documents = tokenizers.hf_documents(tokenizer, length)
+    tokenizer = source.read_tokenizer(directory)
+    length = cfg.model.max_seq_len
     if not values.mtp:
       cfg, leaves = exporter.without_mtp(cfg, leaves)
     exporter.export(
@@ -70,7 +68,7 @@ def _export_hf(values: flags.FlagValues, directory: pathlib.Path) -> None:
       values.output,
       dtype=values.dtype,
       shard_bytes=int(values.shard_gb * 1e9),
-      documents=documents,
+      documents=kept_files.documents(directory, tokenizer, length),
       source=source.mark(directory, values.step, values.ema),
       progress=functools.partial(print, flush=True),
     )

@@ -89,12 +89,21 @@ def check(messages: Any) -> None:
   Raises:
     InputError: names the place in the conversation and the rule.
   """
+  check_list(messages)
+  for i, turn in enumerate(messages):
+    _check_turn(turn, f'messages[{i}]')
+
+
+def check_list(messages: Any) -> None:
+  """Checks that there is something that might be a conversation.
+
+  Raises:
+    InputError: it is no list, or empty.
+  """
   if not isinstance(messages, Sequence) or isinstance(messages, str):
     raise errors.InputError('messages must be a list of turns')
   if not messages:
     raise errors.InputError('messages=[] must hold at least one message')
-  for i, turn in enumerate(messages):
-    _check_turn(turn, f'messages[{i}]')
 
 
 def has_tools(messages: Sequence[dict[str, Any]]) -> bool:

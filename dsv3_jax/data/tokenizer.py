@@ -19,16 +19,14 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from dsv3_jax import errors
-from dsv3_jax.data import chat
+from dsv3_jax.data import (
+  chat,
+  chat_template,
+  special_tokens,
+  tokenizer_files,
+)
 
-BOS = '<\uff5cbegin\u2581of\u2581sentence\uff5c>'
-PAD = '<\uff5c\u2581pad\u2581\uff5c>'
-FIM_HOLE = '<\uff5cfim\u2581hole\uff5c>'
-FIM_BEGIN = '<\uff5cfim\u2581begin\uff5c>'
-FIM_END = '<\uff5cfim\u2581end\uff5c>'
-EOT = '<|EOT|>'
-SPECIAL = (BOS, chat.EOS, PAD, FIM_HOLE, FIM_BEGIN, FIM_END)
-SPECIAL += (chat.USER, chat.ASSISTANT, EOT)
+BOS, SPECIAL = special_tokens.BOS, special_tokens.SPECIAL
 
 # Up to three digits; runs of Chinese and Japanese; words, punctuation with the
 # line ends that follow it, and white space.
@@ -53,54 +51,51 @@ _BYTE_LEVEL = decoders.ByteLevel()
 _LINE_ENDS = '\u010a\u010d'  # how byte-level BPE spells the bytes 10 and 13
 
 
-class Tokenizer:
-  """Encodes text as ids and back; has ids of special tokens as attributes.
+class Tokenizer(special_tokens.SpecialTokens):
+  """Encodes text as ids and back; has ids of special tokens as attributes."""
 
-  `text` is the JSON text of the `tokenizer.json`.
-
-  Raises:
-    InputError: a special token that DeepSeek-V3 uses is missing.
-  """
-
-  def __init__(self, text: str):
-    """Reads the JSON text of a `tokenizer.json`."""
+  def __init__(
+    self,
+    text: str,
+    settings: tokenizer_files.TokenizerSettings | None = None,
+  ):
+    """Args:
+    text: JSON text of a `tokenizer.json`.
+    settings: of the files beside it; None: there are none.
+    """
     spec = json.loads(text)
     self.text = text
-    self._full = tokenizers.Tokenizer.from_str(text)
+    settings = settings or tokenizer_files.TokenizerSettings()
+    super().__init__(tokenizers.Tokenizer.from_str(text), settings)
+    self._full.no_truncation()
+    self._full.no_padding()
     # Without added tokens, no text can match one. `add_bos` adds bos itself.
-    plain = spec | {'added_tokens': [], 'post_processor': None}
+    none = dict.fromkeys(('post_processor', 'truncation', 'padding'))
+    plain = spec | {'added_tokens': []} | none
     self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
     self.vocab_size = 1 + max(self._full.get_vocab().values())
-    self.bos_id, self.eos_id, self.pad_id = map(self._id, (BOS, chat.EOS, PAD))
-    self.fim_hole_id = self._id(FIM_HOLE)
-    self.fim_begin_id = self._id(FIM_BEGIN)
-    self.fim_end_id = self._id(FIM_END)
-    self.user_id = self._id(chat.USER)
-    self.assistant_id = self._id(chat.ASSISTANT)
-    self._chat_ids = {t: self._full.token_to_id(t) for t in chat.TOKENS}
-
-  def _id(self, token: str) -> int:
-    index = self._full.token_to_id(token)
-    if index is None:
-      raise errors.InputError(
-        f'the tokenizer lacks the special token {token!a}'
-      )
-    return index
+    self.templates = chat_template.ChatTemplates(
+      settings.templates, settings.origin
+    )
 
   @classmethod
-  def from_file(cls, path: str | pathlib.Path) -> 'Tokenizer':
+  def from_file(
+    cls,
+    path: str | pathlib.Path,
+    settings: tokenizer_files.TokenizerSettings | None = None,
+  ) -> 'Tokenizer':
     """Loads a `tokenizer.json`, plain or gzipped.
 
     Raises:
       InputError: the file, which the message names, cannot be read or is no
-        tokenizer of DeepSeek-V3.
+        tokenizer.
     """
     path = pathlib.Path(path)
     try:
       data = path.read_bytes()
       if path.suffix == '.gz':
         data = gzip.decompress(data)
-      return cls(data.decode())
+      return cls(data.decode(), settings)
     except OSError as error:
       why = error.strerror or error
       raise errors.InputError(
@@ -129,17 +124,22 @@ class Tokenizer:
   def encode(self, text: str, add_bos: bool = False) -> np.ndarray:
     """Encodes plain text as int32 ids, none of them of a special token.
 
+    Args:
+      add_bos: before it, if the tokenizer `adds_bos`.
+
     Raises:
       InputError: the text has a lone surrogate, which UTF-8 cannot encode.
     """
     chat.check_unicode(text, 'text')
     # A batch of one, as this call releases the GIL, unlike `encode`.
     batch = self._plain.encode_batch_fast([text], add_special_tokens=False)
-    return np.array([self.bos_id] * add_bos + batch[0].ids, np.int32)
+    bos = [self.bos_id] if add_bos and self.adds_bos else []
+    return np.array(bos + batch[0].ids, np.int32)
 
   def pieces(self, text: str) -> list[str]:
     """What BPE encodes one by one, in byte-level letters (`SPLITS`)."""
-    pairs = self._plain.pre_tokenizer.pre_tokenize_str(text)
+    rules = self._plain.pre_tokenizer
+    pairs = [(text, ())] if rules is None else rules.pre_tokenize_str(text)
     return [piece for piece, _ in pairs]
 
   def decode(
@@ -151,31 +151,23 @@ class Tokenizer:
       ids = [i for i in ids if i not in self.special_ids]
     return self._full.decode(ids, skip_special_tokens=False)
 
+  def decode_answer(self, ids: Sequence[int]) -> str:
+    """Decodes generated ids without special tokens and the eos at the end."""
+    ends = bool(ids) and ids[-1] in self.eos_ids
+    return self.decode(ids[:-1] if ends else ids, skip_special=True)
+
   def token_bytes(self, index: int) -> bytes:
     """The bytes that a token stands for; perhaps a part of a character."""
     token = self._full.id_to_token(index) or ''
-    if index in self._added_ids:
+    if index in self._added_ids or not _BYTE_OF.keys() >= set(token):
       return token.encode()
     return bytes(_BYTE_OF[letter] for letter in token)
 
-  @functools.cached_property
-  def _added_ids(self) -> frozenset[int]:
-    return frozenset(self._full.get_added_tokens_decoder())
-
   def encode_fim(self, prefix: str, suffix: str) -> np.ndarray:
     """The prompt for the text between two others (TR 4.1, PSM order)."""
-    ids = [self.bos_id, self.fim_begin_id, *self.encode(prefix)]
+    ids = [self.fim_begin_id, *self.encode(prefix)]
     ids += [self.fim_hole_id, *self.encode(suffix), self.fim_end_id]
-    return np.array(ids, np.int32)
-
-  @functools.cached_property
-  def special_ids(self) -> frozenset[int]:
-    """Ids of special tokens; a reasoning model's think tags count as text."""
-    added = self._full.get_added_tokens_decoder()
-    tags = ('<think>', '</think>')
-    return frozenset(
-      i for i, token in added.items() if token.content not in tags
-    )
+    return np.array([self.bos_id] * self.adds_bos + ids, np.int32)
 
   def encode_chat(
     self,
@@ -194,27 +186,62 @@ class Tokenizer:
     chat.check(messages)
     ids, learned = [self.bos_id], [False]
     for text, special, target in chat.pieces(messages, add_generation_prompt):
-      part = [self._chat_id(text)] if special else self.encode(text).tolist()
+      part = [self._id(text)] if special else self.encode(text).tolist()
       ids += part
       learned += [target] * len(part)
     return np.array(ids, np.int32), np.array(learned)
 
-  def _chat_id(self, token: str) -> int:
-    index = self._chat_ids[token]
-    return self._id(token) if index is None else index
+  def apply_chat_template(
+    self,
+    messages: Any,
+    tools: Any = None,
+    add_generation_prompt: bool = True,
+    **variables: Any,
+  ) -> chat_template.ChatPrompt:
+    """A conversation in the folder's chat template, else in that of `chat`.
 
-  def check_tools(self, where: str) -> None:
-    """Checks that turns of tools can be encoded; `where` names one.
+    Special tokens of the template become their ids. Those that messages, tools
+    or variables spell stay text, but for think tags.
+
+    Args:
+      messages: a list of objects with 'role' and what the template reads.
+      tools: descriptions of functions, as OpenAI's clients send them.
+      variables: of the template, such as `thinking` or `enable_thinking`.
 
     Raises:
-      InputError: a special token is missing.
+      InputError: see `ChatTemplates.render` and `encode_chat`; or the built-in
+        template would not read an argument.
     """
-    lacking = [t for t in chat.TOOLS if self._chat_ids[t] is None]
-    if lacking:
-      raise errors.InputError(
-        f'{where} has turns of tools, but the tokenizer lacks the special '
-        f'token {lacking[0]!a}: name another data.tokenizer'
-      )
+    if not self.templates:
+      if unread := ['tools'] * bool(tools) + sorted(variables):
+        raise errors.InputError(
+          f'{unread[0]} is for a chat template that reads it: this model has '
+          'the built-in one, which has neither tools nor variables'
+        )
+      ids = self.encode_chat(messages, add_generation_prompt)[0].tolist()
+      return chat_template.ChatPrompt(ids, self.decode(ids))
+    text, mark = self.templates.render(
+      messages,
+      tools,
+      variables | {'add_generation_prompt': add_generation_prompt},
+      self.settings.special_tokens,
+      self._special_texts,
+    )
+    ids = self._encode_marked(text, mark)
+    return chat_template.ChatPrompt(ids, text.replace(mark, ''))
+
+  def _encode_marked(self, text: str, mark: str) -> list[int]:
+    """Ids of a text whose special tokens are tokens, unless they are marked."""
+    whole = self._full.encode_batch([text], add_special_tokens=False)[0]
+    if mark not in text:
+      return whole.ids
+    ids, start = [], 0
+    for index, (first, end) in zip(whole.ids, whole.offsets, strict=True):
+      if index in self._added_ids:
+        ids += self.encode(text[start:first].replace(mark, '')).tolist()
+        ids.append(index)
+        start = end
+    return ids + self.encode(text[start:].replace(mark, '')).tolist()
 
   @functools.cached_property
   def splits_as_published(self) -> bool:
@@ -250,27 +277,6 @@ class Tokenizer:
     if whole is not None:
       return [whole]
     return [self._plain.token_to_id(letter) for letter in token]
-
-
-def hf_documents(tokenizer: Tokenizer, max_seq_len: int) -> dict[str, str]:
-  """Files that `transformers.AutoTokenizer` loads: name -> text."""
-  body = {
-    'tokenizer_class': 'PreTrainedTokenizerFast',
-    'bos_token': BOS,
-    'eos_token': chat.EOS,
-    'pad_token': PAD,
-    'model_max_length': max_seq_len,
-    'clean_up_tokenization_spaces': False,
-    'chat_template': chat.TEMPLATE,
-  }
-  ids = {'bos_token_id': tokenizer.bos_id, 'eos_token_id': tokenizer.eos_id}
-  generation = {'do_sample': True, 'temperature': 0.7, 'top_p': 0.95}
-  text = lambda body: json.dumps(body, indent=2) + '\n'
-  return {
-    'tokenizer.json': tokenizer.text,
-    'tokenizer_config.json': text(body),
-    'generation_config.json': text(ids | generation),
-  }
 
 
 def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:

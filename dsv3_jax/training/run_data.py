@@ -153,6 +153,7 @@ def _check_tokens(
   cfg: config.Config, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer
 ) -> None:
   """Checks that corpus, tokenizer, prompts and model fit each other."""
+  tokenizer.check_training()
   if corpus.tool_turns:
     tokenizer.check_tools(corpus.tool_turns)
   if tokenizer.vocab_size > cfg.model.vocab_size:

@@ -7,8 +7,10 @@ import shutil
 
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 
 import dsv3_jax
+from dsv3_jax.checkpoint.hf import kept_files
 from dsv3_jax.checkpoint.safetensors import reader as shards
 from dsv3_jax.cli import main as cli
 from dsv3_jax.data import tokenizer as tokenizers
@@ -33,7 +35,7 @@ def folder(tokenizer, tmp_path_factory):
   """An exported model of 280 tokens, with its tokenizer."""
   cfg = exchanged.make('plain', model__vocab_size=280)
   path = tmp_path_factory.mktemp('exchange') / 'hf'
-  documents = tokenizers.hf_documents(tokenizer, cfg.model.max_seq_len)
+  documents = kept_files.ours(tokenizer, cfg.model.max_seq_len)
   weights = exchanged.random_weights(cfg)
   return exchanged.write(cfg, *weights, path, documents=documents)
 
@@ -181,7 +183,13 @@ def test_transformers_loads_the_tokenizer(folder, tokenizer):
     )
     want, _ = tokenizer.encode_chat(turns, add_generation_prompt=prompt)
     np.testing.assert_array_equal(ids, want)
-  assert dsv3_jax.load(folder).tokenizer.text == tokenizer.text
+  # Of itself, `tokenizer.json` also adds bos.
+  text = (folder / 'tokenizer.json').read_text()
+  assert dsv3_jax.load(folder).tokenizer.text == text
+  own = hf_tokenizers.Tokenizer.from_str(text)
+  want = tokenizer.encode(TEXTS[0], add_bos=True).tolist()
+  assert own.encode(TEXTS[0]).ids == theirs(TEXTS[0]).input_ids == want
+  assert want[0] == tokenizer.bos_id
 
 
 def test_nothing_is_ever_unpickled():

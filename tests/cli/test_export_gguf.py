@@ -10,8 +10,8 @@ import pytest
 
 from dsv3_jax import config
 from dsv3_jax.checkpoint import source, store
+from dsv3_jax.checkpoint.hf import kept_files
 from dsv3_jax.cli import main as cli
-from dsv3_jax.data import tokenizer as tokenizers
 from experiments import base
 from tests.checkpoint.gguf import llama
 from tests.checkpoint.hf import exchanged
@@ -35,7 +35,7 @@ def tokenizer():
 def folder(request, model, tokenizer, tmp_path_factory):
   """A Hugging Face folder with its tokenizer."""
   path = tmp_path_factory.mktemp('exchange') / request.param
-  documents = tokenizers.hf_documents(tokenizer, model[0].model.max_seq_len)
+  documents = kept_files.ours(tokenizer, model[0].model.max_seq_len)
   dtype = request.param
   return exchanged.write(*model, path, dtype=dtype, documents=documents)
 

@@ -116,7 +116,7 @@ def test_only_a_vocabulary_with_tools_encodes_their_turns():
   able.check_tools('a.jsonl:3')
   ids, _ = able.encode_chat(TURNS)
   # bos; user, assistant and eos; calls, outputs: as often as they are there.
-  counts = {t: ids.tolist().count(able._chat_ids[t]) for t in chat.TOKENS}
+  counts = {t: ids.tolist().count(able._id(t)) for t in chat.TOKENS}
   assert [counts[t] for t in (chat.USER, chat.ASSISTANT, chat.EOS)] == [2, 2, 4]
   assert [counts[t] for t in chat.TOOLS] == [2, 2, 3, 3, 2, 2, 3, 3, 3]
 

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import pathlib
+import re
 import threading
 import time
 
@@ -194,7 +195,7 @@ def test_bad_files_are_named(tmp_path, body, expected):
 
 
 def test_a_fault_of_ours_is_not_the_file_s(tmp_path, monkeypatch):
-  def fails(self, text):
+  def fails(self, *args):
     raise RuntimeError('ours')
 
   trained().save(tmp_path / 'tokenizer.json')
@@ -203,12 +204,10 @@ def test_a_fault_of_ours_is_not_the_file_s(tmp_path, monkeypatch):
     tokenizer.Tokenizer.from_file(tmp_path / 'tokenizer.json')
 
 
-def test_a_tokenizer_without_a_special_token_names_it(tmp_path):
-  path = tmp_path / 'tokenizer.json'
-  trained().save(path)
-  text = path.read_text(encoding='utf-8')
-  path.write_text(text.replace('User', 'Guest'), encoding='utf-8')
-  with pytest.raises(
-    errors.InputError, match=r'lacks the special token .*User'
-  ):
-    tokenizer.Tokenizer.from_file(path)
+def test_training_needs_every_special_token():
+  trained().check_training()
+  for token in tokenizer.SPECIAL[:-1]:
+    other = tokenizer.Tokenizer(trained().text.replace(token, 'other'))
+    expected = re.escape(f'lacks the special token {token!a}')
+    with pytest.raises(errors.InputError, match=expected):
+      other.check_training()

@@ -6,7 +6,7 @@ journal of the finished shards; one rename at the end makes it `OUTPUT`. An
 export that was interrupted keeps its finished shards when it runs again.
 
   model-00001-of-00163.safetensors  model.safetensors.index.json  SHA256SUMS
-  config.json  generation_config.json  tokenizer.json  tokenizer_config.json
+  config.json  generation_config.json  tokenizer.json  tokenizer_config.json ...
 """
 
 import collections
@@ -26,6 +26,7 @@ import numpy as np
 from dsv3_jax import config, errors
 from dsv3_jax.checkpoint import fp8_blocks, full_disk, partial_folder
 from dsv3_jax.checkpoint.hf import config as hf_config
+from dsv3_jax.checkpoint.hf import generation_config, kept_files
 from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.checkpoint.safetensors import finite
 from dsv3_jax.checkpoint.safetensors import reader as shards
@@ -99,7 +100,7 @@ def export(
   *,
   dtype: str = 'bfloat16',
   shard_bytes: int = 5_000_000_000,
-  documents: Mapping[str, str] | None = None,
+  documents: Mapping[str, bytes] | None = None,
   source: str = '',
   progress: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -109,7 +110,8 @@ def export(
     leaves: path -> array with `shape` and slicing: NumPy, JAX or LazyArray.
     dtype: of matrices: 'float32', 'bfloat16' or 'fp8'.
     shard_bytes: maximum size of a file, unless one tensor is larger.
-    documents: file name -> text, of the tokenizer.
+    documents: file -> content; see `kept_files.documents`. `config.json` has
+      the token ids of their `generation_config.json`.
     source: identifies the weights. An interrupted export resumes only if it is
       the same.
     progress: called with a line for each finished shard.
@@ -134,8 +136,9 @@ def export(
     name: functools.partial(_write_shard, partial / name, specs, of, both)
     for name, specs in zip(names, planned, strict=True)
   }
-  texts = dict(documents or {})
-  texts['config.json'] = json.dumps(body, indent=2) + '\n'
+  files = dict(documents or {})
+  body |= generation_config.token_ids(files)
+  files['config.json'] = (json.dumps(body, indent=2) + '\n').encode()
   with full_disk.reported(partial, _FULL):
     try:
       _write_shards(partial, jobs, mark.hexdigest(), digests, progress)
@@ -143,8 +146,7 @@ def export(
       shutil.rmtree(partial)
       raise
     shard_writer.write_index(partial, planned)
-    for name, text in texts.items():
-      (partial / name).write_text(text, encoding='utf-8')
+    kept_files.write(partial, files)
     shard_writer.write_sums(partial, digests)
   (partial / _JOURNAL).unlink()
   partial.rename(output)

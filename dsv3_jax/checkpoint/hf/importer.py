@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from dsv3_jax import config, errors
 from dsv3_jax.checkpoint import fp8_blocks, full_disk, partial_folder, store
 from dsv3_jax.checkpoint.hf import config as hf_config
+from dsv3_jax.checkpoint.hf import kept_files
 from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.checkpoint.hf import reader as hf_reader
 from dsv3_jax.checkpoint.safetensors import reader as shards
@@ -131,14 +132,13 @@ def _fill(
   cfg: config.Config,
   tree: dict[str, Any],
 ) -> None:
-  """Writes step 0, the settings, and the tokenizer if there is one."""
+  """Writes step 0, the settings, and the files that are kept."""
   checkpoints = store.Store(partial / 'checkpoints', keep=1)
   with contextlib.closing(checkpoints):
     checkpoints.save(0, tree, {'progress': {'step': 0, 'tokens': 0}})
   text = config.to_json(cfg)
   (partial / 'config.json').write_text(text, encoding='utf-8')
-  if (directory / 'tokenizer.json').exists():
-    shutil.copyfile(directory / 'tokenizer.json', partial / 'tokenizer.json')
+  kept_files.write(partial, kept_files.read(directory))
 
 
 def _tree(leaves: Leaves, dtype: str) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     InputError: it cannot be read, is too large, or is no object.
   """
-  body = shard_header.parse(_read_bytes(path), str(path))
+  body = shard_header.parse(read_bytes(path), str(path))
   return shard_header.as_object(body, str(path), 'it')
 
 
@@ -236,8 +236,12 @@ def _is_shard(name: Any) -> bool:
   )
 
 
-def _read_bytes(path: pathlib.Path) -> bytes:
-  """Reads a file of bounded size."""
+def read_bytes(path: pathlib.Path) -> bytes:
+  """Reads a file of bounded size.
+
+  Raises:
+    InputError: it cannot be read, or is too large.
+  """
   with shard_header.opened(path) as file:
     size = os.fstat(file.fileno()).st_size
     if size > shard_header.MOST_JSON:
@@ -250,7 +254,7 @@ def _read_bytes(path: pathlib.Path) -> bytes:
 def _read_sums(path: pathlib.Path) -> dict[str, str]:
   """File -> digest, from lines in the format of sha256sum."""
   try:
-    lines = _read_bytes(path).decode('utf-8').removesuffix('\n').split('\n')
+    lines = read_bytes(path).decode('utf-8').removesuffix('\n').split('\n')
   except UnicodeDecodeError as error:
     raise errors.InputError(f'{path} is not UTF-8: {error.reason}') from error
   wanted: dict[str, str] = {}

@@ -307,7 +307,7 @@ def test_dtypes_of_pytorch_are_read(wide, tmp_path):
 
 def test_an_imported_workdir_keeps_config_and_tokenizer(wide, tmp_path):
   folder = exchanged.write(
-    *wide, tmp_path / 'a', documents={'tokenizer.json': '{"no": "tokenizer"}'}
+    *wide, tmp_path / 'a', documents={'tokenizer.json': b'{"no": "tokenizer"}'}
   )
   importer.to_workdir(folder, tmp_path / 'run', BASE)
   cfg = source.read_config(tmp_path / 'run')
