@@ -1,5 +1,6 @@
 """Flags of the commands that load a model, and options made from them."""
 
+import pathlib
 import sys
 from typing import Any
 
@@ -8,6 +9,16 @@ from absl import flags
 from dsv3_jax import errors
 
 DEFAULT_TOKENS = 128
+# Of `generate` and `chat`; `generation_config.json` goes before these, and
+# flags before both.
+_SAMPLING = {
+  'temperature': 0.7,
+  'top_p': 0.95,
+  'top_k': 0,
+  'min_p': 0.0,
+  'repetition_penalty': 1.0,
+}
+SAMPLING_FLAGS = (*_SAMPLING, 'seed')
 _AXES = {  # of a mesh
   'data': 'requests',
   'node': 'requests and whole groups of experts',
@@ -159,35 +170,51 @@ def sampling_flags(values: flags.FlagValues) -> None:
   checkpoint_flags(values)
   about = f'Tokens to add at most; default: {DEFAULT_TOKENS}, if they fit.'
   flags.DEFINE_integer('max_new_tokens', None, about, **add)
-  flags.DEFINE_float('temperature', 0.7, '0 is greedy.', **add)
-  flags.DEFINE_float(
-    'top_p', 0.95, 'Probability mass of the nucleus; 1 is all.', **add
-  )
-  flags.DEFINE_integer(
-    'top_k', 0, 'Sample of the k likeliest; 0 is all.', **add
-  )
+  about = {
+    'temperature': '0 is greedy.',
+    'top_p': 'Probability mass of the nucleus; 1 is all.',
+    'top_k': 'Sample of the k likeliest; 0 is all.',
+    'min_p': 'Least probability, as a share of the likeliest; 0 is all.',
+    'repetition_penalty': 'Of the tokens so far; 1 is none.',
+  }
+  for name, default in _SAMPLING.items():
+    define = flags.DEFINE_integer if name == 'top_k' else flags.DEFINE_float
+    rule = f'Default: as the model says, else {default}.'
+    define(name, None, f'{about[name]} {rule}', **add)
   flags.DEFINE_integer('seed', 0, 'Of the random numbers.', **add)
   engine_flags(values)
 
 
-def sampling_options(values: flags.FlagValues) -> dict[str, Any]:
-  """Checked fields of a `request.SamplingParams`.
+def check_sampling(values: flags.FlagValues) -> None:
+  """Checks `sampling_flags`, without reading from the disk.
 
   Raises:
     InputError: a flag is out of range.
   """
-  if values.max_new_tokens is not None and values.max_new_tokens < 1:
-    raise errors.InputError(
-      f'max_new_tokens={values.max_new_tokens} must be >= 1'
-    )
-  if not 0 <= values.temperature < float('inf'):
-    raise errors.InputError(
-      f'temperature={values.temperature} must be >= 0 and finite'
-    )
-  if not 0 <= values.seed < 2**32:
-    raise errors.InputError(f'seed={values.seed} must be in [0, 2**32)')
-  if not 0 < values.top_p <= 1:
-    raise errors.InputError(f'top_p={values.top_p} must be in (0, 1]')
-  if not 0 <= values.top_k < 2**31:
-    raise errors.InputError(f'top_k={values.top_k} must be in [0, 2**31)')
-  return {k: values[k].value for k in ('temperature', 'top_k', 'top_p', 'seed')}
+  rules = {
+    'max_new_tokens': ('>= 1', lambda x: x >= 1),
+    'temperature': ('>= 0 and finite', lambda x: 0 <= x < float('inf')),
+    'top_p': ('in (0, 1]', lambda x: 0 < x <= 1),
+    'top_k': ('in [0, 2**31)', lambda x: 0 <= x < 2**31),
+    'min_p': ('in [0, 1]', lambda x: 0 <= x <= 1),
+    'repetition_penalty': ('in [0.01, 100]', lambda x: 0.01 <= x <= 100),
+    'seed': ('in [0, 2**32)', lambda x: 0 <= x < 2**32),
+  }
+  for name, (rule, holds) in rules.items():
+    value = values[name].value
+    if value is not None and not holds(value):
+      raise errors.InputError(f'{name}={value} must be {rule}')
+
+
+def sampling_options(values: flags.FlagValues) -> dict[str, Any]:
+  """Fields of a `request.SamplingParams`: flags, else defaults of the model.
+
+  Raises:
+    InputError: `generation_config.json` is damaged.
+  """
+  from dsv3_jax.checkpoint.hf import generation_config
+
+  directory = pathlib.Path(values.checkpoint)
+  defaults = _SAMPLING | generation_config.read(directory).sampling
+  given = {name: values[name].value for name in SAMPLING_FLAGS}
+  return defaults | {k: v for k, v in given.items() if v is not None}

@@ -16,7 +16,7 @@ from dsv3_jax.cli import engine_flags
 _PROGRESS_SECONDS = 10.0  # between two lines about the progress
 # Keys that a line of --prompts may not have: flags set them for all prompts, or
 # the output has them.
-_FLAG_KEYS = ('max_new_tokens', 'temperature', 'top_k', 'top_p', 'seed')
+_FLAG_KEYS = ('max_new_tokens', *engine_flags.SAMPLING_FLAGS)
 _OUTPUT_KEYS = ('text', 'tokens')
 
 
@@ -35,13 +35,14 @@ def define_generate(values: flags.FlagValues, argv: list[str]) -> None:
 
 def generate(values: flags.FlagValues) -> None:
   """Continues prompts with the latent cache; prints tokens per second."""
-  sampling = engine_flags.sampling_options(values)
+  engine_flags.check_sampling(values)
   rows = [{'prompt': prompt} for prompt in values.prompt]
   if values.prompts:
     rows += _read_prompts(pathlib.Path(values.prompts))
   rows = rows or [{'prompt': ''}]
   options = engine_flags.engine_options(values)
   cfg, tokenizer = engine_flags.read_config(values)
+  sampling = engine_flags.sampling_options(values)
   encode = lambda row: tokenizer.encode(row['prompt'], add_bos=True).tolist()
   ids = list(map(encode, rows))
   from dsv3_jax.inference import generate
@@ -57,7 +58,7 @@ def generate(values: flags.FlagValues) -> None:
     loaded.runner,
     ids,
     count,
-    stop_id=loaded.tokenizer.eos_id,
+    stop_id=loaded.tokenizer.eos_ids,
     batch_invariant=values.batch_invariant,
     on_finished=_printer(rows, loaded.tokenizer, as_json),
     **sampling,
@@ -72,7 +73,7 @@ def _printer(rows: list[dict], tokenizer, as_json: bool):
 
   def on_finished(number: int, tokens: list[int]) -> None:
     nonlocal printed
-    text = tokenizer.decode(tokens, skip_special=True)
+    text = tokenizer.decode_answer(tokens)
     if as_json:
       row = rows[number] | {'text': text, 'tokens': len(tokens)}
       print(json.dumps(row), flush=True)
@@ -147,6 +148,8 @@ def define_chat(values: flags.FlagValues, argv: list[str]) -> None:
   engine_flags.sampling_flags(values)
   add = {'flag_values': values}
   flags.DEFINE_string('system', '', 'The system message.', **add)
+  about = 'JSON object of variables of the chat template: {"thinking": true}.'
+  flags.DEFINE_string('chat_template_kwargs', '{}', about, **add)
 
 
 def chat(values: flags.FlagValues) -> None:
@@ -156,9 +159,11 @@ def chat(values: flags.FlagValues) -> None:
 
 
 def _chat(values: flags.FlagValues) -> None:
-  sampling = engine_flags.sampling_options(values)
+  engine_flags.check_sampling(values)
+  variables = _template_variables(values.chat_template_kwargs)
   options = engine_flags.engine_options(values)
   cfg, tokenizer = engine_flags.read_config(values)
+  sampling = engine_flags.sampling_options(values)
   from dsv3_jax.inference import chat
   from dsv3_jax.inference import request as requests
 
@@ -166,7 +171,7 @@ def _chat(values: flags.FlagValues) -> None:
     *chat.initial_messages(values.system),
     {'role': 'user', 'content': ''},
   ]
-  first = chat.encode(tokenizer, messages)
+  first = tokenizer.apply_chat_template(messages, **variables).ids
   name = 'the prompt, before a word is said,'
   requests.check_prompt(cfg.model, first, values.max_new_tokens or 1, name)
   loaded = engine_flags.load(values, **options)
@@ -175,6 +180,7 @@ def _chat(values: flags.FlagValues) -> None:
     requests.SamplingParams(**sampling),
     values.max_new_tokens or engine_flags.DEFAULT_TOKENS,
     values.system,
+    variables,
   )
   is_terminal = sys.stdin.isatty()
   while True:
@@ -189,6 +195,21 @@ def _chat(values: flags.FlagValues) -> None:
     for piece in shown_pieces(conversation.say(line), sys.stdout.isatty()):
       print(piece, end='', flush=True)
     print(flush=True)
+
+
+def _template_variables(text: str) -> dict:
+  """The object in --chat_template_kwargs; it sets no messages."""
+  name = f'chat_template_kwargs={text!r}'
+  try:
+    variables = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise errors.InputError(f'{name} must be JSON: {error}') from error
+  reserved = {'messages', 'tools', 'add_generation_prompt'}
+  if not isinstance(variables, dict) or reserved & variables.keys():
+    raise errors.InputError(
+      f'{name} must be an object without {", ".join(sorted(reserved))}'
+    )
+  return variables
 
 
 def shown_pieces(
@@ -253,7 +274,8 @@ def serve(values: flags.FlagValues) -> None:
   if not values.host:
     raise errors.InputError('--host=ADDRESS is empty: 0.0.0.0 or :: are all')
   options = engine_flags.engine_options(values)
-  engine_flags.read_config(values)
+  _, tokenizer = engine_flags.read_config(values)
+  tokenizer.templates.check()
   from dsv3_jax.server import main as server_main
 
   with server_main.bind(values.host, values.port) as bound:

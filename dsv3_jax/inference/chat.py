@@ -1,9 +1,9 @@
 """A conversation in the chat template, one answer at a time (TR 5.1)."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import detokenizer, engine, llm
 from dsv3_jax.inference import request as requests
 
@@ -11,12 +11,6 @@ from dsv3_jax.inference import request as requests
 def initial_messages(system: str) -> list[dict]:
   """The messages before the first message of the user."""
   return [{'role': 'system', 'content': system}] if system else []
-
-
-def encode(tokenizer: tokenizers.Tokenizer, messages: list[dict]) -> list[int]:
-  """The prompt that an answer follows."""
-  ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
-  return ids.tolist()
 
 
 class Conversation:
@@ -28,8 +22,13 @@ class Conversation:
     sampling: requests.SamplingParams,
     max_new_tokens: int,
     system: str = '',
+    variables: Mapping[str, Any] | None = None,
   ):
-    """Args: max_new_tokens: of an answer, if so many fit."""
+    """Args:
+    max_new_tokens: of an answer, if so many fit.
+    variables: of the chat template, such as `thinking`.
+    """
+    self._variables = dict(variables or {})
     self._tokenizer, self._sampling = model.tokenizer, sampling
     self._max_new_tokens = max_new_tokens
     num_blocks = -(-model.config.model.max_seq_len // engine.BLOCK_SIZE)
@@ -47,25 +46,29 @@ class Conversation:
       InputError: the conversation has become too long.
     """
     messages = [*self.messages, {'role': 'user', 'content': text}]
-    ids = encode(self._tokenizer, messages)
-    room = max(self._engine.max_new_tokens(len(ids)), 1)
+    prompt = self._tokenizer.apply_chat_template(messages, **self._variables)
+    room = max(self._engine.max_new_tokens(len(prompt.ids)), 1)
     count = min(self._max_new_tokens, room)
-    stops = [self._tokenizer.eos_id]
-    request = self._engine.submit(ids, count, self._sampling, stops)
+    stops = self._tokenizer.eos_ids
+    request = self._engine.submit(prompt.ids, count, self._sampling, stops)
+    thoughts = detokenizer.Thoughts(prompt.opens_thought)
     try:
-      yield from self._answer(request, messages)
+      yield from self._answer(request, thoughts, messages)
     finally:  # the caller may stop early
       self._engine.cancel(request)
 
   def _answer(
-    self, request: requests.Request, messages: list
+    self,
+    request: requests.Request,
+    thoughts: detokenizer.Thoughts,
+    messages: list[dict],
   ) -> Iterator[tuple[bool, str]]:
     decode = functools.partial(self._tokenizer.decode, skip_special=True)
-    characters, stop = detokenizer.Characters(decode), self._tokenizer.eos_id
-    thoughts, answer = detokenizer.Thoughts(), ''
+    characters, answer = detokenizer.Characters(decode), ''
+    stops = self._tokenizer.eos_ids
     while not request.done:
       for output in self._engine.step():
-        new = '' if output.token == stop else characters.feed(output.token)
+        new = '' if output.token in stops else characters.feed(output.token)
         if output.is_last:
           new += characters.end()
         pieces = thoughts.feed(new)

@@ -74,10 +74,11 @@ class Stops:
 class Thoughts:
   """Separates the thought, in think tags, from the rest of an answer."""
 
-  def __init__(self):
+  def __init__(self, inside: bool = False):
+    """Args: inside: the prompt ends with the first tag."""
     self._held = ''
-    self._may_begin = True
-    self.inside = False
+    self._may_begin = not inside
+    self.inside = inside
 
   def feed(self, text: str) -> list[tuple[bool, str]]:
     """Pieces, each with whether it is a thought."""

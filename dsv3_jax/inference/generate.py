@@ -50,14 +50,17 @@ def generate(
   temperature: float = 0.0,
   top_k: int = 0,
   top_p: float = 1.0,
+  min_p: float = 0.0,
+  repetition_penalty: float = 1.0,
   seed: int = 0,
-  stop_id: int = -1,
+  stop_id: int | Sequence[int] = -1,
   batch_invariant: bool = False,
   on_finished: Callable[[int, list[int]], None] = lambda number, tokens: None,
 ) -> Generation:
   """Continues each prompt until `stop_id` or `max_new_tokens`.
 
   Args:
+    stop_id: the token that ends a continuation, or several that do.
     batch_invariant: the bits of a prompt's continuation do not depend on the
       other prompts; slow (see `engine.Engine`).
     on_finished: called with the number and the new tokens of each prompt, in
@@ -74,14 +77,30 @@ def generate(
   lengths = [len(prompt) + max_new_tokens for prompt in prompts]
   model_engine = _make_engine(runner, lengths, batch_invariant)
   params = requests.SamplingParams(
-    temperature=temperature, top_k=top_k, top_p=top_p, seed=seed
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    min_p=min_p,
+    repetition_penalty=repetition_penalty,
+    seed=seed,
   )
+  stop_ids = [stop_id] if isinstance(stop_id, int) else stop_id
   submitted = []
   for i, prompt in enumerate(prompts):
     row_params = dataclasses.replace(params, rng_stream=i)
     submitted.append(
-      model_engine.submit(prompt, max_new_tokens, row_params, [stop_id])
+      model_engine.submit(prompt, max_new_tokens, row_params, stop_ids)
     )
+  return _run(model_engine, submitted, start, on_finished)
+
+
+def _run(
+  model_engine: engine.Engine,
+  submitted: Sequence[requests.Request],
+  start: float,
+  on_finished: Callable[[int, list[int]], None],
+) -> Generation:
+  """Steps until all requests have ended; `start` is when the first began."""
   decoded, reported = 0, 0
   first = submitted[: model_engine.max_running]
   while not all(request.tokens for request in first):

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax import config, errors
 from dsv3_jax.checkpoint import source
+from dsv3_jax.checkpoint.hf import generation_config
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import generate as generation
 from dsv3_jax.inference import mesh as inference_mesh
@@ -41,10 +42,15 @@ class LLM:
     params: dict,
     router_biases: model.RouterBiases,
     tokenizer: tokenizers.Tokenizer | None,
+    sampling_defaults: Mapping[str, float | int] | None = None,
     **runner_options: Any,
   ):
-    """Args: runner_options: of `model_runner.ModelRunner`."""
+    """Args:
+    sampling_defaults: of `generation_config.json`, for whoever samples.
+    runner_options: of `model_runner.ModelRunner`.
+    """
     self._runner_options = _rename_old(runner_options)
+    self.sampling_defaults = dict(sampling_defaults or {})
     self.config, self.params, self.router_biases = cfg, params, router_biases
     self._tokenizer = tokenizer
     self._forward = jax.jit(model.build(cfg).apply)
@@ -95,10 +101,9 @@ class LLM:
     """Continues each prompt; `options` as in `inference.generate.generate`."""
     encode = functools.partial(self.tokenizer.encode, add_bos=True)
     ids = [encode(prompt).tolist() for prompt in prompts]
-    options = {'stop_id': self.tokenizer.eos_id} | _rename_old(options)
+    options = {'stop_id': self.tokenizer.eos_ids} | _rename_old(options)
     output = generation.generate(self.runner, ids, max_new_tokens, **options)
-    decode = self.tokenizer.decode
-    return [decode(row, skip_special=True) for row in output.tokens]
+    return [self.tokenizer.decode_answer(row) for row in output.tokens]
 
   @functools.cached_property
   def runner(self) -> model_runner.ModelRunner:
@@ -176,6 +181,7 @@ def load(
       leaves, cfg, dtype, mesh, inference_mesh.RULES
     )
   tokenizer = source.read_tokenizer(directory)
+  options['sampling_defaults'] = generation_config.read(directory).sampling
   return LLM(cfg, params, router_biases, tokenizer, **options)
 
 

@@ -17,7 +17,7 @@ import importlib.resources
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from starlette import applications, exceptions, requests, responses, routing
 
@@ -47,14 +47,17 @@ class Server:
     name: str,
     max_tokens: int,
     api_key: str = '',
+    sampling: Mapping[str, float | int] | None = None,
   ):
     """Args:
     name: of the model, as clients see it.
     max_tokens: of an answer at most.
     api_key: that clients must send; '' lets all in.
+    sampling: fields of a body that has none.
     """
     self.thread, self.tokenizer, self.name = thread, tokenizer, name
     self.max_tokens, self._key = max_tokens, api_key
+    self._sampling = dict(sampling or {})
     self.started = int(time.time())
     self.telemetry = metrics.Telemetry(thread)
 
@@ -96,7 +99,9 @@ class Server:
     return await self._answer(
       request,
       api_request,
-      response_formats.ChatFormat(self.name, self.tokenizer),
+      response_formats.ChatFormat(
+        self.name, self.tokenizer, api_request.opens_thought
+      ),
     )
 
   async def _tokenize(self, request: requests.Request):
@@ -180,6 +185,7 @@ class Server:
       max_tokens=self.max_tokens,
       vocab_size=self.thread.vocab_size,
       seed=secrets.randbits(32),
+      sampling=self._sampling,
     )
 
   async def _body(self, request: requests.Request) -> bytes:

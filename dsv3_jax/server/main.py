@@ -80,7 +80,12 @@ def run(
     lambda done: _print_progress(done, len(shapes)),
   )
   app = server_app.Server(
-    thread, model.tokenizer, name=name, max_tokens=max_tokens, api_key=api_key
+    thread,
+    model.tokenizer,
+    name=name,
+    max_tokens=max_tokens,
+    api_key=api_key,
+    sampling=model.sampling_defaults,
   ).app()
   options = {'log_level': 'warning', 'timeout_graceful_shutdown': 2}
   http_server = _Server(uvicorn.Config(app, **options))

@@ -94,7 +94,7 @@ class Limits:
   """Limits of a server, and the seed of a call that has none.
 
   model: name of the model. max_choices: answers of one call. max_tokens: of one
-  answer. vocab_size: of the model.
+  answer. vocab_size: of the model. sampling: fields of a body that has none.
   """
 
   model: str
@@ -102,6 +102,7 @@ class Limits:
   max_tokens: int
   vocab_size: int
   seed: int
+  sampling: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,8 @@ class ChatRequest:
   None: as many as fit. clamps: fewer are made if no more fit. echo: the answer
   begins with its prompt. logprobs: they are part of the answer. ignore_eos: the
   end of the sequence does not end an answer. stream: answer with server-sent
-  events. include_usage: the last event has the number of tokens.
+  events. include_usage: the last event has the number of tokens. opens_thought:
+  the prompt ends with <think>.
   """
 
   prompts: list[list[int]]
@@ -131,6 +133,7 @@ class ChatRequest:
   ignore_eos: bool
   stream: bool
   include_usage: bool
+  opens_thought: bool = False
 
 
 def parse_completion(
@@ -186,9 +189,10 @@ def parse_chat(
   fields.within('top_logprobs', top, 0, sampling.TOP_LOGPROBS)
   if top and not values.get('logprobs'):
     raise errors.InputError(f'top_logprobs={top} needs logprobs=true')
-  ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=True)
+  prompt = tokenizer.apply_chat_template(messages)
   logprobs = top if values.get('logprobs') else None
-  return _chat_request(values, [ids.tolist()], n, logprobs, limits)
+  api_request = _chat_request(values, [prompt.ids], n, logprobs, limits)
+  return dataclasses.replace(api_request, opens_thought=prompt.opens_thought)
 
 
 def _values(
@@ -298,7 +302,7 @@ def _chat_request(
     max_tokens=max_tokens,
     clamps=max_tokens is None,
     sampling=sampling_fields.parse(
-      values, limits.vocab_size, limits.seed, logprobs
+      dict(limits.sampling) | values, limits.vocab_size, limits.seed, logprobs
     ),
     stop=tuple(stops),
     echo=False,
@@ -350,8 +354,9 @@ def parse_tokenize(
   inputs = enumerate(values['messages'])
   messages = [_message(f'messages[{i}]', x) for i, x in inputs]
   opens = values.get('add_generation_prompt', True)
-  ids, _ = tokenizer.encode_chat(messages, add_generation_prompt=opens)
-  return ids.tolist()
+  return tokenizer.apply_chat_template(
+    messages, add_generation_prompt=opens
+  ).ids
 
 
 def parse_detokenize(body: Any, limits: Limits) -> list[int]:

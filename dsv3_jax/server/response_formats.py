@@ -125,8 +125,15 @@ class ChatFormat(ResponseFormat):
   prefix, chunk_kind = 'chatcmpl', 'chat.completion.chunk'
   kind = 'chat.completion'
 
-  def __init__(self, model: str, tokenizer: tokenizers.Tokenizer):
+  def __init__(
+    self,
+    model: str,
+    tokenizer: tokenizers.Tokenizer,
+    opens_thought: bool = False,
+  ):
+    """Args: opens_thought: answers begin within a thought."""
     super().__init__(model, tokenizer)
+    self._opens_thought = opens_thought
     self._thoughts: dict[int, detokenizer.Thoughts] = {}
 
   def opening(self, count: int) -> list[dict]:
@@ -136,7 +143,9 @@ class ChatFormat(ResponseFormat):
     return [frame | {'choices': [{'index': i} | first]} for i in range(count)]
 
   def _content(self, piece: responses.TextPiece, key: str) -> dict:
-    thoughts = self._thoughts.setdefault(piece.index, detokenizer.Thoughts())
+    thoughts = self._thoughts.setdefault(
+      piece.index, detokenizer.Thoughts(self._opens_thought)
+    )
     parts = thoughts.feed(piece.text)
     if piece.finish_reason:
       parts += thoughts.end()

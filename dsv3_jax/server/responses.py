@@ -99,7 +99,7 @@ class ResponseStream:
       prompt,
       max(count, 1),  # if none is wanted, it is dropped
       dataclasses.replace(call.sampling, rng_stream=len(self.requests)),
-      frozenset([] if call.ignore_eos else [self._tokenizer.eos_id]),
+      frozenset(() if call.ignore_eos else self._tokenizer.eos_ids),
       # Each computes a prompt whose log-probabilities are wanted.
       None if call.sampling.prompt_logprobs else shares_prompt_with,
     )
@@ -190,7 +190,9 @@ class ResponseStream:
       if self.api_request.logprobs:
         token = Token(output.token, output.logprobs, answer.length)
         answer.tokens.append(token)
-    text = answer.characters.feed(output.token)
+    text = ''
+    if output.finish_reason != 'stop':  # eos is no text, whatever it spells
+      text = answer.characters.feed(output.token)
     if output.is_last:
       text += answer.characters.end()
     answer.length += len(text)

@@ -154,7 +154,7 @@ def test_text_is_asked_of_the_engine_until_eos(trained, monkeypatch):
   ids = [tokenizer.encode('def', add_bos=True).tolist()]
   assert ids[0][0] == tokenizer.bos_id
   options = {'stop_id': 7, 'temperature': 0.5, 'seed': 3}
-  eos = {'stop_id': tokenizer.eos_id}
+  eos = {'stop_id': (tokenizer.eos_id,)}
   assert calls == [(ids, 9, eos), (ids, 9, options)]
 
 

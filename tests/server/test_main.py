@@ -30,6 +30,7 @@ model = space(
   runner=runner,
   config=runner.cfg,
   tokenizer=tokenizer.train(['Hello, world!', 'x = 1'] * 30, 275),
+  sampling_defaults={{}},
 )
 main.run(
   model,
