@@ -38,6 +38,11 @@ def check(tokenizer: tokenizers.Tokenizer, vocab_size: int) -> None:
       tokenizer.vocab_size <= vocab_size
     ),
   }
+  ids = tokenizer.eos_ids
+  rules['eos_token_id is missing'] = bool(ids)
+  rules[f'eos_token_id={list(ids)} must be < model.vocab_size={vocab_size}'] = (
+    max(ids, default=0) < vocab_size
+  )
   for name in _PLAIN:
     rules[f'model.{name}={model.get(name)!r} must be off'] = not model.get(name)
   for rule, holds in rules.items():
@@ -68,12 +73,38 @@ def write(
   writer.add_token_list(tokens)
   writer.add_token_types(types)
   writer.add_token_merges(_merges(spec))
-  writer.add_bos_token_id(tokenizer.bos_id)
-  writer.add_eos_token_id(tokenizer.eos_id)
-  writer.add_pad_token_id(tokenizer.pad_id)
-  writer.add_add_bos_token(True)
+  if tokenizer.named_token('bos_token') is not None:
+    writer.add_bos_token_id(tokenizer.bos_id)
+  if tokenizer.named_token('pad_token') is not None:
+    writer.add_pad_token_id(tokenizer.pad_id)
+  _write_ends(writer, tokenizer)
+  writer.add_add_bos_token(tokenizer.adds_bos)
   writer.add_add_eos_token(False)
-  writer.add_chat_template(chat.TEMPLATE)
+  if templates := tokenizer.settings.templates:
+    writer.add_chat_template(
+      [{'name': name, 'template': text} for name, text in templates.items()]
+    )
+  elif tokenizer.has_chat_format:
+    writer.add_chat_template(chat.TEMPLATE)
+
+
+def _write_ends(
+  writer: gguf.GGUFWriter, tokenizer: tokenizers.Tokenizer
+) -> None:
+  """Adds the tokens that end an answer: eos, of a turn, of a message.
+
+  The format has these three names, and ends an answer at each. Whatever ends
+  it besides is left out.
+  """
+  ids = list(tokenizer.eos_ids)
+  if tokenizer.named_token('eos_token') and tokenizer.eos_id in ids:
+    ids.remove(tokenizer.eos_id)
+    ids.insert(0, tokenizer.eos_id)
+  add = (writer.add_eos_token_id, writer.add_eot_token_id)
+  for write_id, index in zip(
+    (*add, writer.add_eom_token_id), ids, strict=False
+  ):
+    write_id(index)
 
 
 def _merges(spec: dict[str, Any]) -> list[str]:
