@@ -217,7 +217,11 @@ def _check_call(call: Any, where: str) -> None:
     raise errors.InputError(
       f'{where}.function.arguments must be JSON text or an object'
     )
-  check_unicode(_arguments(call), f'{where}.function.arguments')
+  try:
+    arguments = _arguments(call)
+  except TypeError as error:  # dates or bytes of a struct in Parquet
+    raise errors.InputError(f'{where}.function.arguments: {error}') from error
+  check_unicode(arguments, f'{where}.function.arguments')
 
 
 def check_unicode(text: str, where: str) -> None:

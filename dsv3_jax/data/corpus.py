@@ -18,6 +18,7 @@ import sysconfig
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from dsv3_jax import config, errors
@@ -91,10 +92,28 @@ def load_tokenizer(
   if not path.exists():
     with _alone(path.with_suffix('.lock')):
       if not path.exists():  # another process may have trained it meanwhile
-        texts = map(document_text, corpus.train)
-        trained = tokenizer.train(list(texts), cfg.tokenizer_vocab, tools)
-        trained.save(path)
+        texts = _Texts(corpus.train)
+        trained = tokenizer.train(texts, cfg.tokenizer_vocab, tools)
+        try:
+          trained.save(path)
+        except OSError as error:
+          raise _unwritable(path.parent, error) from error
   return tokenizer.Tokenizer.from_file(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Texts(Sequence):
+  """The texts of documents, which are read on demand."""
+
+  documents: Sequence[dict[str, Any]]
+
+  def __len__(self) -> int:
+    return len(self.documents)
+
+  def __getitem__(self, i: int | slice) -> str | list[str]:
+    if isinstance(i, slice):
+      return [self[at] for at in range(*i.indices(len(self)))]
+    return document_text(self.documents[i])
 
 
 def document_text(record: dict[str, Any]) -> str:
@@ -117,19 +136,23 @@ def _alone(path: pathlib.Path) -> Iterator[None]:
   """Holds a lock file, so that one process at a time does the work.
 
   Raises:
-    InputError: the cache cannot be written.
+    InputError: the cache cannot be written, or its file system has no locks.
   """
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.open('w', encoding='utf-8')
-  except OSError as error:
-    raise errors.InputError(
-      f'data.cache_dir: {path.parent} cannot be written ({error.strerror}): '
-      'name another'
-    ) from error
-  with lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)
+  with contextlib.ExitStack() as stack:
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      lock = stack.enter_context(path.open('w', encoding='utf-8'))
+      fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+      raise _unwritable(path.parent, error) from error
     yield
+
+
+def _unwritable(folder: pathlib.Path, error: OSError) -> errors.InputError:
+  return errors.InputError(
+    f'data.cache_dir: {folder} cannot be written ({error.strerror}): name '
+    'another'
+  )
 
 
 def _mark(key: Any) -> str:
@@ -147,21 +170,20 @@ class _Subset(Sequence):
   """Some records of a sequence, selected by index."""
 
   records: Any
-  indices: Sequence[int]
+  indices: np.ndarray
 
   def __len__(self) -> int:
     return len(self.indices)
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    return self.records[self.indices[i]]
+    return self.records[int(self.indices[i])]
 
 
 def _split(
-  records: Any, names: list[str], fraction: float, mark: str
+  records: Any, names: Iterator[str], fraction: float, mark: str
 ) -> Corpus:
-  held = [is_held_out(name, fraction) for name in names]
-  part = lambda want: [i for i, h in enumerate(held) if h == want]
-  parts = (_Subset(records, part(want)) for want in (False, True))
+  held = np.fromiter((is_held_out(name, fraction) for name in names), bool)
+  parts = (_Subset(records, np.flatnonzero(x)) for x in (~held, held))
   return Corpus(*parts, mark)
 
 
@@ -182,7 +204,7 @@ def _open_files(cfg: config.DataConfig) -> Corpus:
       f'{"; ".join(faults[:_SHOWN])}{f"; and {more:,} more" if more else ""}: '
       "correct them, or leave them out by data.bad_records='skip'"
     )
-  names = [records.name(i) for i in range(len(records))]
+  names = map(records.name, range(len(records)))
   corpus = _split(records, names, cfg.valid_fraction, records.fingerprint())
   return dataclasses.replace(
     corpus,
@@ -319,7 +341,7 @@ def _open_tfds(cfg: config.DataConfig) -> Corpus:
     if held in splits:
       return Corpus(records('train'), records(held), _tfds_mark(builder))
   train = records('train')
-  names = [f'{title}#{i}' for i in range(len(train))]
+  names = (f'{title}#{i}' for i in range(len(train)))
   return _split(train, names, cfg.valid_fraction, _tfds_mark(builder))
 
 

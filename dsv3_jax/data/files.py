@@ -39,12 +39,17 @@ def open_glob(
       is Parquet without the column. Bad records raise nothing: see `faults`.
   """
   paths = [pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-  paths = [path for path in paths if path.is_file()]
+  paths = [path for path in paths if not path.is_dir()]
   if not paths:
     raise errors.InputError(
       f"data.source={pattern!r} matches no file: name 'stdlib', 'tfds:NAME' "
       'or a glob of .jsonl, .txt or .parquet files'
     )
+  for path in paths:
+    if not path.is_file():
+      raise errors.InputError(
+        f'{scan.show(path)} is not a file: a broken link, perhaps'
+      )
   kinds = [_kind(path) for path in paths]
   memory = scan.Memory(cache, text_key)
   scans = [
@@ -52,7 +57,7 @@ def open_glob(
     for path, (_, codec) in zip(paths, kinds, strict=True)
   ]
   total = sum(
-    path.stat().st_size
+    scan.size(path)
     for path, known in zip(paths, scans, strict=True)
     if known is None
   )
@@ -104,34 +109,31 @@ class FileRecords(Sequence):
   """The good records of several files as one sequence."""
 
   def __init__(self, parts: list[Any], root: pathlib.Path):
-    self._parts, self._root = parts, root
+    self._parts = parts
     self._ends = list(itertools.accumulate(len(part) for part in parts))
+    self._names = [_file_name(part, root) for part in parts]
 
   def __len__(self) -> int:
     return self._ends[-1]
 
-  def _find(self, i: int) -> tuple[Any, int]:
+  def _find(self, i: int) -> tuple[int, int]:
+    """Which part, and which of its good records."""
     if not 0 <= i < len(self):
       raise IndexError(i)
     at = bisect.bisect_right(self._ends, i)
-    return self._parts[at], i - (self._ends[at - 1] if at else 0)
-
-  def _file_name(self, part: Any) -> str:
-    """The path relative to the glob's fixed folder, as if not compressed."""
-    name = part.path.relative_to(self._root).as_posix()
-    return name if part.path == part.content else name.rpartition('.')[0]
+    return at, i - (self._ends[at - 1] if at else 0)
 
   def name(self, i: int) -> str:
     """`path#row`. Bad rows count, so that a repair changes no other's name."""
-    part, i = self._find(i)
-    return f'{self._file_name(part)}#{part.scan.spans[0, i]}'
+    at, i = self._find(i)
+    return f'{self._names[at]}#{self._parts[at].scan.spans[0, i]}'
 
   def fingerprint(self) -> str:
     """A digest of the files' names and contents, and of which rows are good."""
     rows = lambda x: hashlib.sha256(x.spans[0].tobytes()).hexdigest()
     marks = [
-      (self._file_name(p), p.scan.digest, p.scan.num_bad and rows(p.scan))
-      for p in self._parts
+      (name, p.scan.digest, p.scan.num_bad and rows(p.scan))
+      for name, p in zip(self._names, self._parts, strict=True)
     ]
     return 'content:' + hashlib.sha256(repr(marks).encode()).hexdigest()
 
@@ -141,7 +143,10 @@ class FileRecords(Sequence):
       is_bom_new = isinstance(part, _Text) and part.scan.has_bom
       if part.scan.num_bad or is_bom_new or part.path != part.content:
         return ''
-    sizes = [(self._file_name(p), p.path.stat().st_size) for p in self._parts]
+    sizes = [
+      (name, scan.size(part.path))
+      for name, part in zip(self._names, self._parts, strict=True)
+    ]
     return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
   @property
@@ -164,8 +169,14 @@ class FileRecords(Sequence):
     return next(places, '')
 
   def __getitem__(self, i: int) -> dict[str, Any]:
-    part, row = self._find(i)
-    return {'name': self.name(i), **part.read(row)}
+    at, row = self._find(i)
+    return {'name': self.name(i), **self._parts[at].read(row)}
+
+
+def _file_name(part: Any, root: pathlib.Path) -> str:
+  """The path relative to the glob's fixed folder, as if not compressed."""
+  name = part.path.relative_to(root).as_posix()
+  return name if part.path == part.content else name.rpartition('.')[0]
 
 
 class _Part:
@@ -263,17 +274,17 @@ class _Parquet(_Part):
       file = parquet.ParquetFile(path)
       key = _column(file, path, text_key)
     except (pyarrow.ArrowException, OSError) as error:
-      out.bad('', f'no Parquet file: {scan.first_line(error)}')
+      out.bad('', f'not a Parquet file: {scan.damage(error)}')
       return
     start = 0
     for group in range(file.num_row_groups):
+      out.content(b'')  # shows progress
       size = file.metadata.row_group(group).num_rows
       try:
         column = file.read_row_group(group, columns=[key])[key]
       except (pyarrow.ArrowException, OSError) as error:
-        why = (
-          f'rows to {start + size - 1} cannot be read: {scan.first_line(error)}'
-        )
+        rows = f'rows {start} to {start + size - 1}'
+        why = f'{rows} cannot be read: {scan.damage(error)}'
         out.bad(f'#{start}', why, size)
       else:
         _scan_column(column, start, (key, text_key), out)

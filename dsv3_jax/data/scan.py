@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,15 +28,16 @@ _RULES = 1  # of records: another number, and every file is checked anew
 _MOST_FAULTS = 10_000  # of a file, that are described
 _CHUNK = 1 << 20  # bytes
 QUIET_SECONDS = 10.0  # between two lines of progress
+_STALE_SECONDS = 86_400.0  # since the last write of a process that is gone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileScan:
   """What a file holds.
 
-  digest: SHA-256 of the content, unpacked. num_bytes: of the same. num_bad:
-  records that are no records. faults: (place, reason) of the first of these; a
-  place is ':line', '#row', or '' for the whole file. tools: place of the first
+  digest: SHA-256 of the content, unpacked. num_bytes: of the same. num_bad: how
+  many records are bad. faults: (place, reason) of the first of these; a place
+  is ':line', '#row', or '' for the whole file. tools: place of the first
   turn of a tool. has_bom: it starts with a byte order mark. spans: int64
   [1 or 4, records], each good record's row (bad ones count), and in JSONL its
   line, offset and length [bytes].
@@ -71,7 +73,7 @@ class Builder:
     self._width = len(span)
 
   def bad(self, place: str, reason: str, num_records: int = 1) -> None:
-    """Adds one or more that are none."""
+    """Adds one or more bad records."""
     self._num_bad += num_records
     if len(self._faults) < _MOST_FAULTS:
       self._faults.append((place, reason))
@@ -150,10 +152,9 @@ class Memory:
     fields['body'] = hashlib.sha256(body).hexdigest()
     try:
       self._scans.mkdir(parents=True, exist_ok=True)
-      place = self._place(path)
-      scratch = place.with_suffix(f'.{os.getpid()}')
-      scratch.write_bytes(json.dumps(fields).encode() + b'\n' + body)
-      scratch.replace(place)
+      with _scratch(self._scans) as scratch:
+        scratch.write_bytes(json.dumps(fields).encode() + b'\n' + body)
+        scratch.replace(self._place(path))
     except OSError as error:
       if not self._warned:
         print(
@@ -205,27 +206,26 @@ class Memory:
     return scan
 
   def _scan_packed(self, path, codec, read, progress) -> FileScan:
-    scratch = self._unpacked / f'.{os.getpid()}'
-    builder = Builder(lambda num_bytes: None)
-    try:
-      self._unpack(path, codec, scratch, progress)
+    # What is counted is the bytes of `path`, while they are unpacked.
+    builder = Builder(lambda num_bytes: progress.add(0))
+    with _scratch(self._unpacked) as scratch:
+      try:
+        self._unpack(path, codec, scratch, progress)
+      except pyarrow.ArrowException as error:
+        with path.open('rb') as packed:
+          while data := packed.read(_CHUNK):
+            builder.content(data)
+        builder.bad('', f'cannot be unpacked: {first_line(error)}')
+        return builder.build()
       read(scratch, builder)
       scan = builder.build()
       scratch.replace(self.content_path(scan))
       return scan
-    except pyarrow.ArrowException as error:
-      with path.open('rb') as packed:
-        while data := packed.read(_CHUNK):
-          builder.content(data)
-      builder.bad('', f'cannot be unpacked: {first_line(error)}')
-      return builder.build()
-    finally:
-      with contextlib.suppress(OSError):
-        scratch.unlink()
 
   def _unpack(self, path, codec, scratch, progress) -> None:
     try:
       scratch.parent.mkdir(parents=True, exist_ok=True)
+      _remove_stale(scratch.parent)
       with scratch.open('wb') as target:
         for chunk in _chunks(path, codec, progress):
           target.write(chunk)
@@ -236,16 +236,59 @@ class Memory:
       ) from error
 
 
+@contextlib.contextmanager
+def _scratch(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A name that no other process uses, on any machine; removed at the end."""
+  path = folder / f'.{uuid.uuid4().hex}'
+  try:
+    yield path
+  finally:
+    with contextlib.suppress(OSError):
+      path.unlink()
+
+
+def _remove_stale(folder: pathlib.Path) -> None:
+  """Removes what processes that were killed left."""
+  for path in folder.glob('.*'):
+    with contextlib.suppress(OSError):
+      if time.time() - path.lstat().st_mtime > _STALE_SECONDS:
+        path.unlink()
+
+
 def show(path: pathlib.Path) -> str:
   """A path in one line."""
   text = str(path)
   return text if text.isprintable() else ascii(text)
 
 
+def size(path: pathlib.Path) -> int:
+  """Of a file [bytes].
+
+  Raises:
+    InputError: it cannot be read.
+  """
+  try:
+    return path.stat().st_size
+  except OSError as error:
+    raise _unreadable(path, error) from error
+
+
 def first_line(error: Exception) -> str:
   """The first line of an error, without control characters."""
   line = (str(error).splitlines() or [type(error).__name__])[0]
   return line if line.isprintable() else ascii(line)
+
+
+def damage(error: Exception) -> str:
+  """What Arrow says of a damaged file.
+
+  Raises:
+    OSError: the same, if the operating system could not read the file: it may
+      be able to at the next start.
+  """
+  if isinstance(error, OSError) and error.errno:
+    raise error
+  return first_line(error)
 
 
 def _stamp(stat: os.stat_result) -> list[int]:
@@ -260,7 +303,7 @@ def _chunks(
 
   Raises:
     ArrowException: it is damaged.
-    InputError: it cannot be opened.
+    InputError: it cannot be read.
   """
   try:
     packed = pyarrow.OSFile(str(path))
@@ -272,6 +315,8 @@ def _chunks(
       try:
         chunk = source.read(_CHUNK)
       except OSError as error:
+        if error.errno:
+          raise _unreadable(path, error) from error
         raise pyarrow.ArrowException(str(error)) from error
       progress.add(packed.tell() - done)
       done = packed.tell()

@@ -1,6 +1,8 @@
 """Where text comes from: the standard library, files, TFDS; one-line errors."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -14,7 +16,7 @@ import tensorflow_datasets as tfds
 from pyarrow import parquet
 
 from dsv3_jax import errors
-from dsv3_jax.data import corpus, files
+from dsv3_jax.data import corpus, files, tokenizer
 from tests import settings
 
 
@@ -128,7 +130,7 @@ def test_conversations(tmp_path):
       'must be one of: system, user, assistant, tool',
     ),
     ('a.txt', b'\xff\xfe', 'a.txt: not UTF-8: invalid start byte at byte 0'),
-    ('a.parquet', b'PAR1 no', 'a.parquet: no Parquet file: '),
+    ('a.parquet', b'PAR1 no', 'a.parquet: not a Parquet file: '),
     ('a.csv', b'text', 'a.csv must end in one of'),
   ],
 )
@@ -250,6 +252,56 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
   cfg = data_config('tfds:odd_texts', tmp_path / 'file')
   with pytest.raises(errors.InputError, match=r'^data\.cache_dir: .*file'):
     corpus.open_corpus(cfg)
+
+
+def test_without_locks_or_space_in_the_cache(tmp_path, monkeypatch):
+  """Checks go on without; a tokenizer that is trained needs both."""
+  cfg = data_config(write_text(tmp_path), tmp_path / 'cache')
+  cfg = dataclasses.replace(cfg, tokenizer='', tokenizer_vocab=290)
+
+  def fail(code):
+    def call(*args):
+      raise OSError(code, os.strerror(code))
+
+    return call
+
+  with monkeypatch.context() as patch:
+    patch.setattr(fcntl, 'flock', fail(errno.ENOSYS))
+    opened = corpus.open_corpus(cfg)
+    assert len(opened.train) + len(opened.valid) == len(_TEXTS)
+    expected = r'^data\.cache_dir: .*cache cannot be written \(Function not'
+    with pytest.raises(errors.InputError, match=expected):
+      corpus.load_tokenizer(cfg, opened)
+  monkeypatch.setattr(tokenizer.Tokenizer, 'save', fail(errno.ENOSPC))
+  expected = r'^data\.cache_dir: .*cache cannot be written \(No space left'
+  with pytest.raises(errors.InputError, match=expected):
+    corpus.load_tokenizer(cfg, opened)
+
+
+def test_a_tokenizer_is_trained_on_texts_that_stay_on_disk(
+  tmp_path, monkeypatch
+):
+  """Of a large corpus only the sample is in memory."""
+  cfg = data_config(write_text(tmp_path), tmp_path / 'cache')
+  cfg = dataclasses.replace(cfg, tokenizer='', tokenizer_vocab=290)
+  opened, read, train = corpus.open_corpus(cfg), [], tokenizer.train
+
+  class Records(list):
+    def __getitem__(self, i):
+      read.append(i)
+      return super().__getitem__(i)
+
+  def trained(texts, *args):
+    read.clear()
+    assert len(texts) == len(records)
+    sample = texts[1::5]
+    assert read == list(range(1, len(records), 5))
+    assert sample == [x['text'] for x in list(opened.train)[1::5]]
+    return train(list(texts), *args)
+
+  records = Records(opened.train)
+  monkeypatch.setattr(tokenizer, 'train', trained)
+  corpus.load_tokenizer(cfg, dataclasses.replace(opened, train=records))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Files that others wrote: checked once, faults by place, packed or not."""
 
 import dataclasses
+import datetime
+import errno
 import gzip
 import hashlib
 import json
@@ -223,7 +225,8 @@ def test_rows_of_text_in_parquet(tmp_path):
   parquet.write_table(numbers, tmp_path / 'd.parquet')
   opened = open_files(tmp_path, '*.parquet')
   group, text, null, one, two = opened.faults()
-  assert re.search(r'b\.parquet#10: rows to 19 cannot be read: .+', group)
+  expected = r'b\.parquet#10: rows 10 to 19 cannot be read: .+'
+  assert re.search(expected, group)
   assert text.endswith('b.parquet#25: not UTF-8')
   expected = "c.parquet#1: data.text_key='text' must be a string, not None"
   assert null.endswith(expected)
@@ -233,6 +236,63 @@ def test_rows_of_text_in_parquet(tmp_path):
   left = [f'b.parquet#{i}' for i in want]
   assert names(opened) == [*left, 'c.parquet#0', 'c.parquet#2']
   assert opened[12]['text'] == texts[22]
+
+
+def test_arguments_that_json_cannot_say(tmp_path):
+  """Of a struct in Parquet, which may hold dates and bytes."""
+  rows = []
+  for value in (b'x', datetime.date(2026, 1, 1), 1.5):
+    call = {'function': {'name': 'f', 'arguments': {'at': value}}}
+    rows.append([{'role': 'assistant', 'tool_calls': [call]}])
+    table = pyarrow.table({'messages': rows[-1:]})
+    parquet.write_table(table, tmp_path / f'{len(rows)}.parquet')
+  opened = open_files(tmp_path, '*.parquet')
+  where = 'parquet#0: messages[0].tool_calls[0].function.arguments: Object of '
+  assert [fault.split('.', 1)[1] for fault in opened.faults()] == [
+    f'{where}type bytes is not JSON serializable',
+    f'{where}type date is not JSON serializable',
+  ]
+  (record,) = opened
+  assert corpus.document_text(record) == '\nf\n{"at": 1.5}'
+
+
+def test_what_cannot_be_read_now_is_not_remembered_as_damage(
+  tmp_path, monkeypatch
+):
+  """As on a network disk: the command ends, and the next start reads all."""
+  table = pyarrow.table({'text': ['a', 'b']})
+  parquet.write_table(table, tmp_path / 'a.parquet')
+  data = packed('.gz', b'\n'.join(lines()))
+  (tmp_path / 'b.jsonl.gz').write_bytes(data)
+
+  def fail(*args, **options):
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+  for name, at, method in (
+    ('a.parquet', parquet.ParquetFile, 'read_row_group'),
+    ('b.jsonl.gz', pyarrow.CompressedInputStream, 'read'),
+  ):
+    stream = type('Failing', (at,), {method: fail})
+    with monkeypatch.context() as patch:
+      module = parquet if at is parquet.ParquetFile else pyarrow
+      patch.setattr(module, at.__name__, stream)
+      expected = rf'{name}: cannot be read: Input/output error'
+      with pytest.raises(errors.InputError, match=expected):
+        open_files(tmp_path, name)
+    opened = open_files(tmp_path, name)
+    assert not opened.num_bad and len(opened) == (2 if name[0] == 'a' else 40)
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes(b'{"text": "x"}')
+  (tmp_path / 'b.jsonl').symlink_to(tmp_path / 'gone')
+  (tmp_path / 'c.jsonl').mkdir()
+  with pytest.raises(
+    errors.InputError, match=r'b\.jsonl is not a file: a brok'
+  ):
+    open_files(tmp_path, '*')
+  (tmp_path / 'b.jsonl').unlink()
+  assert len(open_files(tmp_path, '*')) == 1
 
 
 def test_a_name_in_one_line_and_one_that_is_no_text(tmp_path):

@@ -4,9 +4,12 @@ import gzip
 import os
 import pathlib
 import re
+import types
+import uuid
 
 import pyarrow
 import pytest
+from pyarrow import parquet
 
 from dsv3_jax import errors
 from dsv3_jax.data import corpus, files, records, scan
@@ -132,7 +135,8 @@ def test_without_a_cache(tmp_path, capsys):
 def test_a_full_disk_and_a_file_that_may_not_be_read(tmp_path, monkeypatch):
   (tmp_path / 'a.jsonl.gz').write_bytes(gzip.compress(b'{}'))
   (tmp_path / 'cache' / 'unpacked').mkdir(parents=True)
-  scratch = tmp_path / 'cache' / 'unpacked' / f'.{os.getpid()}'
+  monkeypatch.setattr(uuid, 'uuid4', lambda: types.SimpleNamespace(hex='x'))
+  scratch = tmp_path / 'cache' / 'unpacked' / '.x'
   scratch.symlink_to('/dev/full')
   expected = r'^data\.cache_dir: .*written \(No space left on device\), where'
   with pytest.raises(errors.InputError, match=expected):
@@ -151,6 +155,56 @@ def test_a_full_disk_and_a_file_that_may_not_be_read(tmp_path, monkeypatch):
     test_files.open_files(tmp_path, '*.gz')
 
 
+def test_two_that_unpack_at_once_do_not_meet(tmp_path, monkeypatch):
+  """Processes of one cache on two machines may have the same number."""
+  for name in 'ab':
+    body = b'\n'.join(test_files.lines(5)).replace(
+      b'text ', b'%s ' % name.encode()
+    )
+    (tmp_path / f'{name}.jsonl.gz').write_bytes(gzip.compress(body))
+  parse, other = records.from_json, []
+
+  def meanwhile(line, text_key):
+    if not other:
+      other.append(None)
+      other[0] = test_files.open_files(tmp_path, 'b*')
+    return parse(line, text_key)
+
+  monkeypatch.setattr(os, 'getpid', lambda: 7)
+  monkeypatch.setattr(records, 'from_json', meanwhile)
+  first = test_files.open_files(tmp_path, 'a*')
+  for opened, name in ((first, 'a'), (other[0], 'b')):
+    want = [f'{name} {i}' for i in range(5)]
+    assert [record['text'] for record in opened] == want
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+  """Of a day ago: another process may still write what is newer."""
+  folder = tmp_path / 'cache' / 'unpacked'
+  folder.mkdir(parents=True)
+  for name in ('.old', '.new'):
+    (folder / name).write_bytes(b'x')
+  os.utime(folder / '.old', (1, 1))
+  (tmp_path / 'a.txt.gz').write_bytes(gzip.compress(b'x'))
+  opened = test_files.open_files(tmp_path, '*.gz')
+  assert opened[0]['text'] == 'x'
+  left = [path.name for path in folder.iterdir()]
+  assert '.new' in left and '.old' not in left and len(left) == 2
+
+
+def test_a_scan_that_cannot_be_kept_leaves_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  (tmp_path / 'a.txt').write_bytes(b'x')
+  monkeypatch.setattr(uuid, 'uuid4', lambda: types.SimpleNamespace(hex='x'))
+  folder = tmp_path / 'cache' / 'scans'
+  folder.mkdir(parents=True)
+  (folder / '.x').symlink_to('/dev/full')
+  assert len(test_files.open_files(tmp_path, '*.txt')) == 1
+  assert 'cannot be written (No space left' in capsys.readouterr().err
+  assert not list(folder.iterdir())
+
+
 def test_a_long_check_says_how_far_it_is(tmp_path, capsys, monkeypatch):
   path = tmp_path / 'a.txt'
   path.write_bytes(b'x' * 3_000_000)
@@ -162,3 +216,21 @@ def test_a_long_check_says_how_far_it_is(tmp_path, capsys, monkeypatch):
   (line,) = capsys.readouterr().err.splitlines()
   pattern = r'checking data\.source: 0\.0 of 0\.0 GB, \d+ MB/s, 0 min left'
   assert re.fullmatch(pattern, line)
+
+
+@pytest.mark.parametrize('kind', ['.jsonl.gz', '.parquet'])
+def test_reading_of_records_shows_progress_too(
+  tmp_path, capsys, monkeypatch, kind
+):
+  """Which takes longer than unpacking and hashing."""
+  path = tmp_path / f'a{kind}'
+  if kind == '.parquet':
+    table = pyarrow.table({'text': ['x'] * 60})
+    parquet.write_table(table, path, row_group_size=10)
+  else:
+    path.write_bytes(gzip.compress(b'\n'.join(test_files.lines(60))))
+  monkeypatch.setattr(scan, 'QUIET_SECONDS', 0.0)
+  test_files.open_files(tmp_path, f'*{kind}')
+  output = capsys.readouterr().err.splitlines()
+  assert len(output) >= 1 + (6 if kind == '.parquet' else 60)
+  assert ' 0.0 of 0.0 GB, ' in output[-1]
