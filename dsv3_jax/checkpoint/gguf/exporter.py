@@ -8,13 +8,14 @@ are left out: `deepseek2` has none.
 
 import functools
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import gguf
 
 from dsv3_jax import config, errors
-from dsv3_jax.checkpoint import lazy_array, partial_folder
+from dsv3_jax.checkpoint import full_disk, lazy_array, partial_folder
 from dsv3_jax.checkpoint.gguf import metadata, tensors, vocabulary
 from dsv3_jax.checkpoint.hf import names as hf_names
 from dsv3_jax.checkpoint.safetensors import writer as shard_writer
@@ -25,6 +26,8 @@ _FILE_TYPES = {
   'bfloat16': gguf.LlamaFileType.MOSTLY_BF16,
   'q8_0': gguf.LlamaFileType.MOSTLY_Q8_0,
 }
+_ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT  # bytes, of each tensor
+_FULL = 'nothing of it is left, and the source is as it was; free space, repeat'
 
 
 def export(
@@ -44,8 +47,10 @@ def export(
     progress: called with a line for each finished layer, and at the end.
 
   Raises:
-    InputError: `output` exists or cannot be written, llama.cpp has no such
-      model or tokenizer, or a weight is not finite (names the tensor).
+    InputError: `output` exists or cannot be written, its disk has too little
+      space, llama.cpp has no such model or tokenizer, or a weight is not finite
+      (names the tensor).
+    FullDiskError: nothing is left behind.
   """
   output = pathlib.Path(output)
   partial = partial_folder.path(output)
@@ -65,15 +70,13 @@ def export(
   writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
   metadata.write(writer, cfg)
   vocabulary.write(writer, tokenizer, cfg.model.vocab_size)
-  for tensor in table:
-    writer.add_tensor_info(
-      tensor.name, tensor.shape, 'float32', tensor.nbytes, tensor.kind
-    )
   try:
     partial_folder.make(partial.parent)
-    _write_header(writer, partial)
-    _write_data(partial, table, hf_names.dequantised(leaves, cfg), progress)
-    shard_writer.flush(partial)
+    with full_disk.reported(output, _FULL):
+      _write_header(writer, partial, table)
+      _check_space(partial, table)
+      _write_data(partial, table, hf_names.dequantised(leaves, cfg), progress)
+      shard_writer.flush(partial)
     partial.rename(output)
   except BrokenPipeError:
     raise  # nobody reads the progress any more
@@ -86,14 +89,31 @@ def export(
   progress(f'{output}  {output.stat().st_size / 1e9:.2f} GB')
 
 
-def _write_header(writer: gguf.GGUFWriter, path: pathlib.Path) -> None:
+def _write_header(
+  writer: gguf.GGUFWriter, path: pathlib.Path, table: list[tensors.GgufTensor]
+) -> None:
   """Writes all that comes before the data."""
+  for tensor in table:
+    writer.add_tensor_info(
+      tensor.name, tensor.shape, 'float32', tensor.nbytes, tensor.kind
+    )
   try:
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
   finally:
     writer.close()
+
+
+def _check_space(path: pathlib.Path, table: list[tensors.GgufTensor]) -> None:
+  """Refuses to begin with data that the disk has no space for."""
+  size = sum(tensor.nbytes + -tensor.nbytes % _ALIGNMENT for tensor in table)
+  free = shutil.disk_usage(path.parent).free
+  if size > free:
+    raise errors.InputError(
+      f'--output: {path.parent} has {free / 1e9:.2f} GB of free space, but the '
+      f'file needs {size / 1e9:.2f} GB: free space, or name another folder'
+    )
 
 
 def _write_data(
@@ -122,4 +142,4 @@ def _write_data(
 
 def _align(stream) -> None:
   """Appends zeros up to the next multiple of the alignment."""
-  stream.write(bytes(-stream.tell() % gguf.GGUF_DEFAULT_ALIGNMENT))
+  stream.write(bytes(-stream.tell() % _ALIGNMENT))

@@ -72,7 +72,8 @@ class GgufTensor:
       InputError: a weight is not finite, or too large for Q8_0.
     """
     place = piece.place
-    rows = place.read(piece.start, piece.stop, leaves).astype(np.float32)
+    rows = place.read(piece.start, piece.stop, leaves)
+    rows = rows.astype(np.float32, copy=False)
     first = piece.start * place.rows_per_step
     finite.check(rows, place.tensor.name, first)
     if self.transposed:

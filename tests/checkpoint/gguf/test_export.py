@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 from unittest import mock
 
 import gguf
@@ -352,9 +353,12 @@ def test_a_stopped_export_leaves_nothing(kind, model, tokenizer, tmp_path):
 def test_a_file_is_whole_or_not_there(model, tokenizer, tmp_path):
   args = (*model, tmp_path / 'x.gguf', tokenizer)
   full = OSError(errno.ENOSPC, 'No space left on device')
+  expected = (
+    r'^.*/x\.gguf cannot be written \(No space .*: nothing of it is left'
+  )
   with (
     mock.patch.object(shard_writer, 'flush', side_effect=full),
-    pytest.raises(errors.InputError, match='No space left on device'),
+    pytest.raises(errors.FullDiskError, match=expected),
   ):
     llama.write(*args)
   assert not list(tmp_path.iterdir())
@@ -367,6 +371,31 @@ def test_a_file_is_whole_or_not_there(model, tokenizer, tmp_path):
   (tmp_path / 'y.partial').mkdir()
   with pytest.raises(errors.InputError, match='is a folder'):
     llama.write(*model, tmp_path / 'y', tokenizer)
+
+
+def test_the_disk_must_have_space_for_the_whole_file(
+  model, tokenizer, tmp_path
+):
+  """To the byte; refused before a weight is read."""
+  path = llama.write(*model, tmp_path / 'x', tokenizer)
+  reader = gguf.GGUFReader(path)
+  needed = path.stat().st_size - reader.data_offset
+  usage = lambda free: mock.patch.object(
+    shutil, 'disk_usage', return_value=mock.Mock(free=free)
+  )
+  unread = mock.Mock(side_effect=AssertionError)
+  output = tmp_path / 'y'
+  with (
+    usage(needed - 1),
+    mock.patch.object(tensors.GgufTensor, 'read', unread),
+    pytest.raises(
+      errors.InputError, match=r'GB of free space, .* needs 0\.00 '
+    ),
+  ):
+    llama.write(*model, output, tokenizer)
+  assert [x.name for x in tmp_path.iterdir()] == ['x']
+  with usage(needed):
+    llama.write(*model, output, tokenizer)
 
 
 def test_progress_names_layers_and_what_is_left_out(model, tokenizer, tmp_path):
