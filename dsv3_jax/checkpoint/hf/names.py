@@ -10,7 +10,6 @@ share with the main model (TR 2.2). RoPE dims are interleaved in both.
 """
 
 import functools
-import itertools
 import math
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -304,21 +303,25 @@ def dequantised(
 def _read_quantised(
   q: fp8_blocks.Quantized, lead: int, num_in: int, slices: lazy_array.Slices
 ) -> np.ndarray:
-  """Dequantises full matrices, then slices them."""
-  whole = tuple(slice(0, n) for n in q.shape[lead:])
-  sizes = [s.stop - s.start for s in slices]
-  out = np.empty(sizes, np.float32)
-  for at in itertools.product(*(range(n) for n in sizes[:lead])):
-    index = tuple(s.start + i for s, i in zip(slices[:lead], at, strict=True))
-    values = np.asarray(q.values[(*index, *whole)])
-    inputs = math.prod(values.shape[:num_in])
-    matrix = values.reshape(inputs, -1).astype(np.float32)
-    scales = np.asarray(q.scales[index])
-    for axis, tile in enumerate(q.tile):
-      scales = np.repeat(scales, tile, axis)
-      scales = scales.take(np.arange(matrix.shape[axis]), axis)
-    out[at] = (matrix * scales).reshape(values.shape)[tuple(slices[lead:])]
+  """Dequantises a slice; reads no values but those of the slice."""
+  out = np.array(q.values[slices], np.float32, order='C')
+  scales = np.asarray(q.scales[slices[:lead]])
+  # A matrix has inputs and outputs of one dim or several.
+  ends = ((lead, lead + num_in), (lead + num_in, out.ndim))
+  rows, columns = (
+    _flat_index(slices[i:j], q.shape[i:j]) // tile
+    for (i, j), tile in zip(ends, q.tile, strict=True)
+  )
+  matrices = out.reshape(*out.shape[:lead], len(rows), len(columns))
+  matrices *= scales[..., rows[:, None], columns]
   return out
+
+
+def _flat_index(
+  slices: lazy_array.Slices, shape: tuple[int, ...]
+) -> np.ndarray:
+  """Where a slice's elements are in the flattened array."""
+  return np.arange(math.prod(shape)).reshape(shape)[slices].reshape(-1)
 
 
 def put(tree: Tree, path: tuple[str, ...], leaf: Any) -> None:

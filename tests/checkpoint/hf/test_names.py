@@ -20,6 +20,7 @@ import pytest
 import dsv3_jax
 from benchmarks.common import hf_tensors
 from dsv3_jax import config
+from dsv3_jax.checkpoint import fp8_blocks, lazy_array
 from dsv3_jax.checkpoint.hf import config as hf_config
 from dsv3_jax.checkpoint.hf import exporter
 from dsv3_jax.checkpoint.hf import names as hf_names
@@ -199,6 +200,46 @@ def test_table_is_bijective(name):
     np.testing.assert_array_equal(part, want)
   size = lambda tree: sum(np.size(x) for x in jax.tree.leaves(tree))
   assert sum(part.size for part in back.values()) == size(state)
+
+
+def test_a_slice_of_an_fp8_leaf_reads_that_slice():
+  """Of inputs or outputs in several dims; blocks are cut."""
+  cfg, rng = exchanged.make('beyond one block'), np.random.default_rng(0)
+  shapes, leaves, want, read = hf_names.leaf_shapes(cfg), {}, {}, []
+  for place in hf_names.places(cfg):
+    for leaf in place.tensor.leaves:
+      lead, num_in = len(leaf.index), place.tensor.num_in
+      if not num_in or leaf.path in leaves:
+        continue
+      shape = shapes[leaf.path]
+      inner = shape[lead:]
+      sides = math.prod(inner[:num_in]), math.prod(inner[num_in:])
+      blocks = [-(-n // t) for n, t in zip(sides, place.tile, strict=True)]
+      values = rng.normal(size=shape).astype(fp8_blocks.E4M3)
+      scales = rng.random((*shape[:lead], *blocks), np.float32)
+
+      def lazily(at, values=values):
+        read.append(values[at].size)
+        return values[at]
+
+      leaves[leaf.path] = fp8_blocks.Quantized(
+        lazy_array.LazyArray(shape, values.dtype, lazily, shape),
+        scales,
+        place.tile,
+      )
+      for axis, tile in zip((-2, -1), place.tile, strict=True):
+        scales = np.repeat(scales, tile, axis)
+      scales = scales[..., : sides[0], : sides[1]].reshape(shape)
+      want[leaf.path] = values.astype(np.float32) * scales
+  assert {len(x.shape) for x in want.values()} == {2, 3, 4}
+  for path, array in hf_names.dequantised(leaves, cfg).items():
+    for _ in range(8):
+      ends = [sorted(rng.integers(0, n + 1, 2)) for n in array.shape]
+      at = tuple(slice(int(start), int(stop)) for start, stop in ends)
+      read.clear()
+      part = array[at]
+      np.testing.assert_array_equal(part, want[path][at])
+      assert sum(read) == part.size
 
 
 EXPERIMENTS = sorted(
