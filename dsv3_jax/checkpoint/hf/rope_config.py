@@ -58,14 +58,17 @@ def read(
     refuse: makes the error from a field and the rule that it breaks.
   """
   field, given = 'rope_parameters', body.get('rope_parameters')
-  if old := given is None:
+  if given is None:
     field, given = 'rope_scaling', body.get('rope_scaling')
     given = {} if given is None else given
+  elif body.get('rope_scaling') is not None:
+    raise refuse('rope_scaling', 'is ambiguous beside rope_parameters')
   if not isinstance(given, dict):
     raise refuse(field, 'must be an object or null')
   given = {name: value for name, value in given.items() if value is not None}
-  if old:
-    given['rope_theta'] = body.get('rope_theta')
+  outer = body.get('rope_theta')
+  if outer is not None and given.setdefault('rope_theta', outer) != outer:
+    raise refuse('rope_theta', f'is ambiguous: {field} has another')
   for name, value in _MUST.items():
     if given.pop(name, value) != value:
       raise refuse(field, f'is not built: {name} must be {value}')

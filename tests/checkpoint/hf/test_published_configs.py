@@ -290,6 +290,46 @@ def test_yarn_that_readers_disagree_on_is_refused(tmp_path, given, expected):
   assert expected in str(caught.value)
 
 
+_NEW = {'rope_type': 'default', 'rope_theta': 7}
+
+
+@pytest.mark.parametrize(
+  ('changes', 'expected'),
+  [
+    ({'rope_parameters': _NEW}, r'rope_theta=50000\.0 is ambiguous: rope_par'),
+    (
+      {'rope_parameters': _NEW, 'rope_theta': 7, 'rope_scaling': _FEW},
+      r'rope_scaling=.* is ambiguous beside rope_parameters',
+    ),
+    ({'rope_scaling': _NEW}, 'rope_theta=50000.0 is ambiguous: rope_scaling'),
+    ({'rope_theta': None}, 'rope_scaling=None with rope_theta must hold num'),
+  ],
+)
+def test_two_fields_of_rope_that_differ_are_refused(
+  tmp_path, changes, expected
+):
+  """transformers takes the older field, or the inner theta; others do not."""
+  folder = written(tmp_path / 'a', CONFIGS[_MOONLIGHT] | changes)
+  with pytest.raises(errors.InputError, match=expected):
+    importer.read_config_alone(folder, BASE)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {'rope_theta': 7, 'rope_parameters': _NEW},
+    {'rope_theta': None, 'rope_parameters': _NEW},
+    {'rope_theta': 7, 'rope_parameters': {'rope_type': 'default'}},
+    {'rope_theta': None, 'rope_scaling': _NEW},
+    {'rope_theta': 7},
+  ],
+)
+def test_one_theta_wherever_it_stands(tmp_path, changes):
+  folder = written(tmp_path / 'a', CONFIGS[_MOONLIGHT] | changes)
+  rope = importer.read_config_alone(folder, BASE).model.rope
+  assert (rope.theta, rope.factor) == (7, 1.0)
+
+
 @pytest.mark.parametrize(
   ('changes', 'expected'),
   [
