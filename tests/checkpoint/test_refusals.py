@@ -1,7 +1,9 @@
 """Folders, configs and weights that are refused, each in one line."""
 
 import contextlib
+import errno
 import json
+import os
 import shutil
 import tracemalloc
 
@@ -13,7 +15,7 @@ import pytest
 import dsv3_jax
 from dsv3_jax import errors
 from dsv3_jax.checkpoint import fp8_blocks, partial_folder
-from dsv3_jax.checkpoint.hf import importer
+from dsv3_jax.checkpoint.hf import exporter, importer
 from experiments import base
 from tests.checkpoint.hf import exchanged
 
@@ -265,6 +267,45 @@ def test_a_weight_that_is_not_finite_is_not_exported(tmp_path, dtype, value):
   with pytest.raises(errors.InputError, match=name):
     exchanged.write(cfg, params, router_biases, tmp_path / 'out', dtype)
   assert not list(tmp_path.iterdir())
+
+
+def test_a_source_that_cannot_be_read_now_keeps_finished_shards(
+  folders, tmp_path, monkeypatch
+):
+  """As a network disk at times: the same command goes on from them."""
+  preadv, left, output = os.preadv, [40], tmp_path / 'out'
+
+  def at_times(*args):
+    left[0] -= 1
+    if left[0] < 0:
+      raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return preadv(*args)
+
+  def export():
+    with importer.open_folder(folders / 'float32', BASE) as (cfg, leaves):
+      exporter.export(cfg, leaves, output, dtype='float32', shard_bytes=60_000)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'preadv', at_times)
+    with pytest.raises(errors.InputError, match=r'cannot be read \(Input/outp'):
+      export()
+  kept = {
+    path.name: path.stat().st_mtime_ns
+    for path in (tmp_path / 'out.partial').glob('model-*')
+  }
+  export()
+  first = min(kept)
+  assert (output / first).stat().st_mtime_ns == kept[first]
+  assert (output / SUMS).read_text() == (folders / 'float32' / SUMS).read_text()
+
+
+def test_an_export_does_not_touch_an_import_s_folder(tmp_path):
+  (tmp_path / 'out.partial' / 'checkpoints').mkdir(parents=True)
+  cfg = exchanged.make('plain')
+  expected = r'out\.partial is of an interrupted import: remove it, or name'
+  with pytest.raises(errors.InputError, match=expected):
+    exchanged.write(cfg, *exchanged.random_weights(cfg), tmp_path / 'out')
+  assert (tmp_path / 'out.partial' / 'checkpoints').is_dir()
 
 
 def test_an_eps_that_the_format_cannot_say_is_not_exported(tmp_path):

@@ -142,8 +142,10 @@ def export(
   with full_disk.reported(partial, _FULL):
     try:
       _write_shards(partial, jobs, mark.hexdigest(), digests, progress)
-    except errors.InputError:  # resuming would fail in the same way
-      shutil.rmtree(partial)
+    except errors.InputError as error:
+      # Resuming would fail alike, unless the source could not be read just now.
+      if not isinstance(error.__cause__, OSError):
+        shutil.rmtree(partial)
       raise
     shard_writer.write_index(partial, planned)
     kept_files.write(partial, files)
@@ -196,6 +198,11 @@ def _write_shards(
 def _begin(partial: pathlib.Path, mark: str) -> dict[str, str]:
   """Makes the folder; returns digests of shards that can be kept."""
   partial_folder.make(partial)
+  if any(path.is_dir() for path in partial.iterdir()):
+    raise errors.InputError(
+      f'{partial} is of an interrupted import: remove it, or name another '
+      '--output'
+    )
   try:
     old = json.loads((partial / _JOURNAL).read_text(encoding='utf-8'))
     same = old['mark'] == mark
