@@ -250,7 +250,7 @@ class Store:
     # asked.
     seen = processes.gather('seen', _files(scratch))
     names = processes.broadcast('files', sorted(set().union(*seen)))
-    with processes.propagate_errors('hashed'):
+    with processes.propagate_errors('hashed'), self._full_disk():
       hashed = _digests(scratch, names)
       for name in hashed:
         _flush(scratch / name)

@@ -60,9 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   except OSError as error:
     if (why := full_disk.reason(error)) is None:
       raise
-    advice = 'free space, and run the same command again'
-    path = error.filename or 'a file'
+    advice = 'what is finished is safe; free space, and repeat the command'
+    path = error.filename or _folder(values)  # a write names no file
     return _fail(str(errors.FullDiskError(path, why, advice)))
+
+
+def _folder(values: flags.FlagValues) -> str:
+  """Where a command writes."""
+  names = (name for name in ('workdir', 'output') if name in values)
+  return next(
+    (values[name].value for name in names if values[name].value), 'a file'
+  )
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import resource
 
 import numpy as np
 import pytest
+from absl import flags
 
 from dsv3_jax import errors
 from dsv3_jax.checkpoint import full_disk, store
@@ -44,8 +45,8 @@ def one_line(captured, *expected):
     assert part in stderr, stderr
 
 
-def save(checkpoints, state, extras):
-  checkpoints.save(2, state, extras)
+def save(checkpoints, step, state, extras):
+  checkpoints.save(step, state, extras)
   checkpoints.wait()
 
 
@@ -59,10 +60,9 @@ def save(checkpoints, state, extras):
 )
 def test_a_save_keeps_the_step_before(tmp_path, capfd, state, extras, size):
   checkpoints = store.Store(tmp_path / 'run', keep=2)
-  checkpoints.save(1, SMALL, {'at': 1})
-  checkpoints.wait()
+  save(checkpoints, 1, SMALL, {'at': 1})
   with files_up_to(size), pytest.raises(errors.FullDiskError) as caught:
-    save(checkpoints, state, extras)
+    save(checkpoints, 2, state, extras)
   assert str(caught.value) == (
     f'{tmp_path / "run"} cannot be written (File too large): step 1 is safe; '
     'free space, and the same command goes on from there'
@@ -75,7 +75,7 @@ def test_a_save_keeps_the_step_before(tmp_path, capfd, state, extras, size):
     checkpoints.close()
   again = store.Store(tmp_path / 'run', keep=2)  # there is space again
   with contextlib.closing(again):
-    save(again, state, extras)
+    save(again, 2, state, extras)
     assert again.steps() == [1, 2]
   assert 'Traceback' not in capfd.readouterr().err
 
@@ -84,7 +84,7 @@ def test_the_first_save_says_that_there_is_none(tmp_path):
   refused = pytest.raises(errors.FullDiskError, match='no step is there')
   checkpoints = store.Store(tmp_path / 'run', keep=2)
   with contextlib.closing(checkpoints), files_up_to(100_000), refused:
-    save(checkpoints, LARGE, {})
+    save(checkpoints, 2, LARGE, {})
 
 
 def test_an_import_leaves_nothing(folder, tmp_path, capfd):
@@ -142,10 +142,47 @@ def test_any_other_file_of_a_command(monkeypatch, capsys, tmp_path):
 
   fail(errno.EDQUOT)
   assert cli.main(['export']) == errors.EXIT_BAD_INPUT
-  one_line(capsys, f'{tmp_path}/metrics.jsonl cannot be written (Disk quota')
+  expected = f'{tmp_path}/metrics.jsonl cannot be written (Disk quota'
+  one_line(capsys, expected, 'what is finished is safe; free space, and repeat')
   fail(errno.EACCES)
   with pytest.raises(PermissionError):
     cli.main(['export'])
+
+
+@pytest.mark.parametrize('name', ['workdir', 'output', 'checkpoint'])
+def test_a_write_that_names_no_file(monkeypatch, capsys, tmp_path, name):
+  """As the system tells it: then the command's folder is named."""
+
+  def define(values, argv):
+    flags.DEFINE_string(name, None, '', flag_values=values)
+
+  def command(values):
+    with open('/dev/full', 'w') as file:
+      file.write(values[name].value)
+
+  monkeypatch.setitem(cli.COMMANDS, 'train', (command, define))
+  args = ['train', f'--{name}={tmp_path / "run"}']
+  assert cli.main(args) == errors.EXIT_BAD_INPUT
+  folder = 'a file' if name == 'checkpoint' else f'{tmp_path}/run'
+  one_line(
+    capsys, f'dsv3: {folder} cannot be written (No space left on device)'
+  )
+
+
+def test_space_that_ends_when_files_are_flushed(tmp_path, monkeypatch):
+  """Network disks notice only then."""
+  checkpoints = store.Store(tmp_path / 'run', keep=2)
+  save(checkpoints, 1, SMALL, {})
+
+  def full(handle):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'fsync', full)
+    with pytest.raises(errors.FullDiskError, match='step 1 is safe; free'):
+      save(checkpoints, 2, SMALL, {})
+  assert checkpoints.steps() == [1]
+  checkpoints.close()
 
 
 def test_what_is_no_full_disk():
