@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from dsv3_jax.data import chat, records, scan
 
 _CODECS = {'.gz': 'gzip', '.zst': 'zstd'}
 _CHUNK = 1 << 20  # bytes
+LARGE_GROUP = 64 << 20  # bytes of the column, of a Parquet row group
 
 
 def open_glob(
@@ -276,6 +278,7 @@ class _Parquet(_Part):
     except (pyarrow.ArrowException, OSError) as error:
       out.bad('', f'not a Parquet file: {scan.damage(error)}')
       return
+    _warn_of_large_groups(file.metadata, path, key)
     start = 0
     for group in range(file.num_row_groups):
       out.content(b'')  # shows progress
@@ -325,6 +328,28 @@ def _column(file: Any, path: pathlib.Path, text_key: str) -> str:
   raise errors.InputError(
     f'{scan.show(path)} has no column {text_key!r}; it has: {known}'
   )
+
+
+def _warn_of_large_groups(meta: Any, path: pathlib.Path, key: str) -> None:
+  """Says that shuffled reads will be slow, if a row group is large."""
+  largest = 0
+  for g in range(meta.num_row_groups):
+    group = meta.row_group(g)
+    columns = (group.column(i) for i in range(group.num_columns))
+    sizes = (
+      column.total_uncompressed_size
+      for column in columns
+      if f'{column.path_in_schema}.'.startswith(f'{key}.')
+    )
+    largest = max(largest, sum(sizes))
+  if largest > LARGE_GROUP:
+    print(
+      f'{scan.show(path)}: to read a record, a row group of up to '
+      f'{largest / 1e6:.0f} MB is decoded: write the file with fewer rows a '
+      'group (1,000 are fast)',
+      file=sys.stderr,
+      flush=True,
+    )
 
 
 def _scan_column(

@@ -295,6 +295,29 @@ def test_a_link_to_nothing_is_named(tmp_path):
   assert len(open_files(tmp_path, '*')) == 1
 
 
+def test_large_row_groups_are_slow_to_shuffle(tmp_path, monkeypatch, capsys):
+  """Which is said once, of the column that is read."""
+  rows = [[{'role': 'user', 'content': 'x' * 40}]] * 100
+  other = [os.urandom(300) for _ in range(100)]
+  options = {'use_dictionary': False, 'compression': 'none'}
+  for name, size in (('small', 10), ('large', 50)):
+    table = pyarrow.table({'messages': rows, 'messages_2': other})
+    path = tmp_path / f'{name}.parquet'
+    parquet.write_table(table, path, row_group_size=size, **options)
+  assert len(open_files(tmp_path, 'small*')) == 100
+  assert not capsys.readouterr().err
+  (tmp_path / 'cache' / 'scans').rename(tmp_path / 'other')
+  monkeypatch.setattr(files, 'LARGE_GROUP', 2000)
+  for expected in (1, 0):
+    assert len(open_files(tmp_path, '*.parquet')) == 200
+    message = capsys.readouterr().err
+    assert message.count('\n') == expected
+    want = (
+      f'{tmp_path}/large.parquet: to read a record, a row group of up to 0 '
+    )
+    assert message.startswith(want if expected else '')
+
+
 def test_a_name_in_one_line_and_one_that_is_no_text(tmp_path):
   (tmp_path / 'a\nb.jsonl').write_bytes(b'{')
   (fault,) = open_files(tmp_path, '*.jsonl').faults()
