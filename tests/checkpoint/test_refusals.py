@@ -308,6 +308,16 @@ def test_an_export_does_not_touch_an_import_s_folder(tmp_path):
   assert (tmp_path / 'out.partial' / 'checkpoints').is_dir()
 
 
+def test_an_import_does_not_touch_an_export_s_folder(folder):
+  shard = folder.with_name('run.partial') / 'model-00001-of-00002.safetensors'
+  shard.parent.mkdir()
+  shard.write_bytes(b'finished')
+  expected = r'run\.partial is of an interrupted export: remove it, or name'
+  with pytest.raises(errors.InputError, match=expected):
+    importer.to_workdir(folder, folder.with_name('run'), BASE)
+  assert shard.read_bytes() == b'finished'
+
+
 def test_an_eps_that_the_format_cannot_say_is_not_exported(tmp_path):
   """Readers have 1e-6 in the latents' norms; nothing is written."""
   cfg = exchanged.make('plain', model__latent_norm_eps=1e-5)

@@ -114,6 +114,11 @@ def to_workdir(
   """
   directory, output = pathlib.Path(directory), pathlib.Path(output)
   partial = partial_folder.path(output)
+  if any(partial.glob(f'*{shards.SUFFIX}')):
+    raise errors.InputError(
+      f'{partial} is of an interrupted export: remove it, or name another '
+      '--output'
+    )
   with open_folder(directory, base, keep_fp8=dtype == 'fp8') as (cfg, leaves):
     shutil.rmtree(partial, ignore_errors=True)  # of an interrupted import
     partial_folder.make(partial)
