@@ -278,8 +278,7 @@ class _Parquet(_Part):
     except (pyarrow.ArrowException, OSError) as error:
       out.bad('', f'not a Parquet file: {scan.damage(error)}')
       return
-    _warn_of_large_groups(file.metadata, path, key)
-    start = 0
+    start = largest = 0
     for group in range(file.num_row_groups):
       out.content(b'')  # shows progress
       size = file.metadata.row_group(group).num_rows
@@ -290,8 +289,10 @@ class _Parquet(_Part):
         why = f'{rows} cannot be read: {scan.damage(error)}'
         out.bad(f'#{start}', why, size)
       else:
+        largest = max(largest, column.nbytes)
         _scan_column(column, start, (key, text_key), out)
       start += size
+    _warn_of_large_group(path, largest)
 
   @functools.cached_property
   def _file(self) -> tuple[Any, str, list[int]]:
@@ -330,23 +331,13 @@ def _column(file: Any, path: pathlib.Path, text_key: str) -> str:
   )
 
 
-def _warn_of_large_groups(meta: Any, path: pathlib.Path, key: str) -> None:
+def _warn_of_large_group(path: pathlib.Path, size: int) -> None:
   """Says that shuffled reads will be slow, if a row group is large."""
-  largest = 0
-  for g in range(meta.num_row_groups):
-    group = meta.row_group(g)
-    columns = (group.column(i) for i in range(group.num_columns))
-    sizes = (
-      column.total_uncompressed_size
-      for column in columns
-      if f'{column.path_in_schema}.'.startswith(f'{key}.')
-    )
-    largest = max(largest, sum(sizes))
-  if largest > LARGE_GROUP:
+  if size > LARGE_GROUP:
     print(
       f'{scan.show(path)}: to read a record, a row group of up to '
-      f'{largest / 1e6:.0f} MB is decoded: write the file with fewer rows a '
-      'group (1,000 are fast)',
+      f'{size / 1e6:.0f} MB is decoded: write the file with fewer rows a group '
+      '(1,000 are fast)',
       file=sys.stderr,
       flush=True,
     )
