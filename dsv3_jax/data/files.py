@@ -275,7 +275,7 @@ class _Parquet(_Part):
     try:
       file = parquet.ParquetFile(path)
       key = _column(file, path, text_key)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
       out.bad('', f'not a Parquet file: {scan.damage(error)}')
       return
     start = largest = 0

@@ -318,6 +318,15 @@ def test_large_row_groups_are_slow_to_shuffle(tmp_path, monkeypatch, capsys):
     assert message.startswith(want if expected else '')
 
 
+def test_parquet_with_a_damaged_name_of_a_column(tmp_path):
+  """For which Arrow raises an error of Python, not of its own."""
+  path = tmp_path / 'a.parquet'
+  parquet.write_table(pyarrow.table({'text': ['a'], 'other': ['b']}), path)
+  path.write_bytes(path.read_bytes().replace(b'other', b'\xbather', 1))
+  (fault,) = open_files(tmp_path, '*.parquet').faults()
+  assert fault.startswith(f"{path}: not a Parquet file: 'utf-8' codec can't")
+
+
 def test_a_name_in_one_line_and_one_that_is_no_text(tmp_path):
   (tmp_path / 'a\nb.jsonl').write_bytes(b'{')
   (fault,) = open_files(tmp_path, '*.jsonl').faults()
