@@ -262,11 +262,6 @@ class _Jsonl(_Part):
 class _Parquet(_Part):
   """One column: strings, or conversations as lists of structs."""
 
-  def __init__(self, *args: Any):
-    super().__init__(*args)
-    # Random access visits the same row group many times: a few are cached.
-    self._group = functools.lru_cache(maxsize=4)(self._read_group)
-
   @staticmethod
   def check(path: pathlib.Path, out: scan.Builder, text_key: str) -> None:
     with open(path, 'rb') as file:
@@ -294,29 +289,43 @@ class _Parquet(_Part):
       start += size
     _warn_of_large_group(path, largest)
 
-  @functools.cached_property
-  def _file(self) -> tuple[Any, str, list[int]]:
-    """The open file, its column, and where its row groups end."""
-    file = parquet.ParquetFile(self.content)
-    groups = range(file.num_row_groups)
-    counts = (file.metadata.row_group(g).num_rows for g in groups)
-    key = _column(file, self.path, self.key)
-    return file, key, list(itertools.accumulate(counts))
-
-  def _read_group(self, group: int) -> Any:
-    file, key, _ = self._file
-    return file.read_row_group(group, columns=[key])[key]
-
   def read(self, i: int) -> dict[str, Any]:
     row = int(self.scan.spans[0, i])
     try:
-      _, key, ends = self._file
+      args = (self.path, self.scan.digest, self.key)
+      _, key, ends = _parquet_groups(*args)
       group = bisect.bisect_right(ends, row)
       start = ends[group - 1] if group else 0
-      value = self._group(group)[row - start].as_py()
+      value = _read_group(*args, group)[row - start].as_py()
       return records.from_value(value, key, self.key)
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
       raise self.changed(f'#{row}', scan.first_line(error)) from error
+
+
+# Random access comes back to files and row groups. A corpus may have thousands
+# of files: none stays open, and few row groups of all of them are in memory.
+@functools.lru_cache(maxsize=64)
+def _parquet_groups(
+  path: pathlib.Path, digest: str, text_key: str
+) -> tuple[Any, str, list[int]]:
+  """The metadata, the column, and where the row groups end.
+
+  Args:
+    digest: of the file, so that a later one of its name is another.
+  """
+  with parquet.ParquetFile(path) as file:
+    meta, key = file.metadata, _column(file, path, text_key)
+  counts = (meta.row_group(g).num_rows for g in range(meta.num_row_groups))
+  return meta, key, list(itertools.accumulate(counts))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_group(
+  path: pathlib.Path, digest: str, text_key: str, group: int
+) -> Any:
+  meta, key, _ = _parquet_groups(path, digest, text_key)
+  with parquet.ParquetFile(path, metadata=meta) as file:
+    return file.read_row_group(group, columns=[key])[key]
 
 
 def _column(file: Any, path: pathlib.Path, text_key: str) -> str:

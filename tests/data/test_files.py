@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import re
+import resource
+import sys
 
 import pyarrow
 import pytest
@@ -325,6 +327,25 @@ def test_parquet_with_a_damaged_name_of_a_column(tmp_path):
   path.write_bytes(path.read_bytes().replace(b'other', b'\xbather', 1))
   (fault,) = open_files(tmp_path, '*.parquet').faults()
   assert fault.startswith(f"{path}: not a Parquet file: 'utf-8' codec can't")
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='/proc/self/fd')
+def test_few_of_many_parquet_files_are_in_memory_and_none_open(tmp_path):
+  texts = [os.urandom(50_000).hex()]
+  for i in range(100):
+    table = pyarrow.table({'text': texts, 'i': [i]})
+    parquet.write_table(table, tmp_path / f'{i:02}.parquet')
+  opened = open_files(tmp_path, '*.parquet')
+  soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+  before = pyarrow.total_allocated_bytes()
+  most = len(os.listdir('/proc/self/fd')) + 20
+  resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+  try:
+    assert [record['text'] for record in opened] == texts * 100
+  finally:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+  grown = pyarrow.total_allocated_bytes() - before
+  assert grown < 10 * len(texts[0])
 
 
 def test_a_name_in_one_line_and_one_that_is_no_text(tmp_path):
