@@ -59,7 +59,7 @@ class Server:
     self.max_tokens, self._key = max_tokens, api_key
     self._sampling = dict(sampling or {})
     self.started = int(time.time())
-    self.telemetry = metrics.Telemetry(thread)
+    self.telemetry = metrics.Telemetry(thread, name)
 
   def app(self) -> applications.Starlette:
     route = routing.Route

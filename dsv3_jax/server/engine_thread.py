@@ -8,15 +8,21 @@ they must neither block nor raise.
 """
 
 import collections
+import dataclasses
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from dsv3_jax.inference import engine, engine_stats
 from dsv3_jax.inference import request as requests
+from dsv3_jax.server import histogram
 
 Callback = Callable[[requests.TokenOutput], Any]
+_DECADES = [10.0**i for i in range(-3, 4)]
+_SECONDS = [x * y for x in _DECADES for y in (1, 2.5, 5)]
+_TOKENS = [x * 10**i for i in range(6) for x in (1, 2, 5)]
 
 
 class QueueFull(Exception):
@@ -27,10 +33,39 @@ class Closed(Exception):
   """The thread has ended, by `close` or by an error."""
 
 
+class Latencies:
+  """Seconds and tokens of requests.
+
+  first_token, whole: seconds from `submit` to the first and the last token.
+  between_tokens: seconds from a token to the next. prompt_tokens, tokens: of
+  requests that have ended.
+  """
+
+  def __init__(self):
+    self.first_token = histogram.Histogram(_SECONDS)
+    self.between_tokens = histogram.Histogram(_SECONDS)
+    self.whole = histogram.Histogram(_SECONDS)
+    self.prompt_tokens = histogram.Histogram(_TOKENS)
+    self.tokens = histogram.Histogram(_TOKENS)
+
+
+@dataclasses.dataclass
+class _Progress:
+  """When a request came, when it got its last token, and how many it has."""
+
+  submitted: float
+  last_token: float = 0.0
+  num_tokens: int = 0
+
+
 class EngineThread:
   """Runs an engine's steps while there is anything to do.
 
   A request is open until its last token, or until its caller cancels it.
+
+  counts: of requests, accepted and refused, and of those that have ended, by
+  reason: 'stop', 'length' or 'abort'; of tokens: of prompts, of those that the
+  prefix cache was searched for and that it had, and of generated ones.
   """
 
   def __init__(
@@ -51,15 +86,16 @@ class EngineThread:
     self.max_open = model_engine.max_running + max_waiting
     self.error: BaseException | None = None
     self.counts = collections.Counter()
+    self.latencies = Latencies()
     # The condition guards what callers and the thread share.
     self._changed = threading.Condition()
     self._callbacks: dict[requests.Request, Callback] = {}  # of open requests
     self._new: list[requests.Request] = []
-    self._cancelled: list[requests.Request] = []
+    self._cancelled: list[tuple[requests.Request, str]] = []
+    self._progress: dict[requests.Request, _Progress] = {}
     self._closing = False
-    # Used by the thread alone: requests in the engine, and which have a token.
+    # Used by the thread alone: requests in the engine.
     self._submitted: set[requests.Request] = set()
-    self._started: set[requests.Request] = set()
     self._thread = threading.Thread(target=self._run, name='model', daemon=True)
     self._thread.start()
 
@@ -78,15 +114,20 @@ class EngineThread:
         self.counts['refused'] += 1
         raise QueueFull
       self._callbacks[request] = callback
+      self._progress[request] = _Progress(time.monotonic())
       self._new.append(request)
       self._changed.notify()
 
-  def cancel(self, request: requests.Request) -> None:
-    """Cancels an open request; its callback is not called again."""
+  def cancel(self, request: requests.Request, reason: str = 'abort') -> None:
+    """Cancels an open request; its callback is not called again.
+
+    Args:
+      reason: why it ends, as `counts` has it.
+    """
     with self._changed:
       if self._callbacks.pop(request, None) is None:
         return
-      self._cancelled.append(request)
+      self._cancelled.append((request, reason))
       self._changed.notify()
 
   def stop(self) -> None:
@@ -170,28 +211,44 @@ class EngineThread:
       self._submitted.add(request)
       self.counts['requests'] += 1
       self.counts['prompt_tokens'] += len(request.prompt)
-    for request in cancelled:
+    for request, reason in cancelled:
       if request in self._submitted:
         self._engine.cancel(request)
-        self._submitted.remove(request)
-        self._started.discard(request)
-        self.counts['cancelled'] += 1
+        self._end(request, reason)
+      self._progress.pop(request, None)
     return True
 
   def _report(self, output: requests.TokenOutput) -> None:
     """Counts a token, and passes it to the callback of its request."""
     request = output.request
-    self.counts['tokens'] += 1
-    if request not in self._started:
-      self._started.add(request)
-      self.counts['cached_tokens'] += request.num_cached_tokens
+    self._count_token(request)
     if output.is_last:
-      self._submitted.remove(request)
-      self._started.remove(request)
-      self.counts['finished'] += 1
+      self._end(request, output.finish_reason)
     with self._changed:
       callback = self._callbacks.get(request)
       if output.is_last:
         self._callbacks.pop(request, None)
       if callback is not None:
         callback(output)
+
+  def _count_token(self, request: requests.Request) -> None:
+    now, progress = time.monotonic(), self._progress[request]
+    self.counts['tokens'] += 1
+    if progress.num_tokens:
+      self.latencies.between_tokens.observe(now - progress.last_token)
+    else:
+      self.latencies.first_token.observe(now - progress.submitted)
+      self.counts['cached_tokens'] += request.num_cached_tokens
+      if not request.sampling.prompt_logprobs:  # these are not looked for
+        self.counts['searched_tokens'] += len(request.prompt)
+    progress.last_token = now
+    progress.num_tokens += 1
+
+  def _end(self, request: requests.Request, reason: str) -> None:
+    """Counts a request that ends, and forgets it."""
+    self._submitted.remove(request)
+    progress = self._progress.pop(request)
+    self.counts[reason] += 1
+    self.latencies.whole.observe(time.monotonic() - progress.submitted)
+    self.latencies.prompt_tokens.observe(len(request.prompt))
+    self.latencies.tokens.observe(progress.num_tokens)

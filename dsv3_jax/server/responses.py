@@ -153,7 +153,7 @@ class ResponseStream:
       piece = self._feed(answers[request], output)
       if piece.finish_reason:
         del answers[request]
-        self._thread.cancel(request)
+        self._thread.cancel(request, piece.finish_reason)
       if piece.text or piece.finish_reason:
         yield piece
 

@@ -180,22 +180,6 @@ def test_64_streams_at_once_get_their_own(openai, served, tokenizer):
   web.idle(model)
 
 
-def test_metrics_count(tokenizer):
-  with web.serving(tokenizer) as (address, _):
-    with web.client(address) as ask:
-      for _ in range(2):
-        ask.completions.create(model='tiny', prompt=[3] * 200, max_tokens=5)
-    _, body, _ = web.fetch(f'{address}/metrics')
-  lines = dict(
-    line.rsplit(' ', 1) for line in body.splitlines() if line[0] != '#'
-  )
-  assert float(lines['dsv3_requests_total']) == 2
-  assert float(lines['dsv3_prompt_tokens_total']) == 400
-  assert float(lines['dsv3_found_tokens_total']) == 192
-  assert float(lines['dsv3_pages_in_use']) == 0
-  assert float(lines['dsv3_pages']) == 100
-
-
 def test_the_page_is_there(served):
   code, text, headers = web.fetch(served[0])
   assert code == 200 and '/v1/chat/completions' in text

@@ -19,7 +19,7 @@ def test_who_goes_away_is_cancelled(tokenizer):
       next(iter(parts))
       parts.close()
     web.idle(model)
-    assert model.counts['cancelled'] == 1
+    assert model.counts['abort'] == 1
     host, port = address.removeprefix('http://').split(':')
     with socket.create_connection((host, int(port))) as raw:
       body = json.dumps({'prompt': [5], 'max_tokens': 500}).encode()
@@ -31,7 +31,7 @@ def test_who_goes_away_is_cancelled(tokenizer):
       while not model.running:
         time.sleep(0.01)
     web.idle(model)
-    assert model.counts['cancelled'] == 2
+    assert model.counts['abort'] == 2
 
 
 def test_a_full_queue_is_429(openai, tokenizer):

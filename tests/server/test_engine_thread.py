@@ -68,7 +68,7 @@ def test_many_threads_get_their_own_tokens(start):
   for thread in threads:
     thread.join(timeout=limits.HANG)
   assert got == [counting.continued(*case) for case in cases]
-  assert model.counts['finished'] == len(cases) == model.counts['requests']
+  assert model.counts['length'] == len(cases) == model.counts['requests']
   assert model.counts['tokens'] == sum(count for _, count in cases)
   assert model.stats().blocks_in_use == 0
 
@@ -83,7 +83,7 @@ def test_a_cancelled_request_is_silent_and_releases_its_blocks(start):
   count = goes.outputs.qsize()
   assert stays.tokens() == counting.continued([1, 2, 3], 60)
   assert goes.outputs.qsize() <= count + 1
-  assert model.counts['cancelled'] == 1
+  assert model.counts['abort'] == 1
   assert model.stats().blocks_in_use == 0
 
 

@@ -140,7 +140,7 @@ def test_stop_ends_it_here_and_there(page, runner, served):
   expect(page, '.note').to_have_text('stopped')
   expect(page, '#send').to_be_visible()
   web.idle(served[1])
-  assert served[1].counts['cancelled'] == 1
+  assert served[1].counts['abort'] == 1
 
 
 def test_errors_are_shown_and_can_be_mended(page, runner):
