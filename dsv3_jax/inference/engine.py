@@ -19,8 +19,8 @@ from dsv3_jax.inference import (
   block_pool,
   engine_stats,
   forward,
-  logit_adjustments,
   model_runner,
+  row_sampling,
   sampling,
   scheduler,
   token_outputs,
@@ -37,7 +37,8 @@ class StepShape(NamedTuple):
   """What decides which step is compiled.
 
   rows, tokens: of the step, both padded. blocks: of each block table.
-  kind: 'prefill', 'extend' or 'decode', as in `model_runner.ModelRunner`.
+  kind: 'prefill', 'extend', 'score' or 'decode', as in
+    `model_runner.ModelRunner`.
   """
 
   rows: int
@@ -205,6 +206,7 @@ class Engine:
     runs = {
       'prefill': self._runner.prefill,
       'extend': self._runner.extend,
+      'score': self._runner.score,
       'decode': self._runner.decode,
     }
     output, self._caches = runs[shape.kind](step_input, caches, arrays)
@@ -319,15 +321,8 @@ class Engine:
         step_input.after_B[b] = tokens[end]
       blocks = table.blocks[: step_input.table_Bb.shape[1]]
       step_input.table_Bb[b, : len(blocks)] = blocks
-      arrays.keys_B2[b], params = request.key_2, request.sampling
-      arrays.temperature_B[b] = params.temperature
-      arrays.top_k_B[b] = params.top_k
-      arrays.top_p_B[b], arrays.min_p_B[b] = params.top_p, params.min_p
-      arrays.logprobs_B[b] = params.logprobs is not None
-    adjustments = logit_adjustments.stack(
-      chosen, rows, num_rows, self.vocab_size
-    )
-    return rows, step_input, arrays._replace(adjustments=adjustments)
+      row_sampling.fill(arrays, b, request)
+    return rows, step_input, arrays
 
   def _rows(self, ranks: list[int], min_rows: int) -> tuple[list[int], int]:
     """A row for each request, given their ranks, and the number of all rows.
@@ -362,16 +357,7 @@ class Engine:
       # Entries behind a row's blocks are out of range: writes are dropped.
       table_Bb=full(no_block, num_rows, num_blocks),
     )
-    temperature_B, top_p_B, min_p_B = np.zeros((3, num_rows), np.float32)
-    arrays = sampling.SamplingArrays(
-      np.zeros((num_rows, 2), np.uint32),
-      temperature_B,
-      full(0, num_rows),
-      top_p_B,
-      min_p_B,
-      np.zeros(num_rows, bool),
-    )
-    return step_input, arrays
+    return step_input, row_sampling.empty(num_rows, self.vocab_size)
 
 
 def _pairs(schedule: scheduler.ScheduledStep) -> list[tuple]:

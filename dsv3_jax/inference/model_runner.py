@@ -24,6 +24,7 @@ from dsv3_jax.inference import (
   forward,
   redundant_experts,
   sampling,
+  token_cache,
 )
 from dsv3_jax.inference import mesh as inference_mesh
 from dsv3_jax.nn import latent_cache, model
@@ -237,6 +238,7 @@ def empty_caches(
     make(cfg.num_dense_layers, num_blocks, block_size, dtype),
     make(cfg.num_moe_layers, num_blocks, block_size, dtype),
     make(1, num_blocks, block_size, dtype) if drafting else None,
+    token_cache.empty(num_blocks, block_size),
   )
 
 

@@ -1,16 +1,20 @@
 """A request, its sampling parameters, and the engine's output for it."""
 
+import collections
 import dataclasses
 import enum
+import functools
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from dsv3_jax import config, errors
 from dsv3_jax.inference import block_pool
+from dsv3_jax.inference import matcher as matchers
 
 FinishReason = Literal['stop', 'length', 'aborted']
+MAX_LOGIT_BIASES = 1024  # ids of a request; each step has room for so many
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,8 @@ class SamplingParams:
   prompt_logprobs: the same of the prompt's tokens.
 
   Raises:
-    ValueError: `prompt_logprobs` without `logprobs`.
+    ValueError: `prompt_logprobs` without `logprobs`, or too many ids in
+      `logit_bias`.
   """
 
   temperature: float = 0.0
@@ -49,16 +54,17 @@ class SamplingParams:
   def __post_init__(self):
     if self.prompt_logprobs and self.logprobs is None:
       raise ValueError('prompt_logprobs=True needs a number of logprobs')
+    if len(self.bias_arrays[0]) > MAX_LOGIT_BIASES:
+      raise ValueError(f'logit_bias has more than {MAX_LOGIT_BIASES} ids')
 
-  @property
-  def has_penalty(self) -> bool:
-    """What is sampled depends on the tokens before, beyond the model."""
-    penalties = (self.presence_penalty, self.frequency_penalty)
-    return any(penalties) or self.repetition_penalty != 1.0
-
-  @property
-  def adjusts_logits(self) -> bool:
-    return self.has_penalty or bool(self.logit_bias)
+  @functools.cached_property
+  def bias_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of `logit_bias`, each once, and what is added to each."""
+    biases = collections.Counter()
+    for token, bias in self.logit_bias:
+      biases[token] += bias
+    ids = np.array(list(biases), np.int32)
+    return ids, np.array(list(biases.values()), np.float32)
 
 
 GREEDY = SamplingParams()
@@ -95,7 +101,7 @@ class Request:
   num_reported: how many of `all_tokens` had a `TokenOutput` before a
     preemption. These are not reported again when they are regenerated.
   key_2: data of its PRNG key.
-  adjuster: its `logit_adjustments.Adjuster`, if it has one.
+  matcher: which tokens its grammar allows next; None: all.
   logprobs: of the generated tokens, if wanted. prompt_logprobs: of the prompt's
   tokens, if wanted; None of the first.
   """
@@ -105,6 +111,7 @@ class Request:
   sampling: SamplingParams = GREEDY
   stop_ids: frozenset[int] = frozenset()
   shares_prompt_with: 'Request | None' = None
+  matcher: matchers.Matcher | None = None
   state: RequestState = RequestState.WAITING
   all_tokens: list[int] = dataclasses.field(init=False)
   block_table: block_pool.BlockTable | None = None
@@ -114,7 +121,6 @@ class Request:
   speculative_tokens: list[int] = dataclasses.field(default_factory=list)
   num_reported: int = 0
   key_2: np.ndarray | None = None
-  adjuster: Any = None
   logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
   prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(init=False)
 
@@ -123,6 +129,12 @@ class Request:
     self.prompt_logprobs = [None] * (
       len(self.prompt) if self.sampling.prompt_logprobs else 0
     )
+
+  @property
+  def has_prompt_logprobs(self) -> bool:
+    """All that are wanted are there; they come in order."""
+    logprobs = self.prompt_logprobs
+    return len(logprobs) < 2 or logprobs[-1] is not None
 
   @property
   def tokens(self) -> list[int]:
@@ -153,7 +165,8 @@ class Request:
   def finish_reason(self) -> FinishReason | None:
     """Why the last token generated is the last of all; None: it is not."""
     if self.all_tokens[-1] in self.stop_ids:
-      return 'stop'
+      is_cut = self.matcher is not None and self.matcher.failed
+      return 'length' if is_cut else 'stop'
     return 'length' if len(self.all_tokens) == self.max_length else None
 
 

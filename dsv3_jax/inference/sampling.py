@@ -12,14 +12,32 @@ TOP_LOGPROBS = 20  # the most that an answer can have of a token
 class LogitAdjustments(NamedTuple):
   """What changes the logits of each row before a token is sampled.
 
-  offset_BV: added; -inf excludes a token. repeated_BV: tokens that the
-  repetition penalty is for. repetition_B: divides their positive logits and
-  multiplies their negative ones; before the offset.
+  presence_B, frequency_B: subtracted from the logits of generated tokens, once,
+  and as often as they occur.
+  repetition_B: divides positive logits of all tokens of the row, and multiplies
+  negative ones; before the rest.
+  prompt_length_B: how many of a row's tokens are not generated.
+  bias_ids_BK, bias_BK: what is added to the logits of some tokens. An id of V
+  stands for none; no other occurs twice in a row.
+  is_constrained_B, allowed_Bv: rows that sample only tokens whose bit is 1: of
+  token i, bit i % 32 of number i // 32.
   """
 
-  offset_BV: Float[Array, 'B V']
-  repeated_BV: Bool[Array, 'B V']
+  presence_B: Float[Array, 'B']
+  frequency_B: Float[Array, 'B']
   repetition_B: Float[Array, 'B']
+  prompt_length_B: Int[Array, 'B']
+  bias_ids_BK: Int[Array, 'B K']
+  bias_BK: Float[Array, 'B K']
+  is_constrained_B: Bool[Array, 'B']
+  allowed_Bv: UInt32[Array, 'B v']
+
+
+class RowTokens(NamedTuple):
+  """The tokens of each row; the first `length_B` count."""
+
+  tokens_BS: Int[Array, 'B S']
+  length_B: Int[Array, 'B']
 
 
 class SamplingArrays(NamedTuple):
@@ -33,7 +51,7 @@ class SamplingArrays(NamedTuple):
     top-k probability is at least top_p; 1 keeps all.
   min_p_B: keeps tokens that are at least so likely, relative to the likeliest.
   logprobs_B: whether log-probabilities are wanted.
-  adjustments: None: no row has any.
+  adjustments: None: no row has any, and none can be given.
   """
 
   keys_B2: UInt32[Array, 'B 2']
@@ -63,16 +81,18 @@ def sample(
   logits_BV: Float[Array, 'B V'],
   arrays: SamplingArrays,
   place_B: Int[Array, 'B'],
+  row_tokens: RowTokens | None = None,
 ) -> Int[Array, 'B']:
   """One token a row.
 
   Args:
     place_B: position of the last token in its row; the same position samples
       with the same random numbers.
+    row_tokens: what penalties count; of `arrays` with adjustments.
   """
   with jax.named_scope('sample'):
     if arrays.adjustments is not None:
-      logits_BV = adjust(logits_BV, arrays.adjustments)
+      logits_BV = adjust(logits_BV, arrays.adjustments, row_tokens)
     greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     is_random_B = arrays.temperature_B > 0
     return jax.lax.cond(
@@ -85,15 +105,65 @@ def sample(
 
 
 def adjust(
-  logits_BV: Float[Array, 'B V'], adjustments: LogitAdjustments
+  logits_BV: Float[Array, 'B V'],
+  adjustments: LogitAdjustments,
+  row_tokens: RowTokens,
 ) -> Float[Array, 'B V']:
-  """Logits after the repetition penalty, then the offsets."""
-  repetition_B1 = adjustments.repetition_B[:, None]
-  penalized_BV = jnp.where(
-    logits_BV > 0, logits_BV / repetition_B1, logits_BV * repetition_B1
+  """Logits after penalties, then biases; -inf where a token is not allowed.
+
+  Rows without adjustments keep their bits.
+  """
+  has_penalty_B = adjustments.repetition_B != 1.0
+  has_penalty_B |= (adjustments.presence_B != 0) | (
+    adjustments.frequency_B != 0
   )
-  logits_BV = jnp.where(adjustments.repeated_BV, penalized_BV, logits_BV)
-  return logits_BV + adjustments.offset_BV
+  has_bias_BK = adjustments.bias_ids_BK < logits_BV.shape[1]
+  has_any = jnp.any(has_penalty_B | adjustments.is_constrained_B)
+  has_any |= jnp.any(has_bias_BK)
+
+  def change(logits_BV):
+    logits_BV = jax.lax.cond(
+      jnp.any(has_penalty_B),
+      lambda x_BV: _penalized(x_BV, adjustments, row_tokens),
+      lambda x_BV: x_BV,
+      logits_BV,
+    )
+    row_B1 = jnp.arange(len(logits_BV))[:, None]
+    at = (row_B1, adjustments.bias_ids_BK)
+    logits_BV = logits_BV.at[at].add(adjustments.bias_BK, mode='drop')
+    return jnp.where(_allowed(adjustments, logits_BV), logits_BV, -jnp.inf)
+
+  return jax.lax.cond(has_any, change, lambda x_BV: x_BV, logits_BV)
+
+
+def _penalized(logits_BV, adjustments, row_tokens) -> Array:
+  """Logits after all penalties; of each token as often as the row has it."""
+  row_B1, vocab = jnp.arange(len(logits_BV))[:, None], logits_BV.shape[1]
+  column = lambda x_B: x_B[:, None]
+  index_S = jnp.arange(row_tokens.tokens_BS.shape[1])
+  counts_BS = index_S < column(row_tokens.length_B)
+  ids_BS = jnp.where(counts_BS, row_tokens.tokens_BS, vocab)  # V: dropped
+  repetition_B1 = column(adjustments.repetition_B)
+  value_BS = logits_BV.at[row_B1, ids_BS].get(mode='fill', fill_value=0.0)
+  value_BS = jnp.where(
+    value_BS > 0, value_BS / repetition_B1, value_BS * repetition_B1
+  )
+  # A token that a row has twice is set to the same value twice.
+  logits_BV = logits_BV.at[row_B1, ids_BS].set(value_BS, mode='drop')
+  is_new_BS = index_S >= column(adjustments.prompt_length_B)
+  at = (row_B1, jnp.where(is_new_BS, ids_BS, vocab))
+  frequency_B1 = column(adjustments.frequency_B)
+  logits_BV = logits_BV.at[at].add(-frequency_B1, mode='drop')
+  value_BS = logits_BV.at[at].get(mode='fill', fill_value=0.0)
+  value_BS -= column(adjustments.presence_B)
+  return logits_BV.at[at].set(value_BS, mode='drop')
+
+
+def _allowed(adjustments, logits_BV) -> Array:
+  """True on the tokens that a row may sample."""
+  id_V = jnp.arange(logits_BV.shape[1], dtype=jnp.uint32)
+  bits_BV = adjustments.allowed_Bv[:, id_V // 32] >> (id_V % 32)
+  return (bits_BV & 1 == 1) | ~adjustments.is_constrained_B[:, None]
 
 
 def logprobs(

@@ -232,7 +232,7 @@ class Scheduler:
           break
     for request in chosen:  # k speculative tokens give at most k + 1 tokens
       most = max(request.max_length - len(request.all_tokens) - 1, 0)
-      if request.sampling.has_penalty:  # a penalty needs the tokens before
+      if request.matcher is not None:  # a grammar needs the tokens before
         most = 0
       del request.speculative_tokens[most:]
     counts = [1 + len(request.speculative_tokens) for request in chosen]

@@ -8,7 +8,7 @@ tokens of, and of three, five or more prompts whose padded sizes exceed a chunk:
 these are compiled when they first occur.
 """
 
-from dsv3_jax.inference import engine
+from dsv3_jax.inference import engine, scheduler
 
 
 def min_blocks(max_seq_len: int) -> int:
@@ -56,17 +56,25 @@ def shapes(
     for width in widths
     if width <= blocks < beyond or width >= 4
   ]
+  score = [
+    engine.StepShape(ranks, engine.BLOCK_SIZE * width, blocks, 'score')
+    for blocks in tables
+    for width in widths
+    if width <= min(blocks, scheduler.SCORED_CHUNK // engine.BLOCK_SIZE)
+  ]
   single = [shape for shape in prefill if shape.rows == ranks]
   several = [shape for shape in prefill if shape.rows > ranks]
-  return single + decode + extend + several
+  return single + decode + extend + several + score
 
 
 def _batch_invariant(model_engine: engine.Engine) -> list[engine.StepShape]:
-  """The only two shapes of a batch invariant engine."""
+  """The only shapes of a batch invariant engine."""
   longest, ranks = model_engine.max_seq_len, model_engine.num_ranks
-  widths = {'extend': model_engine.chunk, 'decode': model_engine.decode_width}
+  chunk = model_engine.chunk
+  widths = {'extend': chunk, 'decode': model_engine.decode_width}
+  widths['score'] = min(chunk, scheduler.SCORED_CHUNK)
   per_rank = _powers(model_engine.max_rows)[-1]
-  rows = {'extend': ranks, 'decode': ranks * per_rank}
+  rows = {'extend': ranks, 'decode': ranks * per_rank, 'score': ranks}
   return [
     engine.StepShape(
       rows[kind], width, model_engine.num_table_blocks(longest, width), kind

@@ -47,11 +47,16 @@ class Batch(NamedTuple):
 
 
 class Caches(NamedTuple):
-  """Latent caches of both stacks and, for drafting, of the MTP module."""
+  """Latent caches of both stacks and, for drafting, of the MTP module.
+
+  tokens_1ps1: the tokens of the latents. The model leaves them as they are; see
+  `inference.token_cache`.
+  """
 
   dense: attention.LatentCache
   moe: attention.LatentCache
   mtp: attention.LatentCache | None = None
+  tokens_1ps1: Int[Array, '1 p s 1'] | None = None
 
 
 class Model(nn.Module):

@@ -1,4 +1,4 @@
-"""Log-probabilities and adjusted logits against NumPy and the full forward."""
+"""Log-probabilities and adjusted tokens against NumPy and the full forward."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from dsv3_jax.inference import engine, model_runner, sampling, scheduler
 from dsv3_jax.inference import request as requests
 from tests import nightly, settings
-from tests.inference import counting, sampling_arrays
+from tests.inference import sampling_arrays
 from tests.nn import models
 
 RNG = np.random.default_rng(5)
@@ -37,24 +37,6 @@ def test_logprobs_are_those_of_float64(vocab):
     assert float(got.chosen_B[b]) == pytest.approx(want_V[token_B[b]], abs=2e-6)
   nothing = run(logits_BV, token_B, np.array(False))
   assert not any(np.any(x) for x in nothing)
-
-
-def test_adjusted_logits_are_those_of_the_formulas():
-  logits_BV = RNG.normal(0.0, 2.0, (2, 9)).astype(np.float32)
-  offset_BV = RNG.normal(0.0, 2.0, (2, 9)).astype(np.float32)
-  offset_BV[1, 3] = -np.inf
-  repeated_BV = RNG.random((2, 9)) < 0.5
-  adjustments = sampling.LogitAdjustments(
-    offset_BV, repeated_BV, np.array([1.3, 0.8], np.float32)
-  )
-  want_BV = logits_BV.astype(np.float64)
-  for b, v in np.argwhere(repeated_BV):
-    penalty = float(adjustments.repetition_B[b])
-    x = want_BV[b, v]
-    want_BV[b, v] = x / penalty if x > 0 else x * penalty
-  want_BV += offset_BV
-  got_BV = sampling.adjust(jnp.asarray(logits_BV), adjustments)
-  np.testing.assert_allclose(got_BV, want_BV, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('min_p', [0.0, 0.2, 0.5, 1.0])
@@ -252,16 +234,3 @@ def test_a_preempted_request_counts_its_tokens_anew(runner):
     [x.logprob for x in alone.logprobs],
     atol=1e-4,
   )
-
-
-@pytest.mark.parametrize('penalty', [0.0, 1.0])
-def test_with_a_penalty_nothing_is_speculated(penalty):
-  """A penalty of the second token depends on the first."""
-  model_engine = engine.Engine(
-    counting.Runner(num_speculative_tokens=2), num_blocks=4, max_rows=2
-  )
-  params = requests.SamplingParams(frequency_penalty=penalty)
-  model_engine.submit([1, 2, 3], 20, params)
-  while not model_engine.is_idle:
-    model_engine.step()
-  assert (model_engine.stats().speculative_tokens == 0) == (penalty > 0)

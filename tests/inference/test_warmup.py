@@ -3,7 +3,10 @@
 import pytest
 
 from dsv3_jax.inference import engine, warmup
+from dsv3_jax.inference import request as requests
 from tests.inference import counting
+
+SCORED = requests.SamplingParams(logprobs=0, prompt_logprobs=True)
 
 
 def make_engine(
@@ -23,7 +26,7 @@ def make_engine(
 
 def recorded(monkeypatch):
   """The sizes of steps from now on."""
-  seen = set()
+  seen, extend = set(), counting.Runner.extend
 
   def record(kind):
     run = getattr(counting.Runner, kind)
@@ -31,17 +34,19 @@ def recorded(monkeypatch):
     def step(runner, rows, *rest):
       sizes = (*rows.tokens_BT.shape, rows.table_Bb.shape[1])
       seen.add(engine.StepShape(*sizes, kind))
-      return run(runner, rows, *rest)
+      with monkeypatch.context() as patch:  # a step may be made of another
+        patch.setattr(counting.Runner, 'extend', extend)
+        return run(runner, rows, *rest)
 
     monkeypatch.setattr(counting.Runner, kind, step)
 
-  for kind in ('prefill', 'extend', 'decode'):
+  for kind in ('prefill', 'extend', 'score', 'decode'):
     record(kind)
   return seen
 
 
 @pytest.mark.parametrize(
-  ('room', 'most_rows', 'count'), [(256, 16, 21), (4096, 16, 48), (64, 1, 3)]
+  ('room', 'most_rows', 'count'), [(256, 16, 24), (4096, 16, 57), (64, 1, 4)]
 )
 def test_how_many(room, most_rows, count):
   sizes = warmup.shapes(make_engine(room, most_rows), room)
@@ -92,8 +97,20 @@ def test_bursts_of_short_prompts_meet_no_other_size(monkeypatch):
   assert seen <= set(warmup.shapes(model_engine, 256))
 
 
+@pytest.mark.parametrize('room', [64, 256, 1500])
+def test_one_scored_prompt_at_a_time_meets_no_other_size(monkeypatch, room):
+  model_engine = make_engine(room)
+  seen = recorded(monkeypatch)
+  for length in range(1, room - 2, 37):
+    model_engine.submit([1] * length, 2, SCORED)
+    while not model_engine.is_idle:
+      model_engine.step()
+  assert {size.kind for size in seen} == {'score', 'decode'}
+  assert seen <= set(warmup.shapes(model_engine, room))
+
+
 @pytest.mark.parametrize('num_speculative_tokens', [0, 1])
-def test_a_batch_invariant_engine_has_two_sizes(
+def test_a_batch_invariant_engine_has_three_sizes(
   monkeypatch, num_speculative_tokens
 ):
   model_engine = make_engine(
@@ -101,8 +118,8 @@ def test_a_batch_invariant_engine_has_two_sizes(
   )
   seen = recorded(monkeypatch)
   for i, length in enumerate((1, 70, 200)):
-    model_engine.submit([i] * length, 9)
+    model_engine.submit([i] * length, 9, SCORED if i == 1 else requests.GREEDY)
   while not model_engine.is_idle:
     model_engine.step()
   sizes = warmup.shapes(model_engine, 256)
-  assert seen == set(sizes) and len(sizes) == 2
+  assert seen == set(sizes) and len(sizes) == 3
