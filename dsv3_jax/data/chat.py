@@ -37,6 +37,8 @@ SEPARATOR = '<\uff5ctool\u2581sep\uff5c>'
 TOOLS = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END)
 TOOLS += (OUTPUTS_BEGIN, OUTPUTS_END, OUTPUT_BEGIN, OUTPUT_END, SEPARATOR)
 TOKENS = (EOS, USER, ASSISTANT, *TOOLS)
+# Round the arguments of a call, behind the name of its function.
+ARGUMENTS_BEGIN, ARGUMENTS_END = '\n```json\n', '\n```'
 _ROLES = ('system', 'user', 'assistant', 'tool')
 
 # `pieces` as a template for transformers.
@@ -111,6 +113,28 @@ def has_tools(messages: Sequence[dict[str, Any]]) -> bool:
   return any(t['role'] == 'tool' or t.get('tool_calls') for t in messages)
 
 
+def with_tools(
+  messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+  """A conversation whose system turn ends with the definitions of tools.
+
+  The template of DeepSeek-V3-0324 has no place for them.
+
+  Args:
+    messages: a checked conversation.
+    tools: JSON objects, as in OpenAI's API.
+  """
+  lines = ['You may call these functions:']
+  for tool in tools:
+    body = json.dumps(tool.get('function', tool), ensure_ascii=False)
+    lines.append('```json\n' + body + '\n```')
+  text, turns = '\n\n'.join(lines), list(messages)
+  if turns and turns[0]['role'] == 'system':
+    system = turns.pop(0)['content']
+    text = f'{system}\n\n{text}'
+  return [{'role': 'system', 'content': text}, *turns]
+
+
 def pieces(
   messages: Sequence[dict[str, Any]], add_generation_prompt: bool = False
 ) -> Iterator[tuple[str, bool, bool]]:
@@ -169,7 +193,7 @@ def _calls(calls: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
     yield call.get('type') or 'function', False
     yield SEPARATOR, True
     name = call['function']['name']
-    yield f'{name}\n```json\n{_arguments(call)}\n```', False
+    yield name + ARGUMENTS_BEGIN + _arguments(call) + ARGUMENTS_END, False
     yield CALL_END, True
   yield CALLS_END, True
 

@@ -271,6 +271,12 @@ class Tokenizer(special_tokens.SpecialTokens):
     """Keys of `punctuation_newlines`, sorted."""
     return np.array(sorted(self.punctuation_newlines), np.int32)
 
+  @functools.cached_property
+  def tool_ids(self) -> dict[str, int]:
+    """Ids of `chat.TOOLS`, as far as there are any."""
+    ids = {token: self._full.token_to_id(token) for token in chat.TOOLS}
+    return {token: i for token, i in ids.items() if i is not None}
+
   def _pieces(self, token: str) -> list[int]:
     """Ids of byte-level letters: one if the string is a token, or one each."""
     whole = self._plain.token_to_id(token)

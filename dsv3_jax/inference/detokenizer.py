@@ -60,7 +60,7 @@ class Stops:
     if places:
       self.stopped, self._held = True, ''
       return text[: min(places)]
-    size = max((_partial_match(text, stop) for stop in self._stops), default=0)
+    size = max((partial_match(text, stop) for stop in self._stops), default=0)
     end = len(text) - size
     self._held = text[end:]
     return text[:end]
@@ -92,7 +92,7 @@ class Thoughts:
     pieces = []
     if self.inside:
       thought, end_tag, rest = text.partition(END_THINK)
-      held = 0 if end_tag else _partial_match(thought, END_THINK)
+      held = 0 if end_tag else partial_match(thought, END_THINK)
       end = len(thought) - held
       pieces.append((True, thought[:end]))
       self._held = thought[end:]
@@ -106,7 +106,7 @@ class Thoughts:
     return [(self.inside, held)] if held else []
 
 
-def _partial_match(text: str, word: str) -> int:
+def partial_match(text: str, word: str) -> int:
   """How many characters at the end of the text are a beginning of the word."""
   for size in range(min(len(word) - 1, len(text)), 0, -1):
     if text.endswith(word[:size]):

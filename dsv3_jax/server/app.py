@@ -23,11 +23,13 @@ from starlette import applications, exceptions, requests, responses, routing
 
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.inference import grammar
 from dsv3_jax.server import (
   engine_thread,
   metrics,
   protocol,
   response_formats,
+  tokenize_protocol,
 )
 from dsv3_jax.server import responses as openai_responses
 
@@ -59,6 +61,7 @@ class Server:
     self.max_tokens, self._key = max_tokens, api_key
     self._sampling = dict(sampling or {})
     self.started = int(time.time())
+    self.grammars = grammar.Compiler(tokenizer, thread.vocab_size)
     self.telemetry = metrics.Telemetry(thread, name)
 
   def app(self) -> applications.Starlette:
@@ -99,22 +102,22 @@ class Server:
     return await self._answer(
       request,
       api_request,
-      response_formats.ChatFormat(
-        self.name, self.tokenizer, api_request.opens_thought
-      ),
+      response_formats.ChatFormat(self.name, self.tokenizer, api_request),
     )
 
   async def _tokenize(self, request: requests.Request):
     data = await self._body(request)
     limits = self._limits()
-    run = lambda: protocol.parse_tokenize(_json(data), self.tokenizer, limits)
+    run = lambda: tokenize_protocol.parse_tokenize(
+      _json(data), self.tokenizer, limits
+    )
     ids = await asyncio.to_thread(run)
     body = {'count': len(ids), 'max_model_len': self._room, 'tokens': ids}
     return responses.JSONResponse(body)
 
   async def _detokenize(self, request: requests.Request):
     data = await self._body(request)
-    ids = protocol.parse_detokenize(_json(data), self._limits())
+    ids = tokenize_protocol.parse_detokenize(_json(data), self._limits())
     return responses.JSONResponse({'prompt': self.tokenizer.decode(ids)})
 
   async def _models(self, request: requests.Request):
@@ -186,6 +189,7 @@ class Server:
       vocab_size=self.thread.vocab_size,
       seed=secrets.randbits(32),
       sampling=self._sampling,
+      grammars=self.grammars,
     )
 
   async def _body(self, request: requests.Request) -> bytes:

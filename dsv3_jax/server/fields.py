@@ -32,13 +32,15 @@ def effective(path: str, fields: dict, known, neutral) -> dict[str, Any]:
   return effective
 
 
-def check_types(fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def check_types(
+  fields: Mapping[str, Any], known: Mapping[str, Any], path: str = ''
+) -> None:
   """Checks that each value has the type that `known` has under its name."""
   for name, value in fields.items():
     wanted = known[name]
     is_bool = isinstance(value, bool)
     if not isinstance(value, wanted) or (is_bool and wanted is not bool):
-      raise errors.InputError(f'{name}={short(value)} has the wrong type')
+      raise errors.InputError(f'{path}{name}={short(value)} has the wrong type')
 
 
 def short(value: Any) -> str:

@@ -5,6 +5,7 @@ import contextlib
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 
 import uvicorn
@@ -79,16 +80,18 @@ def run(
     shapes,
     lambda done: _print_progress(done, len(shapes)),
   )
-  app = server_app.Server(
+  server = server_app.Server(
     thread,
     model.tokenizer,
     name=name,
     max_tokens=max_tokens,
     api_key=api_key,
     sampling=model.sampling_defaults,
-  ).app()
+  )
+  if warm_up:
+    threading.Thread(target=server.grammars.load, daemon=True).start()
   options = {'log_level': 'warning', 'timeout_graceful_shutdown': 2}
-  http_server = _Server(uvicorn.Config(app, **options))
+  http_server = _Server(uvicorn.Config(server.app(), **options))
   try:
     asyncio.run(_serve(http_server, bound, thread, name))
   finally:

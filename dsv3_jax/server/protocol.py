@@ -10,23 +10,33 @@ from typing import Any
 
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.inference import grammar, sampling
 from dsv3_jax.inference import request as requests
-from dsv3_jax.inference import sampling
-from dsv3_jax.server import fields, sampling_fields
+from dsv3_jax.server import (
+  conversation,
+  fields,
+  sampling_fields,
+  structured_outputs,
+)
 
-_COMMON = {
-  'model': str,
-  'stream': bool,
-  'stream_options': dict,
-  'n': int,
-  'stop': (str, list),
-  'ignore_eos': bool,
-  # These never change an answer.
-  'metadata': dict,
-  'prompt_cache_key': str,
-  'safety_identifier': str,
-  'user': str,
-} | sampling_fields.TYPES
+_COMMON = (
+  {
+    'model': str,
+    'stream': bool,
+    'stream_options': dict,
+    'n': int,
+    'stop': (str, list),
+    'ignore_eos': bool,
+    'prompt_logprobs': int,
+    # These never change an answer.
+    'metadata': dict,
+    'prompt_cache_key': str,
+    'safety_identifier': str,
+    'user': str,
+  }
+  | sampling_fields.TYPES
+  | structured_outputs.TYPES
+)
 _COMPLETION = _COMMON | {
   'prompt': (str, list),
   'suffix': str,
@@ -35,13 +45,16 @@ _COMPLETION = _COMMON | {
   'best_of': int,
   'logprobs': int,
 }
-_CHAT = _COMMON | {
-  'messages': list,
-  'max_tokens': int,
-  'max_completion_tokens': int,
-  'logprobs': bool,
-  'top_logprobs': int,
-}
+_CHAT = (
+  _COMMON
+  | {
+    'max_tokens': int,
+    'max_completion_tokens': int,
+    'logprobs': bool,
+    'top_logprobs': int,
+  }
+  | conversation.TYPES
+)
 # Accepted at these values, at which they have no effect.
 _NEUTRAL = {
   'add_generation_prompt': (True,),
@@ -60,7 +73,6 @@ _NEUTRAL = {
   'modalities': (['text'],),
   'parallel_tool_calls': (False, True),
   'priority': (0,),
-  'response_format': ({'type': 'text'},),
   'return_token_ids': (False,),
   'return_tokens_as_token_ids': (False,),
   'service_tier': ('auto', 'default'),
@@ -72,16 +84,7 @@ _NEUTRAL = {
   'tools': ([],),
   'use_beam_search': (False,),
   'verbosity': ('medium',),
-}
-_MESSAGE = ('role', 'content', 'name')
-# Fields of an answer that a client sends back in the next conversation turn.
-_MESSAGE_NEUTRAL = {
-  'annotations': ([],),
-  'tool_calls': ([],),
-  'audio': (),
-  'function_call': (),
-  'refusal': (),
-}
+} | structured_outputs.NEUTRAL
 _MAX_STOPS, _MAX_CHOICES = 16, 16
 
 
@@ -95,6 +98,7 @@ class Limits:
 
   model: name of the model. max_choices: answers of one call. max_tokens: of one
   answer. vocab_size: of the model. sampling: fields of a body that has none.
+  grammars: compiles those of all calls; None: a call makes its own.
   """
 
   model: str
@@ -103,6 +107,10 @@ class Limits:
   vocab_size: int
   seed: int
   sampling: Mapping[str, float | int] = dataclasses.field(default_factory=dict)
+  grammars: grammar.Compiler | None = None
+
+  def compiler(self, tokenizer: tokenizers.Tokenizer) -> grammar.Compiler:
+    return self.grammars or grammar.Compiler(tokenizer, self.vocab_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,10 +123,13 @@ class ChatRequest:
   prompts: token ids. n: answers to each prompt. best_of: how many of each are
   made, of which the n likeliest are given. max_tokens: of an answer, perhaps 0;
   None: as many as fit. clamps: fewer are made if no more fit. echo: the answer
-  begins with its prompt. logprobs: they are part of the answer. ignore_eos: the
-  end of the sequence does not end an answer. stream: answer with server-sent
-  events. include_usage: the last event has the number of tokens. opens_thought:
-  the prompt ends with <think>.
+  begins with its prompt. logprobs: how many likeliest tokens the answer has
+  beside each of its own; None: no log-probabilities. prompt_logprobs: the same
+  of the prompt, apart from the answer. ignore_eos: the end of the sequence does
+  not end an answer. constraint: that an answer follows; None: any answer.
+  parses_calls: of tools, of which max_calls are given; None: all. stream:
+  answer with server-sent events. include_usage: the last event has the number
+  of tokens. opens_thought: the answer begins within a thought.
   """
 
   prompts: list[list[int]]
@@ -129,8 +140,12 @@ class ChatRequest:
   sampling: requests.SamplingParams
   stop: tuple[str, ...]
   echo: bool
-  logprobs: bool
+  logprobs: int | None
+  prompt_logprobs: int | None
   ignore_eos: bool
+  constraint: grammar.Grammar | None = None
+  parses_calls: bool = False
+  max_calls: int | None = None
   stream: bool
   include_usage: bool
   opens_thought: bool = False
@@ -145,7 +160,7 @@ def parse_completion(
     NoModelError: it names another model.
     InputError: names the field, its value and the rule.
   """
-  values = _values(body, _COMPLETION, limits)
+  values = known_values(body, _COMPLETION, limits)
   inputs = values.get('prompt', '')
   is_ids = inputs and all(type(x) is int for x in inputs)
   if isinstance(inputs, str) or is_ids:
@@ -164,11 +179,15 @@ def parse_completion(
   api_request = _chat_request(
     default | values, prompts, best_of, logprobs, limits
   )
-  scored = echo and logprobs is not None
+  constraint = structured_outputs.parse(values, limits.compiler(tokenizer))
+  _check_grammar(constraint, values)
+  scored = api_request.sampling.prompt_logprobs
+  scored |= echo and logprobs is not None
   return dataclasses.replace(
     api_request,
     clamps='max_tokens' not in values,
     echo=echo,
+    constraint=constraint,
     sampling=dataclasses.replace(api_request.sampling, prompt_logprobs=scored),
   )
 
@@ -177,25 +196,59 @@ def parse_chat(
   body: Any, tokenizer: tokenizers.Tokenizer, limits: Limits
 ) -> ChatRequest:
   """Parses a body of `/v1/chat/completions`; raises as `parse_completion`."""
-  values = _values(body, _CHAT, limits)
+  neutral = {
+    name: values
+    for name, values in _NEUTRAL.items()
+    if name not in conversation.TYPES
+  }
+  values = known_values(body, _CHAT, limits, neutral)
   n = _num_choices(values, 1, limits)
   if {'max_tokens', 'max_completion_tokens'} <= values.keys():
     raise errors.InputError(
       'max_tokens and max_completion_tokens are the same: give one of them'
     )
-  inputs = enumerate(values.get('messages', []))
-  messages = [_message(f'messages[{i}]', x) for i, x in inputs]
+  messages = conversation.parse_messages(values)
   top = values.get('top_logprobs', 0)
   fields.within('top_logprobs', top, 0, sampling.TOP_LOGPROBS)
   if top and not values.get('logprobs'):
     raise errors.InputError(f'top_logprobs={top} needs logprobs=true')
-  prompt = tokenizer.apply_chat_template(messages)
+  compiler = limits.compiler(tokenizer)
+  tools = conversation.parse_tools(values, tokenizer, compiler)
+  prompt = conversation.render(
+    tokenizer,
+    messages,
+    tools and tools.definitions,
+    **values.get('chat_template_kwargs', {}),
+  )
   logprobs = top if values.get('logprobs') else None
   api_request = _chat_request(values, [prompt.ids], n, logprobs, limits)
-  return dataclasses.replace(api_request, opens_thought=prompt.opens_thought)
+  constraint = structured_outputs.parse(values, compiler)
+  if constraint and tools:
+    raise errors.InputError(
+      'tools: a constrained answer cannot call them; give tool_choice="none"'
+    )
+  constraint = tools.constraint if tools else constraint
+  _check_grammar(constraint, values)
+  return dataclasses.replace(
+    api_request,
+    constraint=constraint,
+    parses_calls=tools is not None,
+    max_calls=tools.max_calls if tools else None,
+    # A constrained answer has no thought.
+    opens_thought=prompt.opens_thought and constraint is None,
+  )
 
 
-def _values(
+def _check_grammar(
+  constraint: grammar.Grammar | None, values: Mapping[str, Any]
+) -> None:
+  if constraint and values.get('ignore_eos'):
+    raise errors.InputError(
+      'ignore_eos=true has no meaning with a constrained answer'
+    )
+
+
+def known_values(
   body: Any,
   known: Mapping[str, Any],
   limits: Limits,
@@ -225,41 +278,6 @@ def _prompt(
   if isinstance(value, list) and all(type(x) is int for x in value):
     return value
   raise errors.InputError(f'prompt[{i}] must be a string or a list of ids')
-
-
-def _message(path: str, value: Any) -> dict[str, Any]:
-  """A message with one text, and a role of the chat template."""
-  if not isinstance(value, dict):
-    raise errors.InputError(f'{path} must be an object')
-  # The model does not read the thoughts of its answers again.
-  given = {k: v for k, v in value.items() if k != 'reasoning_content'}
-  message = fields.effective(f'{path}.', given, _MESSAGE, _MESSAGE_NEUTRAL)
-  if not isinstance(message.pop('name', ''), str):  # no part of the template
-    raise errors.InputError(f'{path}.name must be a string')
-  if message.get('role') == 'developer':
-    message['role'] = 'system'
-  if message.get('role') == 'tool':
-    raise errors.InputError(
-      f"{path}.role='tool' must be system, user or assistant"
-    )
-  content = message.get('content')
-  if isinstance(content, list):
-    parts = [_part(f'{path}.content[{i}]', x) for i, x in enumerate(content)]
-    message['content'] = ''.join(parts)
-  return message
-
-
-def _part(path: str, value: Any) -> str:
-  """The text of a part of a message."""
-  if not isinstance(value, dict):
-    raise errors.InputError(f'{path} must be an object')
-  if value.get('type') != 'text':
-    raise errors.InputError(
-      f"{path}.type={fields.short(value.get('type'))} must be 'text'"
-    )
-  if value.keys() != {'type', 'text'} or not isinstance(value['text'], str):
-    raise errors.InputError(f'{path} must have one string, its text')
-  return value['text']
 
 
 def _num_choices(values: dict, prompts: int, limits: Limits) -> int:
@@ -292,21 +310,31 @@ def _chat_request(
   stops = [stops] if isinstance(stops, str) else stops
   if len(stops) > _MAX_STOPS or not all(isinstance(s, str) for s in stops):
     raise errors.InputError(f'stop must be at most {_MAX_STOPS} strings')
-  wants_logprobs = logprobs is not None
-  if best_of > n and not wants_logprobs:
-    logprobs = 0  # which answers are best
+  of_prompt = values.get('prompt_logprobs')
+  if of_prompt is not None:
+    fields.within('prompt_logprobs', of_prompt, 0, sampling.TOP_LOGPROBS)
+    if values.get('stream'):
+      raise errors.InputError('prompt_logprobs is not for stream=true')
+  most = [count for count in (logprobs, of_prompt) if count is not None]
+  if best_of > n:
+    most.append(0)  # which answers are best
+  params = sampling_fields.parse(
+    dict(limits.sampling) | values,
+    limits.vocab_size,
+    limits.seed,
+    max(most, default=None),
+  )
   return ChatRequest(
     prompts=prompts,
     n=n,
     best_of=best_of,
     max_tokens=max_tokens,
     clamps=max_tokens is None,
-    sampling=sampling_fields.parse(
-      dict(limits.sampling) | values, limits.vocab_size, limits.seed, logprobs
-    ),
+    sampling=dataclasses.replace(params, prompt_logprobs=of_prompt is not None),
     stop=tuple(stops),
     echo=False,
-    logprobs=wants_logprobs,
+    logprobs=logprobs,
+    prompt_logprobs=of_prompt,
     ignore_eos=values.get('ignore_eos', False),
     stream=values.get('stream', False),
     include_usage=_include_usage(values),
@@ -327,44 +355,3 @@ def _include_usage(values: dict) -> bool:
   if not isinstance(include_usage, bool):
     raise errors.InputError('stream_options.include_usage must be a bool')
   return include_usage
-
-
-def parse_tokenize(
-  body: Any, tokenizer: tokenizers.Tokenizer, limits: Limits
-) -> list[int]:
-  """Ids of a text, or of a conversation; raises as `parse_completion`."""
-  known = {
-    'model': str,
-    'prompt': str,
-    'messages': list,
-    'add_special_tokens': bool,
-    'add_generation_prompt': bool,
-  }
-  neutral = {'return_token_strs': (False,), 'continue_final_message': (False,)}
-  values = _values(body, known, limits, neutral)
-  if ('prompt' in values) == ('messages' in values):
-    raise errors.InputError('give either prompt or messages')
-  alone = {'prompt': 'add_generation_prompt', 'messages': 'add_special_tokens'}
-  for name, other in alone.items():
-    if name in values and other in values:
-      raise errors.InputError(f'{other} has no meaning with {name}')
-  if 'prompt' in values:
-    add_bos = values.get('add_special_tokens', True)
-    return tokenizer.encode(values['prompt'], add_bos=add_bos).tolist()
-  inputs = enumerate(values['messages'])
-  messages = [_message(f'messages[{i}]', x) for i, x in inputs]
-  opens = values.get('add_generation_prompt', True)
-  return tokenizer.apply_chat_template(
-    messages, add_generation_prompt=opens
-  ).ids
-
-
-def parse_detokenize(body: Any, limits: Limits) -> list[int]:
-  """Ids to decode; raises as `parse_completion`."""
-  ids = _values(body, {'model': str, 'tokens': list}, limits, {}).get(
-    'tokens', []
-  )
-  most = limits.vocab_size - 1
-  if not all(type(x) is int and 0 <= x <= most for x in ids):
-    raise errors.InputError(f'tokens must be ids from 0 to {most}')
-  return ids

@@ -10,7 +10,7 @@ import numpy as np
 
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import detokenizer
-from dsv3_jax.server import responses
+from dsv3_jax.server import protocol, responses, tool_calls
 
 _LEAST = -9999.0  # JSON has no -inf
 
@@ -56,17 +56,50 @@ class ResponseFormat(abc.ABC):
     for index, place in enumerate(_best(stream)):
       text = ''.join(piece.text for piece in parts[place])
       tokens = None
-      if stream.api_request.logprobs:
+      if stream.api_request.logprobs is not None:
         tokens = itertools.chain(*(piece.tokens for piece in parts[place]))
         tokens = tuple(tokens)
       reason = parts[place][-1].finish_reason
       piece = responses.TextPiece(index, text, reason, tokens)
       choices.append(self._choice(piece, 'message'))
-    return self._frame | {
-      'object': self.kind,
-      'choices': choices,
-      'usage': _usage(stream),
-    }
+    body = {'object': self.kind, 'choices': choices, 'usage': _usage(stream)}
+    if stream.api_request.prompt_logprobs is not None:
+      self._add_of_prompts(
+        body, [self._of_prompt(stream, place) for place in _best(stream)]
+      )
+    return self._frame | body
+
+  @abc.abstractmethod
+  def _add_of_prompts(self, body: dict, of_prompts: list) -> None:
+    """Adds log-probabilities of the prompt of each choice, as vLLM does."""
+
+  def _of_prompt(
+    self, stream: responses.ResponseStream, place: int
+  ) -> list[dict[str, dict] | None]:
+    """Of each token of a prompt, its own and the likeliest in its place.
+
+    In vLLM's form; the rank of a token that is none of these is null.
+    """
+    count, entries = stream.api_request.prompt_logprobs, []
+    prompt = stream.requests[place].prompt
+    logprobs = stream.prompt_logprobs(place)
+    for token, of_token in zip(prompt, logprobs, strict=True):
+      if of_token is None:
+        entries.append(None)
+        continue
+      ranks = {v: i for i, (v, _) in enumerate(of_token.top, 1)}
+      own = (token, of_token.logprob)
+      entries.append(
+        {
+          str(v): {
+            'logprob': _finite(x),
+            'rank': ranks.get(v),
+            'decoded_token': self._token(v),
+          }
+          for v, x in [own, *of_token.top[:count]]
+        }
+      )
+    return entries
 
   def _choice(self, piece: responses.TextPiece, key: str) -> dict:
     reason = piece.finish_reason
@@ -76,7 +109,11 @@ class ResponseFormat(abc.ABC):
 
   @abc.abstractmethod
   def _content(self, piece: responses.TextPiece, key: str) -> dict:
-    """The text of a piece. key: where a chat response has it."""
+    """What a choice has of the text of a piece.
+
+    Args:
+      key: where a chat response has it.
+    """
 
   @abc.abstractmethod
   def _logprobs(self, piece: responses.TextPiece) -> dict:
@@ -95,6 +132,10 @@ class ResponseFormat(abc.ABC):
 
 class CompletionFormat(ResponseFormat):
   prefix, chunk_kind, kind = 'cmpl', 'text_completion', 'text_completion'
+
+  def _add_of_prompts(self, body: dict, of_prompts: list) -> None:
+    for choice, of_prompt in zip(body['choices'], of_prompts, strict=True):
+      choice['prompt_logprobs'] = of_prompt
 
   def _content(self, piece: responses.TextPiece, key: str) -> dict:
     return {'text': piece.text}
@@ -120,7 +161,10 @@ class CompletionFormat(ResponseFormat):
 
 
 class ChatFormat(ResponseFormat):
-  """Thoughts go to `reasoning_content`, the rest to `content`."""
+  """Thoughts go to `reasoning_content`, calls to `tool_calls`.
+
+  The rest goes to `content`.
+  """
 
   prefix, chunk_kind = 'chatcmpl', 'chat.completion.chunk'
   kind = 'chat.completion'
@@ -129,12 +173,12 @@ class ChatFormat(ResponseFormat):
     self,
     model: str,
     tokenizer: tokenizers.Tokenizer,
-    opens_thought: bool = False,
+    api_request: protocol.ChatRequest,
   ):
-    """Args: opens_thought: answers begin within a thought."""
     super().__init__(model, tokenizer)
-    self._opens_thought = opens_thought
+    self._api_request = api_request
     self._thoughts: dict[int, detokenizer.Thoughts] = {}
+    self._calls: dict[int, tool_calls.Parser] = {}
 
   def opening(self, count: int) -> list[dict]:
     role = {'role': 'assistant', 'content': ''}
@@ -142,9 +186,12 @@ class ChatFormat(ResponseFormat):
     frame = self._frame | {'object': self.chunk_kind}
     return [frame | {'choices': [{'index': i} | first]} for i in range(count)]
 
+  def _add_of_prompts(self, body: dict, of_prompts: list) -> None:
+    body['prompt_logprobs'] = of_prompts[0]  # all choices have one prompt
+
   def _content(self, piece: responses.TextPiece, key: str) -> dict:
     thoughts = self._thoughts.setdefault(
-      piece.index, detokenizer.Thoughts(self._opens_thought)
+      piece.index, detokenizer.Thoughts(self._api_request.opens_thought)
     )
     parts = thoughts.feed(piece.text)
     if piece.finish_reason:
@@ -152,11 +199,36 @@ class ChatFormat(ResponseFormat):
     content = {'content': '', 'reasoning_content': ''}
     for is_thought, part in parts:
       content['reasoning_content' if is_thought else 'content'] += part
+    choice = {key: content}
+    if self._api_request.parses_calls:
+      self._separate_calls(piece, choice, content)
     if not content['reasoning_content']:
       del content['reasoning_content']
     if key == 'message':
       content['role'] = 'assistant'
-    return {key: content}
+      for call in content.get('tool_calls', []):
+        del call['index']
+    return choice
+
+  def _separate_calls(
+    self, piece: responses.TextPiece, choice: dict, content: dict
+  ) -> None:
+    """Moves calls out of the content; they may be why the answer ends."""
+    parser = tool_calls.Parser(self._api_request.max_calls)
+    parser = self._calls.setdefault(piece.index, parser)
+    first = parser.num_calls
+    parts = parser.feed(content['content'])
+    if piece.finish_reason:
+      parts += parser.end()
+    content['content'] = ''.join(x for x in parts if isinstance(x, str))
+    calls = [x for x in parts if isinstance(x, tool_calls.Call)]
+    if calls:
+      content['tool_calls'] = [
+        _call(index, call) for index, call in enumerate(calls, first)
+      ]
+      content['content'] = content['content'] or None
+    if piece.finish_reason == 'stop' and parser.num_calls:
+      choice['finish_reason'] = 'tool_calls'
 
   def _logprobs(self, piece: responses.TextPiece) -> dict:
     entries = []
@@ -183,6 +255,15 @@ def _best(stream: responses.ResponseStream) -> list[int]:
       group = sorted(group, key=lambda i: -np.mean(stream.logprobs[i] or [0.0]))
     chosen += group[: call.n]
   return chosen
+
+
+def _call(index: int, call: tool_calls.Call) -> dict[str, Any]:
+  return {
+    'index': index,
+    'id': f'call_{secrets.token_hex(12)}',
+    'type': 'function',
+    'function': call._asdict(),
+  }
 
 
 def _finite(logprob: float) -> float:

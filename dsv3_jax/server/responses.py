@@ -6,8 +6,7 @@ A call may ask for several answers.
 import asyncio
 import contextlib
 import dataclasses
-import functools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import NamedTuple
 
 from dsv3_jax import errors
@@ -61,7 +60,9 @@ class ResponseStream:
       max_tokens: of an answer, if `api_request` has no limit.
     """
     self._thread, self._tokenizer = thread, tokenizer
-    self._decode = functools.partial(tokenizer.decode, skip_special=True)
+    self._hidden_ids = tokenizer.special_ids
+    if api_request.parses_calls:  # their tokens are read from the text
+      self._hidden_ids -= set(tokenizer.tool_ids.values())
     self.api_request, self._max_tokens = api_request, max_tokens
     self._outputs: asyncio.Queue[requests.TokenOutput] = asyncio.Queue()
     self._loop = asyncio.get_running_loop()
@@ -91,22 +92,29 @@ class ResponseStream:
   def _submit(
     self, prompt: list[int], shares_prompt_with: requests.Request | None = None
   ) -> requests.Request:
-    call = self.api_request
+    call, sampling = self.api_request, self.api_request.sampling
+    if shares_prompt_with:  # whose prompt is scored for all
+      sampling = dataclasses.replace(sampling, prompt_logprobs=False)
     count = self._max_tokens if call.max_tokens is None else call.max_tokens
     if call.clamps:
       count = min(count, self._thread.max_new_tokens(len(prompt)))
     request = requests.Request(
       prompt,
       max(count, 1),  # if none is wanted, it is dropped
-      dataclasses.replace(call.sampling, rng_stream=len(self.requests)),
+      dataclasses.replace(sampling, rng_stream=len(self.requests)),
       frozenset(() if call.ignore_eos else self._tokenizer.eos_ids),
-      # Each computes a prompt whose log-probabilities are wanted.
-      None if call.sampling.prompt_logprobs else shares_prompt_with,
+      shares_prompt_with,
+      call.constraint.matcher() if call.constraint else None,
     )
     self._thread.submit(request, self._on_output)
     self.requests.append(request)
     self.logprobs.append([])
     return request
+
+  def _decode(self, ids: Sequence[int]) -> str:
+    """The text of tokens, without special ones that are none of it."""
+    hidden = self._hidden_ids
+    return self._tokenizer.decode([i for i in ids if i not in hidden])
 
   def _check_length(self, length: int) -> None:
     """Clients look for the words of the message."""
@@ -143,8 +151,9 @@ class ResponseStream:
       )
       for index, request in enumerate(self.requests)
     }
+    waiting: list[requests.TokenOutput] = []
     while answers:
-      output = await self._outputs.get()
+      output = await self._next_output(waiting)
       request = output.request
       if request not in answers:
         continue
@@ -157,11 +166,31 @@ class ResponseStream:
       if piece.text or piece.finish_reason:
         yield piece
 
+  async def _next_output(
+    self, waiting: list[requests.TokenOutput]
+  ) -> requests.TokenOutput:
+    """The next output of an answer whose prompt has its scores, if wanted.
+
+    Args:
+      waiting: outputs that came before their prompt had them.
+    """
+    while True:
+      for i, output in enumerate(waiting):
+        scored = self._scored(output.request)
+        if output.token is None or scored.has_prompt_logprobs:
+          return waiting.pop(i)
+      waiting.append(await self._outputs.get())
+
+  def _scored(self, request: requests.Request) -> requests.Request:
+    """The request whose scores of the prompt are those of an answer."""
+    index, best_of = self.requests.index(request), self.api_request.best_of
+    return self.requests[index // best_of * best_of]
+
   def _feed(self, answer: '_Answer', output: requests.TokenOutput) -> TextPiece:
     """What a token adds to an answer: nothing while its text is held back."""
     call, text, reason = self.api_request, '', output.finish_reason
     if call.echo and not answer.begun:
-      text = self._echo(answer, output.request)
+      text = self._echo(answer, self._scored(output.request))
     answer.begun = True
     if call.max_tokens == 0:
       reason = 'length'
@@ -176,9 +205,8 @@ class ResponseStream:
     most = answer.num_given  # a stop string is cut off
     tokens = [x._replace(offset=min(x.offset, most)) for x in answer.tokens]
     answer.tokens.clear()
-    return TextPiece(
-      answer.index, text, reason, tuple(tokens) if call.logprobs else None
-    )
+    tokens = None if call.logprobs is None else tuple(tokens)
+    return TextPiece(answer.index, text, reason, tokens)
 
   def _answer_text(
     self, answer: '_Answer', output: requests.TokenOutput
@@ -187,9 +215,7 @@ class ResponseStream:
     self.completion_tokens += 1
     if output.logprobs is not None:
       self.logprobs[answer.index].append(output.logprobs.logprob)
-      if self.api_request.logprobs:
-        token = Token(output.token, output.logprobs, answer.length)
-        answer.tokens.append(token)
+      self._add_token(answer, output.token, output.logprobs)
     text = ''
     if output.finish_reason != 'stop':  # eos is no text, whatever it spells
       text = answer.characters.feed(output.token)
@@ -198,14 +224,35 @@ class ResponseStream:
     answer.length += len(text)
     return answer.stops.feed(text)
 
+  def _add_token(
+    self,
+    answer: '_Answer',
+    index: int,
+    logprobs: requests.TokenLogprobs | None,
+  ) -> None:
+    """Adds a token with as many of the likeliest as are wanted."""
+    count = self.api_request.logprobs
+    if count is None:
+      return
+    if logprobs is not None:
+      logprobs = logprobs._replace(top=logprobs.top[:count])
+    answer.tokens.append(Token(index, logprobs, answer.length))
+
+  def prompt_logprobs(self, index: int) -> list[requests.TokenLogprobs | None]:
+    """Those of the prompt of an answer, once it has ended; None of the first.
+
+    Args:
+      index: of the answer.
+    """
+    return self._scored(self.requests[index]).prompt_logprobs
+
   def _echo(self, answer: '_Answer', request: requests.Request) -> str:
     """The text of the prompt; its tokens come with it."""
     characters = detokenizer.Characters(self._decode)
     text = []
     for i, index in enumerate(request.prompt):
       if request.prompt_logprobs:
-        token = Token(index, request.prompt_logprobs[i], answer.length)
-        answer.tokens.append(token)
+        self._add_token(answer, index, request.prompt_logprobs[i])
       text.append(characters.feed(index))
       answer.length += len(text[-1])
     text.append(characters.end())

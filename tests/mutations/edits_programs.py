@@ -9,6 +9,7 @@ _LAYOUTS = 'tests/parallel/test_layouts.py'
 _ZERO = 'tests/parallel/test_zero.py'
 _STORE = 'tests/checkpoint/test_store.py'
 _SCHEDULER = 'tests/inference/test_scheduler.py'
+_ADJUSTMENTS = 'tests/inference/test_adjustments.py'
 _BLOCKS = 'tests/inference/test_block_pool.py'
 _PUBLISHED = 'tests/checkpoint/hf/test_published.py'
 _CONFIGS = 'tests/checkpoint/hf/test_published_configs.py'
@@ -292,5 +293,33 @@ SYSTEM = (
     'before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV',
     'before_BV = jnp.cumsum(sorted_BV, axis=-1)',
     ('tests/inference/test_sampling_nucleus.py',),
+  ),
+  (
+    'penalties count the prompt as generated',
+    'dsv3_jax/inference/sampling.py',
+    'is_new_BS = index_S >= column(adjustments.prompt_length_B)',
+    'is_new_BS = index_S >= 0 * column(adjustments.prompt_length_B)',
+    (_ADJUSTMENTS,),
+  ),
+  (
+    'penalties count tokens that are not verified yet',
+    'dsv3_jax/inference/forward.py',
+    'sampling.RowTokens(repeat(tokens_BS), place_M + 1)',
+    'sampling.RowTokens(repeat(tokens_BS), place_M + width)',
+    (_ADJUSTMENTS,),
+  ),
+  (
+    'constrained requests are speculated',
+    'dsv3_jax/inference/scheduler.py',
+    'if request.matcher is not None:',
+    'if False:',
+    (_ADJUSTMENTS,),
+  ),
+  (
+    'a matcher does not go back after a preemption',
+    'dsv3_jax/inference/matcher.py',
+    'self._state.reset()',
+    'pass',
+    ('tests/inference/test_grammar.py',),
   ),
 )

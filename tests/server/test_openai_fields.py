@@ -1,10 +1,14 @@
 """Log-probabilities, echo, suffixes and lengths by OpenAI's client."""
 
+import asyncio
 import json
+from unittest import mock
 
 import pytest
 
 from dsv3_jax.data import chat
+from dsv3_jax.inference import request as requests
+from dsv3_jax.server import engine_thread, protocol, responses
 from tests.inference import counting
 from tests.server import web
 
@@ -159,6 +163,99 @@ def test_echo_gives_the_prompt_s_log_probabilities(
     assert len(tokens[i]) == len(offsets[i]) == len(ids) + count
     assert offsets[i][:2] == [0, 0]  # the first token has no text
     assert text[offsets[i][2] :].startswith(tokenizer.decode(ids[2:3]))
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_echo_of_several_answers_scores_their_prompt_once(tokenizer, stream):
+  with web.serving(tokenizer) as (address, model), web.client(address) as ask:
+    ids = list(range(100)) * 3
+    answer = ask.completions.create(
+      model='tiny',
+      prompt=[ids, ids[1:]],
+      n=3,
+      max_tokens=2,
+      echo=True,
+      logprobs=1,
+      temperature=0,
+      stream=stream,
+    )
+    logprobs = {i: [] for i in range(6)}
+    for part in answer if stream else [answer]:
+      for choice in part.choices:
+        logprobs[choice.index] += choice.logprobs.token_logprobs
+    assert model.counts['cached_tokens'] == 2 * (299 + 298)
+  for i, values in logprobs.items():
+    prompt = ids[i // 3 :]
+    new = counting.continued(prompt, 2, 280)
+    assert values == [None] + [own(x) for x in (prompt + new)[1:]]
+
+
+def test_answers_wait_for_the_scores_of_their_prompt(tokenizer):
+  """Where another answer is computed on its own, and sooner."""
+
+  async def pieces():
+    thread = mock.create_autospec(engine_thread.EngineThread, instance=True)
+    thread.max_new_tokens.side_effect = lambda length: 99 - length
+    body = {'prompt': [5, 6], 'n': 2, 'echo': True, 'logprobs': 0}
+    limits = protocol.Limits(
+      model='tiny', max_choices=9, max_tokens=9, vocab_size=280, seed=1
+    )
+    call = protocol.parse_completion(
+      body | {'max_tokens': 1}, tokenizer, limits
+    )
+    stream = responses.ResponseStream(thread, tokenizer, call, 9)
+    stream.submit()
+    first, second = stream.requests
+    scores = lambda x: requests.TokenLogprobs(x, ())
+    collect = asyncio.create_task(_collected(stream.pieces()))
+    for request in (second, first):
+      if request is first:
+        first.prompt_logprobs[1] = scores(-3.0)
+      output = requests.TokenOutput(request, 7, 'length', scores(-1.0))
+      stream._on_output(output)
+      for _ in range(9):  # what can be read is read before the next
+        await asyncio.sleep(0)
+    return await collect
+
+  for piece in asyncio.run(pieces()):
+    values = [
+      token.logprobs and token.logprobs.logprob for token in piece.tokens
+    ]
+    assert values == [None, -3.0, -1.0]
+
+
+@pytest.mark.parametrize('count', [0, 2])
+def test_prompt_logprobs_have_vllm_s_form(ask, tokenizer, count):
+  more = {'extra_body': {'prompt_logprobs': count}}
+  prompt = [7, 8, 9]
+  choices = ask.completions.create(
+    model='tiny', prompt=prompt, n=2, max_tokens=1, logprobs=1, **more
+  ).choices
+  messages = [{'role': 'user', 'content': 'x'}]
+  answer = ask.chat.completions.create(
+    model='tiny', messages=messages, max_tokens=1, **more
+  )
+  assert answer.choices[0].logprobs is None
+  checks = [(choice.prompt_logprobs, prompt) for choice in choices]
+  checks.append((answer.prompt_logprobs, web.chat_ids(tokenizer, 'x')))
+  for entries, ids in checks:
+    assert entries[0] is None and len(entries) == len(ids)
+    for entry, token in zip(entries[1:], ids[1:], strict=True):
+      assert entry[str(token)]['logprob'] == own(token)
+      assert len(entry) == max(count, 1)
+      if count:
+        assert entry[str(token)]['rank'] == 1
+        second = entry[str((token + 1) % 280)]
+        assert (second['logprob'], second['rank']) == (own(token) - 0.5, 2)
+      raw = tokenizer.token_bytes(token)
+      text = entry[str(token)]['decoded_token']
+      assert text.encode() == raw or text.startswith('bytes:')
+  for choice in choices:  # no more than were asked for
+    assert len(choice.logprobs.top_logprobs[0]) == 1
+
+
+async def _collected(pieces):
+  return [piece async for piece in pieces]
 
 
 def test_an_answer_of_no_token(ask):
