@@ -90,18 +90,28 @@ def sample(
       with the same random numbers.
     row_tokens: what penalties count; of `arrays` with adjustments.
   """
-  with jax.named_scope('sample'):
-    if arrays.adjustments is not None:
-      logits_BV = adjust(logits_BV, arrays.adjustments, row_tokens)
-    greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    is_random_B = arrays.temperature_B > 0
-    return jax.lax.cond(
-      jnp.any(is_random_B),
-      lambda: jnp.where(
-        is_random_B, _draw(logits_BV, arrays, place_B), greedy_B
-      ),
-      lambda: greedy_B,
+  adjustments, vocab = arrays.adjustments, logits_BV.shape[1]
+  is_random_B = arrays.temperature_B > 0
+  argmax = lambda x_BV: jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
+
+  def draw():
+    adjusted_BV = logits_BV
+    if adjustments is not None:
+      adjusted_BV = adjust(logits_BV, adjustments, row_tokens)
+    drawn_B = _draw(adjusted_BV, arrays, place_B)
+    return jnp.where(is_random_B, drawn_B, argmax(adjusted_BV))
+
+  def greedy():
+    if adjustments is None:
+      return argmax(logits_BV)
+    return jax.lax.cond(  # of few numbers: [B, V] would be copied
+      _has_any(adjustments, vocab),
+      lambda: argmax(_adjusted(logits_BV, adjustments, row_tokens)),
+      lambda: argmax(logits_BV),
     )
+
+  with jax.named_scope('sample'):
+    return jax.lax.cond(jnp.any(is_random_B), draw, greedy)
 
 
 def adjust(
@@ -113,27 +123,37 @@ def adjust(
 
   Rows without adjustments keep their bits.
   """
-  has_penalty_B = adjustments.repetition_B != 1.0
-  has_penalty_B |= (adjustments.presence_B != 0) | (
-    adjustments.frequency_B != 0
+  return jax.lax.cond(
+    _has_any(adjustments, logits_BV.shape[1]),
+    lambda: _adjusted(logits_BV, adjustments, row_tokens),
+    lambda: logits_BV,
   )
-  has_bias_BK = adjustments.bias_ids_BK < logits_BV.shape[1]
-  has_any = jnp.any(has_penalty_B | adjustments.is_constrained_B)
-  has_any |= jnp.any(has_bias_BK)
 
-  def change(logits_BV):
-    logits_BV = jax.lax.cond(
-      jnp.any(has_penalty_B),
-      lambda x_BV: _penalized(x_BV, adjustments, row_tokens),
-      lambda x_BV: x_BV,
-      logits_BV,
-    )
-    row_B1 = jnp.arange(len(logits_BV))[:, None]
-    at = (row_B1, adjustments.bias_ids_BK)
-    logits_BV = logits_BV.at[at].add(adjustments.bias_BK, mode='drop')
-    return jnp.where(_allowed(adjustments, logits_BV), logits_BV, -jnp.inf)
 
-  return jax.lax.cond(has_any, change, lambda x_BV: x_BV, logits_BV)
+def _has_penalty(adjustments) -> Array:
+  has_penalty_B = adjustments.repetition_B != 1.0
+  has_penalty_B |= adjustments.presence_B != 0
+  return jnp.any(has_penalty_B | (adjustments.frequency_B != 0))
+
+
+def _has_any(adjustments, vocab) -> Array:
+  """Whether a row has adjustments."""
+  has_bias = jnp.any(adjustments.bias_ids_BK < vocab)
+  is_constrained = jnp.any(adjustments.is_constrained_B)
+  return _has_penalty(adjustments) | has_bias | is_constrained
+
+
+def _adjusted(logits_BV, adjustments, row_tokens) -> Array:
+  """`adjust`, where a row has adjustments."""
+  logits_BV = jax.lax.cond(
+    _has_penalty(adjustments),
+    lambda x_BV: _penalized(x_BV, adjustments, row_tokens),
+    lambda x_BV: x_BV,
+    logits_BV,
+  )
+  at = (jnp.arange(len(logits_BV))[:, None], adjustments.bias_ids_BK)
+  logits_BV = logits_BV.at[at].add(adjustments.bias_BK, mode='drop')
+  return jnp.where(_allowed(adjustments, logits_BV), logits_BV, -jnp.inf)
 
 
 def _penalized(logits_BV, adjustments, row_tokens) -> Array:
