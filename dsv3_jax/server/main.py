@@ -15,6 +15,8 @@ from dsv3_jax.inference import engine, llm, warmup
 from dsv3_jax.server import app as server_app
 from dsv3_jax.server import engine_thread
 
+_OPTIONS = {'log_level': 'warning', 'timeout_graceful_shutdown': 2}
+
 
 def bind(host: str, port: int) -> socket.socket:
   """A socket bound to an IPv4 or IPv6 address, which does not listen yet.
@@ -90,8 +92,7 @@ def run(
   )
   if warm_up:
     threading.Thread(target=server.grammars.load, daemon=True).start()
-  options = {'log_level': 'warning', 'timeout_graceful_shutdown': 2}
-  http_server = _Server(uvicorn.Config(server.app(), **options))
+  http_server = _Server(uvicorn.Config(server.app(), **_OPTIONS))
   try:
     asyncio.run(_serve(http_server, bound, thread, name))
   finally:
