@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.data import tokenizer_files
-from dsv3_jax.server import protocol
+from dsv3_jax.server import protocol, tokenize_protocol
 from tests.data import folders
 from tests.inference import counting
 from tests.server import web
@@ -91,7 +91,7 @@ def test_prompts_are_rendered(tokenizer):
   parsed = protocol.parse_chat({'messages': MESSAGES}, tokenizer, limits)
   assert parsed.prompts == [prompt.ids] and parsed.opens_thought
   body = {'messages': MESSAGES, 'add_generation_prompt': False}
-  ids = protocol.parse_tokenize(body, tokenizer, limits)
+  ids = tokenize_protocol.parse_tokenize(body, tokenizer, limits)
   assert prompt.ids[: len(ids)] == ids and THINK not in ids
 
 
