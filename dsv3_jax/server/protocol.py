@@ -21,6 +21,7 @@ _COMMON = {
   'n': int,
   'stop': (str, list),
   'ignore_eos': bool,
+  'min_tokens': int,
   # These never change an answer.
   'metadata': dict,
   'prompt_cache_key': str,
@@ -30,6 +31,7 @@ _COMMON = {
 _COMPLETION = _COMMON | {
   'prompt': (str, list),
   'suffix': str,
+  'add_special_tokens': bool,
   'echo': bool,
   'max_tokens': int,
   'best_of': int,
@@ -45,7 +47,7 @@ _CHAT = _COMMON | {
 # Accepted at these values, at which they have no effect.
 _NEUTRAL = {
   'add_generation_prompt': (True,),
-  'add_special_tokens': (True,),
+  'add_special_tokens': (False, True),
   'bad_words': ([],),
   'chat_template_kwargs': ({},),
   'continue_final_message': (False,),
@@ -73,6 +75,7 @@ _NEUTRAL = {
   'use_beam_search': (False,),
   'verbosity': ('medium',),
 }
+_COMPLETION_NEUTRAL = _NEUTRAL | {'add_special_tokens': (True,)}
 _MESSAGE = ('role', 'content', 'name')
 # Fields of an answer that a client sends back in the next conversation turn.
 _MESSAGE_NEUTRAL = {
@@ -81,6 +84,7 @@ _MESSAGE_NEUTRAL = {
   'audio': (),
   'function_call': (),
   'refusal': (),
+  'type': ('text',),  # as lm-eval writes
 }
 _MAX_STOPS, _MAX_CHOICES = 16, 16
 
@@ -117,8 +121,9 @@ class ChatRequest:
   None: as many as fit. clamps: fewer are made if no more fit. echo: the answer
   begins with its prompt. logprobs: they are part of the answer. ignore_eos: the
   end of the sequence does not end an answer. stream: answer with server-sent
-  events. include_usage: the last event has the number of tokens. opens_thought:
-  the prompt ends with <think>.
+  events. include_usage: the last event has the number of tokens;
+  continuous_usage: the others have it too. opens_thought: the prompt ends with
+  <think>.
   """
 
   prompts: list[list[int]]
@@ -133,6 +138,7 @@ class ChatRequest:
   ignore_eos: bool
   stream: bool
   include_usage: bool
+  continuous_usage: bool
   opens_thought: bool = False
 
 
@@ -145,16 +151,16 @@ def parse_completion(
     NoModelError: it names another model.
     InputError: names the field, its value and the rule.
   """
-  values = _values(body, _COMPLETION, limits)
+  values = _values(body, _COMPLETION, limits, _COMPLETION_NEUTRAL)
   inputs = values.get('prompt', '')
   is_ids = inputs and all(type(x) is int for x in inputs)
   if isinstance(inputs, str) or is_ids:
     inputs = [inputs]
   best_of = _num_choices(values, len(inputs), limits)
-  suffix, echo = values.get('suffix', ''), values.get('echo', False)
-  if suffix and echo:
+  echo = values.get('echo', False)
+  if echo and values.get('suffix'):
     raise errors.InputError('echo=true is not supported here with a suffix')
-  prompts = [_prompt(i, x, suffix, tokenizer) for i, x in enumerate(inputs)]
+  prompts = [_prompt(i, x, values, tokenizer) for i, x in enumerate(inputs)]
   if not prompts:
     raise errors.InputError('prompt=[] must hold at least one prompt')
   logprobs = values.get('logprobs')
@@ -179,7 +185,8 @@ def parse_chat(
   """Parses a body of `/v1/chat/completions`; raises as `parse_completion`."""
   values = _values(body, _CHAT, limits)
   n = _num_choices(values, 1, limits)
-  if {'max_tokens', 'max_completion_tokens'} <= values.keys():
+  lengths = [values.get(x) for x in ('max_tokens', 'max_completion_tokens')]
+  if None not in lengths and lengths[0] != lengths[1]:
     raise errors.InputError(
       'max_tokens and max_completion_tokens are the same: give one of them'
     )
@@ -213,18 +220,29 @@ def _values(
 
 
 def _prompt(
-  i: int, value: Any, suffix: str, tokenizer: tokenizers.Tokenizer
+  i: int, value: Any, values: dict, tokenizer: tokenizers.Tokenizer
 ) -> list[int]:
   """Ids of one prompt, which is a text or ids."""
+  suffix = values.get('suffix', '')
+  add_bos = values.get('add_special_tokens', True)
   if isinstance(value, str) and suffix:
-    return tokenizer.encode_fim(value, suffix).tolist()
+    return tokenizer.encode_fim(value, suffix).tolist()[not add_bos :]
   if isinstance(value, str):
-    return tokenizer.encode(value, add_bos=True).tolist()
+    return _encode(tokenizer, value, add_bos)
   if suffix:
     raise errors.InputError('a suffix needs a prompt that is a string')
   if isinstance(value, list) and all(type(x) is int for x in value):
     return value
   raise errors.InputError(f'prompt[{i}] must be a string or a list of ids')
+
+
+def _encode(
+  tokenizer: tokenizers.Tokenizer, text: str, add_bos: bool
+) -> list[int]:
+  """Ids of a text; one that spells bos at its start has it once."""
+  add_bos = add_bos or text.startswith(tokenizers.BOS)
+  text = text.removeprefix(tokenizers.BOS)
+  return tokenizer.encode(text, add_bos=add_bos).tolist()
 
 
 def _message(path: str, value: Any) -> dict[str, Any]:
@@ -288,6 +306,9 @@ def _chat_request(
   for name in ('max_tokens', 'max_completion_tokens'):
     if name in values:
       max_tokens = fields.within(name, values[name], 0, limits.max_tokens)
+  _check_min_tokens(
+    values, limits.max_tokens if max_tokens is None else max_tokens
+  )
   stops = values.get('stop', [])
   stops = [stops] if isinstance(stops, str) else stops
   if len(stops) > _MAX_STOPS or not all(isinstance(s, str) for s in stops):
@@ -309,24 +330,38 @@ def _chat_request(
     logprobs=wants_logprobs,
     ignore_eos=values.get('ignore_eos', False),
     stream=values.get('stream', False),
-    include_usage=_include_usage(values),
+    **_stream_options(values),
   )
 
 
-def _include_usage(values: dict) -> bool:
+def _check_min_tokens(values: dict, max_tokens: int) -> None:
+  """Taken where nothing can end an answer before: as benchmarks send it."""
+  if 'min_tokens' not in values:
+    return
+  count = fields.within('min_tokens', values['min_tokens'], 0, max_tokens)
+  if not values.get('ignore_eos') or values.get('stop'):
+    raise errors.InputError(
+      f'min_tokens={count} is not supported here, except with ignore_eos=true '
+      'and without stop'
+    )
+
+
+def _stream_options(values: dict) -> dict[str, bool]:
   options = values.get('stream_options', {})
   if options and not values.get('stream'):
     raise errors.InputError('stream_options is for stream=true only')
-  neutral = {
-    'continuous_usage_stats': (False,),
-    'include_obfuscation': (False,),
-  }
-  known = ('include_usage',)
+  known = ('include_usage', 'continuous_usage_stats')
+  neutral = {'include_obfuscation': (False,)}
   options = fields.effective('stream_options.', options, known, neutral)
+  for name, value in options.items():
+    if not isinstance(value, bool):
+      raise errors.InputError(f'stream_options.{name} must be a bool')
   include_usage = options.get('include_usage', False)
-  if not isinstance(include_usage, bool):
-    raise errors.InputError('stream_options.include_usage must be a bool')
-  return include_usage
+  continuous = options.get('continuous_usage_stats', False)
+  return {
+    'include_usage': include_usage,
+    'continuous_usage': include_usage and continuous,
+  }
 
 
 def parse_tokenize(
@@ -350,7 +385,7 @@ def parse_tokenize(
       raise errors.InputError(f'{other} has no meaning with {name}')
   if 'prompt' in values:
     add_bos = values.get('add_special_tokens', True)
-    return tokenizer.encode(values['prompt'], add_bos=add_bos).tolist()
+    return _encode(tokenizer, values['prompt'], add_bos)
   inputs = enumerate(values['messages'])
   messages = [_message(f'messages[{i}]', x) for i, x in inputs]
   opens = values.get('add_generation_prompt', True)
