@@ -88,6 +88,7 @@ def run(
     sampling=model.sampling_defaults,
   ).app()
   options = {'log_level': 'warning', 'timeout_graceful_shutdown': 2}
+  options['ws'] = 'none'  # or it depends on what is installed
   http_server = _Server(uvicorn.Config(app, **options))
   try:
     asyncio.run(_serve(http_server, bound, thread, name))
