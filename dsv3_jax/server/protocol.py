@@ -226,7 +226,8 @@ def _prompt(
   suffix = values.get('suffix', '')
   add_bos = values.get('add_special_tokens', True)
   if isinstance(value, str) and suffix:
-    return tokenizer.encode_fim(value, suffix).tolist()[not add_bos :]
+    drop = tokenizer.adds_bos and not add_bos
+    return tokenizer.encode_fim(value, suffix).tolist()[drop:]
   if isinstance(value, str):
     return _encode(tokenizer, value, add_bos)
   if suffix:
@@ -240,8 +241,9 @@ def _encode(
   tokenizer: tokenizers.Tokenizer, text: str, add_bos: bool
 ) -> list[int]:
   """Ids of a text; one that spells bos at its start has it once."""
-  add_bos = add_bos or text.startswith(tokenizers.BOS)
-  text = text.removeprefix(tokenizers.BOS)
+  bos = tokenizer.named_token('bos_token')
+  if bos and text.startswith(bos):
+    return [tokenizer.bos_id, *tokenizer.encode(text[len(bos) :]).tolist()]
   return tokenizer.encode(text, add_bos=add_bos).tolist()
 
 

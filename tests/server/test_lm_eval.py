@@ -13,9 +13,9 @@ import sys
 import numpy as np
 import pytest
 import scipy.special
-import tokenizers as hf_tokenizers
 
 import dsv3_jax
+from dsv3_jax.checkpoint.hf import kept_files
 from dsv3_jax.data import tokenizer as tokenizers
 from tests import limits, tolerances
 from tests.checkpoint.hf import exchanged
@@ -57,19 +57,11 @@ WAYS = {
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A Hugging Face folder whose tokenizer adds bos, as published ones do."""
+  """An exported folder, whose tokenizer adds bos, as published ones do."""
   cfg = exchanged.make('plain', model__vocab_size=280)
   assert cfg.model.max_seq_len == LENGTH
   trained = tokenizers.train(web.TEXTS * 30, 280)
-  theirs = hf_tokenizers.Tokenizer.from_str(trained.text)
-  theirs.post_processor = hf_tokenizers.processors.TemplateProcessing(
-    single=f'{tokenizers.BOS} $A',
-    pair=f'{tokenizers.BOS} $A $B',
-    special_tokens=[(tokenizers.BOS, trained.bos_id)],
-  )
-  documents = tokenizers.hf_documents(
-    tokenizers.Tokenizer(theirs.to_str()), LENGTH
-  )
+  documents = kept_files.ours(trained, LENGTH)
   path = tmp_path_factory.mktemp('lm_eval') / 'tiny'
   weights = exchanged.random_weights(cfg)
   return exchanged.write(cfg, *weights, path, documents=documents)
