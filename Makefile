@@ -21,6 +21,11 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
 	touch $@
 
+# Others' clients of the server, for `make nightly`.
+.venv/.clients: .venv/.tested
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,clients]'
+	touch $@
+
 quickstart: .venv/.installed
 	$(BIN)/dsv3 train --config=experiments/quickstart.py --workdir=runs/quickstart
 	$(BIN)/dsv3 eval --checkpoint=runs/quickstart
@@ -52,7 +57,7 @@ test312: .venv312/.tested
 
 # What is long and of a claim that `make test` and `make test312` check more
 # briefly, and what they run with one JAX with the other.
-nightly: .venv/.tested .venv312/.tested
+nightly: .venv/.clients .venv312/.tested
 	$(BIN)/python $(PYTEST) -m nightly --durations=20 --ignore-glob='*_gpu.py'
 	$(BIN)/python $(PYTEST) -m '' --durations=20 $(GPU)
 	.venv312/bin/python $(PYTEST) -m nightly --durations=20 $(GPU)

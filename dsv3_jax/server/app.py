@@ -26,6 +26,7 @@ from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import grammar
 from dsv3_jax.server import (
   engine_thread,
+  fields,
   metrics,
   protocol,
   response_formats,
@@ -129,7 +130,9 @@ class Server:
     self._check_key(request)
     name = request.path_params['name']
     if name != self.name:
-      raise protocol.NoModelError(f'model={name!r} is not served here')
+      raise protocol.NoModelError(
+        f'model={fields.short(name)} is not served here'
+      )
     return responses.JSONResponse(self._about())
 
   async def _health(self, request: requests.Request):
@@ -257,7 +260,7 @@ class Server:
       for body in response_format.opening(len(stream.requests)):
         yield event(body)
       async for piece in stream.pieces():
-        yield event(response_format.chunk(piece))
+        yield event(response_format.chunk(piece, stream))
       if stream.api_request.include_usage:
         yield event(response_format.usage(stream))
       yield 'data: [DONE]\n\n'

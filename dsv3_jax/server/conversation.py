@@ -27,6 +27,7 @@ _MESSAGE_NEUTRAL = {
   'audio': (),
   'function_call': (),
   'refusal': (),
+  'type': ('text',),  # as lm-eval writes
 }
 _FUNCTION = {
   'name': str,

@@ -6,6 +6,8 @@ from typing import Any
 
 from dsv3_jax import errors
 
+_LONGEST = 200  # characters of a value in a message
+
 
 def effective(path: str, fields: dict, known, neutral) -> dict[str, Any]:
   """The fields of an object that have an effect.
@@ -45,7 +47,8 @@ def check_types(
 
 def short(value: Any) -> str:
   """The value on one line, shortened if it is long."""
-  return reprlib.repr(value)
+  text = reprlib.repr(value)
+  return text if len(text) <= _LONGEST else f'{text[:_LONGEST]}...'
 
 
 def within(name: str, value, low, high):
@@ -55,12 +58,12 @@ def within(name: str, value, low, high):
     InputError: it does not.
   """
   if not low <= value <= high:  # NaN is within nothing
-    raise errors.InputError(f'{name}={value} must be in [{low}, {high}]')
+    raise errors.InputError(f'{name}={short(value)} must be in [{low}, {high}]')
   return value
 
 
 def above(name: str, value, low, high):
   """The value, if it lies in (low, high]; raises as `within`."""
   if not low < value <= high:
-    raise errors.InputError(f'{name}={value} must be in ({low}, {high}]')
+    raise errors.InputError(f'{name}={short(value)} must be in ({low}, {high}]')
   return value

@@ -15,7 +15,11 @@ from dsv3_jax.inference import engine, llm, warmup
 from dsv3_jax.server import app as server_app
 from dsv3_jax.server import engine_thread
 
-_OPTIONS = {'log_level': 'warning', 'timeout_graceful_shutdown': 2}
+_OPTIONS = {
+  'log_level': 'warning',
+  'timeout_graceful_shutdown': 2,
+  'ws': 'none',  # or it depends on what is installed
+}
 
 
 def bind(host: str, port: int) -> socket.socket:

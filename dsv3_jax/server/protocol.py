@@ -27,6 +27,7 @@ _COMMON = (
     'n': int,
     'stop': (str, list),
     'ignore_eos': bool,
+    'min_tokens': int,
     'prompt_logprobs': int,
     # These never change an answer.
     'metadata': dict,
@@ -40,6 +41,7 @@ _COMMON = (
 _COMPLETION = _COMMON | {
   'prompt': (str, list),
   'suffix': str,
+  'add_special_tokens': bool,
   'echo': bool,
   'max_tokens': int,
   'best_of': int,
@@ -58,7 +60,7 @@ _CHAT = (
 # Accepted at these values, at which they have no effect.
 _NEUTRAL = {
   'add_generation_prompt': (True,),
-  'add_special_tokens': (True,),
+  'add_special_tokens': (False, True),
   'bad_words': ([],),
   'chat_template_kwargs': ({},),
   'continue_final_message': (False,),
@@ -85,6 +87,7 @@ _NEUTRAL = {
   'use_beam_search': (False,),
   'verbosity': ('medium',),
 } | structured_outputs.NEUTRAL
+_COMPLETION_NEUTRAL = _NEUTRAL | {'add_special_tokens': (True,)}
 _MAX_STOPS, _MAX_CHOICES = 16, 16
 
 
@@ -129,7 +132,8 @@ class ChatRequest:
   not end an answer. constraint: that an answer follows; None: any answer.
   parses_calls: of tools, of which max_calls are given; None: all. stream:
   answer with server-sent events. include_usage: the last event has the number
-  of tokens. opens_thought: the answer begins within a thought.
+  of tokens; continuous_usage: the others have it too. opens_thought: the answer
+  begins within a thought.
   """
 
   prompts: list[list[int]]
@@ -148,6 +152,7 @@ class ChatRequest:
   max_calls: int | None = None
   stream: bool
   include_usage: bool
+  continuous_usage: bool
   opens_thought: bool = False
 
 
@@ -160,16 +165,16 @@ def parse_completion(
     NoModelError: it names another model.
     InputError: names the field, its value and the rule.
   """
-  values = known_values(body, _COMPLETION, limits)
+  values = known_values(body, _COMPLETION, limits, _COMPLETION_NEUTRAL)
   inputs = values.get('prompt', '')
   is_ids = inputs and all(type(x) is int for x in inputs)
   if isinstance(inputs, str) or is_ids:
     inputs = [inputs]
   best_of = _num_choices(values, len(inputs), limits)
-  suffix, echo = values.get('suffix', ''), values.get('echo', False)
-  if suffix and echo:
+  echo = values.get('echo', False)
+  if echo and values.get('suffix'):
     raise errors.InputError('echo=true is not supported here with a suffix')
-  prompts = [_prompt(i, x, suffix, tokenizer) for i, x in enumerate(inputs)]
+  prompts = [_prompt(i, x, values, tokenizer) for i, x in enumerate(inputs)]
   if not prompts:
     raise errors.InputError('prompt=[] must hold at least one prompt')
   logprobs = values.get('logprobs')
@@ -203,7 +208,8 @@ def parse_chat(
   }
   values = known_values(body, _CHAT, limits, neutral)
   n = _num_choices(values, 1, limits)
-  if {'max_tokens', 'max_completion_tokens'} <= values.keys():
+  lengths = [values.get(x) for x in ('max_tokens', 'max_completion_tokens')]
+  if None not in lengths and lengths[0] != lengths[1]:
     raise errors.InputError(
       'max_tokens and max_completion_tokens are the same: give one of them'
     )
@@ -266,18 +272,31 @@ def known_values(
 
 
 def _prompt(
-  i: int, value: Any, suffix: str, tokenizer: tokenizers.Tokenizer
+  i: int, value: Any, values: dict, tokenizer: tokenizers.Tokenizer
 ) -> list[int]:
   """Ids of one prompt, which is a text or ids."""
+  suffix = values.get('suffix', '')
+  add_bos = values.get('add_special_tokens', True)
   if isinstance(value, str) and suffix:
-    return tokenizer.encode_fim(value, suffix).tolist()
+    drop = tokenizer.adds_bos and not add_bos
+    return tokenizer.encode_fim(value, suffix).tolist()[drop:]
   if isinstance(value, str):
-    return tokenizer.encode(value, add_bos=True).tolist()
+    return encode(tokenizer, value, add_bos)
   if suffix:
     raise errors.InputError('a suffix needs a prompt that is a string')
   if isinstance(value, list) and all(type(x) is int for x in value):
     return value
   raise errors.InputError(f'prompt[{i}] must be a string or a list of ids')
+
+
+def encode(
+  tokenizer: tokenizers.Tokenizer, text: str, add_bos: bool
+) -> list[int]:
+  """Ids of a text; one that spells bos at its start has it once."""
+  bos = tokenizer.named_token('bos_token')
+  if bos and text.startswith(bos):
+    return [tokenizer.bos_id, *tokenizer.encode(text[len(bos) :]).tolist()]
+  return tokenizer.encode(text, add_bos=add_bos).tolist()
 
 
 def _num_choices(values: dict, prompts: int, limits: Limits) -> int:
@@ -306,6 +325,9 @@ def _chat_request(
   for name in ('max_tokens', 'max_completion_tokens'):
     if name in values:
       max_tokens = fields.within(name, values[name], 0, limits.max_tokens)
+  _check_min_tokens(
+    values, limits.max_tokens if max_tokens is None else max_tokens
+  )
   stops = values.get('stop', [])
   stops = [stops] if isinstance(stops, str) else stops
   if len(stops) > _MAX_STOPS or not all(isinstance(s, str) for s in stops):
@@ -337,21 +359,35 @@ def _chat_request(
     prompt_logprobs=of_prompt,
     ignore_eos=values.get('ignore_eos', False),
     stream=values.get('stream', False),
-    include_usage=_include_usage(values),
+    **_stream_options(values),
   )
 
 
-def _include_usage(values: dict) -> bool:
+def _check_min_tokens(values: dict, max_tokens: int) -> None:
+  """Taken where nothing can end an answer before: as benchmarks send it."""
+  if 'min_tokens' not in values:
+    return
+  count = fields.within('min_tokens', values['min_tokens'], 0, max_tokens)
+  if not values.get('ignore_eos') or values.get('stop'):
+    raise errors.InputError(
+      f'min_tokens={count} is not supported here, except with ignore_eos=true '
+      'and without stop'
+    )
+
+
+def _stream_options(values: dict) -> dict[str, bool]:
   options = values.get('stream_options', {})
   if options and not values.get('stream'):
     raise errors.InputError('stream_options is for stream=true only')
-  neutral = {
-    'continuous_usage_stats': (False,),
-    'include_obfuscation': (False,),
-  }
-  known = ('include_usage',)
+  known = ('include_usage', 'continuous_usage_stats')
+  neutral = {'include_obfuscation': (False,)}
   options = fields.effective('stream_options.', options, known, neutral)
+  for name, value in options.items():
+    if not isinstance(value, bool):
+      raise errors.InputError(f'stream_options.{name} must be a bool')
   include_usage = options.get('include_usage', False)
-  if not isinstance(include_usage, bool):
-    raise errors.InputError('stream_options.include_usage must be a bool')
-  return include_usage
+  continuous = options.get('continuous_usage_stats', False)
+  return {
+    'include_usage': include_usage,
+    'continuous_usage': include_usage and continuous,
+  }

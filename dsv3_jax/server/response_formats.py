@@ -32,12 +32,17 @@ class ResponseFormat(abc.ABC):
     """Chunks before the first piece of `count` answers."""
     return []
 
-  def chunk(self, piece: responses.TextPiece) -> dict:
+  def chunk(
+    self, piece: responses.TextPiece, stream: responses.ResponseStream
+  ) -> dict:
     """A chunk of a stream."""
-    return self._frame | {
+    body = self._frame | {
       'object': self.chunk_kind,
       'choices': [self._choice(piece, 'delta')],
     }
+    if stream.api_request.continuous_usage:
+      body['usage'] = _usage(stream)
+    return body
 
   def usage(self, stream: responses.ResponseStream) -> dict:
     """The last chunk of a stream, with the number of tokens."""

@@ -124,7 +124,7 @@ class ResponseStream:
       raise ContextLengthError(
         f"This model's maximum context length is {limit} tokens. However, you "
         f'requested {length + count} tokens ({length} in the prompt, {count} '
-        'in the completion): shorten one of them'
+        'in the completion): shorten one of them (context_length_exceeded)'
       )
 
   def _on_output(self, output: requests.TokenOutput) -> None:

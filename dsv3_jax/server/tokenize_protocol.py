@@ -32,7 +32,7 @@ def parse_tokenize(
         raise errors.InputError(f'{other} has no meaning with {name}')
   if 'prompt' in values:
     add_bos = values.get('add_special_tokens', True)
-    return tokenizer.encode(values['prompt'], add_bos=add_bos).tolist()
+    return protocol.encode(tokenizer, values['prompt'], add_bos)
   tools = conversation.parse_tools(
     values, tokenizer, limits.compiler(tokenizer)
   )

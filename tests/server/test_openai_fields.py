@@ -335,7 +335,8 @@ def test_what_is_too_long_is_said_as_clients_expect(openai, ask):
   assert caught.value.code == 'context_length_exceeded'
   message = (
     "This model's maximum context length is 600 tokens. However, you requested "
-    '620 tokens (590 in the prompt, 30 in the completion)'
+    '620 tokens (590 in the prompt, 30 in the completion): shorten one of them '
+    '(context_length_exceeded)'
   )
   assert message in str(caught.value)
   parts = 697 * [{'type': 'text', 'text': 'x'}]

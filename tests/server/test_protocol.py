@@ -5,7 +5,7 @@ import pytest
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import request as requests
-from dsv3_jax.server import protocol
+from dsv3_jax.server import protocol, tokenize_protocol
 
 LIMITS = protocol.Limits(
   model='tiny', max_choices=20, max_tokens=500, vocab_size=280, seed=7
@@ -33,6 +33,7 @@ def test_what_says_nothing_is_taken(tokenizer):
   """What clients send along, at the values that ask for nothing."""
   body = {
     'add_generation_prompt': True,
+    'add_special_tokens': False,
     'audio': None,
     'bad_words': [],
     'chat_template_kwargs': {},
@@ -82,6 +83,39 @@ def test_what_says_nothing_is_taken(tokenizer):
   assert protocol.parse_chat(asked, tokenizer, LIMITS) == protocol.parse_chat(
     plain, tokenizer, LIMITS
   )
+
+
+def test_a_text_has_one_bos(tokenizer):
+  """Clients with a tokenizer of their own spell it."""
+
+  def ids(text, **fields):
+    body = {'prompt': text} | fields
+    (prompt,) = protocol.parse_completion(body, tokenizer, LIMITS).prompts
+    if not fields.get('suffix'):
+      assert tokenize_protocol.parse_tokenize(body, tokenizer, LIMITS) == prompt
+    return prompt
+
+  bos, text = tokenizers.BOS, tokenizer.encode('Hello').tolist()
+  assert ids('Hello') == ids(f'{bos}Hello') == [tokenizer.bos_id, *text]
+  assert ids('Hello', add_special_tokens=False) == text
+  assert ids(f'{bos}Hello', add_special_tokens=False) == ids('Hello')
+  assert ids(f'{bos}{bos}Hello').count(tokenizer.bos_id) == 1
+  assert ids(f'Hello{bos}').count(tokenizer.bos_id) == 1
+  filled = ids('Hello', suffix='x')
+  assert filled[0] == tokenizer.bos_id
+  assert ids('Hello', suffix='x', add_special_tokens=False) == filled[1:]
+
+
+def test_lengths_may_be_given_twice(tokenizer):
+  body = {'messages': HELLO, 'max_tokens': 3, 'max_completion_tokens': 3}
+  assert protocol.parse_chat(body, tokenizer, LIMITS).max_tokens == 3
+
+
+def test_a_least_length_that_nothing_can_undercut(tokenizer):
+  body = {'messages': HELLO, 'max_tokens': 3, 'ignore_eos': True}
+  plain = protocol.parse_chat(body, tokenizer, LIMITS)
+  asked = protocol.parse_chat(body | {'min_tokens': 3}, tokenizer, LIMITS)
+  assert asked == plain
 
 
 def test_what_sampling_fields_say(tokenizer):
@@ -164,6 +198,7 @@ def test_texts_in_parts_and_developers(tokenizer):
       'refusal': None,
       'tool_calls': None,
       'annotations': [],
+      'type': 'text',
     },
     {'role': 'user', 'content': []},
   ]
@@ -175,6 +210,16 @@ def test_texts_in_parts_and_developers(tokenizer):
   ]
   parsed = protocol.parse_chat({'messages': messages}, tokenizer, LIMITS)
   assert parsed.prompts == [tokenizer.encode_chat(same, True)[0].tolist()]
+
+
+def test_a_wrong_value_is_not_repeated_at_length(tokenizer):
+  wide = 1
+  for _ in range(6):
+    wide = [wide] * 6
+  for value in (wide, 'x' * 9999, 10**4000, {'k': wide}):
+    with pytest.raises(errors.InputError) as caught:
+      protocol.parse_chat({'n': value}, tokenizer, LIMITS)
+    assert len(str(caught.value)) < 300
 
 
 def test_another_model_is_not_there(tokenizer):
@@ -191,7 +236,7 @@ def test_another_model_is_not_there(tokenizer):
     ({'logprobs': 1}, 'logprobs=1 has the wrong type'),
     ({'top_logprobs': 2}, 'top_logprobs=2 needs logprobs=true'),
     ({'logprobs': True, 'top_logprobs': 21}, r'top_logprobs=21 must be in'),
-    ({'max_tokens': 3, 'max_completion_tokens': 3}, 'give one of them'),
+    ({'max_tokens': 3, 'max_completion_tokens': 4}, 'give one of them'),
     ({'max_completion_tokens': 501}, r'max_completion_tokens=501 must be in'),
     ({'n': True}, 'n=True has the wrong type'),
     ({'n': 1.0}, 'n=1.0 has the wrong type'),
@@ -204,12 +249,25 @@ def test_another_model_is_not_there(tokenizer):
       'include_usage must be a bool',
     ),
     (
+      {'stream': True, 'stream_options': {'continuous_usage_stats': 1}},
+      'continuous_usage_stats must be a bool',
+    ),
+    (
       {'stream': True, 'stream_options': {'a': 1}},
       "stream_options.'a' is no field",
     ),
     ({'temperature': True}, 'temperature=True has the wrong type'),
     ({'top_logprobs': False}, 'top_logprobs=False has the wrong type'),
-    ({'min_tokens': 3}, 'min_tokens=3 is not supported here'),
+    ({'min_tokens': 3}, 'min_tokens=3 is not supported here, except with ig'),
+    (
+      {'min_tokens': 3, 'ignore_eos': True, 'stop': 'x'},
+      'min_tokens=3 is not supported here, except with ignore_eos=true and w',
+    ),
+    (
+      {'min_tokens': 3, 'ignore_eos': True, 'max_tokens': 2},
+      r'min_tokens=3 must be in \[0, 2\]',
+    ),
+    ({'n': 10**50}, r'n=10000+\.\.\.0+ must be in \[1, 16\]'),
     ({'verbosity': 'low'}, "verbosity='low' is not supported here"),
     ({'messages': [{'role': 'user'}]}, r'messages\[0\].content must be a str'),
     (

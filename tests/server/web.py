@@ -37,7 +37,9 @@ def serving(
   app = server_app.Server(model, tokenizer, **options).app()
   with socket.socket() as bound:
     bound.bind(('127.0.0.1', 0))
-    config = uvicorn.Config(app, log_level='error', timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+      app, log_level='error', timeout_graceful_shutdown=1, ws='none'
+    )
     running = uvicorn.Server(config)
     run = lambda: asyncio.run(running.serve([bound]))
     thread = threading.Thread(target=run)
