@@ -78,6 +78,13 @@ class DeviceLayout:
   def fsdp_devices(self) -> int:
     return math.prod(getattr(self, axis) for axis in self.fsdp)
 
+  @property
+  def fsdp_beside_experts(self) -> int:
+    """Devices over which FSDP shards each expert."""
+    return math.prod(
+      getattr(self, axis) for axis in self.fsdp if axis in ('data', 'context')
+    )
+
   def tokens(self, seq_len: int) -> float:
     """M: tokens of a device and micro-batch."""
     return self.microbatch * seq_len / (self.sequence_shards * self.context)

@@ -29,58 +29,77 @@ class StageBytes:
   master_values: float  # of the whole stage, over all its devices
 
 
+@functools.lru_cache(maxsize=1024)
 def _of_parts(
-  parts: list[flops.Part], policy: precision.Policy, layout: DeviceLayout
+  parts: tuple[flops.Part, ...],
+  policy: precision.Policy,
+  shards: int,
+  expert_shards: int,
 ) -> StageBytes:
+  """Of some parameters; experts are sharded apart from the rest."""
   values = forms = total = 0.0
   for part in parts:
-    experts = part.name.endswith('experts')
-    # Experts are sharded over their axes, and no further by those in fsdp.
-    shards = layout.expert_devices if experts else layout.fsdp_devices
-    if experts:
-      rest = (a for a in layout.fsdp if a in ('data', 'context'))
-      for axis in rest:
-        shards *= getattr(layout, axis)
+    count = expert_shards if part.name.endswith('experts') else shards
     read = part.copies * memory.compute_bytes(part, policy)
-    values += part.size / shards
-    forms += (read or 4 * part.size) / shards  # 0: the f32 master is read
+    values += part.size / count
+    forms += (read or 4 * part.size) / count  # 0: the f32 master is read
     total += part.size
   return StageBytes(parameters=values, forms=forms, master_values=total)
 
 
-def _add(*parts: StageBytes) -> StageBytes:
-  fields = [f.name for f in dataclasses.fields(StageBytes)]
-  return StageBytes(**{n: sum(getattr(p, n) for p in parts) for n in fields})
+def _sum(*parts: tuple[int | float, StageBytes]) -> StageBytes:
+  """The sum of parts, each a number of times."""
+  return StageBytes(
+    parameters=float(sum(n * part.parameters for n, part in parts)),
+    forms=float(sum(n * part.forms for n, part in parts)),
+    master_values=float(sum(n * part.master_values for n, part in parts)),
+  )
 
 
-def _scale(times: int | float, stage: StageBytes) -> StageBytes:
-  values = {n: times * v for n, v in dataclasses.asdict(stage).items()}
-  return StageBytes(**values)
+@functools.cache
+def _parts(
+  model: config.ModelConfig,
+) -> dict[str, tuple[flops.Part, ...]]:
+  embedding, norm, head = flops.vocab_parts(model)
+  return {
+    'dense': tuple(flops.layer_parts(model, False)),
+    'moe': tuple(flops.layer_parts(model, True)),
+    'mtp': (norm, *flops.mtp_parts(model)),
+    'embedding': (embedding,),
+    'head': (head,),
+  }
 
 
 def stage_bytes(
   model: config.ModelConfig, policy: precision.Policy, layout: DeviceLayout
 ) -> list[StageBytes]:
   """Weights of each stage; embedding and head where `vocabulary` says."""
-  of = functools.partial(_of_parts, policy=policy, layout=layout)
-  dense, moe = (of(flops.layer_parts(model, m)) for m in (False, True))
+  # FSDP shards experts over axes that they are not sharded over already.
+  shards = {
+    'shards': layout.fsdp_devices,
+    'expert_shards': layout.expert_devices * layout.fsdp_beside_experts,
+  }
+  of = {
+    name: _of_parts(parts, policy, **shards)
+    for name, parts in _parts(model).items()
+  }
   stages = [
-    _add(_scale(num_dense, dense), _scale(num_moe, moe))
+    _sum((num_dense, of['dense']), (num_moe, of['moe']))
     for num_dense, num_moe in device_layout.stage_layers(model, layout)
   ]
-  embedding, norm, head = (of([p]) for p in flops.vocab_parts(model))
-  stages[-1] = _add(stages[-1], norm, of(flops.mtp_parts(model)))
+  stages[-1] = _sum((1, stages[-1]), (1, of['mtp']))
   if layout.vocabulary == 'last' or layout.stages == 1:
-    stages[0] = _add(stages[0], embedding)
-    stages[-1] = _add(stages[-1], head)
+    stages[0] = _sum((1, stages[0]), (1, of['embedding']))
+    stages[-1] = _sum((1, stages[-1]), (1, of['head']))
     return stages
   # A rank has 1 / P of both, once, whatever stages it holds.
-  per_rank = layout.stages // layout.pipe
-  per_rank *= 2 if layout.schedule == 'dualpipe' else 1
-  share = _scale(1 / layout.pipe / per_rank, _add(embedding, head))
-  masters = (embedding.master_values + head.master_values) / layout.stages
-  share = dataclasses.replace(share, master_values=masters)
-  return [_add(stage, share) for stage in stages]
+  per_rank = len(layout.held(0))
+  both = _sum((1, of['embedding']), (1, of['head']))
+  share = _sum((1 / layout.pipe / per_rank, both))
+  share = dataclasses.replace(
+    share, master_values=both.master_values / layout.stages
+  )
+  return [_sum((1, stage), (1, share)) for stage in stages]
 
 
 def activation_bytes(
@@ -90,19 +109,30 @@ def activation_bytes(
   is_moe: bool,
 ) -> float:
   """Bytes per token that a layer saves on a device."""
+  factor = layout.buffer_factor if layout.expert_devices > 1 else None
+  return _activation_bytes(model, policy, layout.remat, factor, is_moe)
+
+
+@functools.lru_cache(maxsize=256)
+def _activation_bytes(
+  model: config.ModelConfig,
+  policy: precision.Policy,
+  remat: str,
+  buffer_factor: float | None,
+  is_moe: bool,
+) -> float:
+  """`buffer_factor` None: all experts are on the device."""
   size = 4 if policy.compute == 'float32' else 2
-  if layout.remat == 'full':
+  if remat == 'full':
     return float(model.d_model * size)
-  rows = float(model.moe.top_k)
-  if layout.expert_devices > 1:
-    rows *= layout.buffer_factor
+  rows = model.moe.top_k * (buffer_factor or 1.0)
   kinds = memory.activation_bytes(
     model, policy, is_moe=is_moe, expert_rows=rows if is_moe else None
   )
   total = sum(kinds.values())
-  if is_moe and layout.expert_devices > 1:
+  if is_moe and buffer_factor:
     total += rows * row_bytes(model, policy)
-  if layout.remat == 'none':
+  if remat == 'none':
     m = model.mla
     heads = m.num_heads * (2 * m.qk_head_dim + m.v_head_dim)
     product = model.d_ff
@@ -150,13 +180,17 @@ def device_memory(cfg: config.Config, layout: DeviceLayout) -> DeviceMemory:
   tokens = layout.tokens(cfg.data.seq_len)
   live = [layout.live(rank) for rank in range(layout.pipe)]
   saved = _activations(model, policy, layout, tokens)
+  buffers = {
+    has_head: _buffers(model, policy, layout, tokens, has_head)
+    for has_head in (False, True)
+  }
   stages = stage_bytes(model, policy, layout)
   moment = {'bfloat16': 2, 'float32': 4}[cfg.optim.moments_dtype]
   zero = layout.devices / layout.pipe
   ranks = []
   for rank in range(layout.pipe):
     held = layout.held(rank)
-    mine = _add(*(stages[stage] for stage in held))
+    mine = _sum(*((1, stages[stage]) for stage in held))
     owned = [rank] if layout.schedule == 'dualpipe' else held
     owned = sum(stages[stage].master_values for stage in owned) / zero
     weights = {
@@ -171,9 +205,7 @@ def device_memory(cfg: config.Config, layout: DeviceLayout) -> DeviceMemory:
       largest, slots = max(saved), max(live) + layout.overlapped
     ends = layout.vocabulary == 'sharded' or layout.stages - 1 in held
     ranks.append(
-      weights
-      | {'live activations': slots * largest}
-      | _buffers(model, policy, layout, tokens, ends)
+      weights | {'live activations': slots * largest} | buffers[ends]
     )
   parts = max(ranks, key=lambda parts: sum(parts.values()))
   resident = sum(parts[name] for name in weights)
@@ -228,7 +260,12 @@ def _buffers(
     whole = dataclasses.replace(layout, remat='report')
     is_moe = bool(model.num_moe_layers)
     recomputed = tokens * activation_bytes(model, policy, whole, is_moe)
+  gathered = 0.0
+  if layout.fsdp_devices > 1:
+    layer = _parts(model)['moe' if model.num_moe_layers else 'dense']
+    gathered = _of_parts(layer, policy, 1, layout.expert_devices).forms
   return {
+    'gathered layer': gathered,
     'exchange buffers': exchange * (2 if layout.overlapped else 1),
     'logits': logits if has_head else 0.0,
     'recomputed layer': recomputed,

@@ -9,9 +9,8 @@ import sys
 
 import pytest
 
-from dsv3_jax.parallel.schedules import layer_partition
+from dsv3_jax.parallel.schedules import layer_partition, plot, report, simulate
 from dsv3_jax.parallel.schedules import make as schedules
-from dsv3_jax.parallel.schedules import plot, report, simulate
 from tests.parallel.schedules import tables
 
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
