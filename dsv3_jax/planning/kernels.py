@@ -13,12 +13,11 @@ backward, W its weight half.
 
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Callable
 
 from dsv3_jax import config, precision
-from dsv3_jax.planning import chips, device_memory, flops, memory
+from dsv3_jax.planning import all_to_all, chips, device_memory, flops, memory
 from dsv3_jax.planning.device_layout import DeviceLayout
 
 # Seconds in the trace; of the all-to-alls, the middle of what it shows.
@@ -51,6 +50,9 @@ class Rates:
     attention_forward, attention_backward: of the BF16 peak; the backward pass
       counts 2.5 times the forward one.
     dispatch_forward, dispatch_backward, combine: of the slow tier.
+    wgrad: Wgrad's rate over Fprop's; the trace's excerpt has none.
+    alone: rate of an all-to-all with no computation beside it over that in the
+      trace. DeepEP's own tables would give 1.2 to 1.6; 1 is kept.
     intra: of the fast tier; TR 3.2.2 reaches 160 of 200 GB/s.
     hbm: of memory-bound kernels; assumed, not in the trace's excerpt.
     overlap: an overlapped pair's time over the longer of its two lanes, so that
@@ -72,6 +74,8 @@ class Rates:
     _REMOTE * 7392, _H800.inter, 'dispatch backward'
   )
   combine: float = _of_peak(_REMOTE * 14336, _H800.inter, 'combine')
+  wgrad: float = 1.0
+  alone: float = 1.0
   intra: float = 0.8
   hbm: float = 0.8
   overlap: float = 1.3168
@@ -86,6 +90,8 @@ RANGES = {
   'dispatch_forward': (4.4 / 4.6, 4.4 / 4.2),
   'dispatch_backward': (3.45 / 3.6, 3.45 / 3.3),
   'combine': (6.3 / 6.6, 6.3 / 6.0),
+  'wgrad': (0.7, 1.05),
+  'alone': (1.0, 1.35),
   'intra': (0.75, 1.1),
   'hbm': (0.75, 1.15),
   'overlap': (0.95, 1.05),
@@ -97,7 +103,8 @@ class StageTimes:
   """Seconds of one micro-batch at a stage.
 
   Computation of attention, FFN and the rest (head, MTP projection, FSDP's
-  all-gathers) as (F, I, W); all-to-alls as (F, I).
+  all-gathers) as (F, I, W). All-to-alls as (F, I): dispatch and combine beside
+  computation, and both together without any.
   """
 
   attention: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -105,6 +112,7 @@ class StageTimes:
   rest: tuple[float, float, float] = (0.0, 0.0, 0.0)
   dispatch: tuple[float, float] = (0.0, 0.0)
   combine: tuple[float, float] = (0.0, 0.0)
+  exposed: tuple[float, float] = (0.0, 0.0)
 
   def __add__(self, other: 'StageTimes') -> 'StageTimes':
     return self._map(lambda xs, ys: tuple(map(operator.add, xs, ys)), other)
@@ -119,12 +127,13 @@ class StageTimes:
       rest=function(self.rest, other.rest),
       dispatch=function(self.dispatch, other.dispatch),
       combine=function(self.combine, other.combine),
+      exposed=function(self.exposed, other.exposed),
     )
 
   def _alone(self, part: int) -> float:
     lanes = [self.attention, self.ffn, self.rest]
     if part < 2:
-      lanes += [self.dispatch, self.combine]
+      lanes.append(self.exposed)
     return sum(lane[part] for lane in lanes)
 
   @property
@@ -232,7 +241,8 @@ class KernelTimes:
     return (
       self.matmul(flop) + once + self.moved(tokens * f),
       self.matmul(flop) + twice + recomputed + self.moved(tokens * i),
-      self.matmul(flop) + self.moved(tokens * w + 8 * weights),
+      self.matmul(flop) / self.rates.wgrad
+      + self.moved(tokens * w + 8 * weights),
     )
 
   def _attention_bytes(self) -> tuple[int | float, ...]:
@@ -267,7 +277,7 @@ class KernelTimes:
     return (
       once + self.moved(tokens * f),
       once + self.moved(tokens * i),
-      once + self.moved(tokens * w + 8 * 3 * dim * width),
+      once / self.rates.wgrad + self.moved(tokens * w + 24 * dim * width),
     )
 
   def _moe(self) -> tuple[float, float, float]:
@@ -289,7 +299,7 @@ class KernelTimes:
     routed = (
       once + self.moved(rows * f),
       once + self.moved(rows * i),
-      once + self.moved(rows * w + 8 * local),
+      once / self.rates.wgrad + self.moved(rows * w + 8 * local),
     )
     return tuple(s + r + gate for s, r in zip(shared, routed, strict=True))
 
@@ -299,24 +309,24 @@ class KernelTimes:
       return StageTimes()
     row = device_memory.row_bytes(self.model, self.policy)
     outputs = self.model.d_model * self.sizes()[0]
-    seconds = lambda size, rate: exchange_seconds(
-      self.model, self.chip, self.layout, self.tokens * size, rate, self.rates
+    where = (self.model, self.chip, self.layout)
+    seconds = lambda size, rate: all_to_all.seconds(
+      *where, self.tokens * size, rate, self.rates.intra
     )
     combine = seconds(outputs, self.rates.combine)
-    times = StageTimes(
-      dispatch=(
-        seconds(row, self.rates.dispatch_forward),
-        seconds(row, self.rates.dispatch_backward),
-      ),
-      combine=(combine, combine),
+    dispatch = (
+      seconds(row, self.rates.dispatch_forward),
+      seconds(row, self.rates.dispatch_backward),
     )
+    combines = (combine, combine)
     if self.layout.remat == 'full':  # sent again for the recomputed forward
-      times = dataclasses.replace(
-        times,
-        dispatch=(times.dispatch[0], sum(times.dispatch)),
-        combine=(combine, 2 * combine),
-      )
-    return times
+      dispatch = (dispatch[0], sum(dispatch))
+      combines = (combine, 2 * combine)
+    both = (
+      (d + c) / self.rates.alone
+      for d, c in zip(dispatch, combines, strict=True)
+    )
+    return StageTimes(dispatch=dispatch, combine=combines, exposed=tuple(both))
 
   def _gather_weights(self, is_moe: bool) -> StageTimes:
     """FSDP's all-gathers in F and I, its reduce-scatter in W; not hidden."""
@@ -355,45 +365,3 @@ class KernelTimes:
 @functools.lru_cache(maxsize=4096)
 def _layer(times: KernelTimes, is_moe: bool) -> StageTimes:
   return times.uncached_layer(is_moe)
-
-
-def exchange_seconds(
-  model: config.ModelConfig,
-  chip: chips.Chip,
-  layout: DeviceLayout,
-  size: float,
-  rate: float,
-  rates: Rates,
-) -> float:
-  """One all-to-all in two hops: the slower tier counts.
-
-  Args:
-    size: bytes of one row of every token of a device.
-    rate: fraction of the slow tier's peak.
-  """
-  nodes, per_node = hops(chip, layout)
-  reached = nodes_of_a_token(model.moe, nodes)
-  slow = size * reached * (nodes - 1) / nodes / (chip.inter * rate)
-  devices = nodes * per_node
-  copies = devices * (1 - (1 - 1 / devices) ** model.moe.top_k)
-  fast = size * copies * (per_node - 1) / per_node
-  return max(slow, fast / (chip.intra * rates.intra))
-
-
-def hops(chip: chips.Chip, layout: DeviceLayout) -> tuple[int, int]:
-  """(nodes, devices of a node) that the experts of one layer are on."""
-  if layout.expert_devices <= chip.node_size:
-    return 1, layout.expert_devices
-  per_node = min(layout.expert, chip.node_size)
-  return layout.expert_devices // per_node, per_node
-
-
-def nodes_of_a_token(moe: config.MoeConfig, nodes: int) -> float:
-  """Mean number of nodes with a chosen group, groups chosen evenly."""
-  if nodes == 1:
-    return 1.0
-  if nodes > moe.num_groups:
-    return nodes * (1 - (1 - 1 / nodes) ** moe.top_k)
-  per_node = moe.num_groups // nodes
-  missed = math.comb(moe.num_groups - per_node, moe.top_groups)
-  return nodes * (1 - missed / math.comb(moe.num_groups, moe.top_groups))

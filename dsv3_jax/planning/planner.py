@@ -80,6 +80,6 @@ def plan(cfg: config.Config, chip: chips.Chip, layout: DeviceLayout) -> Planned:
     layout=layout,
     memory=device_memory.device_memory(cfg, layout),
     step=step,
-    error=step_time.uncertainty(cfg, chip, layout),
+    error=step_time.uncertainty(cfg, chip, layout)['step'],
     run_seconds=run_cost.run_seconds(cfg, layout, step),
   )

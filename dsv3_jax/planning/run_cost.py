@@ -114,7 +114,8 @@ def cost_table(
   """
   layout, devices = layouts[0], layouts[0].devices
   step = step_time.step_time(pretraining, chip, layout)
-  error = step_time.uncertainty(pretraining, chip, layout)
+  relative = step_time.uncertainty(pretraining, chip, layout)
+  error = relative['step']
   seconds = run_seconds(pretraining, layout, step)
   costs = {'pre-training': hours(devices, seconds) / 1e3}
   extension = 0.0
@@ -128,7 +129,7 @@ def cost_table(
   )
   costs['total'] = sum(costs.values())
   price = REPORT_PRICE if chip.price is None else chip.price
-  rows = _step_rows(pretraining, chip, devices, step, error)
+  rows = _step_rows(pretraining, chip, devices, step, relative)
   for unit, paid, asked in (
     ('K hours', 1.0, 1.0),
     ('M$', price / 1e3, REPORT_PRICE / 1e3),
@@ -153,7 +154,7 @@ def _step_rows(
   chip: chips.Chip,
   devices: int,
   step: step_time.StepTime,
-  error: float,
+  errors: dict[str, float],
 ) -> list[Row]:
   speed = step.tokens_per_second
   row = lambda name, value, known, unit, why='': Row(
@@ -161,7 +162,7 @@ def _step_rows(
     predicted=value,
     published=known,
     unit=unit,
-    error=error,
+    error=errors.get(name.strip(), errors['step']),
     why=why,
   )
   rows = [row('step', step.seconds, 19.926, 's')]

@@ -244,20 +244,28 @@ def _reduce(
 
 def uncertainty(
   cfg: config.Config, chip: chips.Chip, layout: DeviceLayout
-) -> float:
-  """Relative error of a step's time from the ranges of the rates.
+) -> dict[str, float]:
+  """Relative errors of a step and of its parts, from the rates' ranges.
 
   Each rate moves alone to both ends of its range; half the differences are
-  added in squares.
+  added in squares. The step's key is 'step'.
   """
   plain = kernels.Rates()
-  seconds = lambda rates: step_time(cfg, chip, layout, rates).seconds
-  squares = 0.0
-  for name, (low, high) in kernels.RANGES.items():
-    ends = (
+
+  def seconds(rates: kernels.Rates) -> dict[str, float]:
+    step = step_time(cfg, chip, layout, rates)
+    return step.parts | {'step': step.seconds}
+
+  middle = seconds(plain)
+  squares = dict.fromkeys(middle, 0.0)
+  for name, factors in kernels.RANGES.items():
+    low, high = (
       seconds(dataclasses.replace(plain, **{name: getattr(plain, name) * x}))
-      for x in (low, high)
+      for x in factors
     )
-    slowest, fastest = ends
-    squares += ((slowest - fastest) / 2) ** 2
-  return math.sqrt(squares) / seconds(plain)
+    for part in squares:
+      squares[part] += ((low[part] - high[part]) / 2) ** 2
+  return {
+    part: math.sqrt(square) / middle[part] if middle[part] else 0.0
+    for part, square in squares.items()
+  }
