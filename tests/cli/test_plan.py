@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -131,3 +132,14 @@ def test_refusals_are_one_line(capsys, args, message):
   out, err = capsys.readouterr()
   assert not out
   assert message in err and err.count('\n') == 1
+
+
+def test_planning_imports_no_jax():
+  code = (
+    'import sys\n'
+    'from dsv3_jax.cli import plan\n'
+    'from dsv3_jax.planning import report, search\n'
+    'assert not [x for x in sys.modules if x.startswith(("jax", "flax"))]\n'
+    'assert "matplotlib" not in sys.modules\n'
+  )
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=_ROOT)

@@ -1,6 +1,7 @@
 """Rows of the cost table; goodput, serving and RL by their formulas."""
 
 import math
+import pathlib
 
 import pytest
 
@@ -10,11 +11,13 @@ from dsv3_jax.planning import (
   device_layout,
   goodput,
   posttrain,
+  report,
   run_cost,
   serving,
 )
 from experiments import long_context, v3_671b
 
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
 H800 = chips.CHIPS['h800']
 
 
@@ -85,6 +88,11 @@ def test_the_rows_agree_with_each_other(rows):
     assert total == pytest.approx(value('total', unit))
   assert value('total', 'M$') == pytest.approx(value('total', 'K hours') / 500)
   assert len(rows) == 22
+
+
+def test_the_page_has_the_table_of_the_command(rows):
+  page = (_ROOT / 'docs/planner.md').read_text(encoding='utf-8')
+  assert report.render_costs(list(rows.values())) in page
 
 
 def test_the_limit_model():
