@@ -35,12 +35,18 @@ def _of_parts(
   policy: precision.Policy,
   shards: int,
   expert_shards: int,
+  f32_forms: bool = False,
 ) -> StageBytes:
-  """Of some parameters; experts are sharded apart from the rest."""
+  """Of some parameters; experts are sharded apart from the rest.
+
+  With `f32_forms` the form is f32: FSDP gathers masters and casts afterwards.
+  """
   values = forms = total = 0.0
   for part in parts:
     count = expert_shards if part.name.endswith('experts') else shards
     read = part.copies * memory.compute_bytes(part, policy)
+    if f32_forms:
+      read = 4 * part.size
     values += part.size / count
     forms += (read or 4 * part.size) / count  # 0: the f32 master is read
     total += part.size
@@ -78,9 +84,14 @@ def stage_bytes(
   shards = {
     'shards': layout.fsdp_devices,
     'expert_shards': layout.expert_devices * layout.fsdp_beside_experts,
+    'f32_forms': layout.fsdp_devices > 1,
   }
+  # A pipeline has embedding and head over `pipe` alone.
+  vocab = shards if layout.pipe == 1 else {'shards': 1, 'expert_shards': 1}
   of = {
-    name: _of_parts(parts, policy, **shards)
+    name: _of_parts(
+      parts, policy, **(vocab if name in ('embedding', 'head') else shards)
+    )
     for name, parts in _parts(model).items()
   }
   stages = [
@@ -263,7 +274,10 @@ def _buffers(
   gathered = 0.0
   if layout.fsdp_devices > 1:
     layer = _parts(model)['moe' if model.num_moe_layers else 'dense']
-    gathered = _of_parts(layer, policy, 1, layout.expert_devices).forms
+    gathered = sum(
+      _of_parts(layer, policy, 1, layout.expert_devices, f32).forms
+      for f32 in (True, False)
+    )
   return {
     'gathered layer': gathered,
     'exchange buffers': exchange * (2 if layout.overlapped else 1),

@@ -17,7 +17,7 @@ import operator
 from collections.abc import Callable
 
 from dsv3_jax import config, precision
-from dsv3_jax.planning import all_to_all, chips, device_memory, flops, memory
+from dsv3_jax.planning import all_to_all, chips, device_memory, flops
 from dsv3_jax.planning.device_layout import DeviceLayout
 
 # Seconds in the trace; of the all-to-alls, the middle of what it shows.
@@ -329,26 +329,23 @@ class KernelTimes:
     return StageTimes(dispatch=dispatch, combine=combines, exposed=tuple(both))
 
   def _gather_weights(self, is_moe: bool) -> StageTimes:
-    """FSDP's all-gathers in F and I, its reduce-scatter in W; not hidden."""
+    """FSDP's f32 all-gathers in F and I, reduce-scatter in W; not hidden."""
     shards = self.layout.fsdp_devices
     context = self._gather_context()
     if shards == 1:
       return StageTimes(rest=(context, 2 * context, 0.0))
     size = 0.0
-    expert_shards = self.layout.fsdp_beside_experts
     for part in flops.layer_parts(self.model, is_moe):
-      form = part.copies * memory.compute_bytes(part, self.policy)
-      form = form or 4 * part.size
+      gathered, count = 4.0 * part.size, shards
       if part.name.endswith('experts'):
-        form /= self.layout.expert_devices
-        size += form * (expert_shards - 1) / expert_shards
-      else:
-        size += form * (shards - 1) / shards
+        gathered /= self.layout.expert_devices
+        count = self.layout.fsdp_beside_experts
+      size += gathered * (count - 1) / count
     tier = self.chip.inter * self.rates.combine
     if self.layout.devices <= self.chip.node_size:
       tier = self.chip.intra * self.rates.intra
     once = size / tier
-    return StageTimes(rest=(once + context, once + 2 * context, 2 * once))
+    return StageTimes(rest=(once + context, once + 2 * context, once))
 
   def _gather_context(self) -> float:
     """Latents of a sequence, all-gathered over `context`."""

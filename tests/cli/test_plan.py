@@ -68,7 +68,7 @@ def test_buffer_factor_and_vocabulary_change_the_plan(capsys):
 
 
 def test_text_search_and_fewest(capsys):
-  args = ('--config=experiments/v3_16b.py', '--chips=8', '--chip=h100')
+  args = ('--config=experiments/v3_16b.py', '--chips=4', '--chip=h100')
   args += ('--config.model.num_layers=4',)
   out = run(capsys, *args, '--search', '--fewest')
   assert re.search(r'step +[\d.]+ s \+- \d+%', out)

@@ -119,6 +119,18 @@ def test_one_device_by_hand():
   assert result.host['ema'] == 4 * values
 
 
+def test_fsdp_by_hand():
+  """Each of two devices has half of the f32 weights and gradients."""
+  cfg = settings.small(model__mtp__depth=0, model__num_dense_layers=3)
+  values = sum(part.size for part in flops.main_parts(cfg.model))
+  layer = sum(part.size for part in flops.layer_parts(cfg.model, False))
+  layout = tiny(data=2, microbatch=2, fsdp=('data',))
+  parts = device_memory.device_memory(cfg, layout).parts
+  assert parts['compute forms'] == parts['gradients'] == 4 * values / 2
+  assert parts['master weights'] == 4 * values / 2
+  assert parts['gathered layer'] == 2 * 4 * layer  # and the f32 forms of it
+
+
 def test_the_report_s_mesh():
   """TR 3.2 fits 80 GB without spare rows, and not with 1.5 times the room."""
   cfg, layout = pod(buffer_factor=1.0)

@@ -155,6 +155,17 @@ def test_more_of_everything_takes_less(pod):
   assert seconds(layout=more) > plain / 2  # the bubble stays
 
 
+def test_fsdp_gathers_f32_weights_by_hand(pod):
+  """Attention of a dense layer over 2 data shards: half of 4 bytes each."""
+  cfg, layout = pod
+  sharded = dataclasses.replace(layout, fsdp=('data',))
+  plain, fsdp = (times(cfg, x).layer(False).rest for x in (layout, sharded))
+  size = sum(part.size for part in flops.layer_parts(cfg.model, False))
+  once = 4 * size / 2 / (50e9 * kernels.Rates().combine)
+  assert plain == (0, 0, 0)
+  assert fsdp == pytest.approx((once, once, once))
+
+
 def test_nodes_that_a_token_reaches():
   moe = config.from_config_dict(v3_671b.get_config()).model.moe
   assert all_to_all.nodes_of_a_token(moe, 1) == 1
