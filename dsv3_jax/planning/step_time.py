@@ -206,7 +206,8 @@ def optimizer_seconds(
   copies = layout.data * layout.context * mirror
   exchanged = 4 * held + forms / (2 if policy.fp8 else 1)
   part = min(1.0, share / held)
-  seconds = _reduce(part * exchanged, copies, 1, chip, rates)
+  beside = copies if layout.devices <= chip.node_size else 1  # in one node
+  seconds = _reduce(part * exchanged, copies, beside, chip, rates)
   per_node = min(chip.node_size, layout.devices // layout.pipe)
   rest = (1 - part) * exchanged
   seconds += _reduce(rest, replicas, per_node, chip, rates)

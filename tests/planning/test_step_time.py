@@ -155,6 +155,31 @@ def test_more_of_everything_takes_less(pod):
   assert seconds(layout=more) > plain / 2  # the bubble stays
 
 
+@pytest.mark.parametrize('node_size', [1, 2])
+def test_the_optimizer_by_hand(node_size):
+  """Two replicas: half of the gradients and weights, and AdamW's bytes."""
+  cfg = settings.small(
+    model__mtp__depth=0, parallel__data=2, eval__batch_size=8
+  )
+  layout = device_layout.from_config(cfg, 2)
+  chip = dataclasses.replace(H800, node_size=node_size)
+  values = sum(part.size for part in flops.main_parts(cfg.model))
+  rates = kernels.Rates()
+  link = 50e9 * rates.combine if node_size == 1 else 200e9 * rates.intra
+  want = (4 + 4) * values / 2 / link
+  want += values / 2 * (12 + 4 * 2) / (3.35e12 * rates.hbm)
+  seconds = step_time.optimizer_seconds(cfg, chip, layout, rates)
+  assert seconds == pytest.approx(want)
+
+
+def test_all_to_alls_alone_may_be_faster(pod):
+  cfg, layout = pod
+  slow, fast = (times(cfg, layout, alone=x).layer(True) for x in (1.0, 1.25))
+  saved = (slow.dispatch[0] + slow.combine[0]) * (1 - 1 / 1.25)
+  assert slow.forward - fast.forward == pytest.approx(saved)
+  assert slow.beside(slow, 1.0) == fast.beside(fast, 1.0)
+
+
 def test_fsdp_gathers_f32_weights_by_hand(pod):
   """Attention of a dense layer over 2 data shards: half of 4 bytes each."""
   cfg, layout = pod
