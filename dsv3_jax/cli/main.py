@@ -15,6 +15,7 @@ from dsv3_jax.cli import (
   experiment_flags,
   inference,
   inspect,
+  plan,
   schedule,
   train,
 )
@@ -112,6 +113,7 @@ COMMANDS = {
   'import': (checkpoint.import_, checkpoint.define_import),
   'manifest': (checkpoint.manifest, checkpoint.define_manifest),
   'schedule': (schedule.schedule, schedule.define),
+  'plan': (plan.plan, plan.define),
   'bench': (bench.bench, None),  # each benchmark parses its own flags
 }
 

@@ -21,10 +21,10 @@ from dsv3_jax.parallel import accumulation, zero
 from dsv3_jax.parallel.pipeline import (
   executor,
   instructions,
-  layer_partition,
   param_layout,
   stage_compute,
 )
+from dsv3_jax.parallel.schedules import layer_partition
 from dsv3_jax.parallel.schedules import make as schedules
 
 Tree = Any

@@ -62,6 +62,27 @@ def mtp_parts(cfg: config.ModelConfig) -> list[Part]:
   return [part for part in parts if part.copies]
 
 
+def layer_parts(cfg: config.ModelConfig, is_moe: bool) -> list[Part]:
+  """Parameters of one layer of the main model."""
+  parts = [
+    *_attention(cfg, 'attention', 1),
+    Part('norms', (2, cfg.d_model), 1, 1),
+  ]
+  if is_moe:
+    return [part for part in (*parts, *_moe(cfg, 'moe', 1)) if part.copies]
+  return [*parts, Part('dense.swiglu', (3, cfg.d_model, cfg.d_ff), 1, 1)]
+
+
+def vocab_parts(cfg: config.ModelConfig) -> tuple[Part, Part, Part]:
+  """Embedding, final norm, head."""
+  dim, vocab = cfg.d_model, cfg.vocab_size
+  return (
+    Part('embedding', (vocab, dim), 1, 1),
+    Part('final_norm', (dim,), 1, 1),
+    Part('head', (dim, vocab), 1, 1),
+  )
+
+
 def _attention(
   cfg: config.ModelConfig, name: str, copies: int
 ) -> Iterator[Part]:

@@ -35,9 +35,9 @@ def activation_bytes(
     'log-sum-exp': m.num_heads * 4,
   }
   if policy.fp8:  # E5M6: 12 bits
-    sizes['attention output'] = 3 * -(-outputs // 2) + _scales(outputs)
+    sizes['attention output'] = 3 * -(-outputs // 2) + scale_bytes(outputs)
   per_row = lambda width: (
-    2 * (width + _scales(width) if policy.fp8 else width * size)
+    2 * (width + scale_bytes(width) if policy.fp8 else width * size)
   )
   if not is_moe:
     return sizes | {'swiglu inputs': per_row(cfg.d_ff)}
@@ -49,7 +49,7 @@ def activation_bytes(
   return sizes
 
 
-def _scales(columns: int) -> int:
+def scale_bytes(columns: int) -> int:
   """Bytes of the f32 scales of a row."""
   return 4 * -(-columns // 128)
 
@@ -64,11 +64,11 @@ def weight_bytes(
   total, compute = 0, 0
   for part in (*flops.main_parts(cfg), *flops.mtp_parts(cfg)):
     total += 4 * part.size
-    compute += part.copies * _compute_bytes(part, policy)
+    compute += part.copies * compute_bytes(part, policy)
   return {'master': total, 'compute': compute}
 
 
-def _compute_bytes(part: flops.Part, policy: precision.Policy) -> int:
+def compute_bytes(part: flops.Part, policy: precision.Policy) -> int:
   """Bytes of a parameter's compute form; 0 if the master itself is read."""
   name, values = part.name.rsplit('.', 1)[-1], math.prod(part.shape)
   swiglu = name in ('swiglu', 'experts', 'shared')

@@ -9,9 +9,8 @@ import sys
 
 import pytest
 
-from dsv3_jax.parallel.pipeline import layer_partition
+from dsv3_jax.parallel.schedules import layer_partition, plot, report, simulate
 from dsv3_jax.parallel.schedules import make as schedules
-from dsv3_jax.parallel.schedules import plot, report, simulate
 from tests.parallel.schedules import tables
 
 _ROOT = pathlib.Path(__file__).resolve().parents[3]
@@ -132,7 +131,7 @@ def test_numbers_are_written_where_they_fit():
 def test_tables_need_no_jax():
   code = (
     'import sys\n'
-    'from dsv3_jax.parallel.pipeline import layer_partition\n'
+    'from dsv3_jax.parallel.schedules import layer_partition\n'
     'from dsv3_jax.parallel.schedules import report\n'
     'assert "numpy" not in sys.modules and "matplotlib" not in sys.modules\n'
     'assert not [name for name in sys.modules if name.startswith("jax")]\n'

@@ -6,7 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from dsv3_jax.parallel.pipeline import layer_partition
+from dsv3_jax.parallel.schedules import layer_partition
 from tests.parallel.schedules import tables
 
 _COST = st.fractions(0, 5, max_denominator=4)
