@@ -127,7 +127,10 @@ def test_an_answer_that_is_cut_says_so(ask):
     ({'structured_outputs': {'choice': ['yes']}}, ['yes'].index),
     ({'structured_outputs': {'regex': '[ab]{4}'}}, lambda x: int(x, 16)),
   ],
-  ids=str,
+  ids=[
+    *('guided_json', 'guided_json as text', 'guided_choice', 'guided_regex'),
+    *('json', 'choice', 'regex'),
+  ],
 )
 def test_vllm_s_fields(ask, fields, check):
   answer = ask.completions.create(
