@@ -8,6 +8,8 @@ block has them, and rejected speculative tokens are overwritten.
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from dsv3_jax.nn import latent_cache
+
 Tokens = Int[Array, '1 p s 1']  # dims of a latent cache: one layer, one value
 
 
@@ -23,11 +25,8 @@ def write(
 ) -> Tokens:
   """Writes tokens at their indices; as `latent_cache.write`."""
   _, num_blocks, size, _ = tokens_1ps1.shape
-  block_BT = jnp.take_along_axis(
-    table_Bb, index_BT // size, axis=1, mode='fill', fill_value=num_blocks
-  )
-  block_BT = jnp.where(index_BT < 0, num_blocks, block_BT)
-  at = (0, block_BT, index_BT % size, 0)
+  places = latent_cache.places(index_BT, table_Bb, num_blocks, size)
+  at = (0, *places, 0)
   return tokens_1ps1.at[at].set(tokens_BT, mode='drop')
 
 

@@ -59,11 +59,7 @@ def write(
   Those of padding (index_BT < 0) or past a row's blocks are dropped.
   """
   _, num_blocks, size, _ = cache.c_LpsC.shape
-  block_BT = jnp.take_along_axis(
-    table_Bb, index_BT // size, axis=1, mode='fill', fill_value=num_blocks
-  )
-  block_BT = jnp.where(index_BT < 0, num_blocks, block_BT)
-  at = (layer, block_BT, index_BT % size)
+  at = (layer, *places(index_BT, table_Bb, num_blocks, size))
 
   def put(old, new):
     bits = mla_decode.bits
@@ -73,6 +69,23 @@ def write(
 
   new = _stored(mla_decode.LatentPages(*latents), is_fp8(cache))
   return jax.tree.map(put, cache, new)
+
+
+def places(
+  index_BT: Int[Array, 'B T'],
+  table_Bb: Int[Array, 'B b'],
+  num_blocks: int,
+  size: int,
+) -> tuple[Int[Array, 'B T'], Int[Array, 'B T']]:
+  """The block of each token, and its place there.
+
+  Padding (index_BT < 0) and what is past a row's blocks has the block
+  `num_blocks`, which is none.
+  """
+  block_BT = jnp.take_along_axis(
+    table_Bb, index_BT // size, axis=1, mode='fill', fill_value=num_blocks
+  )
+  return jnp.where(index_BT < 0, num_blocks, block_BT), index_BT % size
 
 
 def is_fp8(cache: LatentCache | None) -> bool:

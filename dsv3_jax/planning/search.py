@@ -8,13 +8,12 @@ import dataclasses
 import functools
 from collections.abc import Iterator
 
-from dsv3_jax import config, errors, precision
+from dsv3_jax import config, errors
 from dsv3_jax.parallel.schedules import make as schedules
 from dsv3_jax.planning import (
   chips,
   device_layout,
   device_memory,
-  kernels,
   step_time,
 )
 
@@ -126,14 +125,7 @@ def quick_seconds(
   cfg: config.Config, chip: chips.Chip, layout: DeviceLayout
 ) -> float:
   """Closed-form time of a step."""
-  times = kernels.KernelTimes(
-    model=cfg.model,
-    policy=precision.POLICIES[cfg.precision],
-    chip=chip,
-    layout=layout,
-    seq_len=cfg.data.seq_len,
-    rates=kernels.Rates(),
-  )
+  times = step_time.kernel_times(cfg, chip, layout)
   stages = step_time.stage_times(times)
   seconds = step_time.optimizer_seconds(cfg, chip, layout, times.rates)
   seconds += layout.microbatches * step_time.per_microbatch(times, stages)

@@ -80,6 +80,23 @@ def stage_times(times: kernels.KernelTimes) -> list[kernels.StageTimes]:
   return [stage + share for stage in stages]
 
 
+def kernel_times(
+  cfg: config.Config,
+  chip: chips.Chip,
+  layout: DeviceLayout,
+  rates: kernels.Rates | None = None,
+) -> kernels.KernelTimes:
+  """Times of an experiment's kernels; rates: None: those of the trace."""
+  return kernels.KernelTimes(
+    model=cfg.model,
+    policy=precision.POLICIES[cfg.precision],
+    chip=chip,
+    layout=layout,
+    seq_len=cfg.data.seq_len,
+    rates=rates or kernels.Rates(),
+  )
+
+
 def step_time(
   cfg: config.Config,
   chip: chips.Chip,
@@ -87,15 +104,7 @@ def step_time(
   rates: kernels.Rates | None = None,
 ) -> StepTime:
   """Time of one step of the full batch."""
-  rates = rates or kernels.Rates()
-  times = kernels.KernelTimes(
-    model=cfg.model,
-    policy=precision.POLICIES[cfg.precision],
-    chip=chip,
-    layout=layout,
-    seq_len=cfg.data.seq_len,
-    rates=rates,
-  )
+  times = kernel_times(cfg, chip, layout, rates)
   stages = stage_times(times)
   if layout.pipe == 1:
     (stage,) = stages
@@ -107,7 +116,7 @@ def step_time(
     in_ticks = None
   else:
     parts, once, in_ticks = _pipeline(times, stages)
-  parts['optimizer'] = optimizer_seconds(cfg, chip, layout, rates)
+  parts['optimizer'] = optimizer_seconds(cfg, chip, layout, times.rates)
   if in_ticks is not None:
     in_ticks += parts['optimizer']
   return StepTime(

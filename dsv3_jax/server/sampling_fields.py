@@ -19,7 +19,6 @@ TYPES = {
   'frequency_penalty': _NUMBER,
   'repetition_penalty': _NUMBER,
 }
-_MAX_BIASES = 1024
 
 
 def parse(
@@ -56,9 +55,10 @@ def parse(
 def _logit_bias(
   value: dict[str, Any], vocab_size: int
 ) -> tuple[tuple[int, float], ...]:
-  if len(value) > _MAX_BIASES:
+  most = requests.MAX_LOGIT_BIASES
+  if len(value) > most:
     raise errors.InputError(
-      f'logit_bias has {len(value)} entries; at most {_MAX_BIASES} are taken'
+      f'logit_bias has {len(value)} entries; at most {most} are taken'
     )
   pairs = []
   for name, bias in value.items():

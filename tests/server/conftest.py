@@ -23,3 +23,10 @@ def openai():
 def served(tokenizer):
   with web.serving(tokenizer) as server:
     yield server
+
+
+@pytest.fixture
+def ask(served):
+  """OpenAI's client of the server."""
+  with web.client(served[0]) as client:
+    yield client

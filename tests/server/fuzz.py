@@ -74,7 +74,6 @@ def _is_special(arrays, vocab):
   return (
     np.any(arrays.top_p_B < 1)
     or np.any(arrays.min_p_B > 0)
-    or np.any(arrays.logprobs_B)
     or np.any(adjustments.repetition_B != 1)
     or np.any(adjustments.presence_B != 0)
     or np.any(adjustments.frequency_B != 0)

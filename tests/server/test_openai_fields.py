@@ -18,12 +18,6 @@ def own(token):
   return -token / 8
 
 
-@pytest.fixture
-def ask(served):
-  with web.client(served[0]) as client:
-    yield client
-
-
 def test_completion_logprobs_are_the_engine_s(ask, tokenizer):
   ids = [7, 8, 9]
   want = counting.continued(ids, 6, 280)

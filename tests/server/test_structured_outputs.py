@@ -56,12 +56,6 @@ def served(tokenizer):
     yield server
 
 
-@pytest.fixture
-def ask(served):
-  with web.client(served[0]) as client:
-    yield client
-
-
 def texts_of(answer, stream):
   """Text and why it ends, of each choice of either endpoint."""
   texts, reasons = {}, {}

@@ -122,12 +122,6 @@ def served(tokenizer, saying):
     yield server
 
 
-@pytest.fixture
-def ask(served):
-  with web.client(served[0]) as client:
-    yield client
-
-
 def ids_of(tokenizer, text):
   """Ids of a text whose special tokens are tokens."""
   for token in chat.TOOLS:

@@ -20,17 +20,6 @@ from tests.checkpoint.hf import exchanged
 
 
 @pytest.fixture(scope='module')
-def tokenizer():
-  return llama.train_tokenizer()
-
-
-@pytest.fixture(scope='module')
-def model():
-  cfg = llama.make('yarn')
-  return cfg, *llama.weights(cfg)
-
-
-@pytest.fixture(scope='module')
 def file(model, tokenizer, tmp_path_factory):
   path = tmp_path_factory.mktemp('gguf') / 'x.gguf'
   return llama.write(*model, path, tokenizer, dtype='float32')

@@ -50,11 +50,6 @@ CASES = {
 
 
 @pytest.fixture(scope='module')
-def tokenizer():
-  return llama.train_tokenizer()
-
-
-@pytest.fixture(scope='module')
 def yarn():
   cfg = llama.make('yarn')
   return cfg, *llama.weights(cfg)

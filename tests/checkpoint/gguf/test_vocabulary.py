@@ -9,17 +9,6 @@ from tests.checkpoint.gguf import llama
 from tests.checkpoint.gguf.test_export import fields
 
 
-@pytest.fixture(scope='module')
-def tokenizer():
-  return llama.train_tokenizer()
-
-
-@pytest.fixture(scope='module')
-def model():
-  cfg = llama.make('yarn')
-  return cfg, *llama.weights(cfg)
-
-
 def test_a_folder_s_templates_and_ends_of_answers(model, tokenizer, tmp_path):
   """eos first; three ends have a place, the fourth has none."""
   eos = tokenizer.eos_id
