@@ -30,8 +30,10 @@ def bind(host: str, port: int) -> socket.socket:
   """
   try:
     infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    family, _, _, _, address = infos[0]
-    bound = socket.socket(family)
+    family, kind, protocol, _, address = infos[0]
+    # With the protocol's number, or asyncio leaves TCP_NODELAY off: the second
+    # write of an answer would wait 40 ms for the first one's acknowledgement.
+    bound = socket.socket(family, kind, protocol)
     try:
       bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
       bound.bind(address)

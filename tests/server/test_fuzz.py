@@ -6,7 +6,7 @@ from tests.server import fuzz, fuzz_requests
 
 
 @pytest.mark.parametrize(
-  'count', [400, pytest.param(4000, marks=pytest.mark.nightly)]
+  'count', [2000, pytest.param(4000, marks=pytest.mark.nightly)]
 )
 def test_fuzzed_requests_are_answered_or_refused(tmp_path, count):
   """It looks on both sides of the line, at each endpoint."""

@@ -1,7 +1,9 @@
 """The server as a process: how it stops."""
 
+import asyncio
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 
@@ -110,3 +112,24 @@ def test_a_model_that_fails_ends_the_process(openai):
     _, err = child.communicate(timeout=limits.HANG)
   assert child.returncode == 1
   assert err.count('RuntimeError: out of order') == 1
+
+
+@pytest.mark.parametrize('host', ['127.0.0.1', '::1'])
+def test_no_write_waits_for_an_acknowledgement(host):
+  """Of an answer's head by its body, or of a streamed token by the next."""
+  options = []
+
+  async def accept(reader, writer):
+    accepted = writer.get_extra_info('socket')
+    options.append(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+    writer.close()
+
+  async def connect(bound):
+    async with await asyncio.start_server(accept, sock=bound):
+      reader, writer = await asyncio.open_connection(*bound.getsockname()[:2])
+      assert not await reader.read()
+      writer.close()
+
+  with server_main.bind(host, 0) as bound:
+    asyncio.run(connect(bound))
+  assert len(options) == 1 and options[0]

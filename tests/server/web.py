@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
 import urllib.error
@@ -13,6 +12,7 @@ import uvicorn
 from dsv3_jax.inference import engine
 from dsv3_jax.server import app as server_app
 from dsv3_jax.server import engine_thread
+from dsv3_jax.server import main as server_main
 from tests import limits
 from tests.inference import counting
 
@@ -35,8 +35,7 @@ def serving(
   model = engine_thread.EngineThread(model_engine, most_waiting, warm)
   options = {'name': 'tiny', 'max_tokens': 500} | options
   app = server_app.Server(model, tokenizer, **options).app()
-  with socket.socket() as bound:
-    bound.bind(('127.0.0.1', 0))
+  with server_main.bind('127.0.0.1', 0) as bound:
     config = uvicorn.Config(
       app, log_level='error', timeout_graceful_shutdown=1, ws='none'
     )
