@@ -84,6 +84,22 @@ class SpecialTokens:
     return (self.eos_id,) if has_eos else ()
 
   @functools.cached_property
+  def end_id(self) -> int:
+    """The token that an answer is ended with: eos, if it ends one.
+
+    Raises:
+      InputError: no token ends an answer.
+    """
+    if not self.eos_ids:
+      raise errors.InputError('the tokenizer has no token that ends an answer')
+    has_eos = self.named_token('eos_token') is not None
+    return (
+      self.eos_id
+      if has_eos and self.eos_id in self.eos_ids
+      else self.eos_ids[0]
+    )
+
+  @functools.cached_property
   def adds_bos(self) -> bool:
     """True if a text begins with bos.
 

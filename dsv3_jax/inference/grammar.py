@@ -46,8 +46,12 @@ class Compiler:
     self._tokenizer, self._vocab_size = tokenizer, vocab_size
 
   def load(self) -> None:
-    """Reads the vocabulary, which takes seconds, before a request needs it."""
-    self._vocabulary  # noqa: B018 - kept from now on
+    """Reads the vocabulary, which takes seconds, before a request needs it.
+
+    Unless no token ends an answer: then each request is refused.
+    """
+    if self._tokenizer.eos_ids:
+      self._vocabulary  # noqa: B018 - kept from now on
 
   def json_schema(self, schema: dict[str, Any] | bool, where: str) -> Grammar:
     """A JSON text that a schema describes.
@@ -120,7 +124,7 @@ class Compiler:
     if state.is_error():
       message = ' '.join(state.get_error().split())
       raise errors.InputError(f'{where}: {message[:300]}')
-    compiled = Grammar(state, self._tokenizer.eos_id, self._vocab_size)
+    compiled = Grammar(state, self._tokenizer.end_id, self._vocab_size)
     matcher = compiled.matcher()
     matcher.allowed([])
     if matcher.failed:
@@ -134,7 +138,7 @@ class Compiler:
     return library.LLTokenizer(
       library.TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size)),
       n_vocab=self._vocab_size,
-      eos_token=self._tokenizer.eos_id,
+      eos_token=self._tokenizer.end_id,
     )
 
 
@@ -143,7 +147,9 @@ class _Vocabulary:
 
   def __init__(self, tokenizer: tokenizers.Tokenizer, vocab_size: int):
     self._tokenizer = tokenizer
-    self.eos_token_id, self.bos_token_id = tokenizer.eos_id, tokenizer.bos_id
+    self.eos_token_id = tokenizer.end_id
+    has_bos = tokenizer.named_token('bos_token') is not None
+    self.bos_token_id = tokenizer.bos_id if has_bos else None
     self.tokens = [tokenizer.token_bytes(i) for i in range(vocab_size)]
     # No grammar has them in a text, even if it allows what they spell.
     self.special_token_ids = sorted(tokenizer.special_ids)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax import errors
-from dsv3_jax.data import chat
+from dsv3_jax.data import chat, tokenizer_files
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.inference import grammar
 
@@ -210,6 +210,7 @@ import json, sys, time
 import numpy as np
 from dsv3_jax import errors
 from dsv3_jax.data import tokenizer as tokenizers
+from dsv3_jax.data import tokenizer_files
 from dsv3_jax.inference import grammar
 
 tokenizer = tokenizers.Tokenizer.from_file(sys.argv[1])
@@ -274,3 +275,31 @@ def test_training_does_not_load_the_library():
     [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )
   assert done.stdout.strip() == 'False'
+
+
+@pytest.mark.parametrize(
+  ('eos_ids', 'end'), [((7,), 7), ((7, 1), 1), (None, 1)]
+)
+def test_an_answer_ends_with_a_token_that_ends_answers(tokenizer, eos_ids, end):
+  """A folder may name others than the eos of its tokenizer."""
+  names = {'eos_token': tokenizer.named_token('eos_token')}  # and no bos
+  settings = tokenizer_files.TokenizerSettings(
+    special_tokens=names, eos_ids=eos_ids
+  )
+  other = tokenizers.Tokenizer(tokenizer.text, settings)
+  compiler = grammar.Compiler(other, VOCAB)
+  compiler.load()
+  matcher = compiler.choice(['a'], 'choice').matcher()
+  tokens = other.encode('a').tolist()
+  matcher.allowed(tokens[:-1])
+  assert ids_of(matcher.allowed(tokens)) == [end]
+
+
+def test_without_a_token_that_ends_answers_constraints_are_refused(tokenizer):
+  settings = tokenizer_files.TokenizerSettings(special_tokens={})
+  compiler = grammar.Compiler(
+    tokenizers.Tokenizer(tokenizer.text, settings), VOCAB
+  )
+  compiler.load()  # a server starts
+  with pytest.raises(errors.InputError, match='no token that ends an answer'):
+    compiler.choice(['a'], 'choice')

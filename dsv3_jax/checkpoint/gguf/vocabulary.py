@@ -96,10 +96,8 @@ def _write_ends(
   The format has these three names, and ends an answer at each. Whatever ends
   it besides is left out.
   """
-  ids = list(tokenizer.eos_ids)
-  if tokenizer.named_token('eos_token') and tokenizer.eos_id in ids:
-    ids.remove(tokenizer.eos_id)
-    ids.insert(0, tokenizer.eos_id)
+  first = tokenizer.end_id
+  ids = [first, *(i for i in tokenizer.eos_ids if i != first)]
   add = (writer.add_eos_token_id, writer.add_eot_token_id)
   for write_id, index in zip(
     (*add, writer.add_eom_token_id), ids, strict=False
