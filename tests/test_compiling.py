@@ -18,20 +18,22 @@ def level():
   return debug.xla_backend_optimization_level
 
 
-def emitters():
-  """The choice between them that a compilation is given, if any."""
-  options = compiler.get_compile_options(1, 1)
-  return dict(options.env_option_overrides).get('xla_cpu_use_fusion_emitters')
+def overrides():
+  """What a compilation is given, whatever `XLA_FLAGS` says."""
+  return dict(compiler.get_compile_options(1, 1).env_option_overrides)
 
 
 def test_few_unless_asked():
   assert (level() == 0) != ALL
-  assert emitters() is None
-  older = '--xla_cpu_use_fusion_emitters=false'
-  assert (older in os.environ.get('XLA_FLAGS', '')) == CHOSEN
+  assert not overrides()
+  flags = os.environ.get('XLA_FLAGS', '').split()
+  assert ('--xla_cpu_use_fusion_emitters=false' in flags) == CHOSEN
+  assert ('--xla_cpu_parallel_codegen_split_count=1' in flags) != ALL
 
 
 @pytest.mark.usefixtures('optimized')
 def test_all_for_bits():
   assert level() > 0
-  assert emitters() == (True if CHOSEN else None)
+  want = {'xla_cpu_parallel_codegen_split_count': 32}  # XLA's own
+  want |= {'xla_cpu_use_fusion_emitters': True} if CHOSEN else {}
+  assert overrides() == ({} if ALL else want)
