@@ -33,8 +33,8 @@ from experiments import quickstart
 
 # Children are forks of a process that has imported JAX and not used it: that
 # takes three seconds of the ten that one lives.
-_FORKS = multiprocessing.get_context('forkserver')
-_FORKS.set_forkserver_preload(['dsv3_jax.training.loop', 'tensorboardX'])
+FORKS = multiprocessing.get_context('forkserver')
+FORKS.set_forkserver_preload(['dsv3_jax.training.loop', 'tensorboardX'])
 
 
 def _train(folder: pathlib.Path, workdir: pathlib.Path) -> None:
@@ -61,7 +61,7 @@ def kill_and_resume(
   (folder / 'config.json').write_text(config.to_json(cfg), encoding='utf-8')
 
   def start(workdir):
-    child = _FORKS.Process(target=_train, args=(folder, workdir))
+    child = FORKS.Process(target=_train, args=(folder, workdir))
     child.start()
     return child
 

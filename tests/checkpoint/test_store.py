@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import pathlib
 import random
 import time
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import kill_and_resume
 from dsv3_jax.checkpoint import lazy_array, store
 
 
@@ -279,12 +279,6 @@ def test_missing_step(saved):
     saved.restore(9, make_state())
 
 
-# Children are forks of a process that has imported JAX and not used it. There
-# is one such process: the list is that of `benchmarks/kill_and_resume.py`.
-_FORKS = multiprocessing.get_context('forkserver')
-_FORKS.set_forkserver_preload(['dsv3_jax.training.loop', 'tensorboardX'])
-
-
 def _save_forever(folder, pipe):
   kept = store.Store(folder, keep=2)
   for step in itertools.count((kept.latest() or 0) + 1):
@@ -297,8 +291,10 @@ def test_kill_never_loses_a_committed_step(tmp_path):
   """`kill -9` at random moments of a loop that does nothing but save."""
   rng, newest = random.Random(0), 0
   for _ in range(5):
-    saves, pipe = _FORKS.Pipe(duplex=False)
-    child = _FORKS.Process(target=_save_forever, args=(tmp_path, pipe))
+    saves, pipe = kill_and_resume.FORKS.Pipe(duplex=False)
+    child = kill_and_resume.FORKS.Process(
+      target=_save_forever, args=(tmp_path, pipe)
+    )
     child.start()
     pipe.close()
     for _ in range(4):  # then two saves or more are committed
