@@ -79,9 +79,13 @@ class RequestState(enum.Enum):
 
 
 class TokenLogprobs(NamedTuple):
-  """Log-probability of a token, and the likeliest in its place by id."""
+  """Log-probability of a token, and the likeliest in its place by id.
+
+  rank: of the token; that of the likeliest is 1.
+  """
 
   logprob: float
+  rank: int
   top: tuple[tuple[int, float], ...]
 
 

@@ -69,10 +69,12 @@ class Logprobs(NamedTuple):
   Neither adjustments nor the sampling parameters change them. All 0 if they
   are not wanted.
 
-  chosen_B: of a given token. top_BK, top_ids_BK: the likeliest, in order.
+  chosen_B, rank_B: of a given token; the rank counts from 1 those that are
+  likelier. top_BK, top_ids_BK: the likeliest, in order.
   """
 
   chosen_B: Float[Array, 'B']
+  rank_B: Int[Array, 'B']
   top_BK: Float[Array, 'B K']
   top_ids_BK: Int[Array, 'B K']
 
@@ -198,13 +200,15 @@ def logprobs(
   def compute():
     log_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     chosen_B1 = jnp.take_along_axis(log_BV, token_B[:, None], axis=-1)
+    rank_B = 1 + jnp.sum(log_BV > chosen_B1, axis=-1, dtype=jnp.int32)
     top_BK, ids_BK = jax.lax.top_k(log_BV, count)
-    return Logprobs(chosen_B1[:, 0], top_BK, ids_BK.astype(jnp.int32))
+    return Logprobs(chosen_B1[:, 0], rank_B, top_BK, ids_BK.astype(jnp.int32))
 
   def none():
     zeros_BK = jnp.zeros((batch, count), logits_BV.dtype)
     ids_BK = jnp.zeros((batch, count), jnp.int32)
-    return Logprobs(jnp.zeros(batch, logits_BV.dtype), zeros_BK, ids_BK)
+    zeros_B, rank_B = zeros_BK[:, 0], ids_BK[:, 0]
+    return Logprobs(zeros_B, rank_B, zeros_BK, ids_BK)
 
   with jax.named_scope('logprobs'):
     return jax.lax.cond(is_wanted, compute, none)

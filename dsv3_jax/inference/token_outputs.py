@@ -56,6 +56,6 @@ def append_prompt_logprobs(
 def _token_logprobs(
   logprobs: sampling.Logprobs, at: tuple[int, int], count: int
 ) -> requests.TokenLogprobs:
-  chosen, top_K, ids_K = (x[at] for x in logprobs)
+  chosen, rank, top_K, ids_K = (x[at] for x in logprobs)
   top = zip(ids_K[:count].tolist(), top_K[:count].tolist(), strict=True)
-  return requests.TokenLogprobs(float(chosen), tuple(top))
+  return requests.TokenLogprobs(float(chosen), int(rank), tuple(top))

@@ -83,7 +83,7 @@ class ResponseFormat(abc.ABC):
   ) -> list[dict[str, dict] | None]:
     """Of each token of a prompt, its own and the likeliest in its place.
 
-    In vLLM's form; the rank of a token that is none of these is null.
+    In vLLM's form.
     """
     count, entries = stream.api_request.prompt_logprobs, []
     prompt = stream.requests[place].prompt
@@ -92,16 +92,17 @@ class ResponseFormat(abc.ABC):
       if of_token is None:
         entries.append(None)
         continue
-      ranks = {v: i for i, (v, _) in enumerate(of_token.top, 1)}
+      top = of_token.top[:count]
+      ranks = {v: i for i, (v, _) in enumerate(top, 1)}
       own = (token, of_token.logprob)
       entries.append(
         {
           str(v): {
             'logprob': _finite(x),
-            'rank': ranks.get(v),
+            'rank': ranks.get(v, of_token.rank),
             'decoded_token': self._token(v),
           }
-          for v, x in [own, *of_token.top[:count]]
+          for v, x in [own, *top]
         }
       )
     return entries

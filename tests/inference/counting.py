@@ -73,6 +73,7 @@ class Runner(model_runner.ModelRunner):
     chosen_Bt = -tokens_Bt / 8
     return sampling.Logprobs(
       chosen_Bt,
+      np.full_like(tokens_Bt, 7),
       chosen_Bt[..., None] - count_K / 2,
       (tokens_Bt[..., None] + count_K) % self.cfg.model.vocab_size,
     )

@@ -35,6 +35,7 @@ def test_logprobs_are_those_of_float64(vocab):
     np.testing.assert_array_equal(got.top_ids_BK[b], ids_K)
     np.testing.assert_allclose(got.top_BK[b], want_V[ids_K], atol=2e-6)
     assert float(got.chosen_B[b]) == pytest.approx(want_V[token_B[b]], abs=2e-6)
+    assert got.rank_B[b] == 1 + np.sum(want_V > want_V[token_B[b]])
   nothing = run(logits_BV, token_B, np.array(False))
   assert not any(np.any(x) for x in nothing)
 
@@ -121,6 +122,8 @@ def run(runner, *submitted):
 
 def assert_logprobs(got, want_V, token, count):
   assert got.logprob == pytest.approx(want_V[token], abs=2e-4)
+  likelier = [np.sum(want_V > want_V[token] + x) for x in (2e-4, -2e-4)]
+  assert likelier[0] < got.rank <= 1 + likelier[1]
   assert len(got.top) == count
   values = [value for _, value in got.top]
   np.testing.assert_allclose(values, np.sort(want_V)[::-1][:count], atol=2e-4)

@@ -200,7 +200,7 @@ def test_answers_wait_for_the_scores_of_their_prompt(tokenizer):
     stream = responses.ResponseStream(thread, tokenizer, call, 9)
     stream.submit()
     first, second = stream.requests
-    scores = lambda x: requests.TokenLogprobs(x, ())
+    scores = lambda x: requests.TokenLogprobs(x, 1, ())
     collect = asyncio.create_task(_collected(stream.pieces()))
     for request in (second, first):
       if request is first:
@@ -237,8 +237,9 @@ def test_prompt_logprobs_have_vllm_s_form(ask, tokenizer, count):
     for entry, token in zip(entries[1:], ids[1:], strict=True):
       assert entry[str(token)]['logprob'] == own(token)
       assert len(entry) == max(count, 1)
+      # The stand-in's tokens are the likeliest and yet the seventh.
+      assert entry[str(token)]['rank'] == (1 if count else 7)
       if count:
-        assert entry[str(token)]['rank'] == 1
         second = entry[str((token + 1) % 280)]
         assert (second['logprob'], second['rank']) == (own(token) - 0.5, 2)
       raw = tokenizer.token_bytes(token)
