@@ -1,11 +1,13 @@
 """Penalties, biases and masks against NumPy; they need no other program."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.inference import (
   engine,
+  forward,
   model_runner,
   row_sampling,
   sampling,
@@ -13,6 +15,7 @@ from dsv3_jax.inference import (
 )
 from dsv3_jax.inference import mesh as inference_mesh
 from dsv3_jax.inference import request as requests
+from dsv3_jax.nn import model
 from tests import nightly
 from tests.inference import counting, meshes
 from tests.oracles import logit_adjustments as oracle
@@ -132,6 +135,51 @@ def test_tokens_are_cached_in_the_blocks_of_their_row():
   want_BS[0, 6:9], want_BS[1, :2] = [1, 2, 3], [5, 6]
   np.testing.assert_array_equal(got_BS, want_BS)
   assert np.sum(np.asarray(tokens_1ps1) > 0) == 5  # nothing else is written
+
+
+class _Net:
+  """Has the same logits in every place."""
+
+  def __init__(self, logits_V):
+    self._logits_V = logits_V
+
+  def apply(self, variables, tokens_BT, *args, method):
+    caches = args[-1]
+    shape = (*tokens_BT.shape, len(self._logits_V))
+    logits_BTV = jnp.broadcast_to(jnp.asarray(self._logits_V), shape)
+    return logits_BTV, jnp.zeros((*tokens_BT.shape, 1)), caches, None
+
+
+def test_a_place_counts_the_tokens_up_to_it():
+  """Of a step that verifies speculative tokens: not those behind it."""
+  logits_V = np.float32(1.0 - 0.1 * np.arange(VOCAB))
+  prompt, generated, case = [9, 9], [0, 1, 0], {'frequency': 0.15}
+  arrays = row_sampling.empty(1, VOCAB)
+  row_sampling.fill(arrays, 0, make_request(case, prompt, generated[:1]))
+  table_Bb = np.array([[1, 0]], np.int32)
+  tokens_1ps1 = jax.jit(token_cache.write)(
+    token_cache.empty(2, 4),
+    np.array([prompt], np.int32),
+    np.arange(2)[None],
+    table_Bb,
+  )
+  step_input = forward.StepInput(
+    np.array([generated], np.int32),
+    np.arange(2, 5)[None],
+    np.array([2]),
+    np.array([-1]),
+    table_Bb,
+  )
+  caches = model.Caches(None, None, None, tokens_1ps1)
+  net = _Net(logits_V)
+  verify = jax.jit(forward.Forward(net, net, 0).verify)
+  output, _, _ = verify({}, None, step_input, caches, arrays)
+  want = [
+    int(np.argmax(oracle.adjust(logits_V, prompt, generated[:end], **case)))
+    for end in (1, 2, 3)
+  ]
+  assert want == [1, 0, 2]
+  np.testing.assert_array_equal(output.tokens_Bt, [want])
 
 
 def make_runner(num_speculative_tokens=0, **axes):
