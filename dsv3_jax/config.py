@@ -69,6 +69,7 @@ class MoeConfig:
   route_scale: float
   product: str
   block_size: int
+  buffer_factor: float
 
 
 @_frozen
@@ -283,7 +284,8 @@ def to_json(config: Config) -> str:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The object in the `config.json` of a workdir.
 
-  Runs of version 0.2.0 have no `latent_norm_eps`: all norms had `norm_eps`.
+  Runs of version 0.2.0 have no `latent_norm_eps`: all norms had `norm_eps`; and
+  no `moe.buffer_factor`, which changes the order of sums alone.
 
   Raises:
     InputError: the file, which the message names, is missing or damaged.
@@ -302,6 +304,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   model = body.get('model')
   if isinstance(model, dict) and 'norm_eps' in model:
     model.setdefault('latent_norm_eps', model['norm_eps'])
+    model['moe'].setdefault('buffer_factor', 1.5)
   return body
 
 

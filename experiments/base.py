@@ -101,6 +101,8 @@ def _model():
       'route_scale': 2.5,
       'product': 'auto',  # 'blocks', 'dense', 'ragged'
       'block_size': 128,  # rows of one expert block in 'blocks'; FP8: 128
+      # Room for so many times the even load; more takes another round.
+      'buffer_factor': 1.5,
     },
     'mtp': {  # TR 2.2
       'depth': 1,  # 0: no MTP module

@@ -98,6 +98,7 @@ class DeepSeekMoE(nn.Module):
     return expert_ops.ExpertOptions(
       product=self.cfg.moe.product,
       block_size=self.cfg.moe.block_size,
+      buffer_factor=self.cfg.moe.buffer_factor,
       axes=tuple(axis for axis in sharded if collectives.axis_size(axis) > 1),
       policy=self.policy,
     )

@@ -25,26 +25,27 @@ Order of sums: f32, by the index of the device that a part comes from, rounded
 to the dtype of y after each hop. So a repeated run gives the same bits; one and
 two hops differ by rounding.
 
-Dropless: shapes are static, and no imbalance may drop a token. So a hop over W
-devices has room for I = W * M rows, the tokens of all of them; two hops over W1
-and W2 devices have room for W1 * M rows after the first and W1 * W2 * M after
-the second. Rows that no device sent are 0, and their ids are those of no
-expert. Transports:
+Shapes are static: a hop has room for I rows, those of source 0 first. Unused
+rows are 0, and their ids are those of no expert. By default there is room for
+all tokens of all devices; `rounds` makes do with less and drops nothing.
+Transports:
 
-  'padded'   sends W * M rows over `all_to_all`, most of them empty; runs on any
-             device
-  'ragged'   sends the rows in use, at most M * min(K, W), over
-             `ragged_all_to_all`, which XLA lacks on CPU
+  'ragged'   sends the rows in use over `ragged_all_to_all`, which XLA lacks on
+             CPU
+  'padded'   runs on any device: sends I / W rows to each device over
+             `all_to_all`, again until all are sent
 
 Both put every row in the same place. 'auto' is 'padded' on CPU and 'ragged'
 elsewhere.
 
 Letters: W devices of a hop; O rows in the send buffer, I rows received; n =
-min(K, W), the most devices of one token.
+min(K, W), the most devices of one token; P rows to each device at once.
 """
 
 import dataclasses
+import itertools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -62,18 +63,16 @@ class Hop:
   """One all-to-all: the layout of its send buffer, and its transport.
 
   token_O: the token in each row of the send buffer, M in empty rows. back_Mn:
-  the rows of each token, by device, padded with O. start_W, count_W: the rows
-  to each device. peers: start and count of the rows that each device sends to
-  this one, in that device's send buffer; None if padded. axes, transport:
+  the rows of each token, by device, padded with O. count_WW: the rows that each
+  device sends to each. room: rows of the receive buffer. room, axes, transport:
   static.
   """
 
   # Any: a tree of this form also holds shapes or shardings.
   token_O: Any
   back_Mn: Any
-  start_W: Any
-  count_W: Any
-  peers: Any
+  count_WW: Any
+  room: int = dataclasses.field(metadata={'static': True})
   axes: tuple[str, ...] = dataclasses.field(metadata={'static': True})
   transport: str = dataclasses.field(metadata={'static': True})
 
@@ -99,6 +98,7 @@ def make_plan(
   num_local: int,
   axes: Axes,
   transport: str = 'auto',
+  rooms: tuple[int, ...] = (),
 ) -> AllToAllPlan:
   """Where each token goes, for both directions and both passes.
 
@@ -107,6 +107,8 @@ def make_plan(
       last one goes nowhere.
     num_local: experts of each device.
     axes: hops, major first; a hop over one device only is left out.
+    rooms: rows that each hop over more devices may receive; if they do not
+      suffice, the result is wrong. () is all tokens of all devices.
   Raises:
     ValueError: `transport` is not one of `TRANSPORTS`.
   """
@@ -119,11 +121,15 @@ def make_plan(
   with jax.named_scope('plan'):
     axes = live(axes)
     sizes = [jax.lax.axis_size(hop) for hop in axes]
+    tokens = len(ids_MK)
+    rooms = rooms or tuple(
+      tokens * n for n in itertools.accumulate(sizes, operator.mul)
+    )
     for at, over in enumerate(axes):
       # Ids count from the first expert of the devices that remain;
       # `span` of them belong to each device, or node, of this hop.
       span = num_local * math.prod(sizes[at + 1 :])
-      hop = _make_hop(ids // span, over, transport)
+      hop = _make_hop(ids // span, over, transport, rooms[at])
       ids = _send(ids, hop, fill=span * sizes[at])
       ids -= jax.lax.axis_index(over) * span
       ids = jnp.where((ids >= 0) & (ids < span), ids, span)
@@ -133,34 +139,28 @@ def make_plan(
   )
 
 
-def _make_hop(goal_MK, axes, transport) -> Hop:
+def _make_hop(goal_MK, axes, transport, room) -> Hop:
   """The layout of a hop to the devices `goal_MK`, each at most once."""
   (tokens, top_k), devices = goal_MK.shape, jax.lax.axis_size(axes)
   goes_MW = jnp.any(goal_MK[:, :, None] == jnp.arange(devices), axis=1)
   rank_MW = jnp.cumsum(goes_MW, axis=0, dtype=jnp.int32) - goes_MW
   count_W = jnp.sum(goes_MW, axis=0, dtype=jnp.int32)
   most = min(top_k, devices)
-  if transport == 'padded':
-    rows, peers = devices * tokens, None
-    start_W = jnp.arange(devices, dtype=jnp.int32) * tokens
-  else:
-    rows = most * tokens
-    start_W = jnp.cumsum(count_W) - count_W
-    start_and_count_2W = jnp.stack([start_W, count_W])
-    peers = tuple(
-      jax.lax.all_to_all(start_and_count_2W, axes, 1, 1, tiled=True)
-    )
+  rows = most * tokens
+  start_W = jnp.cumsum(count_W) - count_W
+  own_W = jnp.arange(devices) == jax.lax.axis_index(axes)
+  count_WW = jax.lax.psum(jnp.where(own_W[:, None], count_W, 0), axes)
   row_MW = jnp.where(goes_MW, start_W + rank_MW, rows)
   token_M = jnp.arange(tokens, dtype=jnp.int32)
   token_O = jnp.full(rows, tokens, jnp.int32)
   token_O = token_O.at[row_MW].set(token_M[:, None], mode='drop')
   back_Mn = jnp.sort(row_MW, axis=1)[:, :most]
-  return Hop(token_O, back_Mn, start_W, count_W, peers, axes, transport)
+  return Hop(token_O, back_Mn, count_WW, room, axes, transport)
 
 
 def rows_sent(plan: AllToAllPlan) -> tuple[Int[Array, 'W'], ...]:
   """Rows from this device to each device of every hop, itself included."""
-  return tuple(hop.count_W for hop in plan.hops)
+  return tuple(hop.count_WW[jax.lax.axis_index(hop.axes)] for hop in plan.hops)
 
 
 def dispatch(tree: Any, plan: AllToAllPlan) -> Any:
@@ -219,17 +219,10 @@ _combine.defvjp(lambda y_I, plan: (_combine(y_I, plan), plan), _combine_bwd)
 
 def _send(x_M, hop, fill=0):
   """Sends rows over one hop; received rows that no device sent are `fill`."""
-  tokens, *rest = x_M.shape
   x_O = jnp.take(x_M, hop.token_O, axis=0, mode='fill', fill_value=fill)
-  if hop.transport == 'padded':
-    return jax.lax.all_to_all(x_O, hop.axes, 0, 0, tiled=True)
-  devices = jax.lax.axis_size(hop.axes)
-  x_I = jnp.full((devices * tokens, *rest), fill, x_M.dtype)
-  # The rows of this device start at the same row on every receiver.
-  own = jax.lax.axis_index(hop.axes).astype(jnp.int32)
-  there_W = jnp.broadcast_to(own * tokens, devices)
-  sent = (hop.start_W, hop.count_W, there_W, hop.peers[1])
-  return jax.lax.ragged_all_to_all(x_O, x_I, *sent, axis_name=hop.axes)
+  x_I = jnp.full((hop.room, *x_M.shape[1:]), fill, x_M.dtype)
+  there, back = _slices(hop)
+  return _move(x_O, x_I, there, back, hop)
 
 
 def _collect(y_I, hop):
@@ -244,14 +237,70 @@ def _collect(y_I, hop):
 
 def _give_back(y_I, hop):
   """Returns each row to its place in the send buffer of its sender."""
-  if hop.transport == 'padded':
-    return jax.lax.all_to_all(y_I, hop.axes, 0, 0, tiled=True)
-  devices = jax.lax.axis_size(hop.axes)
-  here_W = jnp.arange(devices, dtype=jnp.int32) * (len(y_I) // devices)
   y_O = jnp.zeros((len(hop.token_O), *y_I.shape[1:]), y_I.dtype)
-  start_W, count_W = hop.peers
-  sent = (here_W, count_W, start_W, hop.count_W)
-  return jax.lax.ragged_all_to_all(y_I, y_O, *sent, axis_name=hop.axes)
+  there, back = _slices(hop)
+  return _move(y_I, y_O, back, there, hop)
+
+
+class _Slices(NamedTuple):
+  """Of a buffer of this device: the rows that go to, or come from, each device.
+
+  remote_W: the first of them in the buffer of that device.
+  """
+
+  start_W: Any
+  count_W: Any
+  remote_W: Any
+
+
+def _slices(hop):
+  """Slices of the send buffer, and of the receive buffer."""
+  own, count_WW = jax.lax.axis_index(hop.axes), hop.count_WW
+  sent_WW = jnp.cumsum(count_WW, axis=1) - count_WW
+  received_WW = jnp.cumsum(count_WW, axis=0) - count_WW
+  there = _Slices(sent_WW[own], count_WW[own], received_WW[own])
+  back = _Slices(received_WW[:, own], count_WW[:, own], sent_WW[:, own])
+  return there, back
+
+
+def _move(x, into, there, back, hop):
+  """Moves the slices `there` of x; they come as the slices `back` of `into`."""
+  if hop.transport == 'ragged':
+    sent = (there.start_W, there.count_W, there.remote_W, back.count_W)
+    return jax.lax.ragged_all_to_all(x, into, *sent, axis_name=hop.axes)
+  devices = len(there.count_W)
+  at_once = -(-hop.room // devices)
+  device, nth = _places(back, len(into))
+
+  def step(t, into):
+    nth_P = t * at_once + jnp.arange(at_once)
+    row_WP = jnp.where(
+      nth_P < there.count_W[:, None], there.start_W[:, None] + nth_P, len(x)
+    )
+    part = jnp.take(x, row_WP.reshape(-1), axis=0, mode='clip')
+    part = jax.lax.all_to_all(part, hop.axes, 0, 0, tiled=True)
+    place = nth - t * at_once
+    arrives = (device < devices) & (place >= 0) & (place < at_once)
+    rows = jnp.take(part, device * at_once + place, axis=0, mode='clip')
+    return jnp.where(_column(arrives, into), rows, into)
+
+  if at_once >= len(hop.back_Mn):  # no device has more tokens
+    return step(0, into)
+  most = jnp.max(hop.count_WW)
+  return jax.lax.fori_loop(0, -(-most // at_once), step, into)
+
+
+def _places(slices, size):
+  """The device that each row of a buffer belongs to, and which of its rows."""
+  row = jnp.arange(size, dtype=jnp.int32)
+  ends_W = slices.start_W + slices.count_W
+  device = jnp.searchsorted(ends_W, row, side='right').astype(jnp.int32)
+  start = jnp.take(slices.start_W, device, mode='clip')
+  return device, row - start
+
+
+def _column(mask, like):
+  return mask.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _named(tree):

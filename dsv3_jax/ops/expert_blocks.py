@@ -38,18 +38,19 @@ def block_rows(num_assignments: int, num_experts: int, most: int) -> int:
 
 
 def make_blocks(
-  ids_MK: Int[Array, 'M K'], num_experts: int, rows: int
+  ids_MK: Int[Array, 'M K'], num_experts: int, rows: int, most: int = 0
 ) -> ExpertBlocks:
   """Sorts assignments by expert, each expert padded to blocks of `rows`.
 
   Args:
     ids_MK: distinct in a row, but for `num_experts`, which is none of the
       experts here: such an assignment takes part in nothing.
+    most: assignments to experts here; 0 is what M rows can have.
   """
   ids_A = ids_MK.reshape(-1)
   total, top_k = ids_A.size, ids_MK.shape[1]
-  most_blocks = len(ids_MK) * most_here(top_k, num_experts) // rows
-  most_blocks += num_experts
+  most = most or len(ids_MK) * most_here(top_k, num_experts)
+  most_blocks = most // rows + num_experts
   order_A = jnp.argsort(ids_A, stable=True).astype(jnp.int32)
   count_E = jnp.sum(ids_A[:, None] == jnp.arange(num_experts), axis=0)
   blocks_E = (count_E + rows - 1) // rows

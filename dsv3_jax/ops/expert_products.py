@@ -42,12 +42,14 @@ def multiply(
   experts: Experts,
   product: str,
   rows: int,
+  most: int = 0,
 ) -> Float[Array, 'I D']:
   """The experts here, applied to rows in any order.
 
   Args:
     ids_IK: of experts here, distinct in a row; their number is none of them.
     rows: of a block.
+    most: assignments to experts here; 0 is what I rows can have.
   """
   if product == 'auto':
     product = 'blocks' if jax.default_backend() == 'cpu' else 'ragged'
@@ -55,22 +57,24 @@ def multiply(
     if product == 'blocks' and len(x_ID) == 1:
       return _one_row(x_ID, ids_IK, gates_IK, _cast(experts, x_ID.dtype))
     if product == 'blocks':
-      return _blocks(x_ID, gates_IK, experts, ids_IK, rows)
-    other = {'dense': _dense, 'ragged': _ragged}[product]
-    return other(x_ID, ids_IK, gates_IK, _cast(experts, x_ID.dtype))
+      return _blocks(x_ID, gates_IK, experts, ids_IK, rows, most)
+    experts = _cast(experts, x_ID.dtype)
+    if product == 'dense':
+      return _dense(x_ID, ids_IK, gates_IK, experts)
+    return _ragged(x_ID, ids_IK, gates_IK, experts, most)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blocks(x_MD, gates_MK, experts, ids_MK, rows):
-  return _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _blocks(x_MD, gates_MK, experts, ids_MK, rows, most):
+  return _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows, most)[0]
 
 
-def _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows):
+def _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows, most):
   """One iteration a block: gate, up, SwiGLU, routing gate, down."""
   masters, experts = experts, _cast(experts, x_MD.dtype)
   num_experts, _, width = experts.w_up_EDF.shape
   top_k = ids_MK.shape[1]
-  blocks = expert_blocks.make_blocks(ids_MK, num_experts, rows)
+  blocks = expert_blocks.make_blocks(ids_MK, num_experts, rows, most)
   x_JD = expert_blocks.permute(x_MD, blocks, top_k)
   gates_J = expert_blocks.rows_of(gates_MK.astype(x_MD.dtype), blocks)
 
@@ -94,8 +98,9 @@ def _blocks_fwd(x_MD, gates_MK, experts, ids_MK, rows):
   return expert_blocks.unpermute(y_JD, blocks, top_k, num_experts), residuals
 
 
-def _blocks_bwd(rows, residuals, dy_MD):
+def _blocks_bwd(rows, most, residuals, dy_MD):
   """One loop for gradients of inputs, and one for those of weights."""
+  del most
   x_MD, gates_MK, gate_JF, up_JF, masters, blocks = residuals
   experts = _cast(masters, x_MD.dtype)
   num_experts, top_k = len(experts.w_up_EDF), gates_MK.shape[1]
@@ -238,13 +243,12 @@ def _dense(x_MD, ids_MK, gates_MK, experts):
   return jnp.einsum('emf,efd->md', hidden_EMF, experts.w_down_EFD)
 
 
-def _ragged(x_MD, ids_MK, gates_MK, experts):
+def _ragged(x_MD, ids_MK, gates_MK, experts, most):
   """Grouped products over the sorted assignments, without padding."""
   num_experts, top_k = experts.w_up_EDF.shape[0], ids_MK.shape[1]
-  blocks = expert_blocks.make_blocks(ids_MK, num_experts, 1)
-  used = len(ids_MK) * expert_blocks.most_here(
-    top_k, num_experts
-  )  # blocks of 1 have no padding
+  blocks = expert_blocks.make_blocks(ids_MK, num_experts, 1, most)
+  # Blocks of one row have no padding.
+  used = len(blocks.source_J) - num_experts
   blocks = blocks._replace(source_J=blocks.source_J[:used])
   sizes_E = jnp.bincount(ids_MK.reshape(-1), length=num_experts)
   sizes_E = sizes_E.astype(jnp.int32)

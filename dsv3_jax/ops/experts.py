@@ -5,16 +5,20 @@
 `expert_ffn` composes what other modules of this folder do:
 
   choose slots   with redundant experts only            `redundant_experts`
+  assign         tokens to rounds, nearly always one    `rounds`
   plan           where each token goes                  `all_to_all`
   dispatch       tokens to the devices of their experts
   multiply       by the experts there                   `expert_products`
   combine        their sum, on the token's own device
 
-In FP8 the last three have one derivative, `fp8_experts`, as what is sent is
-FP8 in both passes. Dropless: no token is dropped at any imbalance.
+In FP8 `fp8_experts` does the last three, as what is sent is FP8 in both passes.
+Dropless: no token is dropped at any imbalance. The backward pass has what the
+first round saved; it sends and multiplies those of further rounds again.
 """
 
 import dataclasses
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +31,7 @@ from dsv3_jax.ops import (
   expert_products,
   fp8_experts,
   redundant_experts,
+  rounds,
 )
 
 Experts = expert_products.Experts
@@ -39,14 +44,15 @@ class ExpertOptions:
   product: of `expert_products`: 'auto', 'blocks', 'ragged' or 'dense'; FP8 has
   one product of its own. block_size: most rows of a block; few assignments take
   smaller blocks. axes, transport: as in `all_to_all`; mesh axes that the
-  experts are sharded over, in the body of a shard_map. policy: None is that of
-  the tokens' type.
+  experts are sharded over, in the body of a shard_map. buffer_factor: as in
+  `rounds`. policy: None is that of the tokens' type.
   """
 
   product: str = 'auto'
   block_size: int = 64
   axes: all_to_all.Axes = ()
   transport: str = 'auto'
+  buffer_factor: float = math.inf
   policy: precision.Policy | None = None
 
 
@@ -74,24 +80,108 @@ def expert_ffn(
     routed = (x_MD, ids_MK, gates_MK)
     return _with_redundancy(*routed, experts, options, redundant, valid_M)
   num_local = experts.w_up_EDF.shape[0]
-  plan = all_to_all.make_plan(
-    ids_MK, num_local, options.axes, options.transport
-  )
-  if options.policy is not None and options.policy.fp8:
-    with jax.named_scope('experts'):
-      return fp8_experts.multiply(x_MD, gates_MK, experts, plan, options.policy)
   # Of an even load, which the all-to-all does not change.
   rows = expert_blocks.block_rows(ids_MK.size, num_local, options.block_size)
-  return _exchange(x_MD, gates_MK, experts, plan, options.product, rows)
+  return _exchange(x_MD, ids_MK, gates_MK, experts, options, rows)
 
 
-def _exchange(x_MD, gates_MK, experts, plan, product: str, rows: int):
-  """Dispatch, product in blocks of `rows`, combine."""
-  x_ID, gates_IK = all_to_all.dispatch((x_MD, gates_MK), plan)
-  y_ID = expert_products.multiply(
-    x_ID, plan.ids_IK, gates_IK, experts, product, rows
-  )
-  return all_to_all.combine(y_ID, plan)
+def _exchange(x_MD, ids_MK, gates_MK, experts, options, rows: int):
+  """Dispatch, product in blocks of `rows`, combine: in rounds."""
+  num_local = experts.w_up_EDF.shape[0]
+  hops = all_to_all.live(options.axes)
+  sizes = tuple(jax.lax.axis_size(hop) for hop in hops)
+  room = rounds.room_of(*ids_MK.shape, num_local, sizes, options.buffer_factor)
+  path = _Path(options, room, num_local, rows)
+  assigned = rounds.assign(ids_MK, num_local, options.axes, room)
+  return _in_rounds(path, x_MD, gates_MK, experts, ids_MK, assigned)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Path:
+  """One round, forward and backward."""
+
+  options: ExpertOptions
+  room: rounds.Room
+  num_local: int
+  rows: int
+
+  def plan(self, ids_MK, assigned, number):
+    """Where the tokens of a round go."""
+    axes, hops = self.options.axes, self.room.hops
+    if assigned is not None:
+      sizes = (jax.lax.axis_size(hop) for hop in all_to_all.live(axes))
+      none = self.num_local * math.prod(sizes)
+      ids_MK = rounds.of_round(ids_MK, assigned, number, none)
+    return all_to_all.make_plan(
+      ids_MK, self.num_local, axes, self.options.transport, hops
+    )
+
+  def output(self, x_MD, gates_MK, experts, plan):
+    if self.is_fp8:
+      return self.forward(x_MD, gates_MK, experts, plan)[0]
+    x_ID, gates_IK = all_to_all.dispatch((x_MD, gates_MK), plan)
+    how = (self.options.product, self.rows, self.room.assignments)
+    y_ID = expert_products.multiply(x_ID, plan.ids_IK, gates_IK, experts, *how)
+    return all_to_all.combine(y_ID, plan)
+
+  def forward(self, x_MD, gates_MK, experts, plan):
+    """The output, and what `backward` needs."""
+    if self.is_fp8:
+      how = (self.options.policy, self.room.assignments)
+      with jax.named_scope('experts'):
+        return fp8_experts.forward(x_MD, gates_MK, experts, plan, *how)
+    run = lambda *args: self.output(*args, plan)
+    return jax.vjp(run, x_MD, gates_MK, experts)
+
+  def backward(self, saved, dy_MD):
+    """Gradients of tokens, gates and experts."""
+    if self.is_fp8:
+      return fp8_experts.backward(self.options.policy, saved, dy_MD)
+    return saved(dy_MD)
+
+  @property
+  def is_fp8(self):
+    return self.options.policy is not None and self.options.policy.fp8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _in_rounds(path, x_MD, gates_MK, experts, ids_MK, assigned):
+  args = (x_MD, gates_MK, experts)
+  one = lambda number: path.output(*args, path.plan(ids_MK, assigned, number))
+  return _further(assigned, one, one(0))
+
+
+def _in_rounds_fwd(path, x_MD, gates_MK, experts, ids_MK, assigned):
+  args = (x_MD, gates_MK, experts)
+  plan = functools.partial(path.plan, ids_MK, assigned)
+  y_MD, saved = path.forward(*args, plan(0))
+  one = lambda number: path.output(*args, plan(number))
+  return _further(assigned, one, y_MD), (saved, args, ids_MK, assigned)
+
+
+def _in_rounds_bwd(path, residuals, dy_MD):
+  saved, args, ids_MK, assigned = residuals
+  *inputs, weights = path.backward(saved, dy_MD)
+
+  def again(number):
+    plan = path.plan(ids_MK, assigned, number)
+    return path.backward(path.forward(*args, plan)[1], dy_MD)
+
+  # Two loops, so that the weights' gradients can be deferred.
+  inputs = _further(assigned, lambda r: again(r)[:2], tuple(inputs))
+  weights = _further(assigned, lambda r: again(r)[2], weights)
+  return *inputs, weights, None, None
+
+
+_in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)
+
+
+def _further(assigned, one, first):
+  """`first` plus `one(r)` for every further round r."""
+  if assigned is None:
+    return first
+  add = lambda r, sums: jax.tree.map(jnp.add, sums, one(r))
+  return jax.lax.fori_loop(1, assigned.count, add, first)
 
 
 def _with_redundancy(
@@ -117,8 +207,5 @@ def _with_redundancy(
     )
   slots_A1, gates_A1 = slots_MK.reshape(-1, 1), gates_MK.reshape(-1, 1)
   x_AD = jnp.repeat(x_MD, top_k, axis=0)
-  plan = all_to_all.make_plan(
-    slots_A1, num_local, options.axes, options.transport
-  )
-  y_AD = _exchange(x_AD, gates_A1, experts, plan, options.product, rows)
+  y_AD = _exchange(x_AD, slots_A1, gates_A1, experts, options, rows)
   return jnp.sum(y_AD.reshape(tokens, top_k, -1), axis=1)

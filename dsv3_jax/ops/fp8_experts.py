@@ -3,18 +3,17 @@
   y_m = sum_k expert_{ids_mk}(x_m), the gate multiplied in before W_down
 
 As `expert_products`, but a block always has 128 rows, so that a scale of 128
-tokens x 1 channel belongs to one expert. Dispatch and combine are within the
-derivative. What is sent to the experts is FP8 with scales that are powers of
-two: tokens before gate and up projection, and the output's gradient before
-W_down's Dgrad (TR 3.3.3). What comes back, outputs and the tokens' gradients,
-is BF16. Saved for the backward pass: the FP8 tokens as they were received, gate
-and up projections in FP8, plan and blocks.
+tokens x 1 channel belongs to one expert. Forward and backward pass are written
+out, dispatch and combine within. What is sent to the experts is FP8 with scales
+that are powers of two: tokens before gate and up projection, and the output's
+gradient before W_down's Dgrad (TR 3.3.3). What comes back, outputs and the
+tokens' gradients, is BF16. Saved for the backward pass: the FP8 tokens as they
+were received, gate and up projections in FP8, plan and blocks.
 
 Letters: I rows received from all devices (of one device: M), J padded rows of
 all blocks, j blocks; others as in CONTRIBUTING.md.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -37,27 +36,25 @@ Policy = precision.Policy
 ExpertBlocks = expert_blocks.ExpertBlocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def multiply(
+def forward(
   x_MD: Float[Array, 'M D'],
   gates_MK: Float[Array, 'M K'],
   experts: expert_products.Experts,
   plan: all_to_all.AllToAllPlan,
   policy: Policy,
-) -> Float[Array, 'M D']:
-  """Dispatch, product and combine (TR eq. 12).
+  most: int,
+) -> tuple[Float[Array, 'M D'], tuple]:
+  """Dispatch, product and combine (TR eq. 12), and what `backward` needs.
 
   Args:
     experts: `fp8_linear.Weight`s with a leading expert dim; this device's part,
       as are their gradients.
+    most: assignments to experts here, as in `expert_blocks.make_blocks`.
   """
-  return _multiply_fwd(x_MD, gates_MK, experts, plan, policy)[0]
-
-
-def _multiply_fwd(x_MD, gates_MK, experts, plan, policy):
   top_k = gates_MK.shape[1]
   num_experts = experts.w_up_EDF.fprop.shape[0]
-  blocks = expert_blocks.make_blocks(plan.ids_IK, num_experts, api.ROWS)
+  ids_IK = plan.ids_IK
+  blocks = expert_blocks.make_blocks(ids_IK, num_experts, api.ROWS, most)
   products = _grouped(blocks, num_experts, policy)
   sent = quantizers.rows(
     x_MD,
@@ -82,7 +79,10 @@ def _multiply_fwd(x_MD, gates_MK, experts, plan, policy):
   return y_MD, (received, gates_IK, saved, blocks, plan, transposes)
 
 
-def _multiply_bwd(policy, residuals, dy_MD):
+def backward(
+  policy: Policy, residuals: tuple, dy_MD: Float[Array, 'M D']
+) -> tuple:
+  """Gradients of tokens, gates and experts."""
   received, gates_IK, saved, blocks, plan, (gate, up, down) = residuals
   num_experts, top_k, dtype = gate.shape[0], gates_IK.shape[1], dy_MD.dtype
   products = _grouped(blocks, num_experts, policy)
@@ -110,10 +110,7 @@ def _multiply_bwd(policy, residuals, dy_MD):
   grads = expert_products.Experts(
     *(fp8_linear.Weight(dw, None, None) for dw in grads)
   )
-  return dx_MD, dgates_MK, grads, None
-
-
-multiply.defvjp(_multiply_fwd, _multiply_bwd)
+  return dx_MD, dgates_MK, grads
 
 
 def send(q: Quantized, plan: all_to_all.AllToAllPlan) -> Quantized:

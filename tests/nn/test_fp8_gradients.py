@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax import precision
-from dsv3_jax.ops import fp8_experts, fp8_linear
+from dsv3_jax.ops import experts as expert_ops
+from dsv3_jax.ops import fp8_linear
 from pallas_kernels import numerics, quantized
 from pallas_kernels.fp8_matmul import e5m6
 from tests import settings
@@ -33,7 +34,7 @@ PLAIN = formats.Scaling(floor=FLOOR)
 FUNCTIONS = {
   'linear': fp8_linear.linear,
   'swiglu': fp8_linear.swiglu_linear,
-  'experts': fp8_experts.multiply,
+  'experts': expert_ops.expert_ffn,
 }
 
 
@@ -129,8 +130,9 @@ class Checks:
     checked.defvjp(fwd, bwd)
     return checked(gate, up, w)
 
-  def experts(self, x, gates, experts, plan, policy):
-    """In place of `fp8_experts.multiply`."""
+  def experts(self, x, ids, gates, experts, options, *rest):
+    """In place of `experts.expert_ffn`, on one device."""
+    assert rest[0] is None  # no redundant experts
     names = ('dw_gate', 'dw_up', 'dw_down')
 
     def oracle(x, gates, weights, ids, dy):
@@ -140,20 +142,20 @@ class Checks:
       return results | {'y': y, 'dx': dx, 'dgates': dgates}
 
     @jax.custom_vjp
-    def checked(x, gates, experts, plan):
-      return FUNCTIONS['experts'](x, gates, experts, plan, policy)
+    def checked(x, gates, experts, ids):
+      return FUNCTIONS['experts'](x, ids, gates, experts, options)
 
-    def fwd(x, gates, experts, plan):
+    def fwd(x, gates, experts, ids):
       def real(x, gates, masters):
         pairs = zip(experts, masters, strict=True)
         weights = [w._replace(master=master) for w, master in pairs]
         return FUNCTIONS['experts'](
-          x, gates, type(experts)(*weights), plan, policy
+          x, ids, gates, type(experts)(*weights), options
         )
 
       args = (x, gates, tuple(w.master for w in experts))
       y, pull = jax.vjp(real, *args)
-      return y, (pull, y, *args, plan.ids_IK, experts)
+      return y, (pull, y, *args, ids, experts)
 
     def bwd(residuals, dy):
       pull, y, x, gates, weights, ids, experts = residuals
@@ -165,7 +167,7 @@ class Checks:
       return dx, dgates, type(experts)(*wrapped), None
 
     checked.defvjp(fwd, bwd)
-    return checked(x, gates, experts, plan)
+    return checked(x, gates, experts, ids)
 
 
 @functools.cache
@@ -207,7 +209,7 @@ def checked():
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(fp8_linear, 'linear', checks.linear)
     patch.setattr(fp8_linear, 'swiglu_linear', checks.swiglu)
-    patch.setattr(fp8_experts, 'multiply', checks.experts)
+    patch.setattr(expert_ops, 'expert_ffn', checks.experts)
     return checks, *gradients.__wrapped__('fp8')
 
 

@@ -130,7 +130,7 @@ def test_small_case_by_hand():
   """Two devices of two experts and two tokens each."""
   ids_MK = np.array([[0, 3], [1, 0], [2, 3], [1, 2]], np.int32)
   x_MD = np.array([[10], [11], [12], [13]], np.uint8)
-  y_ID = np.float32([[1], [2], [3], [99], [10], [99], [20], [30]])
+  y_ID = np.float32([[1], [2], [3], [99], [10], [20], [30], [99]])
 
   def body(ids_MK, x_MD, y_ID):
     plan = all_to_all.make_plan(ids_MK, 2, spread.ONE_HOP)
@@ -143,12 +143,12 @@ def test_small_case_by_hand():
   listed = jax.tree.map(lambda x: np.array(x).tolist(), got)
   ids_IK, x_ID, sums_MD, (token_O, back_Mn, count_W) = listed
   here, none = [[0, 2], [1, 0], [1, 2], [2, 2]], [2, 2]
-  assert ids_IK == here + [[2, 1], none, [0, 1], [2, 0]]
-  assert x_ID == [[10], [11], [13], [0], [10], [0], [12], [13]]
+  assert ids_IK == here + [[2, 1], [0, 1], [2, 0], none]
+  assert x_ID == [[10], [11], [13], [0], [10], [12], [13], [0]]
   assert sums_MD == [[1 + 10], [2], [20], [3 + 30]]
   # Rows to device 0, then to device 1; 2 is no token, 4 is no row.
-  assert token_O == [0, 1, 0, 2] + [1, 2, 0, 1]
-  assert back_Mn == [[0, 2], [1, 4]] + [[2, 4], [0, 3]]
+  assert token_O == [0, 1, 0, 2] + [1, 0, 1, 2]
+  assert back_Mn == [[0, 2], [1, 4]] + [[1, 4], [0, 2]]
   assert count_W == [2, 1] + [1, 2]
 
 
