@@ -43,9 +43,7 @@ min(K, W), the most devices of one token; P rows to each device at once.
 """
 
 import dataclasses
-import itertools
 import math
-import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -77,6 +75,13 @@ class Hop:
   transport: str = dataclasses.field(metadata={'static': True})
 
 
+class HopRoom(NamedTuple):
+  """Rows of the buffers of a hop."""
+
+  send: int
+  receive: int
+
+
 class AllToAllPlan(NamedTuple):
   """The hops of an all-to-all, and the experts of the received rows.
 
@@ -98,7 +103,7 @@ def make_plan(
   num_local: int,
   axes: Axes,
   transport: str = 'auto',
-  rooms: tuple[int, ...] = (),
+  rooms: tuple[HopRoom, ...] = (),
 ) -> AllToAllPlan:
   """Where each token goes, for both directions and both passes.
 
@@ -107,8 +112,8 @@ def make_plan(
       last one goes nowhere.
     num_local: experts of each device.
     axes: hops, major first; a hop over one device only is left out.
-    rooms: rows that each hop over more devices may receive; if they do not
-      suffice, the result is wrong. () is all tokens of all devices.
+    rooms: of each hop over more devices; if one does not suffice, the result is
+      wrong. () is for all tokens of all devices.
   Raises:
     ValueError: `transport` is not one of `TRANSPORTS`.
   """
@@ -121,10 +126,7 @@ def make_plan(
   with jax.named_scope('plan'):
     axes = live(axes)
     sizes = [jax.lax.axis_size(hop) for hop in axes]
-    tokens = len(ids_MK)
-    rooms = rooms or tuple(
-      tokens * n for n in itertools.accumulate(sizes, operator.mul)
-    )
+    rooms = rooms or _room_for_all(*ids_MK.shape, sizes)
     for at, over in enumerate(axes):
       # Ids count from the first expert of the devices that remain;
       # `span` of them belong to each device, or node, of this hop.
@@ -139,6 +141,14 @@ def make_plan(
   )
 
 
+def _room_for_all(tokens, top_k, sizes):
+  rooms = []
+  for size in sizes:
+    rooms.append(HopRoom(tokens * min(top_k, size), tokens * size))
+    tokens *= size
+  return tuple(rooms)
+
+
 def _make_hop(goal_MK, axes, transport, room) -> Hop:
   """The layout of a hop to the devices `goal_MK`, each at most once."""
   (tokens, top_k), devices = goal_MK.shape, jax.lax.axis_size(axes)
@@ -146,7 +156,7 @@ def _make_hop(goal_MK, axes, transport, room) -> Hop:
   rank_MW = jnp.cumsum(goes_MW, axis=0, dtype=jnp.int32) - goes_MW
   count_W = jnp.sum(goes_MW, axis=0, dtype=jnp.int32)
   most = min(top_k, devices)
-  rows = most * tokens
+  rows = min(most * tokens, room.send)
   start_W = jnp.cumsum(count_W) - count_W
   own_W = jnp.arange(devices) == jax.lax.axis_index(axes)
   count_WW = jax.lax.psum(jnp.where(own_W[:, None], count_W, 0), axes)
@@ -155,7 +165,7 @@ def _make_hop(goal_MK, axes, transport, room) -> Hop:
   token_O = jnp.full(rows, tokens, jnp.int32)
   token_O = token_O.at[row_MW].set(token_M[:, None], mode='drop')
   back_Mn = jnp.sort(row_MW, axis=1)[:, :most]
-  return Hop(token_O, back_Mn, count_WW, room, axes, transport)
+  return Hop(token_O, back_Mn, count_WW, room.receive, axes, transport)
 
 
 def rows_sent(plan: AllToAllPlan) -> tuple[Int[Array, 'W'], ...]:

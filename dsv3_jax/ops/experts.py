@@ -120,16 +120,18 @@ class _Path:
     if self.is_fp8:
       return self.forward(x_MD, gates_MK, experts, plan)[0]
     x_ID, gates_IK = all_to_all.dispatch((x_MD, gates_MK), plan)
-    how = (self.options.product, self.rows, self.room.assignments)
-    y_ID = expert_products.multiply(x_ID, plan.ids_IK, gates_IK, experts, *how)
+    options = (self.options.product, self.rows, self.room.assignments[-1])
+    y_ID = expert_products.multiply(
+      x_ID, plan.ids_IK, gates_IK, experts, *options
+    )
     return all_to_all.combine(y_ID, plan)
 
   def forward(self, x_MD, gates_MK, experts, plan):
     """The output, and what `backward` needs."""
     if self.is_fp8:
-      how = (self.options.policy, self.room.assignments)
+      options = (self.options.policy, self.room.assignments[-1])
       with jax.named_scope('experts'):
-        return fp8_experts.forward(x_MD, gates_MK, experts, plan, *how)
+        return fp8_experts.forward(x_MD, gates_MK, experts, plan, *options)
     run = lambda *args: self.output(*args, plan)
     return jax.vjp(run, x_MD, gates_MK, experts)
 
@@ -148,7 +150,7 @@ class _Path:
 def _in_rounds(path, x_MD, gates_MK, experts, ids_MK, assigned):
   args = (x_MD, gates_MK, experts)
   one = lambda number: path.output(*args, path.plan(ids_MK, assigned, number))
-  return _further(assigned, one, one(0))
+  return _add_rounds(assigned, one, one(0))
 
 
 def _in_rounds_fwd(path, x_MD, gates_MK, experts, ids_MK, assigned):
@@ -156,7 +158,7 @@ def _in_rounds_fwd(path, x_MD, gates_MK, experts, ids_MK, assigned):
   plan = functools.partial(path.plan, ids_MK, assigned)
   y_MD, saved = path.forward(*args, plan(0))
   one = lambda number: path.output(*args, plan(number))
-  return _further(assigned, one, y_MD), (saved, args, ids_MK, assigned)
+  return _add_rounds(assigned, one, y_MD), (saved, args, ids_MK, assigned)
 
 
 def _in_rounds_bwd(path, residuals, dy_MD):
@@ -168,15 +170,15 @@ def _in_rounds_bwd(path, residuals, dy_MD):
     return path.backward(path.forward(*args, plan)[1], dy_MD)
 
   # Two loops, so that the weights' gradients can be deferred.
-  inputs = _further(assigned, lambda r: again(r)[:2], tuple(inputs))
-  weights = _further(assigned, lambda r: again(r)[2], weights)
+  inputs = _add_rounds(assigned, lambda r: again(r)[:2], tuple(inputs))
+  weights = _add_rounds(assigned, lambda r: again(r)[2], weights)
   return *inputs, weights, None, None
 
 
 _in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)
 
 
-def _further(assigned, one, first):
+def _add_rounds(assigned, one, first):
   """`first` plus `one(r)` for every further round r."""
   if assigned is None:
     return first

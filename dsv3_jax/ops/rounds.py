@@ -14,9 +14,7 @@ anything is sent, so all have the same rounds; no shape depends on data.
 Letters: G slices; X buffers that a slice's load is counted in.
 """
 
-import itertools
 import math
-import operator
 from typing import NamedTuple
 
 import jax
@@ -27,14 +25,15 @@ from dsv3_jax.ops import all_to_all
 
 
 class Room(NamedTuple):
-  """Sizes of a device's buffers, static.
+  """Sizes of a device's buffers, static; an item for each hop.
 
-  hops: rows received by each hop. assignments: of received rows to experts
-  here. slice_tokens: of a slice on each device.
+  hops: rows sent and received. assignments: of the received rows, to experts of
+  this device, or of those that it passes rows on to. slice_tokens: of a slice
+  on each device.
   """
 
-  hops: tuple[int, ...]
-  assignments: int
+  hops: tuple[all_to_all.HopRoom, ...]
+  assignments: tuple[int, ...]
   slice_tokens: int
 
 
@@ -60,21 +59,29 @@ def room_of(
     sizes: devices of each hop.
     buffer_factor: infinite is room for all tokens of all devices.
   """
-  devices, here = math.prod(sizes), min(top_k, num_local)
-  all_here = tokens * devices * here
 
-  def at_least(per_token, slice_of_one):
-    even = min(buffer_factor * tokens * per_token, all_here)
-    return max(math.ceil(even), slice_of_one)
+  def room(per_token, per_slice):
+    """Of an even load, but for a slice of one token, and not for more than all.
 
-  assignments = min(all_here, at_least(top_k, devices * here))
-  hops, slice_tokens = [], assignments // (devices * here)
-  for sources in itertools.accumulate(sizes[:-1], operator.mul):
-    rows = at_least(min(top_k, sources), sources)
-    hops.append(min(tokens * sources, rows))
-    slice_tokens = min(slice_tokens, hops[-1] // sources)
-  hops.append(min(tokens * devices, assignments))
-  return Room(tuple(hops), assignments, min(tokens, slice_tokens))
+    Args:
+      per_slice: what one token of each source can bring at most.
+    """
+    even = min(buffer_factor * tokens * per_token, tokens * per_slice)
+    return max(math.ceil(even), per_slice)
+
+  devices, sources = math.prod(sizes), 1
+  hops, assignments, slices = [], [], [tokens]
+  most = tokens * top_k
+  for size in sizes or (1,):
+    sources *= size
+    each = min(top_k, num_local * (devices // sources))
+    sent = min(most, (hops[-1].receive if hops else tokens) * min(top_k, size))
+    most = room(top_k, sources * each)
+    rows = min(room(min(top_k, sources), sources), most)
+    hops.append(all_to_all.HopRoom(sent, rows))
+    assignments.append(most)
+    slices += [most // (sources * each), rows // sources]
+  return Room(tuple(hops), tuple(assignments), min(slices))
 
 
 def assign(
@@ -114,20 +121,21 @@ def _loads(ids_MK, num_local, axes, room):
   """What each slice of all devices brings to every buffer, and its room."""
   sizes = [jax.lax.axis_size(hop) for hop in axes]
   devices, flat = math.prod(sizes), tuple(a for hop in axes for a in hop)
-  device_MK = ids_MK // num_local
-  hot_MKW = device_MK[:, :, None] == jnp.arange(devices)
-  loads = [jnp.sum(hot_MKW, axis=1, dtype=jnp.int32)]  # assignments
-  limits = [jnp.full(devices, room.assignments)]
-  for at, rows in enumerate(room.hops[:-1]):
-    # A token comes once to the device of its sender's index within the group.
+  hot_MKW = (ids_MK // num_local)[:, :, None] == jnp.arange(devices)
+  count_MW = jnp.sum(hot_MKW, axis=1, dtype=jnp.int32)
+  loads, limits = [], []
+  for at, (hop, most) in enumerate(
+    zip(room.hops, room.assignments, strict=True)
+  ):
+    # A group's assignments reach its device of the same index as the sender.
     inner = math.prod(sizes[at + 1 :])
-    group_MK = device_MK // inner
-    goes_Mg = jnp.any(group_MK[:, :, None] == jnp.arange(devices // inner), 1)
+    count_Mg = count_MW.reshape(len(ids_MK), -1, inner).sum(axis=2)
     rest = tuple(a for hop in axes[at + 1 :] for a in hop)
-    own_i = jnp.arange(inner) == jax.lax.axis_index(rest)
-    goes_Mgi = goes_Mg[:, :, None] & own_i
-    loads.append(goes_Mgi.reshape(len(ids_MK), -1).astype(jnp.int32))
-    limits.append(jnp.full(devices, rows))
+    own_i = jnp.arange(inner) == (jax.lax.axis_index(rest) if rest else 0)
+    for load_Mg, limit in ((count_Mg, most), (count_Mg > 0, hop.receive)):
+      load_Mgi = load_Mg[:, :, None] * own_i
+      loads.append(load_Mgi.reshape(len(ids_MK), -1).astype(jnp.int32))
+      limits.append(jnp.full(devices, limit))
   load_MX = jnp.concatenate(loads, axis=1)
   padding = -len(ids_MK) % room.slice_tokens
   load_MX = jnp.pad(load_MX, ((0, padding), (0, 0)))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.ops import all_to_all, rounds
 from dsv3_jax.ops import experts as expert_ops
-from dsv3_jax.ops import rounds
 from tests.ops import spread
 from tests.ops.test_all_to_all import SETS, assert_equal
 from tests.ops.test_all_to_all_ragged import stand_in
@@ -22,37 +22,48 @@ each_hops = pytest.mark.parametrize('hops', spread.HOPS)
 
 def test_room_by_hand():
   """64 devices of 4 experts, as the report's training has them (TR 3.2)."""
-  room = rounds.room_of(4096, 8, 4, (64,), 1.5)
-  assert room == rounds.Room((49_152,), 49_152, 192)
-  # To 8 nodes first, once to each.
-  room = rounds.room_of(4096, 8, 4, (8, 8), 1.5)
-  assert room == rounds.Room((32_768, 49_152), 49_152, 192)
+  room = lambda hops, *rest: rounds.Room(
+    tuple(all_to_all.HopRoom(*hop) for hop in hops), *rest
+  )
+  got = rounds.room_of(4096, 8, 4, (64,), 1.5)
+  assert got == room([(32_768, 49_152)], (49_152,), 192)
+  # To 8 nodes first, once to each; 8 * 8 assignments of a token of 8 devices.
+  got = rounds.room_of(4096, 8, 4, (8, 8), 1.5)
+  hops = [(32_768, 32_768), (49_152, 49_152)]
+  assert got == room(hops, (49_152, 49_152), 192)
   # A slice of one token fits, however small the factor or the batch.
-  assert rounds.room_of(16, 8, 4, (64,), 0.1) == rounds.Room((256,), 256, 1)
+  got = rounds.room_of(16, 8, 4, (64,), 0.1)
+  assert got == room([(128, 64)], (256,), 1)
   # No more than all tokens of all devices; one device has one round.
-  assert rounds.room_of(6, 2, 2, (2,), 9.0) == rounds.Room((12,), 24, 6)
-  assert rounds.room_of(6, 2, 4, (), 1.5) == rounds.Room((6,), 12, 6)
+  got = rounds.room_of(6, 2, 2, (2,), 9.0)
+  assert got == room([(12, 12)], (24,), 6)
+  got = rounds.room_of(6, 2, 4, (), 1.5)
+  assert got == room([(6, 6)], (12,), 6)
 
 
 def plainly(ids_DMK, sizes, num_local, room):
   """The round of each token, slice by slice, in loops. D devices."""
   devices, tokens = ids_DMK.shape[:2]
-  inner = devices // sizes[0]
-  first = room.hops[0] if len(sizes) == 2 else math.inf
   round_M, current = np.zeros(tokens, int), 0
-  load, passing = np.zeros(devices), np.zeros(devices)
+  load = 0
   for start in range(0, tokens, room.slice_tokens):
-    more, through = np.zeros(devices), np.zeros(devices)
+    # Rows and assignments that each device has after each hop.
+    more = np.zeros((len(sizes), 2, devices))
     for source in range(devices):
       for ids in ids_DMK[source, start : start + room.slice_tokens]:
         goals = [i // num_local for i in ids if i < devices * num_local]
-        np.add.at(more, goals, 1)
-        for node in {goal // inner for goal in goals}:
-          through[node * inner + source % inner] += 1
-    full = load + more > room.assignments
-    if np.any(full | (passing + through > first)):
-      current, load, passing = current + 1, 0.0, 0.0
-    load, passing = load + more, passing + through
+        for at in range(len(sizes)):
+          inner = math.prod(sizes[at + 1 :])
+          there = [g // inner * inner + source % inner for g in goals]
+          np.add.at(more[at, 0], there, 1)
+          np.add.at(more[at, 1], list(set(there)), 1)
+    limits = zip(
+      room.assignments, (hop.receive for hop in room.hops), strict=True
+    )
+    limits = np.array(list(limits))[:, :, None]
+    if np.any(load + more > limits):
+      current, load = current + 1, 0
+    load = load + more
     round_M[start : start + room.slice_tokens] = current
   return round_M
 
@@ -65,8 +76,8 @@ def assigned(shape, hops, factor):
   room = rounds.room_of(LOCAL, TOP_K, num_local, sizes, factor)
 
   def body(ids_MK):
-    found_ = rounds.assign(ids_MK, num_local, spread.HOPS[hops], room)
-    return found_.round_M, found_.count[None]
+    assigned_ = rounds.assign(ids_MK, num_local, spread.HOPS[hops], room)
+    return assigned_.round_M, assigned_.count[None]
 
   return spread.over(shape, body), sizes, num_local, room
 
@@ -90,7 +101,7 @@ def test_rounds_are_as_full_as_they_may_be(shape, hops, factor, sets):
   for r in range(want_M[-1] + 1):
     sent = ids_DMK[:, want_M == r] // num_local
     load = np.bincount(sent.ravel(), minlength=devices)[:devices]
-    assert max(load) <= room.assignments
+    assert max(load) <= room.assignments[-1]
 
 
 def step(axes, factor, transport='auto', product='blocks'):
