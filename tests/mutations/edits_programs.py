@@ -5,6 +5,7 @@ _LR = 'tests/training/test_lr_schedule.py'
 _STEP = 'tests/training/test_loop.py'
 _OPTIMIZER = 'tests/training/test_optimizer.py'
 _ALL_TO_ALL = 'tests/ops/test_all_to_all.py'
+_ROUNDS = 'tests/ops/test_rounds.py'
 _LAYOUTS = 'tests/parallel/test_layouts.py'
 _ZERO = 'tests/parallel/test_zero.py'
 _STORE = 'tests/checkpoint/test_store.py'
@@ -135,6 +136,34 @@ PARALLEL = (
     'dsv3_jax/ops/all_to_all.py',
     'ids -= jax.lax.axis_index(over) * span',
     'ids -= (jax.lax.axis_size(over) - 1 - jax.lax.axis_index(over)) * span',
+    (_ALL_TO_ALL,),
+  ),
+  (
+    'rounds: a round takes a slice too many',
+    'dsv3_jax/ops/rounds.py',
+    'full = jnp.any(load_X + add_X > limit_X)',
+    'full = jnp.any(load_X > limit_X)',
+    (_ROUNDS,),
+  ),
+  (
+    'rounds: the second is left out',
+    'dsv3_jax/ops/experts.py',
+    'jax.lax.fori_loop(1, assigned.count, add, first)',
+    'jax.lax.fori_loop(2, assigned.count, add, first)',
+    (_ROUNDS,),
+  ),
+  (
+    'rounds: experts learn from the first alone',
+    'dsv3_jax/ops/experts.py',
+    'weights = _add_rounds(assigned, lambda r: again(r)[2], weights)',
+    'weights = _add_rounds(None, lambda r: again(r)[2], weights)',
+    (_ROUNDS,),
+  ),
+  (
+    'all-to-all: rows of two sources overlap',
+    'dsv3_jax/ops/all_to_all.py',
+    'received_WW = jnp.cumsum(count_WW, axis=0) - count_WW',
+    'received_WW = jnp.cumsum(count_WW, axis=0) - count_WW[:1]',
     (_ALL_TO_ALL,),
   ),
   (
