@@ -22,7 +22,6 @@ _TINY = {
   'model__moe__top_groups': 2,
   'model__moe__d_ff': 7,
   'model__moe__block_size': 4,
-  'model__moe__buffer_factor': 8.0,  # always one round: fewer programs
   'balance__alpha': 0.1,  # large enough to matter in every gradient
   'data__seq_len': 12,
   'data__tokenizer': 'none.json',  # lifts the rules on trained vocabularies

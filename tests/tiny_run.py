@@ -38,7 +38,6 @@ def overrides(folder, steps=40):
     'data.seq_len': 32,
     'model.num_layers': 2,
     'model.d_model': 32,
-    'model.moe.buffer_factor': 8.0,  # always one round: less to compile
     'eval.stride': 16,
     'eval.max_bytes': 2000,
     'train.batch_size': 4,

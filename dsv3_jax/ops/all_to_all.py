@@ -33,7 +33,7 @@ Transports:
   'ragged'   sends the rows in use over `ragged_all_to_all`, which XLA lacks on
              CPU
   'padded'   runs on any device: sends I / W rows to each device over
-             `all_to_all`, again until all are sent
+             `all_to_all`, as often as all tokens to one device would need
 
 Both put every row in the same place. 'auto' is 'padded' on CPU and 'ragged'
 elsewhere.
@@ -294,10 +294,11 @@ def _move(x, into, there, back, hop):
     rows = jnp.take(part, device * at_once + place, axis=0, mode='clip')
     return jnp.where(_column(arrives, into), rows, into)
 
-  if at_once >= len(hop.back_Mn):  # no device has more tokens
-    return step(0, into)
-  most = jnp.max(hop.count_WW)
-  return jax.lax.fori_loop(0, -(-most // at_once), step, into)
+  # As often as if all tokens went to one device. A loop of as many turns as the
+  # fullest pair needs would be another that XLA:CPU does not order (`experts`).
+  for t in range(-(-len(hop.back_Mn) // at_once)):
+    into = step(t, into)
+  return into
 
 
 def _places(slices, size):

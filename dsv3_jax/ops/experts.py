@@ -45,7 +45,8 @@ class ExpertOptions:
   one product of its own. block_size: most rows of a block; few assignments take
   smaller blocks. axes, transport: as in `all_to_all`; mesh axes that the
   experts are sharded over, in the body of a shard_map. buffer_factor: as in
-  `rounds`. policy: None is that of the tokens' type.
+  `rounds`; with the transport 'auto', infinite on CPU. policy: None is that of
+  the tokens' type.
   """
 
   product: str = 'auto'
@@ -90,7 +91,12 @@ def _exchange(x_MD, ids_MK, gates_MK, experts, options, rows: int):
   num_local = experts.w_up_EDF.shape[0]
   hops = all_to_all.live(options.axes)
   sizes = tuple(jax.lax.axis_size(hop) for hop in hops)
-  room = rounds.room_of(*ids_MK.shape, num_local, sizes, options.buffer_factor)
+  factor = options.buffer_factor
+  if options.transport == 'auto' and jax.default_backend() == 'cpu':
+    # XLA:CPU does not keep the order of a loop's collectives and others, and
+    # its devices share one memory.
+    factor = math.inf
+  room = rounds.room_of(*ids_MK.shape, num_local, sizes, factor)
   path = _Path(options, room, num_local, rows)
   assigned = rounds.assign(ids_MK, num_local, options.axes, room)
   return _in_rounds(path, x_MD, gates_MK, experts, ids_MK, assigned)
@@ -150,7 +156,7 @@ class _Path:
 def _in_rounds(path, x_MD, gates_MK, experts, ids_MK, assigned):
   args = (x_MD, gates_MK, experts)
   one = lambda number: path.output(*args, path.plan(ids_MK, assigned, number))
-  return _add_rounds(assigned, one, one(0))
+  return _add_rounds(assigned, one, one(0))[0]
 
 
 def _in_rounds_fwd(path, x_MD, gates_MK, experts, ids_MK, assigned):
@@ -158,7 +164,8 @@ def _in_rounds_fwd(path, x_MD, gates_MK, experts, ids_MK, assigned):
   plan = functools.partial(path.plan, ids_MK, assigned)
   y_MD, saved = path.forward(*args, plan(0))
   one = lambda number: path.output(*args, plan(number))
-  return _add_rounds(assigned, one, y_MD), (saved, args, ids_MK, assigned)
+  y_MD, _ = _add_rounds(assigned, one, y_MD)
+  return y_MD, (saved, args, ids_MK, assigned)
 
 
 def _in_rounds_bwd(path, residuals, dy_MD):
@@ -169,9 +176,10 @@ def _in_rounds_bwd(path, residuals, dy_MD):
     plan = path.plan(ids_MK, assigned, number)
     return path.backward(path.forward(*args, plan)[1], dy_MD)
 
-  # Two loops, so that the weights' gradients can be deferred.
-  inputs = _add_rounds(assigned, lambda r: again(r)[:2], tuple(inputs))
-  weights = _add_rounds(assigned, lambda r: again(r)[2], weights)
+  # Two loops, so that the weights' gradients can be deferred. The second ends
+  # where the first did: XLA:CPU must not run both at once.
+  inputs, end = _add_rounds(assigned, lambda r: again(r)[:2], tuple(inputs))
+  weights, _ = _add_rounds(end, lambda r: again(r)[2], weights)
   return *inputs, weights, None, None
 
 
@@ -179,11 +187,17 @@ _in_rounds.defvjp(_in_rounds_fwd, _in_rounds_bwd)
 
 
 def _add_rounds(assigned, one, first):
-  """`first` plus `one(r)` for every further round r."""
+  """`first` plus `one(r)` for every further round r; and `assigned` again."""
   if assigned is None:
-    return first
-  add = lambda r, sums: jax.tree.map(jnp.add, sums, one(r))
-  return jax.lax.fori_loop(1, assigned.count, add, first)
+    return first, None
+
+  def add(carry):
+    number, sums = carry
+    return number + 1, jax.tree.map(jnp.add, sums, one(number))
+
+  more = lambda carry: carry[0] < assigned.count
+  end, sums = jax.lax.while_loop(more, add, (jnp.int32(1), first))
+  return sums, assigned._replace(count=end)
 
 
 def _with_redundancy(

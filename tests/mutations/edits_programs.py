@@ -148,15 +148,15 @@ PARALLEL = (
   (
     'rounds: the second is left out',
     'dsv3_jax/ops/experts.py',
-    'jax.lax.fori_loop(1, assigned.count, add, first)',
-    'jax.lax.fori_loop(2, assigned.count, add, first)',
+    'jax.lax.while_loop(more, add, (jnp.int32(1), first))',
+    'jax.lax.while_loop(more, add, (jnp.int32(2), first))',
     (_ROUNDS,),
   ),
   (
     'rounds: experts learn from the first alone',
     'dsv3_jax/ops/experts.py',
-    'weights = _add_rounds(assigned, lambda r: again(r)[2], weights)',
-    'weights = _add_rounds(None, lambda r: again(r)[2], weights)',
+    'weights, _ = _add_rounds(end, lambda r: again(r)[2], weights)',
+    'weights, _ = _add_rounds(None, lambda r: again(r)[2], weights)',
     (_ROUNDS,),
   ),
   (

@@ -19,7 +19,7 @@ import time
 from tests.mutations import mutants
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-_FAILED = re.compile(r'^(?:FAILED|ERROR) (\S+)', re.MULTILINE)
+_FAILED = re.compile(r'^(?:FAILED|ERROR) (.+?)(?: - .*)?$', re.MULTILINE)
 _SECONDS = 1800  # of one mutant's tests
 
 
