@@ -74,13 +74,13 @@ def room_of(
   most = tokens * top_k
   for size in sizes or (1,):
     sources *= size
-    each = min(top_k, num_local * (devices // sources))
+    per_source = min(top_k, num_local * (devices // sources))
     sent = min(most, (hops[-1].receive if hops else tokens) * min(top_k, size))
-    most = room(top_k, sources * each)
+    most = room(top_k, sources * per_source)
     rows = min(room(min(top_k, sources), sources), most)
     hops.append(all_to_all.HopRoom(sent, rows))
     assignments.append(most)
-    slices += [most // (sources * each), rows // sources]
+    slices += [most // (sources * per_source), rows // sources]
   return Room(tuple(hops), tuple(assignments), min(slices))
 
 
