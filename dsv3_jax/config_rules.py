@@ -159,6 +159,11 @@ def _model(config: Any) -> Iterator[Rule]:
     f'model.mla.qk_rope_head_dim={rotary} must be even: RoPE rotates pairs',
   )
   yield (
+    1 <= moe.buffer_factor < math.inf,
+    f'model.moe.buffer_factor={moe.buffer_factor} must be finite and >= 1: the '
+    'room of an even load',
+  )
+  yield (
     moe.top_k <= moe.num_experts,
     f'model.moe.top_k={moe.top_k} must be <= '
     f'model.moe.num_experts={moe.num_experts}',

@@ -29,12 +29,6 @@ def define(values: flags.FlagValues, argv: list[str]) -> None:
     'dsv3 train has them.',
     **add,
   )
-  flags.DEFINE_float(
-    'buffer_factor',
-    None,
-    'Room for received rows, times the even load; default: 1.5.',
-    **add,
-  )
   flags.DEFINE_float('price', None, 'Dollars of a chip-hour.', **add)
   flags.DEFINE_float('save_seconds', 60.0, 'Time to save.', **add)
   flags.DEFINE_float('restore_seconds', 600.0, 'Time to restart.', **add)
@@ -100,7 +94,7 @@ def _check(values: flags.FlagValues) -> None:
     path = values[name].value
     if path and not path.endswith(f'.{name}'):
       raise errors.InputError(f'{name}={path!r} must end in .{name}')
-  for name in ('buffer_factor', 'price', 'save_seconds', 'device_hours'):
+  for name in ('price', 'save_seconds', 'device_hours'):
     value = values[name].value
     if value is not None and not (value > 0 and math.isfinite(value)):
       raise errors.InputError(f'{name}={value} must be > 0 and finite')
@@ -108,19 +102,12 @@ def _check(values: flags.FlagValues) -> None:
     raise errors.InputError(
       f'restore_seconds={values.restore_seconds} must be >= 0 and finite'
     )
-  if values.buffer_factor is not None and values.buffer_factor < 1:
-    raise errors.InputError(
-      f'buffer_factor={values.buffer_factor} must be >= 1: the even load'
-    )
   if values.chips is not None and not 1 <= values.chips <= 1 << 20:
     raise errors.InputError(f'chips={values.chips} must be >= 1 and <= 2**20')
 
 
 def _changes(values: flags.FlagValues) -> dict[str, object]:
-  changes = {'vocabulary': values.vocabulary}
-  if values.buffer_factor is not None:
-    changes['buffer_factor'] = values.buffer_factor
-  return changes
+  return {'vocabulary': values.vocabulary}
 
 
 def _run(values: flags.FlagValues) -> dict[str, float | None]:

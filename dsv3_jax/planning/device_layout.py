@@ -18,7 +18,6 @@ _COSTS = {
   'sharded': layer_partition.Costs(head=0, mtp=1.1),
 }
 VOCABULARIES = tuple(_COSTS)
-BUFFER_FACTOR = 1.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +30,8 @@ class DeviceLayout:
     batch: sequences of a step.
     vocabulary: 'last': embedding on the first and head on the last stage, as in
       the report; 'sharded': both over `pipe`, as in `parallel.pipeline`.
-    buffer_factor: room for received rows, times the even load M * top_k.
+    buffer_factor: `model.moe.buffer_factor`, room for received rows, times the
+      even load M * top_k.
   """
 
   pipe: int
@@ -43,9 +43,9 @@ class DeviceLayout:
   microbatch: int
   batch: int
   remat: str
+  buffer_factor: float
   fsdp: tuple[str, ...] = ()
   vocabulary: str = 'last'
-  buffer_factor: float = BUFFER_FACTOR
 
   @property
   def devices(self) -> int:
@@ -166,6 +166,7 @@ def from_config(cfg: config.Config, chips: int, **changes) -> DeviceLayout:
     microbatch=cfg.train.microbatch_size,
     batch=cfg.train.batch_size,
     remat=cfg.model.remat,
+    buffer_factor=cfg.model.moe.buffer_factor,
     fsdp=p.fsdp,
     **changes,
   )

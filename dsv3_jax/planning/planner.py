@@ -51,6 +51,7 @@ def choose_layout(
     microbatch=1,
     batch=cfg.train.batch_size,
     remat=cfg.model.remat,
+    buffer_factor=cfg.model.moe.buffer_factor,
     **changes,
   )
   legal = list(search.layouts(cfg, chip, num_chips, like))

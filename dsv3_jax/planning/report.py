@@ -18,8 +18,8 @@ ASSUMPTIONS = (
   'kernel rates are those of the public H800 trace (planning/kernels.py); '
   'other chips reach the same fractions of their peaks',
   'kernels beside matmuls reach 80 % of the HBM bandwidth',
-  'the load of experts is even; a device has room for buffer_factor times it '
-  '(dsv3 train has room for every token)',
+  'the load of experts is even; a device has room for '
+  'model.moe.buffer_factor times it, so that one round does',
   'gradients and new weights are exchanged after the pipeline, not hidden',
   'MFU counts the main model without MTP and recomputation, causal, against '
   'the BF16 peak, as the report does',

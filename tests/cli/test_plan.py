@@ -17,6 +17,7 @@ pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 POD = '--config=experiments/v3_671b.py:pod'
 PLAIN = '--config=experiments/v3_671b.py'
 H800 = ('--chip=h800', '--chips=2048')
+LITTLE_ROOM = '--config.model.moe.buffer_factor=1.0'
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_json(capsys, monkeypatch, config):
 
 
 def test_buffer_factor_and_vocabulary_change_the_plan(capsys):
-  small = ('--buffer_factor=1', '--vocabulary=sharded')
+  small = (LITTLE_ROOM, '--vocabulary=sharded')
   result = json.loads(run(capsys, POD, *H800, *small, '--json'))
   assert result['fits'] is True and 'nearest' not in result
   assert result['layout']['vocabulary'] == 'sharded'
@@ -90,7 +91,7 @@ def test_cost_table(capsys):
 
 
 def test_pictures_need_nothing_else(capsys, tmp_path):
-  small = '--buffer_factor=1'
+  small = LITTLE_ROOM
   png, page = tmp_path / 'a.png', tmp_path / 'a.html'
   run(capsys, POD, *H800, small, f'--png={png}', f'--html={page}')
   assert png.read_bytes().startswith(b'\x89PNG')
@@ -113,14 +114,14 @@ def test_pictures_need_nothing_else(capsys, tmp_path):
     ((PLAIN, '--chips=0'), 'chips=0 must be >= 1'),
     ((PLAIN, '--chips=7777'), 'chips=7777 has no legal layout'),
     ((), '--config=FILE.py is missing'),
-    ((POD, '--buffer_factor=0.5'), 'buffer_factor=0.5 must be >= 1'),
+    ((POD, LITTLE_ROOM.replace('1.0', '0.5')), 'buffer_factor=0.5 must be fin'),
     ((POD, '--price=-1'), 'price=-1.0 must be > 0'),
     ((POD, '--save_seconds=nan'), 'save_seconds=nan must be > 0'),
     ((POD, '--restore_seconds=-1'), 'restore_seconds=-1.0 must be >= 0'),
     ((POD, '--png=a.jpg'), "png='a.jpg' must end in .png"),
     ((POD, '--html=a'), "html='a' must end in .html"),
     (
-      (POD, '--buffer_factor=1', '--html=/no/such/a.html'),
+      (POD, LITTLE_ROOM, '--html=/no/such/a.html'),
       '/no/such/a.html: No such file',
     ),
     ((POD, '--vocabulary=x'), 'vocabulary'),

@@ -26,15 +26,17 @@ EXPERIMENTS = {
 }
 
 
-def pod(**changes):
-  cfg = config.from_config_dict(v3_671b.get_config('pod'))
-  return cfg, device_layout.from_config(cfg, 2048, **changes)
+def pod(buffer_factor=1.5):
+  experiment = v3_671b.get_config('pod')
+  experiment.model.moe.buffer_factor = buffer_factor
+  cfg = config.from_config_dict(experiment)
+  return cfg, device_layout.from_config(cfg, 2048)
 
 
 def tiny(**changes):
   fields = dict.fromkeys(device_layout.AXES, 1)
   fields |= {'schedule': '1f1b', 'microbatch': 1, 'batch': 4}
-  fields |= {'remat': 'report', 'vocabulary': 'sharded'}
+  fields |= {'remat': 'report', 'vocabulary': 'sharded', 'buffer_factor': 1.5}
   return device_layout.DeviceLayout(**(fields | changes))
 
 
