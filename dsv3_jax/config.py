@@ -132,6 +132,7 @@ class DataConfig:
   cache_dir: str
   bad_records: str
   on_change: str
+  prepared: str
   tokenizer: str
   tokenizer_vocab: int
   seq_len: int

@@ -131,6 +131,7 @@ def _data():
     'cache_dir': '',  # '': dsv3_jax under the user's cache folder
     'bad_records': 'refuse',  # of files; 'skip': left out and listed
     'on_change': 'refuse',  # of a run's corpus; 'continue' with the new one
+    'prepared': '',  # folder of `dsv3 prepare`; '': packed while training
     'tokenizer': '',  # a tokenizer.json; '': train one on the corpus
     'tokenizer_vocab': 129280,  # entries of a trained one
     'seq_len': 4096,  # T, tokens predicted a row, TR 4.2

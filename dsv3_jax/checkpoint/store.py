@@ -169,12 +169,25 @@ class Store:
           restore_args=jax.tree.map(_restore_args, like),
         ),
       )
-    extras = {
-      path.stem: json.loads(path.read_text(encoding='utf-8'))
-      for path in folder.glob('*.json')
-      if path.name != _MANIFEST
-    }
-    return state, extras
+    return state, self.extras(step)
+
+  def extras(self, step: int) -> dict[str, Any]:
+    """The extras of a step, which only `restore` verifies.
+
+    Raises:
+      CheckpointError: a damaged file.
+    """
+    paths = self._path(step).glob('*.json')
+    try:
+      return {
+        path.stem: json.loads(path.read_text(encoding='utf-8'))
+        for path in paths
+        if path.name != _MANIFEST
+      }
+    except ValueError as error:
+      raise CheckpointError(
+        f'{self._path(step)} is damaged: {error}'
+      ) from error
 
   def open(self, step: int) -> dict[tuple[str, ...], lazy_array.LazyArray]:
     """Verifies a step; returns its arrays by path, which are read on demand.

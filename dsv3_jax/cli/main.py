@@ -16,6 +16,7 @@ from dsv3_jax.cli import (
   inference,
   inspect,
   plan,
+  prepare,
   schedule,
   train,
 )
@@ -104,6 +105,7 @@ def _first_line(run: Callable) -> str:
 
 COMMANDS = {
   'train': (train.train, train.define),
+  'prepare': (prepare.prepare, prepare.define),
   'inspect': (inspect.inspect, inspect.define_inspect),
   'generate': (inference.generate, inference.define_generate),
   'chat': (inference.chat, inference.define_chat),

@@ -14,3 +14,15 @@ def batch_size_at(cfg: config.TrainConfig, tokens: int) -> int:
   grown = (cfg.batch_size - cfg.batch_size_start) * tokens
   wanted = cfg.batch_size_start + grown // cfg.batch_ramp_tokens
   return wanted // cfg.batch_size_step * cfg.batch_size_step
+
+
+def rows_of_run(cfg: config.TrainConfig, seq_len: int, tokens: int = 0) -> int:
+  """Number of sequences that a run still reads after `tokens` tokens."""
+  start = tokens
+  while tokens < cfg.total_tokens:
+    size = batch_size_at(cfg, tokens)
+    if tokens >= cfg.batch_ramp_tokens:  # all further steps are as large
+      steps = -(-(cfg.total_tokens - tokens) // (size * seq_len))
+      return (tokens - start) // seq_len + steps * size
+    tokens += size * seq_len
+  return (tokens - start) // seq_len

@@ -101,6 +101,24 @@ def load_tokenizer(
   return tokenizer.Tokenizer.from_file(path)
 
 
+def check_tokens(
+  corpus: Corpus, tokenizer: tokenizer.Tokenizer, vocab_size: int
+) -> None:
+  """Checks that corpus, tokenizer and the model's vocabulary fit each other.
+
+  Raises:
+    InputError: they do not.
+  """
+  tokenizer.check_training()
+  if corpus.tool_turns:
+    tokenizer.check_tools(corpus.tool_turns)
+  if tokenizer.vocab_size > vocab_size:
+    raise errors.InputError(
+      f'model.vocab_size={vocab_size} must be >= {tokenizer.vocab_size}, the '
+      'entries of the tokenizer'
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class _Texts(Sequence):
   """The texts of documents, which are read on demand."""

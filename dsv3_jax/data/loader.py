@@ -2,8 +2,9 @@
 
 Training data is an endless Grain pipeline: shuffle, encode, pack, shuffle rows,
 batch. All randomness comes from the seed and a document's index. So the stream
-does not depend on the number of processes; each process reads all of it. A
-position in the stream is a small dict, which the checkpoint stores.
+does not depend on the number of processes; each process reads all of it, or its
+own rows of what `prepare` wrote. A position in the stream is a small dict,
+which the checkpoint stores.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from dsv3_jax import config, errors
 from dsv3_jax.data import corpus, packing
 from dsv3_jax.data import tokenizer as tokenizers
 
-_READ_AHEAD = 16  # documents
+_READ_AHEAD = 16  # documents a thread
 _BATCHES_AHEAD = 4
 
 
@@ -47,28 +48,9 @@ class Loader:
     rows: int,
   ):
     self.seed = seed
-    length = cfg.seq_len + 1
-    encode = functools.partial(_encode, tokenizer=tokenizer, cfg=cfg)
-    data = grain.MapDataset.source(documents).seed(seed).shuffle()
-    data = data.repeat().random_map(encode)
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
-    data = data.to_iter_dataset(options)
-    data = experimental.FlatMapIterDataset(
-      data, _SplitDocuments(length=length, isolated=cfg.isolate_samples)
-    )
-    data = experimental.BestFitPackIterDataset(
-      data,
-      length_struct={'tokens': length, 'learned': length},
-      num_packing_bins=cfg.packing_bins,
-      seed=seed,
-    )
+    data = packed_rows(documents, tokenizer, cfg, seed=seed)
     example = functools.partial(
       packing.to_example, isolated=cfg.isolate_samples
-    )
-    # A long document fills many consecutive rows. Without this shuffle, a small
-    # batch could consist of a single book.
-    data = experimental.WindowShuffleIterDataset(
-      data, window_size=cfg.shuffle_window, seed=seed
     )
     data = data.map(example).batch(rows, drop_remainder=True)
     data = experimental.ThreadPrefetchIterDataset(
@@ -93,6 +75,43 @@ class Loader:
   def close(self) -> None:
     """Ends the read-ahead thread."""
     self._iterator.close()
+
+
+def packed_rows(
+  documents: Sequence[dict[str, Any]],
+  tokenizer: tokenizers.Tokenizer,
+  cfg: config.DataConfig,
+  *,
+  seed: int,
+  num_threads: int = 1,
+) -> grain.IterDataset:
+  """The endless stream of packed rows, as `packing.to_example` takes them.
+
+  Args:
+    num_threads: that encode documents; order and positions do not depend on it.
+  """
+  length = cfg.seq_len + 1
+  encode = functools.partial(_encode, tokenizer=tokenizer, cfg=cfg)
+  data = grain.MapDataset.source(documents).seed(seed).shuffle()
+  data = data.repeat().random_map(encode)
+  options = grain.ReadOptions(
+    num_threads=num_threads, prefetch_buffer_size=_READ_AHEAD * num_threads
+  )
+  data = data.to_iter_dataset(options)
+  data = experimental.FlatMapIterDataset(
+    data, _SplitDocuments(length=length, isolated=cfg.isolate_samples)
+  )
+  data = experimental.BestFitPackIterDataset(
+    data,
+    length_struct={'tokens': length, 'learned': length},
+    num_packing_bins=cfg.packing_bins,
+    seed=seed,
+  )
+  # A long document fills many consecutive rows. Without this shuffle, a small
+  # batch could consist of a single book.
+  return experimental.WindowShuffleIterDataset(
+    data, window_size=cfg.shuffle_window, seed=seed
+  )
 
 
 def _encode(

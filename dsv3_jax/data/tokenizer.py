@@ -7,6 +7,7 @@ is never encoded as a special token, even if it spells one.
 
 import functools
 import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -113,6 +114,11 @@ class Tokenizer(special_tokens.SpecialTokens):
       raise errors.InputError(
         f'tokenizer {path} is no tokenizer: {error}'
       ) from error
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """SHA-256 of its `tokenizer.json`."""
+    return hashlib.sha256(self.text.encode()).hexdigest()
 
   def save(self, path: str | pathlib.Path) -> None:
     """Writes `tokenizer.json` atomically."""

@@ -11,20 +11,17 @@ processes run this code. Only the first writes files, except for arrays:
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.checkpoint import store
 from dsv3_jax.data import batch_ramp
 from dsv3_jax.data import corpus as corpora
-from dsv3_jax.data import loader as loaders
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.distributed import processes, sharding
 from dsv3_jax.nn import model
@@ -32,6 +29,7 @@ from dsv3_jax.planning import flops
 from dsv3_jax.training import (
   ema,
   evaluate,
+  feeds,
   init_from,
   lr_schedule,
   metrics,
@@ -61,7 +59,7 @@ class TrainingRun:
   corpus: corpora.Corpus
   tokenizer: tokenizers.Tokenizer
   windows: dict  # held-out text, cut
-  loader: loaders.Loader
+  feed: feeds.Feed
   checkpoints: store.Store
   writer: metrics.MetricWriter | None  # in the first process
   meter: metrics.Throughput
@@ -116,10 +114,11 @@ def _open(
   checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
   stack.callback(checkpoints.close)
   resume = _step_to_resume(cfg, checkpoints, before)
-  state, ema, extras = _state(trainer, checkpoints, resume, leaves)
+  extras = {} if resume is None else checkpoints.extras(resume)
+  feed = run_data.open_feed(cfg, corpus, tokenizer, extras, workdir)
+  stack.callback(feed.close)
+  state, ema = _state(trainer, checkpoints, resume, leaves)
   stack.callback(ema.close)
-  loader = run_data.open_loader(cfg, corpus, tokenizer, extras, workdir)
-  stack.callback(loader.close)
   progress = extras.get('progress', {'step': 0, 'tokens': 0})
   if resume is not None:
     print(f'goes on after step {resume}', flush=True)
@@ -140,7 +139,7 @@ def _open(
     corpus=corpus,
     tokenizer=tokenizer,
     windows=windows,
-    loader=loader,
+    feed=feed,
     checkpoints=checkpoints,
     writer=writer,
     meter=metrics.Throughput(flop, peak),
@@ -177,7 +176,7 @@ def _state(
   checkpoints: store.Store,
   resume: int | None,
   leaves: init_from.Leaves | None,
-) -> tuple[steps.State, ema.HostEma, dict]:
+) -> tuple[steps.State, ema.HostEma]:
   """A fresh state, with given weights if any; or a restored one."""
   cfg = trainer.cfg
   decay, key = cfg.optim.ema_decay, jax.random.key(cfg.seed)
@@ -185,17 +184,17 @@ def _state(
     state = trainer.init(key)
     if leaves is not None:
       state = init_from.start(trainer, state, leaves)
-    return state, ema.HostEma(decay, state['params']), {}
+    return state, ema.HostEma(decay, state['params'])
   shapes = steps.state_shapes(cfg)
   place = lambda shape, sharding: jax.ShapeDtypeStruct(
     shape.shape, shape.dtype, sharding=sharding
   )
   like = {'train': jax.tree.map(place, shapes, trainer.model_shardings())}
   like['ema'] = like['train']['params'] if decay else {}
-  arrays, extras = checkpoints.restore(resume, like)
+  arrays, _ = checkpoints.restore(resume, like)
   state = trainer.from_model(arrays['train'])
   average = trainer.params_from_model(arrays['ema'])
-  return state, ema.HostEma(decay, average), extras
+  return state, ema.HostEma(decay, average)
 
 
 def _train(run: TrainingRun, stop: watchdog.StopSignal) -> bool:
@@ -249,13 +248,9 @@ def _inputs(run: TrainingRun) -> tuple[tuple, int]:
   cfg = run.cfg
   rows = batch_ramp.batch_size_at(cfg.train, run.tokens)
   micro, most = cfg.train.microbatch_size, cfg.train.batch_size
-  batches = [next(run.loader) for _ in range(rows // micro)]
-  empty = jax.tree.map(np.zeros_like, batches[0])
-  batches += [empty] * ((most - rows) // micro)
-  stacked = {name: np.stack([b[name] for b in batches]) for name in empty}
-  # Every process has all rows and places those of its devices.
-  place = functools.partial(_place, run.trainer.batch_sharding())
-  batch_nBT = model.Batch(**{name: place(x) for name, x in stacked.items()})
+  shape = (most // micro, micro, cfg.data.seq_len)
+  arrays = run.feed.take(rows // micro, shape, run.trainer.batch_sharding())
+  batch_nBT = model.Batch(**arrays)
   hyper = {
     'lr': lr_schedule.lr_at(cfg.optim.lr, run.step, run.tokens),
     'mtp_weight': lr_schedule.value_at(cfg.optim.mtp_weight, run.tokens),
@@ -264,10 +259,6 @@ def _inputs(run: TrainingRun) -> tuple[tuple, int]:
   hyper = {name: jnp.float32(value) for name, value in hyper.items()}
   num_microbatches = run.trainer.num_microbatches(rows // micro)
   return (batch_nBT, num_microbatches, hyper), rows
-
-
-def _place(sharding: jax.sharding.Sharding, x: np.ndarray) -> jax.Array:
-  return jax.make_array_from_callback(x.shape, sharding, lambda at: x[at])
 
 
 def _run_twice(probe: Any, state: steps.State, args: tuple, step: int):
@@ -323,8 +314,9 @@ def _save(run: TrainingRun) -> None:
   """Starts an asynchronous checkpoint of this step."""
   extras = {
     'progress': {'step': run.step, 'tokens': run.tokens},
-    'loader': run.loader.get_state(),
-    'loader_seed': run.loader.seed,
+    'loader': run.feed.get_state(),
+    'loader_seed': run.feed.seed,
+    'rows': run.feed.row,
     'data': run_data.fingerprint(run.corpus, run.tokenizer),
   }
   average = run.trainer.params_to_model(run.ema.tree())

@@ -3,20 +3,21 @@
 A checkpoint has the stream's position, its seed, and digests of corpus and
 tokenizer. A run goes on from the position if these are the same. On another
 corpus, if `data.on_change` is 'continue', it starts a new stream at that step.
+The stream is read and packed by every process, or comes from `data.prepared`.
 """
 
-import hashlib
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from dsv3_jax import config, errors
+from dsv3_jax.data import batch_ramp, prepare, shards
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import loader as loaders
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.distributed import processes
-from dsv3_jax.training import evaluate, run_dir, samples
+from dsv3_jax.training import evaluate, feeds, run_dir, samples
 
 
 def open_data(
@@ -30,7 +31,8 @@ def open_data(
   with processes.propagate_errors('data'):
     corpus = corpora.open_corpus(cfg.data)
     tokenizer = run_dir.tokenizer(cfg.data, corpus, workdir)
-    _check_tokens(cfg, corpus, tokenizer)
+    corpora.check_tokens(corpus, tokenizer, cfg.model.vocab_size)
+    samples.check(cfg, tokenizer)
     windows = evaluate.open_windows(cfg, corpus, tokenizer)
   check_same({'data': fingerprint(corpus, tokenizer)})
   return corpus, tokenizer, windows
@@ -51,24 +53,24 @@ def fingerprint(
   corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer
 ) -> dict[str, str]:
   """What the order of the training data depends on, for the checkpoint."""
-  digest = hashlib.sha256(tokenizer.text.encode()).hexdigest()
-  return {'corpus': corpus.fingerprint, 'tokenizer': digest}
+  return {'corpus': corpus.fingerprint, 'tokenizer': tokenizer.digest}
 
 
-def open_loader(
+def open_feed(
   cfg: config.Config,
   corpus: corpora.Corpus,
   tokenizer: tokenizers.Tokenizer,
   extras: dict[str, Any],
   workdir: pathlib.Path,
-) -> loaders.Loader:
-  """The stream of training data, at the position of a checkpoint.
+) -> feeds.Feed:
+  """The rows of training, from the position of a checkpoint on.
 
   Args:
     extras: of the checkpoint; empty in a new run.
 
   Raises:
-    InputError: the data is not that of the checkpoint.
+    InputError: the data is not that of the checkpoint; or `data.prepared` is
+      damaged, has other rows, or too few.
   """
   seed, same = cfg.seed, True
   if extras:
@@ -77,19 +79,64 @@ def open_loader(
     step = extras['progress']['step']
     # Release 0.2 had no seed of its own.
     seed = extras.get('loader_seed', cfg.seed) if same else _seed(cfg, step)
-  rows = cfg.train.microbatch_size
-  loader = loaders.Loader(
-    corpus.train, tokenizer, cfg.data, seed=seed, rows=rows
-  )
-  if extras and same:
-    loader.set_state(extras['loader'])
-  elif not same:
+  tokens = extras['progress']['tokens'] if extras else 0
+  extras = extras if same else {}
+  row = 0
+  if extras:  # release 0.2 had one stream, and did not count its rows
+    row = extras.get('rows', tokens // cfg.data.seq_len)
+  if cfg.data.prepared:
+    now = prepare.settings(cfg.data, seed, corpus, tokenizer)
+    feed = _open_prepared(cfg, now, row, tokens)
+  else:
+    rows = cfg.train.microbatch_size
+    stream = loaders.Loader(
+      corpus.train, tokenizer, cfg.data, seed=seed, rows=rows
+    )
+    feed = feeds.StreamFeed(stream, row)
+    if extras:
+      _check_position(extras, workdir)
+      feed.set_state(extras['loader'])
+  if not same:
     print(
       f'the corpus changed: from step {step + 1} on, the run reads the new one '
       f'from its beginning, shuffled with seed {seed}',
       flush=True,
     )
-  return loader
+  return feed
+
+
+def _check_position(extras: dict[str, Any], workdir: pathlib.Path) -> None:
+  if not extras['loader']:
+    raise errors.InputError(
+      f'data.prepared is empty, but {workdir} has read prepared rows, whose '
+      'place in the corpus is not known: name the folder again'
+    )
+
+
+def _open_prepared(
+  cfg: config.Config, settings: dict[str, Any], row: int, tokens: int
+) -> feeds.PreparedFeed:
+  """The feed of `data.prepared`, the same in all processes.
+
+  Args:
+    settings: that its rows must have.
+    row: the first to read.
+    tokens: that the run has seen.
+  """
+  needed = row + batch_ramp.rows_of_run(cfg.train, cfg.data.seq_len, tokens)
+  with processes.propagate_errors('prepared'):
+    folder = shards.Folder(pathlib.Path(cfg.data.prepared).expanduser())
+    prepare.check_settings(folder.path, folder.settings, settings)
+    if len(folder) < needed:
+      raise errors.InputError(
+        f'data.prepared={cfg.data.prepared!r} has {len(folder):,} rows, but '
+        f'the run needs {needed:,}: add the others by dsv3 prepare '
+        f'--output={cfg.data.prepared} --rows={needed}'
+      )
+    folder.check_sizes(row, needed)
+  check_same({'data.prepared': folder.digest})
+  seed = settings['seed']
+  return feeds.PreparedFeed(folder, cfg.data.isolate_samples, seed, row)
 
 
 def is_same(
@@ -147,18 +194,3 @@ def _seed(cfg: config.Config, step: int) -> int:
   """The seed of a stream that starts after so many steps."""
   sequence = np.random.SeedSequence([cfg.seed, step])
   return int(sequence.generate_state(1)[0])
-
-
-def _check_tokens(
-  cfg: config.Config, corpus: corpora.Corpus, tokenizer: tokenizers.Tokenizer
-) -> None:
-  """Checks that corpus, tokenizer, prompts and model fit each other."""
-  tokenizer.check_training()
-  if corpus.tool_turns:
-    tokenizer.check_tools(corpus.tool_turns)
-  if tokenizer.vocab_size > cfg.model.vocab_size:
-    raise errors.InputError(
-      f'model.vocab_size={cfg.model.vocab_size} must be >= '
-      f'{tokenizer.vocab_size}, the entries of the tokenizer'
-    )
-  samples.check(cfg, tokenizer)

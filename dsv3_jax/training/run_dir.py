@@ -25,6 +25,7 @@ _MAY_CHANGE = (
   # The fingerprint checks their content.
   'data.cache_dir',
   'data.source',
+  'data.prepared',
   'data.bad_records',
   'data.on_change',
   'data.tokenizer',

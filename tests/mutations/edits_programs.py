@@ -270,8 +270,8 @@ SYSTEM = (
   (
     'resume: the loader begins anew',
     'dsv3_jax/training/run_data.py',
-    "    loader.set_state(extras['loader'])\n",
-    '    pass\n',
+    "      feed.set_state(extras['loader'])\n",
+    '      pass\n',
     ('tests/training/test_resume.py',),
   ),
   (

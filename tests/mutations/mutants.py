@@ -6,7 +6,7 @@ they are the fastest ones whose business the edit is.
 
 from typing import NamedTuple
 
-from tests.mutations import edits_model, edits_programs
+from tests.mutations import edits_data, edits_model, edits_programs
 
 
 class Mutant(NamedTuple):
@@ -27,5 +27,6 @@ ALL = tuple(
     *edits_model.FP8,
     *edits_programs.PARALLEL,
     *edits_programs.SYSTEM,
+    *edits_data.DATA,
   )
 )

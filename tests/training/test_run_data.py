@@ -77,23 +77,24 @@ def test_a_run_leaves_out_bad_records_and_goes_on_when_they_are_repaired(
   assert documents['data']['corpus'] == opened.fingerprint
 
 
-def take(stream, count=3):
-  """The next tokens of a stream, which ends."""
-  tokens = np.stack([next(stream)['tokens_BT'] for _ in range(count)])
-  stream.close()
-  return tokens
+def take(feed, count=3, close=True):
+  """The next tokens of a feed, which ends."""
+  one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  tokens = feed.take(count, (count, 2, 32), one)['tokens_BT']
+  if close:
+    feed.close()
+  return np.array(tokens)
 
 
 def test_the_stream_of_a_checkpoint_or_of_another_corpus(tmp_path):
   """Release 0.2 wrote names and sizes, and no seed: it goes on, too."""
   cfg, source = make(tmp_path, 1, data__on_change='continue')
   corpus, tokenizer, _ = run_data.open_data(cfg, tmp_path)
-  open_loader = lambda corpus, extras, cfg=cfg: run_data.open_loader(
+  open_feed = lambda corpus, extras, cfg=cfg: run_data.open_feed(
     cfg, corpus, tokenizer, extras, tmp_path
   )
-  stream = open_loader(corpus, {})
-  for _ in range(2):
-    next(stream)
+  stream = open_feed(corpus, {})
+  take(stream, 2, close=False)
   extras = {
     'data': run_data.fingerprint(corpus, tokenizer),
     'progress': {'step': 2, 'tokens': 9},
@@ -101,19 +102,19 @@ def test_the_stream_of_a_checkpoint_or_of_another_corpus(tmp_path):
     'loader_seed': stream.seed,
   }
   want = take(stream)
-  np.testing.assert_array_equal(take(open_loader(corpus, extras)), want)
+  np.testing.assert_array_equal(take(open_feed(corpus, extras)), want)
   old = {k: x for k, x in extras.items() if k != 'loader_seed'}
   old['data'] = extras['data'] | {'corpus': corpus.size_fingerprint}
-  np.testing.assert_array_equal(take(open_loader(corpus, old)), want)
+  np.testing.assert_array_equal(take(open_feed(corpus, old)), want)
 
   # Another corpus: from its start, by a seed that the step decides.
   source.write_text(source.read_text() + '\n{"text": "one more"}')
   longer, _, _ = run_data.open_data(cfg, tmp_path)
-  after = [open_loader(longer, extras) for _ in range(2)]
-  later = open_loader(longer, extras | {'progress': {'step': 3, 'tokens': 9}})
+  after = [open_feed(longer, extras) for _ in range(2)]
+  later = open_feed(longer, extras | {'progress': {'step': 3, 'tokens': 9}})
   seed = after[0].seed
   assert len({seed, later.seed, cfg.seed}) == 3
-  fresh = open_loader(longer, {}, dataclasses.replace(cfg, seed=seed))
+  fresh = open_feed(longer, {}, dataclasses.replace(cfg, seed=seed))
   want = take(fresh)
   for stream in after:
     np.testing.assert_array_equal(take(stream), want)

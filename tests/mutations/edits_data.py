@@ -1,0 +1,35 @@
+"""Edits of prepared rows: rows of `mutants.Mutant`."""
+
+_PREPARE = 'tests/data/test_prepare.py'
+_FEEDS = 'tests/training/test_feeds.py'
+
+DATA = (
+  (
+    'prepare: a restart goes on a shard early',
+    'dsv3_jax/data/prepare.py',
+    'self._iterator.set_state(self.index[i - 1].state)',
+    'self._iterator.set_state(self.index[max(i - 2, 0)].state)',
+    (_PREPARE + '::test_a_killed_start_goes_on_with_the_same_bytes',),
+  ),
+  (
+    'prepared rows: one is left out at each step',
+    'dsv3_jax/training/feeds.py',
+    '    self.row += count * shape[1]\n    following',
+    '    self.row += count * shape[1] + 1\n    following',
+    (_FEEDS + '::test_prepared_arrays_are_those_of_the_stream',),
+  ),
+  (
+    "prepared rows: every process reads the first one's",
+    'dsv3_jax/training/feeds.py',
+    'range(*sequences.indices(shape[1]))}',
+    'range(len(range(*sequences.indices(shape[1]))))}',
+    (_FEEDS + '::test_a_process_reads_its_own_rows_only',),
+  ),
+  (
+    'prepared rows: a shard in the place of another',
+    'dsv3_jax/data/shards.py',
+    'if found_number != number:',
+    'if found_number < number:',
+    ('tests/data/test_shards.py',),
+  ),
+)
