@@ -9,7 +9,6 @@ sections of the technical report (TR).
 import dataclasses
 import difflib
 import json
-import pathlib
 import types
 import typing
 from collections.abc import Mapping
@@ -123,6 +122,27 @@ class BalanceConfig:
 
 
 @_frozen
+class FilterConfig:
+  """Rules that a text must keep, in `dsv3 prepare`."""
+
+  min_chars: int
+  max_chars: int
+  languages: tuple[str, ...]
+  gopher_repetition: bool
+
+
+@_frozen
+class DedupConfig:
+  """Which duplicates `dsv3 prepare` drops, and how it finds them."""
+
+  exact: bool
+  near: float
+  shingle_words: int
+  bands: int
+  rows_per_band: int
+
+
+@_frozen
 class DataConfig:
   """Corpus, tokenizer and packing (TR 4.1)."""
 
@@ -141,6 +161,16 @@ class DataConfig:
   isolate_samples: bool
   packing_bins: int
   shuffle_window: int
+  filters: FilterConfig
+  dedup: DedupConfig
+
+  @property
+  def selects(self) -> bool:
+    """True if documents are left out by rules."""
+    rules = self.filters
+    by_text = rules.min_chars or rules.max_chars or rules.languages
+    by_text = by_text or rules.gopher_repetition
+    return bool(by_text or self.dedup.exact or self.dedup.near)
 
 
 @_frozen
@@ -280,33 +310,6 @@ def to_dict(config: Any) -> dict[str, Any]:
 def to_json(config: Config) -> str:
   """`to_dict` as text for `config.json`."""
   return json.dumps(to_dict(config), indent=2) + '\n'
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-  """The object in the `config.json` of a workdir.
-
-  Runs of version 0.2.0 have no `latent_norm_eps`: all norms had `norm_eps`; and
-  no `moe.buffer_factor`, which changes the order of sums alone.
-
-  Raises:
-    InputError: the file, which the message names, is missing or damaged.
-  """
-  try:
-    body = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as error:
-    raise errors.InputError(
-      f'{path} cannot be read ({error.strerror}): name the workdir of a '
-      'training run, or a Hugging Face folder'
-    ) from error
-  except (ValueError, RecursionError) as error:
-    raise errors.InputError(f'{path} is not JSON: {error}') from error
-  if not isinstance(body, dict):
-    raise errors.InputError(f'{path} must hold one JSON object')
-  model = body.get('model')
-  if isinstance(model, dict) and 'norm_eps' in model:
-    model.setdefault('latent_norm_eps', model['norm_eps'])
-    model['moe'].setdefault('buffer_factor', 1.5)
-  return body
 
 
 def check_path(source: Mapping, path: str) -> None:

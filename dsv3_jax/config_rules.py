@@ -37,12 +37,9 @@ _MAY_BE_ZERO = {
   'model.moe.num_shared_experts',
   'model.mtp.depth',
   'model.rope.mscale_all_dim',
-  'balance.alpha',
-  'balance.v2_expert_alpha',
-  'balance.v2_device_alpha',
-  'balance.v2_comm_alpha',
   'data.fim_rate',
   'data.split_rate',
+  'data.dedup.near',
   'optim.lr.warmup_steps',
   'optim.lr.constant_tokens',
   'optim.lr.decay_tokens',
@@ -53,12 +50,6 @@ _MAY_BE_ZERO = {
   'optim.beta2',
   'optim.weight_decay',
   'optim.ema_decay',
-  'optim.mtp_weight.first',
-  'optim.mtp_weight.first_tokens',
-  'optim.mtp_weight.then',
-  'optim.bias_rate.first',
-  'optim.bias_rate.first_tokens',
-  'optim.bias_rate.then',
   'train.batch_ramp_tokens',
   'train.spike_sigmas',
   'train.probe_every',
@@ -67,10 +58,13 @@ _MAY_BE_ZERO = {
   'eval.every_steps',
   'sample.temperature',
 }
+_GROUPS_MAY_BE_ZERO = ('balance.', 'data.filters.')
+_GROUPS_MAY_BE_ZERO += ('optim.mtp_weight.', 'optim.bias_rate.')
 _FSDP_AXES = ('data', 'context', 'node', 'expert')
 _BELOW_ONE = ('data.valid_fraction', 'optim.beta1', 'optim.beta2')
 _BELOW_ONE += ('optim.ema_decay',)
 _AT_MOST_ONE = ('data.fim_rate', 'data.split_rate', 'sample.top_p')
+_AT_MOST_ONE += ('data.dedup.near',)
 
 
 def check(config: Any) -> None:
@@ -132,7 +126,7 @@ def _ranges(config: Any) -> Iterator[Rule]:
     if type(value) not in (int, float) or path == 'checkpoint.restore_step':
       continue
     yield math.isfinite(value), f'{path}={value} must be finite'
-    if path in _MAY_BE_ZERO:
+    if path in _MAY_BE_ZERO or path.startswith(_GROUPS_MAY_BE_ZERO):
       yield value >= 0, f'{path}={value} must be >= 0'
     else:
       yield value > 0, f'{path}={value} must be > 0'
@@ -231,6 +225,11 @@ def _run(config: Any) -> Iterator[Rule]:
     bool(data.tokenizer) or data.tokenizer_vocab >= 512,
     f'data.tokenizer_vocab={data.tokenizer_vocab} must be >= 512: 256 bytes, '
     'the special tokens and some merges',
+  )
+  least, most = data.filters.min_chars, data.filters.max_chars
+  yield (
+    not most or least <= most,
+    f'data.filters.min_chars={least} must be <= data.filters.max_chars={most}',
   )
   stride = config.eval.stride
   yield (

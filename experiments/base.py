@@ -140,6 +140,21 @@ def _data():
     'isolate_samples': False,  # True for SFT: no attention between samples
     'packing_bins': 64,  # open rows of best-fit packing
     'shuffle_window': 1024,  # NP: rows shuffled among themselves; 1: none
+    # NP: which texts `dsv3 prepare` keeps; conversations keep these rules.
+    'filters': {
+      'min_chars': 0,
+      'max_chars': 0,  # 0: no limit
+      'languages': (),  # such as ('en', 'zh'), ISO 639; (): all
+      'gopher_repetition': False,  # 13 rules, arXiv 2112.11446, table A1
+    },
+    # NP: of documents alike, the first is kept; none is like held-out text.
+    'dedup': {
+      'exact': False,  # but for case and white space
+      'near': 0.0,  # share of shingles in common, Jaccard; 0.0: off
+      'shingle_words': 5,
+      'bands': 14,  # of MinHash; a pair is compared if one band is equal
+      'rows_per_band': 8,  # hashes
+    },
   }
 
 

@@ -13,6 +13,7 @@ LAYERS = {
   'pallas_kernels': 0,
   'dsv3_jax.errors': 0,
   'dsv3_jax.config': 3,
+  'dsv3_jax.config_files': 1,
   'dsv3_jax.config_rules': 2,
   'dsv3_jax.precision': 1,
   'dsv3_jax.distributed': 4,

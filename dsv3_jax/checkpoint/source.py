@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from dsv3_jax import config, errors
+from dsv3_jax import config, config_files, errors
 from dsv3_jax.checkpoint import fp8_blocks, lazy_array, store
 from dsv3_jax.checkpoint.hf import generation_config, importer
 from dsv3_jax.checkpoint.hf import names as hf_names
@@ -24,8 +24,6 @@ from dsv3_jax.distributed import sharding
 from dsv3_jax.nn import model
 
 Leaves = hf_reader.Leaves
-# Settings that a `config.json` of release 0.2 does not have.
-_DATA_OF_OLD_RUNS = {'bad_records': 'refuse', 'on_change': 'refuse'}
 
 
 def describe(
@@ -115,9 +113,7 @@ def read_config(directory: str | pathlib.Path) -> config.Config:
     InputError: there is no readable `config.json`.
   """
   path = pathlib.Path(directory) / 'config.json'
-  settings = config.read_json(path)
-  if isinstance(settings.get('data'), dict):
-    settings['data'] = _DATA_OF_OLD_RUNS | settings['data']
+  settings = config_files.read_json(path)
   try:
     return config.from_config_dict(settings)
   except errors.InputError as error:

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -39,15 +40,36 @@ def prepare(values: flags.FlagValues) -> None:
     cfg,
     pathlib.Path(values.output).expanduser(),
     rows=values.rows or 0,
-    num_threads=values.workers or len(os.sched_getaffinity(0)),
+    num_workers=values.workers or len(os.sched_getaffinity(0)),
     verify=values.verify,
   )
   if values.json:
     print(json.dumps(summary))
     return
-  print(
-    f'{summary["output"]}: {summary["rows"]:,} rows, '
-    f'{summary["tokens"]:,} tokens of {summary["documents"]:,} documents in '
-    f'{summary["shards"]:,} shards, {summary["bytes"] / 1e6:,.1f} MB; '
-    f'{summary["written_rows"]:,} rows written in {summary["seconds"]:.0f} s'
+  print(_render(summary))
+
+
+def _render(summary: dict[str, Any]) -> str:
+  """The summary as lines and a table."""
+  lines = [
+    f'{summary["output"]}: {summary["rows"]:,} rows in {summary["shards"]:,} '
+    f'shards, {summary["bytes"] / 1e6:,.1f} MB; {summary["written_rows"]:,} '
+    f'rows written in {summary["seconds"]:.0f} s',
+    f'{summary["tokens"]:,} tokens; {summary["documents"]:,} documents begin '
+    f'in them, {summary["epochs"]:.3g} epochs',
+  ]
+  if (chosen := summary['selection']) is None:
+    return '\n'.join(lines)
+  lines += ['', f'{"":24} {"documents":>12} {"MB":>10}']
+  row = lambda name, documents, size: (
+    f'{name:24} {documents:12,} {size / 1e6:10,.2f}'
   )
+  lines.append(row('corpus', chosen['documents'], chosen['bytes']))
+  for rule, entry in chosen['dropped'].items():
+    lines.append(row(f'- {rule}', entry['documents'], entry['bytes']))
+  lines.append(row('kept', chosen['kept_documents'], chosen['kept_bytes']))
+  for rule, entry in chosen['dropped'].items():
+    first = entry['examples'][0]
+    partner = f', as {first["partner"]}' if 'partner' in first else ''
+    lines.append(f'first {rule}: {first["place"]}{partner}')
+  return '\n'.join(lines)

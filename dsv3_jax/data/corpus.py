@@ -184,7 +184,7 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Subset(Sequence):
+class Subset(Sequence):
   """Some records of a sequence, selected by index."""
 
   records: Any
@@ -196,12 +196,16 @@ class _Subset(Sequence):
   def __getitem__(self, i: int) -> dict[str, Any]:
     return self.records[int(self.indices[i])]
 
+  def place(self, i: int) -> str:
+    """Where a record is, for messages."""
+    return self.records.place(int(self.indices[i]))
+
 
 def _split(
   records: Any, names: Iterator[str], fraction: float, mark: str
 ) -> Corpus:
   held = np.fromiter((is_held_out(name, fraction) for name in names), bool)
-  parts = (_Subset(records, np.flatnonzero(x)) for x in (~held, held))
+  parts = (Subset(records, np.flatnonzero(x)) for x in (~held, held))
   return Corpus(*parts, mark)
 
 
@@ -293,12 +297,16 @@ class _TfdsRecords(Sequence):
   def __getitem__(self, i: int) -> dict[str, Any]:
     if not 0 <= i < len(self):
       raise IndexError(i)
-    record, place = self.source[i], f'{self.title}#{i}'
+    record, place = self.source[i], self.place(i)
     try:
       name = _text(record.get('name', place))
       return {'name': name, 'text': _text(record[self.text_key])}
     except UnicodeDecodeError as error:
       raise errors.InputError(f'{place}: not UTF-8') from error
+
+  def place(self, i: int) -> str:
+    """Where a record is, for messages."""
+    return f'{self.title}#{i}'
 
 
 def _text(value: bytes | str) -> str:

@@ -130,6 +130,11 @@ class FileRecords(Sequence):
     at, i = self._find(i)
     return f'{self._names[at]}#{self._parts[at].scan.spans[0, i]}'
 
+  def place(self, i: int) -> str:
+    """`path:line`, `path#row`, or the path of a text."""
+    at, i = self._find(i)
+    return scan.show(self._parts[at].path) + self._parts[at].place(i)
+
   def fingerprint(self) -> str:
     """A digest of the files' names and contents, and of which rows are good."""
     rows = lambda x: hashlib.sha256(x.spans[0].tobytes()).hexdigest()
@@ -197,6 +202,11 @@ class _Part:
   def __len__(self) -> int:
     return self.scan.spans.shape[1]
 
+  def place(self, i: int) -> str:
+    """`:line` of JSONL, `#row` of Parquet, '' of a text."""
+    row, *line = self.scan.spans[:2, i].tolist()
+    return f':{line[0]}' if line else f'#{row}'
+
   def changed(self, place: str, why: Any) -> errors.InputError:
     """The error of a record that was good when it was checked."""
     return errors.InputError(
@@ -218,6 +228,9 @@ class _Text(_Part):
       out.good(0)
     except errors.InputError as error:
       out.bad('', str(error))
+
+  def place(self, i: int) -> str:
+    return ''
 
   def read(self, i: int) -> dict[str, Any]:
     try:

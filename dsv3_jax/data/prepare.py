@@ -10,20 +10,27 @@ Python's lock; the order does not depend on their number.
 import contextlib
 import dataclasses
 import errno
-import fcntl
+import functools
 import json
 import os
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from array_record.python import array_record_module
 
 from dsv3_jax import config, errors
-from dsv3_jax.data import batch_ramp, loader, scan, shards
+from dsv3_jax.data import (
+  batch_ramp,
+  loader,
+  output_folder,
+  scan,
+  selection,
+  shards,
+)
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import tokenizer as tokenizers
 
@@ -31,6 +38,7 @@ _SHARD_TOKENS = 1 << 26  # a shard has at most 268 MB, and is soon done again
 # Settings of `data` that say where things are, not what the rows are.
 _PLACES = ('source', 'cache_dir', 'bad_records', 'on_change', 'prepared')
 _PLACES += ('tokenizer', 'tokenizer_vocab')
+REPORT = 'report.json'
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -41,26 +49,14 @@ def settings(
   tokenizer: tokenizers.Tokenizer,
 ) -> dict[str, Any]:
   """All that the rows depend on, as JSON values."""
-  values = dataclasses.asdict(cfg)
-  values = {name: x for name, x in values.items() if name not in _PLACES}
+  values = {}
+  for name, value in dataclasses.asdict(cfg).items():
+    if isinstance(value, dict):
+      values |= {f'{name}.{key}': x for key, x in value.items()}
+    elif name not in _PLACES:
+      values[name] = value
   values |= {'seed': seed, 'corpus': corpus.fingerprint}
   return json.loads(json.dumps(values | {'tokenizer': tokenizer.digest}))
-
-
-def check_settings(
-  folder: pathlib.Path, then: dict[str, Any], now: dict[str, Any]
-) -> None:
-  """Checks that a folder's rows are those of the settings `now`.
-
-  Raises:
-    InputError: names the first setting that differs.
-  """
-  for key, value in now.items():
-    if then.get(key) != value:
-      raise errors.InputError(
-        f'{folder} was prepared with {key}={then.get(key)!r}, but here it is '
-        f'{value!r}: keep the value, or prepare another folder'
-      )
 
 
 def prepare(
@@ -68,7 +64,7 @@ def prepare(
   output: pathlib.Path,
   *,
   rows: int = 0,
-  num_threads: int = 1,
+  num_workers: int = 1,
   rows_per_shard: int = 0,
   verify: bool = False,
 ) -> dict[str, Any]:
@@ -76,6 +72,7 @@ def prepare(
 
   Args:
     rows: that the folder is to have at least; 0: those that the run reads.
+    num_workers: threads that encode, and processes that judge documents.
     rows_per_shard: 0: about 67M tokens.
     verify: checks the digests of finished shards, too.
 
@@ -83,44 +80,63 @@ def prepare(
     InputError: bad data, or the folder has other rows.
     OSError: the disk is full; what is finished is safe.
   """
-  start = time.monotonic()
-  length = cfg.data.seq_len
+  start, length = time.monotonic(), cfg.data.seq_len
   rows = rows or batch_ramp.rows_of_run(cfg.train, length)
-  with _held(output):
+  with output_folder.held(output):
     corpus = corpora.open_corpus(cfg.data)
     tokenizer = corpora.load_tokenizer(cfg.data, corpus)
     corpora.check_tokens(corpus, tokenizer, cfg.model.vocab_size)
-    rows_per_shard = rows_per_shard or max(1, _SHARD_TOKENS // length)
+    choose = functools.partial(
+      selection.select, cfg.data, corpus, num_workers=num_workers, say=_say
+    )
     head = {
       'format': shards.FORMAT,
-      'rows_per_shard': rows_per_shard,
+      'rows_per_shard': rows_per_shard or max(1, _SHARD_TOKENS // length),
       'settings': settings(cfg.data, cfg.seed, corpus, tokenizer),
     }
-    head = _keep_head(output, head)
+    head, chosen = output_folder.open_output(
+      output, head, cfg.data.selects, choose
+    )
     tokenizer.save(output / shards.TOKENIZER)
+    documents = corpus.train
+    if chosen is not None:
+      documents = corpora.Subset(documents, chosen.kept)
     stream = loader.packed_rows(
-      corpus.train, tokenizer, cfg.data, seed=cfg.seed, num_threads=num_threads
+      documents, tokenizer, cfg.data, seed=cfg.seed, num_threads=num_workers
     )
     writer = _Writer(output, head, stream, tokenizer.bos_id)
     written = writer.write(rows, verify)
-  seconds = time.monotonic() - start
-  tokens, documents = _total(writer.index)
-  return {
+    report = _report(writer.index, documents, chosen)
+    output_folder.write_text(
+      output / REPORT, json.dumps(report, indent=2) + '\n'
+    )
+  return report | {
     'output': str(output),
-    'rows': sum(shard.rows for shard in writer.index),
-    'tokens': tokens,
-    'documents': documents,
-    'shards': len(writer.index),
-    'bytes': sum(shard.num_bytes for shard in writer.index),
     'written_rows': written,
-    'seconds': seconds,
+    'seconds': time.monotonic() - start,
   }
 
 
-def _total(index: list[shards.Shard]) -> tuple[int, int]:
-  """Tokens and documents of all sources."""
-  counts = [count for shard in index for count in shard.counts.values()]
-  return sum(c[0] for c in counts), sum(c[1] for c in counts)
+def _report(
+  index: list[shards.Shard],
+  documents: Sequence[Any],
+  chosen: selection.Selection | None,
+) -> dict[str, Any]:
+  """What the folder has, and what was left out."""
+  report = {
+    'rows': sum(shard.rows for shard in index),
+    'shards': len(index),
+    'bytes': sum(shard.num_bytes for shard in index),
+    'tokens': 0,
+    'documents': 0,
+  }
+  for shard in index:
+    for tokens, begun in shard.counts.values():
+      report['tokens'] += tokens
+      report['documents'] += begun
+  report['epochs'] = report['documents'] / len(documents)
+  report['selection'] = chosen and chosen.report
+  return report
 
 
 class _Writer:
@@ -205,7 +221,7 @@ class _Writer:
         f'{path} does not come out as it was: other versions of the libraries, '
         'perhaps: name another --output'
       )
-    _sync(scratch)
+    output_folder.sync(scratch)
     scratch.replace(path)
     self._keep(i, shard)
 
@@ -223,7 +239,7 @@ class _Writer:
 
   def _write_index(self) -> None:
     lines = ''.join(map(_line, self.index))
-    write_text(self._output / shards.INDEX, lines)
+    output_folder.write_text(self._output / shards.INDEX, lines)
 
 
 def _line(shard: shards.Shard) -> str:
@@ -254,60 +270,6 @@ class _Progress:
 
 def _say(line: str) -> None:
   print(f'prepare: {line}', file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _held(output: pathlib.Path) -> Iterator[None]:
-  """Makes the folder and keeps other processes from writing to it."""
-  try:
-    output.mkdir(parents=True, exist_ok=True)
-    lock = (output / '.lock').open('w', encoding='utf-8')
-  except OSError as error:
-    raise errors.InputError(
-      f'--output={output} cannot be written ({error.strerror}): name another'
-    ) from error
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise errors.InputError(
-        f'--output={output} is in use by another process: wait for its end, or '
-        'name another'
-      ) from error
-    yield
-
-
-def _keep_head(output: pathlib.Path, head: dict[str, Any]) -> dict[str, Any]:
-  """Writes the head of a new folder; checks and returns that of an old one."""
-  if (output / shards.HEAD).exists():
-    old = shards.read_head(output)
-    check_settings(output, old['settings'], head['settings'])
-    return old
-  if others := [x.name for x in output.iterdir() if x.name[0] != '.']:
-    raise errors.InputError(
-      f'--output={output} has other files, {sorted(others)[0]!r} among them: '
-      'name a new folder'
-    )
-  write_text(output / shards.HEAD, json.dumps(head, indent=2) + '\n')
-  return head
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Writes a file that is whole or not there, whatever happens."""
-  scratch = path.with_name(f'.{path.name}')
-  scratch.write_text(text, encoding='utf-8')
-  _sync(scratch)
-  scratch.replace(path)
-  _sync(path.parent)
-
-
-def _sync(path: pathlib.Path) -> None:
-  """Waits until a file, or the names in a folder, are on the disk."""
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
 
 
 @contextlib.contextmanager

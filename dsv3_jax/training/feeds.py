@@ -24,11 +24,13 @@ Example = dict[str, np.ndarray]
 class Feed(abc.ABC):
   """What the loop reads.
 
-  seed: of the stream. row: how many of its rows were taken.
+  seed: of the stream. row: how many of its rows were taken. kept: digest of
+  the documents that `prepare` kept; '' if that is all.
   """
 
   seed: int
   row: int
+  kept = ''
 
   @abc.abstractmethod
   def take(
@@ -98,6 +100,7 @@ class PreparedFeed(Feed):
     row: the first to take.
     """
     self._folder, self.seed, self.row = folder, seed, row
+    self.kept = folder.settings.get('kept', '')
     self._example = functools.partial(packing.to_example, isolated=isolated)
     self._pool = futures.ThreadPoolExecutor(1, 'prepared-rows')
     self._ahead: futures.Future = futures.Future()

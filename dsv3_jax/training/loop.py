@@ -317,7 +317,8 @@ def _save(run: TrainingRun) -> None:
     'loader': run.feed.get_state(),
     'loader_seed': run.feed.seed,
     'rows': run.feed.row,
-    'data': run_data.fingerprint(run.corpus, run.tokenizer),
+    'data': run_data.fingerprint(run.corpus, run.tokenizer)
+    | {'kept': run.feed.kept},
   }
   average = run.trainer.params_to_model(run.ema.tree())
   arrays = {'train': run.trainer.to_model(run.state), 'ema': average}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax import config, errors
-from dsv3_jax.data import batch_ramp, prepare, shards
+from dsv3_jax.data import batch_ramp, output_folder, prepare, shards
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import loader as loaders
 from dsv3_jax.data import tokenizer as tokenizers
@@ -87,6 +87,11 @@ def open_feed(
   if cfg.data.prepared:
     now = prepare.settings(cfg.data, seed, corpus, tokenizer)
     feed = _open_prepared(cfg, now, row, tokens)
+  elif cfg.data.selects:
+    raise errors.InputError(
+      'data.filters and data.dedup choose documents in dsv3 prepare only: name '
+      'its folder in data.prepared'
+    )
   else:
     rows = cfg.train.microbatch_size
     stream = loaders.Loader(
@@ -96,6 +101,12 @@ def open_feed(
     if extras:
       _check_position(extras, workdir)
       feed.set_state(extras['loader'])
+  then = extras.get('data', {}).get('kept', '')
+  if extras and then != feed.kept:
+    raise errors.InputError(
+      f'data.prepared={cfg.data.prepared!r} keeps other documents than those '
+      f'of {workdir}: restore the folder, or name another --workdir'
+    )
   if not same:
     print(
       f'the corpus changed: from step {step + 1} on, the run reads the new one '
@@ -126,7 +137,7 @@ def _open_prepared(
   needed = row + batch_ramp.rows_of_run(cfg.train, cfg.data.seq_len, tokens)
   with processes.propagate_errors('prepared'):
     folder = shards.Folder(pathlib.Path(cfg.data.prepared).expanduser())
-    prepare.check_settings(folder.path, folder.settings, settings)
+    output_folder.check_settings(folder.path, folder.settings, settings)
     if len(folder) < needed:
       raise errors.InputError(
         f'data.prepared={cfg.data.prepared!r} has {len(folder):,} rows, but '

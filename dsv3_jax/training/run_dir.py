@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from dsv3_jax import config, errors
+from dsv3_jax import config, config_files, errors
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import tokenizer as tokenizers
 
@@ -69,7 +69,7 @@ def check(cfg: config.Config, workdir: pathlib.Path) -> int | None:
   """
   path, before = workdir / 'config.json', None
   if path.exists():
-    old = flatten(config.read_json(path))
+    old = flatten(config_files.read_json(path))
     before = old.get('checkpoint.restore_step')
     new = flatten(json.loads(config.to_json(cfg)))
     may_change = _MAY_CHANGE

@@ -50,7 +50,15 @@ def test_rows_of_the_run_by_default(settings, tmp_path):
   args = ('prepare', commands.CONFIG, *settings, output)
   code, out, _ = dsv3(*args, '--rows=20', '--workers=2', '--verify')
   assert code == 0
-  assert '20 rows, ' in out and '20 rows written' in out
+  assert '20 rows in 1 shards, ' in out and '20 rows written' in out
+  rules = ['--config.data.filters.min_chars=5000']
+  code, out, _ = dsv3(*args[:-1], f'--output={tmp_path / "b"}', *rules)
+  assert code == 0
+  _, *table = out.split('documents         MB\n')[1].splitlines()
+  name, count, size = table[0].replace('- ', '').split()
+  assert name == 'min_chars' and int(count) > 0 and 0 < float(size) < 0.2
+  assert table[1].startswith('kept ')
+  assert table[2].startswith('first min_chars: ') and '.txt' in table[2]
   code, out, err = dsv3(*args, '--config.seed=9')
   assert (code, out) == (2, '')
   assert err.startswith('dsv3: ') and 'prepared with seed=0, but here' in err

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from dsv3_jax import errors
-from dsv3_jax.data import corpus, loader, packing, prepare, shards, tokenizer
+from dsv3_jax.data import (
+  corpus,
+  loader,
+  output_folder,
+  packing,
+  prepare,
+  selection,
+  shards,
+  tokenizer,
+)
 from tests import settings
 
 _TEXTS = [
@@ -90,11 +99,12 @@ def test_prepared_rows_are_those_of_the_stream(source, tmp_path, isolated):
     for name, x in want[number].items():
       np.testing.assert_array_equal(got[name], x)
       assert got[name].dtype == x.dtype
-  run(cfg, tmp_path / 'three', num_threads=3)
+  run(cfg, tmp_path / 'three', num_workers=3)
   files = contents(tmp_path / 'one')
   assert files == contents(tmp_path / 'three')
   assert sorted(files) == [
     'prepared.json',
+    'report.json',
     *(shards.name(i) for i in range(4)),
     'shards.jsonl',
     'tokenizer.json',
@@ -219,6 +229,66 @@ def test_a_full_disk_is_its_own_error(source, tmp_path, monkeypatch):
   assert caught.value.errno == errno.ENOSPC
   (output / f'.{shards.name(1)}').unlink()
   assert contents(output) == want
+
+
+def selecting(source, **changes):
+  """With two rules, of which each drops something."""
+  rules = {'data__filters__min_chars': 30, 'data__dedup__exact': True}
+  text = (source / 'a.jsonl').read_text()
+  copies = '\n'.join(text.splitlines()[5:9])
+  (source / 'b.jsonl').write_text(f'{text}\n{copies}', encoding='utf-8')
+  path = {'data__source': str(source / 'b.jsonl')}
+  return make(source, **(path | rules | changes))
+
+
+def test_rows_are_of_the_documents_that_are_kept(source, tmp_path):
+  """The stream of these alone, and a restart does not judge again."""
+  cfg, output = selecting(source), tmp_path / 'a'
+  summary = run(cfg, output, rows=20)
+  opened = corpus.open_corpus(cfg.data)
+  chosen = selection.select(cfg.data, opened, say=print)
+  dropped = {
+    rule: x['documents'] for rule, x in chosen.report['dropped'].items()
+  }
+  assert dropped.keys() >= {'min_chars', 'exact_duplicate'}
+  assert summary['selection'] == chosen.report
+  report = json.loads((output / prepare.REPORT).read_text())
+  assert report.items() <= summary.items()
+
+  texts = {opened.train[i]['text'] for i in chosen.kept.tolist()}
+  kept = [x for x in opened.train if x['text'] in texts]
+  bpe = corpus.load_tokenizer(cfg.data, opened)
+  documents = [opened.train[i] for i in chosen.kept.tolist()]
+  batches = loader.Loader(documents, bpe, cfg.data, seed=cfg.seed, rows=1)
+  want = list(itertools.islice(batches, ROWS))
+  batches.close()
+  assert len(documents) < len(kept) < len(opened.train)
+
+  def never(*args, **options):
+    pytest.fail('judged again')
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(selection, 'select', never)
+    run(cfg, output)
+  for number, got in enumerate(prepared(cfg, output, range(ROWS))):
+    for name, x in want[number].items():
+      np.testing.assert_array_equal(got[name], x[0])
+  (output / output_folder.KEPT).write_bytes(b'\0' * 8)
+  with pytest.raises(errors.InputError, match='kept-documents is damaged: it'):
+    run(cfg, output)
+
+
+def test_other_rules_are_other_rows(source, tmp_path):
+  cfg = selecting(source)
+  run(cfg, tmp_path / 'a', rows=1)
+  other = selecting(source, data__filters__min_chars=31)
+  with pytest.raises(
+    errors.InputError, match=r'with filters\.min_chars=30, but'
+  ):
+    run(other, tmp_path / 'a', rows=1)
+  with pytest.raises(errors.InputError, match='leave no document: loosen them'):
+    run(selecting(source, data__filters__min_chars=10**6), tmp_path / 'b')
+  assert contents(tmp_path / 'b') == {}
 
 
 def test_progress_has_rows_rate_share_and_time_left(

@@ -12,6 +12,20 @@ DATA = (
     (_PREPARE + '::test_a_killed_start_goes_on_with_the_same_bytes',),
   ),
   (
+    'prepare: a filter counts and keeps',
+    'dsv3_jax/data/selection.py',
+    '        _drop(dropped, rule, size, example)\n        continue\n',
+    '        _drop(dropped, rule, size, example)\n',
+    ('tests/data/test_selection.py',),
+  ),
+  (
+    'prepare: near duplicates are not compared',
+    'dsv3_jax/data/dedup.py',
+    'if index >= self._cfg.near:',
+    'if index >= 0.0:',
+    ('tests/data/test_dedup.py',),
+  ),
+  (
     'prepared rows: one is left out at each step',
     'dsv3_jax/training/feeds.py',
     '    self.row += count * shape[1]\n    following',
