@@ -147,6 +147,8 @@ class DataConfig:
   """Corpus, tokenizer and packing (TR 4.1)."""
 
   source: str
+  mixture: tuple[str, ...]
+  max_epochs: float
   text_key: str
   valid_fraction: float
   cache_dir: str

@@ -11,6 +11,8 @@ _DATA_OF_OLD_RUNS = {
   'bad_records': 'refuse',
   'on_change': 'refuse',
   'prepared': '',
+  'mixture': [],
+  'max_epochs': 0.0,
   'filters': {
     'min_chars': 0,
     'max_chars': 0,

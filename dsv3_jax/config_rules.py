@@ -38,6 +38,7 @@ _MAY_BE_ZERO = {
   'model.mtp.depth',
   'model.rope.mscale_all_dim',
   'data.fim_rate',
+  'data.max_epochs',
   'data.split_rate',
   'data.dedup.near',
   'optim.lr.warmup_steps',

@@ -126,6 +126,10 @@ def _data():
   return {
     # 'stdlib', 'tfds:NAME', or a glob: .txt, .jsonl (also .gz, .zst), .parquet
     'source': 'stdlib',
+    # In its place, such as ('web=0.7:/data/*.jsonl', 'code=0.3:stdlib'): names,
+    # shares of the bytes of text that are read, sources.
+    'mixture': (),
+    'max_epochs': 0.0,  # of any source, in `dsv3 prepare`; 0: no limit
     'text_key': 'text',  # field of TFDS, JSONL and Parquet records
     'valid_fraction': 0.02,  # held out, by a hash of the document's name
     'cache_dir': '',  # '': dsv3_jax under the user's cache folder

@@ -55,9 +55,17 @@ def _render(summary: dict[str, Any]) -> str:
     f'{summary["output"]}: {summary["rows"]:,} rows in {summary["shards"]:,} '
     f'shards, {summary["bytes"] / 1e6:,.1f} MB; {summary["written_rows"]:,} '
     f'rows written in {summary["seconds"]:.0f} s',
-    f'{summary["tokens"]:,} tokens; {summary["documents"]:,} documents begin '
-    f'in them, {summary["epochs"]:.3g} epochs',
+    f'{summary["tokens"]:,} tokens',
+    '',
+    f'{"source":24} {"tokens":>16} {"share":>7} {"documents":>12} '
+    f'{"epochs":>8}',
   ]
+  for name, source in summary['sources'].items():
+    share = source['tokens'] / summary['tokens']
+    lines.append(
+      f'{name or "data.source":24} {source["tokens"]:16,} {share:7.1%} '
+      f'{source["documents"]:12,} {source["epochs"]:8.2f}'
+    )
   if (chosen := summary['selection']) is None:
     return '\n'.join(lines)
   lines += ['', f'{"":24} {"documents":>12} {"MB":>10}']
@@ -68,6 +76,11 @@ def _render(summary: dict[str, Any]) -> str:
   for rule, entry in chosen['dropped'].items():
     lines.append(row(f'- {rule}', entry['documents'], entry['bytes']))
   lines.append(row('kept', chosen['kept_documents'], chosen['kept_bytes']))
+  if len(chosen['sources']) > 1:
+    lines += [
+      row(f'kept of {name}', x['kept_documents'], x['kept_bytes'])
+      for name, x in chosen['sources'].items()
+    ]
   for rule, entry in chosen['dropped'].items():
     first = entry['examples'][0]
     partner = f', as {first["partner"]}' if 'partner' in first else ''

@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from dsv3_jax import config, errors
-from dsv3_jax.data import chat, files, tokenizer
+from dsv3_jax.data import chat, files, mixture, tokenizer
 
 _SUFFIXES = ('.py', '.txt', '.rst', '.md', '.pyi', '.toml', '.cfg')
 
@@ -55,12 +55,14 @@ class Corpus:
 
 
 def open_corpus(cfg: config.DataConfig) -> Corpus:
-  """Opens `data.source`.
+  """Opens `data.source`, or the sources of `data.mixture`.
 
   Raises:
     InputError: there are no such files, a part is empty, or records are bad and
       `data.bad_records` is 'refuse'.
   """
+  if cfg.mixture:
+    return _open_mixture(cfg)
   if cfg.source == 'stdlib':
     corpus = _open_stdlib(cfg)
   elif cfg.source.startswith('tfds:'):
@@ -76,6 +78,32 @@ def open_corpus(cfg: config.DataConfig) -> Corpus:
         + (f', {skipped:,} bad records left out' if skipped else '')
       )
   return corpus
+
+
+def _open_mixture(cfg: config.DataConfig) -> Corpus:
+  """All sources, each split into its own parts."""
+  if cfg.source:
+    raise errors.InputError(
+      f"data.source={cfg.source!r} must be '' if data.mixture names the sources"
+    )
+  sources = mixture.parse(cfg.mixture)
+  opened = [
+    open_corpus(dataclasses.replace(cfg, source=s.documents, mixture=()))
+    for s in sources
+  ]
+  pairs = list(zip(sources, opened, strict=True))
+  join = lambda part: mixture.Mixture(
+    [dataclasses.replace(s, documents=getattr(x, part)) for s, x in pairs]
+  )
+  marks = [(s.name, s.share, x.fingerprint) for s, x in pairs]
+  return Corpus(
+    train=join('train'),
+    valid=join('valid'),
+    fingerprint='mixture:' + hashlib.sha256(repr(marks).encode()).hexdigest(),
+    faults=[fault for x in opened for fault in x.faults],
+    num_skipped=sum(x.num_skipped for x in opened),
+    tool_turns=next((x.tool_turns for x in opened if x.tool_turns), ''),
+  )
 
 
 def load_tokenizer(
@@ -183,29 +211,11 @@ def is_held_out(name: str, fraction: float) -> bool:
   return int.from_bytes(digest[:8], 'big') < fraction * 2**64
 
 
-@dataclasses.dataclass(frozen=True)
-class Subset(Sequence):
-  """Some records of a sequence, selected by index."""
-
-  records: Any
-  indices: np.ndarray
-
-  def __len__(self) -> int:
-    return len(self.indices)
-
-  def __getitem__(self, i: int) -> dict[str, Any]:
-    return self.records[int(self.indices[i])]
-
-  def place(self, i: int) -> str:
-    """Where a record is, for messages."""
-    return self.records.place(int(self.indices[i]))
-
-
 def _split(
   records: Any, names: Iterator[str], fraction: float, mark: str
 ) -> Corpus:
   held = np.fromiter((is_held_out(name, fraction) for name in names), bool)
-  parts = (Subset(records, np.flatnonzero(x)) for x in (~held, held))
+  parts = (mixture.Subset(records, np.flatnonzero(x)) for x in (~held, held))
   return Corpus(*parts, mark)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from grain import experimental
 
 from dsv3_jax import config, errors
-from dsv3_jax.data import corpus, packing
+from dsv3_jax.data import corpus, mixture, packing
 from dsv3_jax.data import tokenizer as tokenizers
 
 _READ_AHEAD = 16  # documents a thread
@@ -87,13 +87,17 @@ def packed_rows(
 ) -> grain.IterDataset:
   """The endless stream of packed rows, as `packing.to_example` takes them.
 
+  Rows of a mixture also have `source`, the number of each token's source.
+
   Args:
     num_threads: that encode documents; order and positions do not depend on it.
   """
   length = cfg.seq_len + 1
+  features = ['tokens', 'learned']
+  if isinstance(documents, mixture.Mixture):
+    features.append('source')
   encode = functools.partial(_encode, tokenizer=tokenizer, cfg=cfg)
-  data = grain.MapDataset.source(documents).seed(seed).shuffle()
-  data = data.repeat().random_map(encode)
+  data = shuffled(documents, seed).random_map(encode)
   options = grain.ReadOptions(
     num_threads=num_threads, prefetch_buffer_size=_READ_AHEAD * num_threads
   )
@@ -103,7 +107,7 @@ def packed_rows(
   )
   data = experimental.BestFitPackIterDataset(
     data,
-    length_struct={'tokens': length, 'learned': length},
+    length_struct=dict.fromkeys(features, length),
     num_packing_bins=cfg.packing_bins,
     seed=seed,
   )
@@ -114,6 +118,22 @@ def packed_rows(
   )
 
 
+def shuffled(documents: Any, seed: int) -> grain.MapDataset:
+  """All documents in random order, again and again; sources by their weight."""
+  endless = lambda x: grain.MapDataset.source(x).seed(seed).shuffle().repeat()
+  if not isinstance(documents, mixture.Mixture):
+    return endless(documents)
+  parts = [
+    endless(source.documents).map(functools.partial(_with_source, number=i))
+    for i, source in enumerate(documents.sources)
+  ]
+  return grain.MapDataset.mix(parts, documents.document_weights).seed(seed)
+
+
+def _with_source(record: dict[str, Any], *, number: int) -> dict[str, Any]:
+  return record | {'source': number}
+
+
 def _encode(
   record: dict[str, Any],
   rng: np.random.Generator,
@@ -121,7 +141,10 @@ def _encode(
   tokenizer: tokenizers.Tokenizer,
   cfg: config.DataConfig,
 ) -> dict[str, np.ndarray]:
-  return packing.encode_document(record, tokenizer, cfg, rng)
+  document = packing.encode_document(record, tokenizer, cfg, rng)
+  if 'source' in record:
+    document['source'] = np.full_like(document['tokens'], record['source'])
+  return document
 
 
 @dataclasses.dataclass(frozen=True)

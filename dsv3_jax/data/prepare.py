@@ -20,12 +20,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from array_record.python import array_record_module
 
 from dsv3_jax import config, errors
 from dsv3_jax.data import (
   batch_ramp,
   loader,
+  mixture,
   output_folder,
   scan,
   selection,
@@ -37,7 +39,7 @@ from dsv3_jax.data import tokenizer as tokenizers
 _SHARD_TOKENS = 1 << 26  # a shard has at most 268 MB, and is soon done again
 # Settings of `data` that say where things are, not what the rows are.
 _PLACES = ('source', 'cache_dir', 'bad_records', 'on_change', 'prepared')
-_PLACES += ('tokenizer', 'tokenizer_vocab')
+_PLACES += ('tokenizer', 'tokenizer_vocab', 'mixture', 'max_epochs')
 REPORT = 'report.json'
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -100,11 +102,12 @@ def prepare(
     tokenizer.save(output / shards.TOKENIZER)
     documents = corpus.train
     if chosen is not None:
-      documents = corpora.Subset(documents, chosen.kept)
+      documents = mixture.subset(documents, chosen.kept)
     stream = loader.packed_rows(
       documents, tokenizer, cfg.data, seed=cfg.seed, num_threads=num_workers
     )
     writer = _Writer(output, head, stream, tokenizer.bos_id)
+    writer.limit_epochs(mixture.parts(documents), cfg.data.max_epochs)
     written = writer.write(rows, verify)
     report = _report(writer.index, documents, chosen)
     output_folder.write_text(
@@ -123,20 +126,32 @@ def _report(
   chosen: selection.Selection | None,
 ) -> dict[str, Any]:
   """What the folder has, and what was left out."""
-  report = {
+  totals, sources = _totals(index), {}
+  for source in mixture.parts(documents):
+    tokens, begun = totals.get(source.name, (0, 0))
+    sources[source.name] = {
+      'tokens': tokens,
+      'documents': begun,
+      'epochs': begun / len(source.documents),
+    }
+  return {
     'rows': sum(shard.rows for shard in index),
     'shards': len(index),
     'bytes': sum(shard.num_bytes for shard in index),
-    'tokens': 0,
-    'documents': 0,
+    'tokens': sum(x['tokens'] for x in sources.values()),
+    'sources': sources,
+    'selection': chosen and chosen.report,
   }
+
+
+def _totals(index: list[shards.Shard]) -> dict[str, tuple[int, int]]:
+  """Name of a source -> its tokens, and its documents that begin."""
+  totals: dict[str, tuple[int, int]] = {}
   for shard in index:
-    for tokens, begun in shard.counts.values():
-      report['tokens'] += tokens
-      report['documents'] += begun
-  report['epochs'] = report['documents'] / len(documents)
-  report['selection'] = chosen and chosen.report
-  return report
+    for name, (tokens, begun) in shard.counts.items():
+      before = totals.get(name, (0, 0))
+      totals[name] = before[0] + tokens, before[1] + begun
+  return totals
 
 
 class _Writer:
@@ -148,9 +163,28 @@ class _Writer:
     self._output, self._stream, self._bos = output, stream, bos_id
     self._rows_per_shard = head['rows_per_shard']
     self._length = head['settings']['seq_len'] + 1
+    self._sources, self._max_epochs = (), 0.0
     self.index = shards.read_index(output)
     self._iterator, self._next = iter(stream), 0  # the shard it is before
     self._write_index()  # without a line that a kill left half
+
+  def limit_epochs(
+    self, sources: Sequence[mixture.Source], max_epochs: float
+  ) -> None:
+    """Names the sources, and how often each may be read; 0: no limit."""
+    self._sources, self._max_epochs = sources, max_epochs
+
+  def _check_epochs(self) -> None:
+    totals = _totals(self.index) if self._max_epochs else {}
+    for source in self._sources:
+      epochs = totals.get(source.name, (0, 0))[1] / len(source.documents)
+      if epochs > self._max_epochs > 0:
+        rows = sum(shard.rows for shard in self.index)
+        raise errors.InputError(
+          f'{source.name or "data.source"} has been read {epochs:.2f} times '
+          f'after {rows:,} rows, more than data.max_epochs={self._max_epochs}: '
+          'raise it, add documents, or ask for fewer --rows in another folder'
+        )
 
   def write(self, rows: int, verify: bool) -> int:
     """Makes all shards of so many rows; returns how many rows were written."""
@@ -162,8 +196,10 @@ class _Writer:
     total = sum(counts[i] for i in todo)
     self._say_space(total)
     progress = _Progress(total, self._length - 1)
+    self._check_epochs()
     for i in todo:
       self._write_shard(i, counts[i], progress)
+      self._check_epochs()
     return total
 
   def _is_done(self, i: int, rows: int, verify: bool) -> bool:
@@ -194,7 +230,7 @@ class _Writer:
         self._iterator.set_state(self.index[i - 1].state)
     path = self._output / shards.name(i)
     scratch = path.with_name(f'.{path.name}')
-    counts = [0, 0]
+    counts = {source.name: [0, 0] for source in self._sources}
     with _full_disk_as_os_error(scratch):
       writer = array_record_module.ArrayRecordWriter(
         str(scratch), shards.WRITER_OPTIONS
@@ -203,8 +239,7 @@ class _Writer:
         row = next(self._iterator)
         number = i * self._rows_per_shard + at
         writer.write(shards.encode_row(number, row))
-        counts[0] += int((row['tokens_segment_ids'] > 0).sum())
-        counts[1] += int((row['tokens'] == self._bos).sum())
+        self._count(row, counts)
         progress.add(1)
       writer.close()
     _check_whole(scratch, rows)
@@ -214,7 +249,7 @@ class _Writer:
       num_bytes=scratch.stat().st_size,
       sha256=shards.file_digest(scratch),
       state=self._iterator.get_state(),
-      counts={'': counts},
+      counts=counts,
     )
     if old is not None and old.rows == rows and old.sha256 != shard.sha256:
       raise errors.InputError(
@@ -224,6 +259,16 @@ class _Writer:
     output_folder.sync(scratch)
     scratch.replace(path)
     self._keep(i, shard)
+
+  def _count(
+    self, row: dict[str, np.ndarray], counts: dict[str, list[int]]
+  ) -> None:
+    """Adds the tokens of a row, and the documents that begin in it."""
+    is_token = row['tokens_segment_ids'] > 0
+    for i, count in enumerate(counts.values()):
+      mine = is_token & (row.get('source', np.zeros_like(is_token)) == i)
+      count[0] += int(mine.sum())
+      count[1] += int((mine & (row['tokens'] == self._bos)).sum())
 
   def _keep(self, i: int, shard: shards.Shard) -> None:
     """Writes the shard's line, once its file is safe."""

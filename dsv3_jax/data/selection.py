@@ -19,9 +19,12 @@ import numpy as np
 
 from dsv3_jax import config
 from dsv3_jax.data import corpus as corpora
-from dsv3_jax.data import dedup, quality, scan
+from dsv3_jax.data import dedup, mixture, quality, scan
 
 CHUNK = 256  # documents that a process judges in one go
+_ZEROS = dict.fromkeys(
+  ('documents', 'bytes', 'kept_documents', 'kept_bytes'), 0
+)
 _EXAMPLES = 5  # of each rule, in the report
 
 
@@ -29,8 +32,8 @@ _EXAMPLES = 5  # of each rule, in the report
 class Selection:
   """The documents that are kept, by their index in the training part.
 
-  report: JSON values: documents and bytes before and after; by rule, how many
-  were dropped, and the first of them with their places and partners.
+  report: JSON values: documents and bytes before and after, by source; by rule,
+  how many were dropped, and the first of them with their places and partners.
   """
 
   kept: np.ndarray
@@ -62,7 +65,7 @@ def select(
   documents = _Documents(cfg, corpus)
   judge = _Judge(cfg, documents)  # raises before anything is read
   index = dedup.Index(cfg.dedup, documents.text)
-  kept, counts = [], collections.Counter()
+  kept, sources = [], {}
   dropped: dict[str, dict[str, Any]] = {}
   total = len(documents)
   with _judgements(cfg, judge, total, num_workers) as judgements:
@@ -73,7 +76,8 @@ def select(
         if index.find(key, sketch) is None:
           index.add(key, sketch)
         continue
-      counts.update(documents=1, bytes=size)
+      counts = sources.setdefault(documents.source(key), dict(_ZEROS))
+      _add(counts, '', size)
       partner = None
       if not rule and (match := index.find(key, sketch)):
         rule, partner = match
@@ -87,13 +91,17 @@ def select(
         continue
       index.add(key, sketch)
       kept.append(key - documents.num_valid)
-      counts.update(kept_documents=1, kept_bytes=size)
-  report = dict.fromkeys(
-    ('documents', 'bytes', 'kept_documents', 'kept_bytes'), 0
-  )
+      _add(counts, 'kept_', size)
+  report = {name: sum(x[name] for x in sources.values()) for name in _ZEROS}
   most_first = sorted(dropped, key=lambda x: -dropped[x]['documents'])
-  report |= counts | {'dropped': {rule: dropped[rule] for rule in most_first}}
+  report['sources'] = sources
+  report['dropped'] = {rule: dropped[rule] for rule in most_first}
   return Selection(np.array(kept, np.int64), report)
+
+
+def _add(counts: dict[str, int], prefix: str, size: int) -> None:
+  counts[f'{prefix}documents'] += 1
+  counts[f'{prefix}bytes'] += size
 
 
 def _drop(dropped: dict, rule: str, size: int, example: dict) -> None:
@@ -134,6 +142,12 @@ class _Documents:
   def place(self, key: int) -> str:
     part, at = self._find(key)
     return part.place(at)
+
+  def source(self, key: int) -> str:
+    """Name of a training document's source."""
+    part, at = self._find(key)
+    sources = mixture.parts(part)
+    return sources[part.find(at)[0] if len(sources) > 1 else 0].name
 
 
 class _Judge:

@@ -87,10 +87,10 @@ def open_feed(
   if cfg.data.prepared:
     now = prepare.settings(cfg.data, seed, corpus, tokenizer)
     feed = _open_prepared(cfg, now, row, tokens)
-  elif cfg.data.selects:
+  elif cfg.data.selects or cfg.data.max_epochs:
     raise errors.InputError(
-      'data.filters and data.dedup choose documents in dsv3 prepare only: name '
-      'its folder in data.prepared'
+      'data.filters, data.dedup and data.max_epochs take effect in dsv3 '
+      'prepare only: name its folder in data.prepared'
     )
   else:
     rows = cfg.train.microbatch_size

@@ -25,6 +25,8 @@ _MAY_CHANGE = (
   # The fingerprint checks their content.
   'data.cache_dir',
   'data.source',
+  'data.mixture',
+  'data.max_epochs',
   'data.prepared',
   'data.bad_records',
   'data.on_change',

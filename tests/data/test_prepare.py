@@ -81,6 +81,13 @@ def prepared(cfg, output, numbers):
   return [packing.to_example(row, isolated) for row in rows]
 
 
+def num_heads(row, bos_id):
+  """How many documents begin in a packed row."""
+  return int(
+    ((row['tokens'] == bos_id) & (row['tokens_segment_ids'] > 0)).sum()
+  )
+
+
 def contents(output):
   """Name -> bytes of every file of a folder but its lock."""
   paths = pathlib.Path(output).iterdir()
@@ -112,6 +119,15 @@ def test_prepared_rows_are_those_of_the_stream(source, tmp_path, isolated):
   tokens = sum((row['segments_BT'] > 0).sum() for row in want)
   assert tokens <= summary['tokens'] <= tokens + ROWS  # T + 1 a row
   assert summary['rows'] == summary['written_rows'] == ROWS
+  (counts,) = summary['sources'].values()
+  assert counts['tokens'] == summary['tokens']
+  folder = shards.Folder(tmp_path / 'one')
+  bos = tokenizer.Tokenizer.from_file(cfg.data.tokenizer).bos_id
+  begun = sum(num_heads(row, bos) for row in folder.read(range(ROWS)))
+  folder.close()
+  assert counts['documents'] == begun > 5
+  documents = len(corpus.open_corpus(cfg.data).train)
+  assert counts['epochs'] == begun / documents
   assert summary['shards'] == 4
 
 

@@ -19,6 +19,13 @@ DATA = (
     ('tests/data/test_selection.py',),
   ),
   (
+    'mixture: shares of documents, not of bytes',
+    'dsv3_jax/data/mixture.py',
+    's.share / _mean_bytes(s.documents) for s',
+    's.share for s',
+    ('tests/data/test_mixture.py::test_shares_are_those_of_bytes',),
+  ),
+  (
     'prepare: near duplicates are not compared',
     'dsv3_jax/data/dedup.py',
     'if index >= self._cfg.near:',

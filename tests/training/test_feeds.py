@@ -194,6 +194,13 @@ def test_a_run_on_prepared_rows_has_the_same_bits(run_folder):
     ({}, 'unlink', 'rows-000001 is damaged: it is missing'),
     ({}, 'cut', 'rows-000001 is damaged: it has '),
     (
+      {'data__prepared': '', 'data__dedup__exact': True},
+      None,
+      r'data\.filters, data\.dedup and data\.max_epochs take effect in dsv3 pr',
+    ),
+    ({'data__prepared': '', 'data__max_epochs': 1.0}, None, 'max_epochs take'),
+    ({'data__dedup__exact': True}, None, r'prepared with dedup\.exact=False'),
+    (
       {'train__total_tokens': 12 * 32},
       None,
       'has 8 rows, but the run needs 12',
