@@ -6,6 +6,9 @@ import itertools
 import json
 import pathlib
 import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -159,6 +162,35 @@ def test_a_killed_start_goes_on_with_the_same_bytes(
   assert contents(tmp_path / 'rough') == contents(tmp_path / 'calm')
   assert summary['written_rows'] == ROWS - stop // 16 * 16
   assert run(cfg, tmp_path / 'rough')['written_rows'] == 0
+
+
+SCRIPT = """
+import pathlib
+from dsv3_jax.data import prepare
+from tests.data import test_prepare as prepared
+source, output = map(pathlib.Path, {paths!r})
+prepare.prepare(prepared.make(source), output, rows=600, rows_per_shard=40)
+"""
+
+
+@pytest.mark.nightly
+def test_killed_processes_leave_what_another_goes_on_with(source, tmp_path):
+  """`kill -9` as soon as there is another shard, again and again."""
+  cfg, rough = make(source), tmp_path / 'rough'
+  run(cfg, tmp_path / 'calm', rows=600, rows_per_shard=40)
+  script = SCRIPT.format(paths=(str(source), str(rough)))
+  count = lambda: len(list(rough.glob('rows-*')))
+  for _ in range(3):
+    before = count()
+    child = subprocess.Popen([sys.executable, '-c', script])
+    while count() == before and child.poll() is None:
+      time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert before < count() < 15
+  summary = run(cfg, rough, rows=600, rows_per_shard=40)
+  assert 0 < summary['written_rows'] < 600
+  assert contents(rough) == contents(tmp_path / 'calm')
 
 
 def test_more_rows_are_added(source, tmp_path):

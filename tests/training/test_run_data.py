@@ -11,6 +11,7 @@ import pytest
 
 from dsv3_jax import errors
 from dsv3_jax.data import corpus as corpora
+from dsv3_jax.data import prepare
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.training import loop, run_data
 from tests import tiny_run
@@ -119,6 +120,57 @@ def test_the_stream_of_a_checkpoint_or_of_another_corpus(tmp_path):
   for stream in after:
     np.testing.assert_array_equal(take(stream), want)
   assert np.any(take(later) != want)
+
+
+def test_prepared_rows_of_a_checkpoint_or_of_another_corpus(tmp_path):
+  """From the row that the run had come to; or from 0, by that step's seed."""
+  cfg, source = make(tmp_path, 4, data__on_change='continue')
+  corpus, tokenizer, _ = run_data.open_data(cfg, tmp_path)
+  open_feed = lambda corpus, extras, cfg=cfg: run_data.open_feed(
+    cfg, corpus, tokenizer, extras, tmp_path
+  )
+  output = tmp_path / 'rows'
+  there = lambda output: dataclasses.replace(
+    cfg, data=dataclasses.replace(cfg.data, prepared=str(output))
+  )
+  prepare.prepare(cfg, output)
+  stream = open_feed(corpus, {})
+  take(stream, 2, close=False)
+  extras = {
+    'data': run_data.fingerprint(corpus, tokenizer) | {'kept': ''},
+    'progress': {'step': 2, 'tokens': 2 * 2 * 32},
+    'loader': stream.get_state(),
+    'loader_seed': stream.seed,
+  }
+  want = take(stream, 2)
+  # Release 0.2 did not count rows; after a change they are not all tokens'.
+  for rows in ({}, {'rows': 4}):
+    feed = open_feed(corpus, extras | rows, there(output))
+    assert feed.row == 4
+    np.testing.assert_array_equal(take(feed, 2), want)
+  feed = open_feed(corpus, extras | {'rows': 2}, there(output))
+  assert feed.row == 2
+  feed.close()
+  other = extras | {'data': extras['data'] | {'kept': 'other'}}
+  for changed in (cfg, there(output)):
+    with pytest.raises(
+      errors.InputError, match='keeps other documents than th'
+    ):
+      open_feed(corpus, other, changed)
+
+  source.write_text(source.read_text() + '\n{"text": "one more"}')
+  longer, _, _ = run_data.open_data(cfg, tmp_path)
+  fresh = open_feed(longer, extras)
+  match = rf'seed=0, but here it is {fresh.seed}: '
+  again = tmp_path / 'again'
+  prepare.prepare(cfg, again)
+  with pytest.raises(errors.InputError, match=match):
+    open_feed(longer, extras, there(again))
+  shutil.rmtree(again)
+  prepare.prepare(dataclasses.replace(cfg, seed=fresh.seed), again)
+  feed = open_feed(longer, extras, there(again))
+  assert (feed.row, feed.seed) == (0, fresh.seed)
+  np.testing.assert_array_equal(take(feed, 2), take(fresh, 2))
 
 
 @pytest.fixture
