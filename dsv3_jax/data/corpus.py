@@ -61,23 +61,32 @@ def open_corpus(cfg: config.DataConfig) -> Corpus:
     InputError: there are no such files, a part is empty, or records are bad and
       `data.bad_records` is 'refuse'.
   """
-  if cfg.mixture:
-    return _open_mixture(cfg)
+  corpus = _open_mixture(cfg) if cfg.mixture else _open_source(cfg)
+  _check_parts(cfg, corpus, ('train', 'valid'))
+  return corpus
+
+
+def _open_source(cfg: config.DataConfig) -> Corpus:
   if cfg.source == 'stdlib':
-    corpus = _open_stdlib(cfg)
-  elif cfg.source.startswith('tfds:'):
-    corpus = _open_tfds(cfg)
-  else:
-    corpus = _open_files(cfg)
+    return _open_stdlib(cfg)
+  if cfg.source.startswith('tfds:'):
+    return _open_tfds(cfg)
+  return _open_files(cfg)
+
+
+def _check_parts(
+  cfg: config.DataConfig, corpus: Corpus, parts: Sequence[str]
+) -> None:
+  """Checks that parts of a corpus have documents."""
   skipped = corpus.num_skipped
-  for part in ('train', 'valid'):
+  for part in parts:
     if not len(getattr(corpus, part)):
+      what = f'data.source={cfg.source!r}' if cfg.source else 'data.mixture'
       raise errors.InputError(
-        f'data.source={cfg.source!r} has no {part} documents at '
+        f'{what} has no {part} documents at '
         f'data.valid_fraction={cfg.valid_fraction}'
         + (f', {skipped:,} bad records left out' if skipped else '')
       )
-  return corpus
 
 
 def _open_mixture(cfg: config.DataConfig) -> Corpus:
@@ -87,10 +96,11 @@ def _open_mixture(cfg: config.DataConfig) -> Corpus:
       f"data.source={cfg.source!r} must be '' if data.mixture names the sources"
     )
   sources = mixture.parse(cfg.mixture)
-  opened = [
-    open_corpus(dataclasses.replace(cfg, source=s.documents, mixture=()))
-    for s in sources
-  ]
+  opened = []
+  for source in sources:
+    alone = dataclasses.replace(cfg, source=source.documents, mixture=())
+    opened.append(_open_source(alone))
+    _check_parts(alone, opened[-1], ('train',))
   pairs = list(zip(sources, opened, strict=True))
   join = lambda part: mixture.Mixture(
     [dataclasses.replace(s, documents=getattr(x, part)) for s, x in pairs]

@@ -156,6 +156,29 @@ def test_a_mixture_has_the_parts_of_its_sources(source):
     opened.train[len(opened.train)]
 
 
+def test_a_source_may_have_no_held_out_document(source, tmp_path):
+  """If another has some; each needs documents to train on."""
+  path = tmp_path / 'one.jsonl'
+  path.write_text('{"text": "one"}')
+  long = f'long=1:{source / "long.jsonl"}'
+  opened = corpus.open_corpus(
+    make(source, data__mixture=(f'one=1:{path}', long)).data
+  )
+  assert len(opened.train.sources[0].documents) == 1
+  assert len(opened.valid.sources[0].documents) == 0
+  assert opened.valid[0] == opened.valid.sources[1].documents[0]
+  alone = make(source, data__mixture=(f'one=1:{path}',))
+  with pytest.raises(
+    errors.InputError, match=r'^data\.mixture has no valid doc'
+  ):
+    corpus.open_corpus(alone.data)
+  path.write_text('\n')
+  with pytest.raises(
+    errors.InputError, match=r"one\.jsonl' has no train docum"
+  ):
+    corpus.open_corpus(make(source, data__mixture=(f'one=1:{path}', long)).data)
+
+
 def test_the_fingerprint_has_shares_and_contents(source, tmp_path):
   marks = set()
   for names in (('short', 'long'), ('long', 'short'), ('short',)):
