@@ -40,7 +40,6 @@ _MAY_BE_ZERO = {
   'data.fim_rate',
   'data.max_epochs',
   'data.split_rate',
-  'data.dedup.near',
   'optim.lr.warmup_steps',
   'optim.lr.constant_tokens',
   'optim.lr.decay_tokens',
@@ -59,7 +58,7 @@ _MAY_BE_ZERO = {
   'eval.every_steps',
   'sample.temperature',
 }
-_GROUPS_MAY_BE_ZERO = ('balance.', 'data.filters.')
+_GROUPS_MAY_BE_ZERO = ('balance.', 'data.filters.', 'data.dedup.near')
 _GROUPS_MAY_BE_ZERO += ('optim.mtp_weight.', 'optim.bias_rate.')
 _FSDP_AXES = ('data', 'context', 'node', 'expert')
 _BELOW_ONE = ('data.valid_fraction', 'optim.beta1', 'optim.beta2')
