@@ -156,10 +156,11 @@ def _python(tree: pathlib.Path, code: str, *argv: str) -> str:
 
 
 def _lines(path: pathlib.Path) -> list[dict]:
-  lines = path.read_text(encoding='utf-8').splitlines()
+  lines = map(json.loads, path.read_text(encoding='utf-8').splitlines())
   return [
-    {k: v for k, v in json.loads(line).items() if k not in _CLOCK}
+    {k: v for k, v in line.items() if k not in _CLOCK}
     for line in lines
+    if line['kind'] != 'goodput'
   ]
 
 

@@ -48,6 +48,32 @@ def test_slurm_runs_one_step_that_ends_with_its_first_failure():
   assert shlex.split(stdout) == ['srun', *train]
 
 
+@pytest.mark.parametrize(
+  ('code', 'restarts', 'requeued'),
+  [
+    *[(code, '', False) for code in (0, 2, 76, 77)],
+    *[(code, '', True) for code in (1, 70, 75, 137)],
+    (75, '2', False),
+  ],
+)
+def test_slurm_queues_again_what_can_go_on(tmp_path, code, restarts, requeued):
+  """The script itself, with an srun and a scontrol that only report."""
+  for name, end in (('srun', code), ('scontrol', 0)):
+    path = tmp_path / name
+    report = f'echo {name} "$@" >> "{tmp_path}/calls"'
+    path.write_text(f'#!/bin/sh\n{report}\nexit {end}\n', encoding='utf-8')
+    path.chmod(0o755)
+  environment = {'SLURM_JOB_ID': '7', 'RESTARTS': '2'}
+  if restarts:
+    environment['SLURM_RESTART_COUNT'] = restarts
+  environment['PATH'] = f'{tmp_path}:{os.environ["PATH"]}'
+  done = subprocess.run([FOLDER / 'slurm.sh', *ARGS], env=environment)
+  assert done.returncode == code
+  calls = (tmp_path / 'calls').read_text(encoding='utf-8').splitlines()
+  again = ['scontrol requeue 7'] if requeued else []
+  assert calls == [f'srun dsv3 train --cluster {" ".join(ARGS)}', *again]
+
+
 def test_tpu_pod_runs_the_line_on_all_hosts():
   code, stdout, _ = dry('tpu_pod.sh', TPU='slice', ZONE='zone', FOLDER='here')
   *command, line = shlex.split(stdout)

@@ -30,6 +30,7 @@ from dsv3_jax.training import (
   ema,
   evaluate,
   feeds,
+  goodput,
   init_from,
   lr_schedule,
   metrics,
@@ -64,6 +65,7 @@ class TrainingRun:
   writer: metrics.MetricWriter | None  # in the first process
   meter: metrics.Throughput
   watchdog: watchdog.Watchdog
+  goodput: goodput.Goodput
   ema: ema.HostEma
   state: steps.State
   step: int  # finished steps
@@ -81,7 +83,7 @@ def run(cfg: config.Config, workdir: str | pathlib.Path) -> dict[str, float]:
     watchdog.Stopped: a signal came; the state was saved.
   """
   with contextlib.ExitStack() as stack:
-    run = _open(cfg, pathlib.Path(workdir), stack)
+    run = _open(cfg, pathlib.Path(workdir), stack, goodput.Goodput())
     with watchdog.StopSignal() as stop:
       stopped = _train(run, stop)
     if stopped:
@@ -92,11 +94,15 @@ def run(cfg: config.Config, workdir: str | pathlib.Path) -> dict[str, float]:
       metrics.plot_loss(run.workdir)
     if cfg.sample.prompts:
       _sample(run)
+    run.goodput.write()
     return scores
 
 
 def _open(
-  cfg: config.Config, workdir: pathlib.Path, stack: contextlib.ExitStack
+  cfg: config.Config,
+  workdir: pathlib.Path,
+  stack: contextlib.ExitStack,
+  times: goodput.Goodput,
 ) -> TrainingRun:
   """Opens data, mesh and state, fresh or restored; `stack` closes them."""
   assert jax.process_count() == processes.count(), 'see processes.join_job'
@@ -127,6 +133,7 @@ def _open(
     if processes.index() == 0:
       writer = _begin(cfg, workdir, checkpoints, resume, progress)
       stack.callback(writer.close)
+      times.resume(workdir, resume)
       run_data.write_skipped(corpus, workdir)
   dog = watchdog.Watchdog(cfg.train.watchdog_seconds)
   stack.enter_context(dog)
@@ -144,6 +151,7 @@ def _open(
     writer=writer,
     meter=metrics.Throughput(flop, peak),
     watchdog=dog,
+    goodput=times,
     ema=ema,
     state=state,
     **progress,
@@ -202,15 +210,21 @@ def _train(run: TrainingRun, stop: watchdog.StopSignal) -> bool:
   cfg = run.cfg
   compiled, probe = run.trainer.jit(donate_argnums=0), run.trainer.jit()
   pending = None  # metrics of the last step, read once the next is dispatched
+  first = True
   saved, stopped = run.step, stop.requested and processes.count() == 1
   while run.tokens < cfg.train.total_tokens and not stopped:
+    run.goodput.enter('input')
     args, rows = _inputs(run)
+    busy = pending is not None and not pending[-1]['loss'].is_ready()
+    run.goodput.enter('compile' if first else 'step', hidden=busy)
+    first = False
     asked = processes.any_process(lambda: stop.requested, run.trainer.mesh)
     every = cfg.train.probe_every
     if every and run.step % every == 0:
       run.state, step_metrics = _run_twice(probe, run.state, args, run.step)
     else:
       run.state, step_metrics = compiled(run.state, *args)
+    run.goodput.enter('step')
     run.ema.update(run.state['params'])
     run.step, run.tokens = run.step + 1, run.tokens + rows * cfg.data.seq_len
     if pending is not None:
@@ -224,6 +238,7 @@ def _train(run: TrainingRun, stop: watchdog.StopSignal) -> bool:
       pending = None
       # Before the save: all metrics of a saved step are written.
       if due(cfg.eval.every_steps) and run.tokens < cfg.train.total_tokens:
+        run.goodput.enter('evaluation')
         scores = evaluate.heldout(_evaluation(run))
         _write(run, 'eval', run.step, run.tokens, scores)
         print(f'  held out: {scores["bits_per_byte"]:.4f} bits per byte')
@@ -238,7 +253,9 @@ def _train(run: TrainingRun, stop: watchdog.StopSignal) -> bool:
   if saved != run.step:
     _save(run)
   run.watchdog.beat()
+  run.goodput.enter('save')
   run.checkpoints.wait()
+  _write(run, 'goodput', run.step, run.tokens, run.goodput.write())
   run.watchdog.beat()
   return stopped
 
@@ -290,6 +307,7 @@ def _report(
   speed = run.meter.read()
   run.meter.restart()
   _write(run, 'train', step, tokens, values | speed)
+  _write(run, 'goodput', step, tokens, run.goodput.write())
   line = (
     f'step {step}  loss {values["loss"]:.4f}  mtp {values["mtp_loss"]:.4f}  '
     f'maxvio {values["max_violation"]:.2f}'
@@ -312,6 +330,9 @@ def _write(
 
 def _save(run: TrainingRun) -> None:
   """Starts an asynchronous checkpoint of this step."""
+  run.goodput.enter('save')
+  run.goodput.saved(run.step)
+  run.goodput.write()  # before the commit: a kill may follow at once
   extras = {
     'progress': {'step': run.step, 'tokens': run.tokens},
     'loader': run.feed.get_state(),
@@ -341,6 +362,7 @@ def _evaluation(run: TrainingRun) -> evaluate.Evaluation:
 
 def _evaluate(run: TrainingRun) -> dict[str, float]:
   """Held-out scores, and baselines if `eval.baselines` asks for them."""
+  run.goodput.enter('evaluation')
   scores = evaluate.heldout(_evaluation(run))
   if run.cfg.eval.baselines:  # in every process: they stay in step
     scores |= evaluate.compare(_evaluation(run))

@@ -66,7 +66,8 @@ class Throughput:
 class MetricWriter:
   """`metrics.jsonl`, always, and TensorBoard events beside it.
 
-  A line holds `kind` ('train' or 'eval'), `step`, `tokens` and the numbers.
+  A line holds `kind` ('train', 'eval' or 'goodput'), `step`, `tokens` and the
+  numbers.
   """
 
   def __init__(
