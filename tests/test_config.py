@@ -67,7 +67,7 @@ def changed(path, value):
     ('model.moe.top_k', 9, 'model.moe.top_k=9 must be <= model.moe.num_expe'),
     ('model.moe.top_k', 5, 'model.moe.top_k=5 must be <= 4: '),
     ('model.moe.num_groups', 3, 'model.moe.num_groups=3 must divide'),
-    ('model.moe.buffer_factor', 0.5, 'model.moe.buffer_factor=0.5 must be fin'),
+    ('model.moe.buffer_factor', 0.5, 'buffer_factor=0.5 must be >= 1'),
     ('model.moe.buffer_factor', float('inf'), 'buffer_factor=inf must be fin'),
     ('model.moe.top_groups', 5, 'model.moe.top_groups=5 must be <= '),
     ('model.max_seq_len', 16 * 40 + 1, 'model.max_seq_len=641 must be <= 640'),

@@ -23,6 +23,7 @@ _ENVIRONMENT = (
   *('PYTHONHOME', 'PYTHONPATH', 'PYTHONUSERBASE'),
 )
 _MOST_SHOWN = 300  # characters of a template's message
+_GIVEN = 'messages, tools or chat_template_kwargs'
 
 
 class ChatPrompt(NamedTuple):
@@ -110,9 +111,11 @@ class ChatTemplates:
     }
     source = self.select(tools)
     mark = _unused(_dump(given), source)
-    given = (
-      {'documents': None} | special_tokens | _marked(given, controls, mark)
-    )
+    try:
+      marked = _marked(given, controls, mark)
+    except RecursionError as error:
+      raise errors.InputError(f'{_GIVEN} is nested too deeply') from error
+    given = {'documents': None} | special_tokens | marked
     text = self._ask({'template': source, 'variables': given})
     chat.check_unicode(text, self._origin)
     return text, mark
@@ -178,12 +181,15 @@ def _reason(code: int) -> str:
 def _message(i: int, value: Any) -> dict[str, Any]:
   """A message as transformers passes it on.
 
-  Keys without a value are left out. A thought is `reasoning_content`, under
-  whichever of its names it comes.
+  Keys without a value are left out, but for the content of a turn that only
+  calls tools: DeepSeek's templates ask whether it is none. A thought is
+  `reasoning_content`, under whichever of its names it comes.
   """
   if not isinstance(value, Mapping):
     raise errors.InputError(f'messages[{i}] must be an object')
   message = {k: v for k, v in value.items() if v is not None}
+  if message.get('tool_calls'):
+    message.setdefault('content', None)
   for name in _REASONING:
     if name in message:
       thought = {'reasoning_content': message[name]}
@@ -197,12 +203,11 @@ def _dump(value: Any) -> str:
   Raises:
     InputError: it is no JSON, or its text has a lone surrogate.
   """
-  name = 'messages, tools or chat_template_kwargs'
   try:
     text = json.dumps(value, ensure_ascii=False)
   except (TypeError, ValueError, RecursionError) as error:
-    raise errors.InputError(f'{name} must be JSON: {error}') from error
-  chat.check_unicode(text, name)
+    raise errors.InputError(f'{_GIVEN} must be JSON: {error}') from error
+  chat.check_unicode(text, _GIVEN)
   return text
 
 

@@ -160,12 +160,14 @@ class _Vocabulary:
 
 def _check_size(value: Any, where: str) -> None:
   try:
-    size = len(json.dumps(value))
+    text = json.dumps(value, ensure_ascii=False)
   except RecursionError as error:
     raise errors.InputError(f'{where} is nested too deeply') from error
-  if size > MAX_CHARS:
+  chat.check_unicode(text, where)
+  if len(text) > MAX_CHARS:
     raise errors.InputError(
-      f'{where} has {size} characters as JSON; at most {MAX_CHARS} are taken'
+      f'{where} has {len(text)} characters as JSON; at most {MAX_CHARS} are '
+      'taken'
     )
 
 

@@ -85,6 +85,7 @@ class Server:
         protocol.NoModelError: _no_model,
         exceptions.HTTPException: _http_error,
         requests.ClientDisconnect: _gone,
+        Exception: _failed,
       },
     )
 
@@ -118,8 +119,13 @@ class Server:
 
   async def _detokenize(self, request: requests.Request):
     data = await self._body(request)
-    ids = tokenize_protocol.parse_detokenize(_json(data), self._limits())
-    return responses.JSONResponse({'prompt': self.tokenizer.decode(ids)})
+    limits = self._limits()
+
+    def run() -> str:
+      ids = tokenize_protocol.parse_detokenize(_json(data), limits)
+      return self.tokenizer.decode(ids)
+
+    return responses.JSONResponse({'prompt': await asyncio.to_thread(run)})
 
   async def _models(self, request: requests.Request):
     self._check_key(request)
@@ -326,6 +332,10 @@ async def _no_model(request, error: protocol.NoModelError):
 
 async def _http_error(request, error: exceptions.HTTPException):
   return _error(error.status_code, error.detail, error.headers)
+
+
+async def _failed(request, error: Exception):
+  return _error(500, 'the server has failed at this request')  # and logs it
 
 
 async def _gone(request, error: requests.ClientDisconnect):

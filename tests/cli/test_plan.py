@@ -114,7 +114,10 @@ def test_pictures_need_nothing_else(capsys, tmp_path):
     ((PLAIN, '--chips=0'), 'chips=0 must be >= 1'),
     ((PLAIN, '--chips=7777'), 'chips=7777 has no legal layout'),
     ((), '--config=FILE.py is missing'),
-    ((POD, LITTLE_ROOM.replace('1.0', '0.5')), 'buffer_factor=0.5 must be fin'),
+    (
+      (POD, LITTLE_ROOM.replace('1.0', '0.5')),
+      'buffer_factor=0.5 must be >= 1',
+    ),
     ((POD, '--price=-1'), 'price=-1.0 must be > 0'),
     ((POD, '--save_seconds=nan'), 'save_seconds=nan must be > 0'),
     ((POD, '--restore_seconds=-1'), 'restore_seconds=-1.0 must be >= 0'),

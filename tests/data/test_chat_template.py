@@ -215,6 +215,17 @@ def test_what_a_template_sees():
   assert render(show, [message]) == '{"role": "user", "x": [1, 2]} <s> True'
   assert render('{{ bos_token }}', bos_token='b') == 'b'
   assert render('{{ messages | length }}', messages=[{}, {}]) == '2'
+  # As DeepSeek's templates ask of a turn that only calls tools.
+  show = (
+    "{% set m = messages[0] %}{% if m['content'] is none %}none{% else %}"
+    "{{ m['content'] + '!' }}{% endif %}"
+  )
+  message = {'role': 'assistant', 'content': None, 'tool_calls': [{}]}
+  assert render(show, [message]) == 'none'
+  assert render(show, [message | {'content': 'a'}]) == 'a!'
+  deep = 'a'
+  for _ in range(600):
+    deep = [deep]
   for bad, expected in (
     ([{'role': object()}], 'must be JSON: Object of type object'),
     ([{'role': '\ud800'}], 'has a lone surrogate'),
@@ -222,6 +233,9 @@ def test_what_a_template_sees():
   ):
     with pytest.raises(errors.InputError, match=expected):
       render('a', bad)
+  deep = [{'role': 'user', 'content': deep}]
+  with pytest.raises(errors.InputError, match='is nested too deeply'):
+    renderer('a').render(deep, None, {}, {}, ('<s>',))
   for bad, expected in (
     ([], r'messages=\[\] must hold at'),
     ('ab', 'must be a list of turns'),

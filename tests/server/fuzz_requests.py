@@ -213,11 +213,13 @@ def _wrap(rng, tree):
 
 
 def _repeat(rng, tree):
-  """A list many times as long."""
+  """A list many times as long; not a repeated list of repeated lists."""
   lists = [p for p in fuzz_shards.slots(tree) if type(p[0][p[1]]) is list]
   if lists:
     place, i = rng.choice(lists)
-    place[i] = place[i] * rng.choice((2, 20, 300))
+    times = rng.choice((2, 20, 300))
+    if times * len(fuzz_shards.dump(place[i])) < 2**21:
+      place[i] = place[i] * times
 
 
 _CHANGES = (

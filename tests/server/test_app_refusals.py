@@ -102,6 +102,7 @@ def test_a_key_must_be_borne(tokenizer):
     ('completions', b'{"prompt": "a", "stop": [1]}', 'stop must be at most 16'),
     ('completions', b'{"prompt": "a", "echo": 1}', 'echo=1 has the wrong ty'),
     ('completions', b'{"prompt": "\\ud800"}', 'lone surrogate at character 0'),
+    ('completions', b'{"guided_regex": "\\ud800"}', 'guided_regex has a lone'),
     ('completions', b'{"\\ud800": 1}', "'\\ud800' is no field"),
     ('completions', b'{"a\\nb": 1}', "'a\\nb' is no field"),
     ('completions', b'{"user": [' + b'1,' * 9999 + b'1]}', 'user=[1, 1, 1'),
