@@ -26,9 +26,9 @@ def spend(times, clock, **parts):
   times.enter('step')
 
 
-def seconds(told):
+def seconds(logged):
   """What is not zero, without the share."""
-  named = {k.removesuffix('_seconds'): v for k, v in told.items() if v}
+  named = {k.removesuffix('_seconds'): v for k, v in logged.items() if v}
   return {k: v for k, v in named.items() if k != 'goodput'}
 
 
@@ -41,10 +41,10 @@ def test_a_killed_run_counts_what_it_lost_and_the_time_it_was_down(tmp_path):
   times.enter('save')
   times.saved(5)
   spend(times, clock, save=2, step=30, evaluation=3)
-  told = times.write()
+  logged = times.write()
   want = {'restore': 4, 'compile': 10, 'input': 1, 'step': 80, 'save': 2}
-  assert seconds(told) == want | {'evaluation': 3}
-  assert told['goodput'] == 80 / 100
+  assert seconds(logged) == want | {'evaluation': 3}
+  assert logged['goodput'] == 80 / 100
   clock.now += 7  # killed; nothing was written
   again = goodput.Goodput(clock)
   clock.now += 1
