@@ -53,7 +53,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
   model = body.get('model')
   if isinstance(model, dict) and 'norm_eps' in model:
     model.setdefault('latent_norm_eps', model['norm_eps'])
-    model['moe'].setdefault('buffer_factor', 1.5)
+    if isinstance(model.get('moe'), dict):
+      model['moe'].setdefault('buffer_factor', 1.5)
   if isinstance(body.get('data'), dict):
     body['data'] = _DATA_OF_OLD_RUNS | body['data']
   return body

@@ -37,25 +37,28 @@ def check_settings(
 
 
 @contextlib.contextmanager
-def held(output: pathlib.Path) -> Iterator[None]:
+def held(folder: pathlib.Path, flag: str = 'output') -> Iterator[None]:
   """Makes the folder and keeps other processes from writing to it.
+
+  Args:
+    flag: that names it, for messages.
 
   Raises:
     InputError: it cannot be written, or another process holds it.
   """
   try:
-    output.mkdir(parents=True, exist_ok=True)
-    lock = (output / '.lock').open('w', encoding='utf-8')
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / '.lock').open('w', encoding='utf-8')
   except OSError as error:
     raise errors.InputError(
-      f'--output={output} cannot be written ({error.strerror}): name another'
+      f'--{flag}={folder} cannot be written ({error.strerror}): name another'
     ) from error
   with lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       raise errors.InputError(
-        f'--output={output} is in use by another process: wait for its end, or '
+        f'--{flag}={folder} is in use by another process: wait for its end, or '
         'name another'
       ) from error
     yield

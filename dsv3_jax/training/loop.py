@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from dsv3_jax import config
 from dsv3_jax.checkpoint import store
-from dsv3_jax.data import batch_ramp
+from dsv3_jax.data import batch_ramp, output_folder
 from dsv3_jax.data import corpus as corpora
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.distributed import processes, sharding
@@ -114,12 +114,15 @@ def _open(
   before = None
   with processes.propagate_errors('workdir'):
     if processes.index() == 0:
-      stack.enter_context(run_dir.held(workdir))
+      stack.enter_context(output_folder.held(workdir, 'workdir'))
       before = run_dir.check(cfg, workdir)
       tokenizer.save(workdir / 'tokenizer.json')
   checkpoints = store.Store(workdir / 'checkpoints', cfg.checkpoint.keep)
   stack.callback(checkpoints.close)
   resume = _step_to_resume(cfg, checkpoints, before)
+  with processes.propagate_errors('goodput'):
+    if processes.index() == 0:
+      times.resume(workdir, resume)
   extras = {} if resume is None else checkpoints.extras(resume)
   feed = run_data.open_feed(cfg, corpus, tokenizer, extras, workdir)
   stack.callback(feed.close)
@@ -133,7 +136,6 @@ def _open(
     if processes.index() == 0:
       writer = _begin(cfg, workdir, checkpoints, resume, progress)
       stack.callback(writer.close)
-      times.resume(workdir, resume)
       run_data.write_skipped(corpus, workdir)
   dog = watchdog.Watchdog(cfg.train.watchdog_seconds)
   stack.enter_context(dog)

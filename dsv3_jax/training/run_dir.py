@@ -1,10 +1,7 @@
 """A run's folder: one process at a time, one experiment, one tokenizer."""
 
-import contextlib
-import fcntl
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 from dsv3_jax import config, config_files, errors
@@ -13,6 +10,7 @@ from dsv3_jax.data import tokenizer as tokenizers
 
 # What may change when a run resumes; the rest is fixed by its first start.
 _MAY_CHANGE = (
+  'model.moe.buffer_factor',
   'train.total_tokens',
   'train.log_every',
   'train.probe_every',
@@ -32,31 +30,6 @@ _MAY_CHANGE = (
   'data.on_change',
   'data.tokenizer',
 )
-
-
-@contextlib.contextmanager
-def held(workdir: pathlib.Path) -> Iterator[None]:
-  """Makes the folder and keeps other processes from training in it.
-
-  Raises:
-    InputError: it cannot be written, or another process holds it.
-  """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = (workdir / '.lock').open('w', encoding='utf-8')
-  except OSError as error:
-    raise errors.InputError(
-      f'--workdir={workdir} cannot be written ({error.strerror}): name another'
-    ) from error
-  with lock:
-    try:
-      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise errors.InputError(
-        f'--workdir={workdir} is in use by another process: wait for its end, '
-        'or name another'
-      ) from error
-    yield
 
 
 def check(cfg: config.Config, workdir: pathlib.Path) -> int | None:

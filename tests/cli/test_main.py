@@ -1,7 +1,5 @@
 """The command as a user meets it: its output and its exit code."""
 
-import contextlib
-import io
 import json
 import math
 import shutil
@@ -19,17 +17,7 @@ from tests.cli import commands
 pytestmark = pytest.mark.filterwarnings('ignore:the load_module')
 
 
-def dsv3(*args):
-  """The same in this one, which has imported JAX."""
-  # ml_collections runs every experiment in one module: forget the last one's.
-  sys.modules.pop('config_config', None)
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(contextlib.chdir(commands.ROOT))
-    stack.enter_context(contextlib.redirect_stdout(out))
-    stack.enter_context(contextlib.redirect_stderr(err))
-    code = cli.main(list(map(str, args)))
-  return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
+dsv3 = commands.in_process
 
 
 def refused(done, *expected):

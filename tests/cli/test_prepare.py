@@ -1,14 +1,10 @@
 """`dsv3 prepare`, and training on what it wrote."""
 
-import contextlib
 import errno
-import io
 import json
-import sys
 
 import pytest
 
-from dsv3_jax.cli import main as cli
 from dsv3_jax.data import shards
 from tests import tiny_run
 from tests.cli import commands
@@ -27,15 +23,8 @@ def settings(tmp_path_factory):
 
 def dsv3(*args):
   """Exit code, stdout and stderr of the command, in this process."""
-  # ml_collections runs every experiment in one module: forget the last one's.
-  sys.modules.pop('config_config', None)
-  out, err = io.StringIO(), io.StringIO()
-  with contextlib.ExitStack() as stack:
-    stack.enter_context(contextlib.chdir(commands.ROOT))
-    stack.enter_context(contextlib.redirect_stdout(out))
-    stack.enter_context(contextlib.redirect_stderr(err))
-    code = cli.main([str(arg) for arg in args])
-  return code, out.getvalue(), err.getvalue()
+  done = commands.in_process(*args)
+  return done.returncode, done.stdout, done.stderr
 
 
 def test_rows_of_the_run_by_default(settings, tmp_path):

@@ -103,20 +103,25 @@ def test_a_process_reads_its_own_rows_only(folder, num_processes):
   assert total == 8 * MICRO  # three steps and one ahead
 
 
+def with_ramp(total_tokens):
+  """Settings of a run whose steps grow to three micro-batches."""
+  return settings.small(
+    train__microbatch_size=MICRO,
+    train__batch_size=3 * MICRO,
+    train__batch_size_start=MICRO,
+    train__batch_size_step=MICRO,
+    train__batch_ramp_tokens=12 * 150,
+    train__total_tokens=total_tokens,
+  ).train
+
+
 def test_a_hundred_preemptions_with_changing_counts(folder):
   """Killed after any step, restarted on any number: each row exactly once.
 
   Row r of the run is row r of the stream; what was not saved is read again.
   """
   _, _, stream = folder
-  train = settings.small(
-    train__microbatch_size=MICRO,
-    train__batch_size=3 * MICRO,
-    train__batch_size_start=MICRO,
-    train__batch_size_step=MICRO,
-    train__batch_ramp_tokens=12 * 150,
-    train__total_tokens=12 * 300,
-  ).train
+  train = with_ramp(12 * 300)
   rng, preemptions = np.random.default_rng(0), 0
   while preemptions < 100:
     consumed, row, tokens = [], 0, 0  # as saved
@@ -145,14 +150,7 @@ def test_a_hundred_preemptions_with_changing_counts(folder):
 
 @pytest.mark.parametrize('start', [0, 12 * 17, 12 * 150, 12 * 160])
 def test_rows_of_a_run_are_those_of_its_steps(start):
-  train = settings.small(
-    train__microbatch_size=MICRO,
-    train__batch_size=3 * MICRO,
-    train__batch_size_start=MICRO,
-    train__batch_size_step=MICRO,
-    train__batch_ramp_tokens=12 * 150,
-    train__total_tokens=12 * 400 + 1,
-  ).train
+  train = with_ramp(12 * 400 + 1)
   tokens, rows = start, 0
   while tokens < train.total_tokens:
     size = batch_ramp.batch_size_at(train, tokens)

@@ -8,6 +8,7 @@ import pytest
 from dsv3_jax import config, errors
 from dsv3_jax.checkpoint import source
 from dsv3_jax.data import corpus as corpora
+from dsv3_jax.data import output_folder
 from dsv3_jax.data import tokenizer as tokenizers
 from dsv3_jax.training import run_dir
 from tests import tiny_run
@@ -33,6 +34,8 @@ def test_what_a_run_may_not_change(tmp_path):
   longer = tiny_run.make(tmp_path, train__total_tokens=6400)
   assert run_dir.check(longer, tmp_path) == -1
   run_dir.check(tiny_run.make(tmp_path, train__microbatch_size=1), tmp_path)
+  roomy = tiny_run.make(tmp_path, model__moe__buffer_factor=2.0)
+  run_dir.check(roomy, tmp_path)
   run_dir.write_config(longer, tmp_path)
   assert json.loads(path.read_text())['train']['total_tokens'] == 6400
   assert source.read_config(tmp_path) == longer
@@ -42,6 +45,9 @@ def test_what_a_run_may_not_change(tmp_path):
   path.write_text(json.dumps(old))
   assert source.read_config(tmp_path) == longer
   assert run_dir.check(longer, tmp_path) == -1
+  path.write_text('{"model": {"norm_eps": 1e-6}}')
+  with pytest.raises(errors.InputError, match=r'config\.json: seed is missing'):
+    source.read_config(tmp_path)
   path.write_text(body[:100])
   for read in (lambda: run_dir.check(cfg, tmp_path),
                lambda: source.read_config(tmp_path)):  # fmt: skip
@@ -72,18 +78,18 @@ def test_a_batch_wise_loss_keeps_its_micro_batches(tmp_path):
 
 
 def test_one_process_at_a_time(tmp_path):
-  with run_dir.held(tmp_path / 'a' / 'b'):
-    second = run_dir.held(tmp_path / 'a' / 'b')
+  with output_folder.held(tmp_path / 'a' / 'b', 'workdir'):
+    second = output_folder.held(tmp_path / 'a' / 'b', 'workdir')
     with pytest.raises(errors.InputError, match='in use by another process'):
       second.__enter__()
-  with run_dir.held(tmp_path / 'a' / 'b'):
+  with output_folder.held(tmp_path / 'a' / 'b', 'workdir'):
     pass  # free again
 
 
 @pytest.mark.parametrize('below', ['', 'deeper'])
 def test_a_file_is_no_workdir(tmp_path, below):
   (tmp_path / 'file').write_text('x')
-  refused = run_dir.held(tmp_path / 'file' / below)
+  refused = output_folder.held(tmp_path / 'file' / below, 'workdir')
   with pytest.raises(errors.InputError, match='cannot be written'):
     refused.__enter__()
 
